@@ -1,0 +1,192 @@
+"""The sections of a run's JSON file as frozen pydantic models. No torch: `--dry-run` and the planner import only this.
+
+Facts are written once: what follows from other values (degrees, accumulation steps, DeepSpeed's batch keys) is
+computed in `resolve.py`, never configured.
+"""
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """A recurrent-depth mixture-of-experts transformer: prelude, looped block, coda."""
+
+    vocab_size: int = Field(ge=2, description="Rows of the embedding; at least the tokenizer's pieces.")
+    dim: int = Field(ge=8, description="Width of the residual stream.")
+    prelude_layers: int = Field(ge=1, description="Dense layers run once before the loop.")
+    recurrent_layers: int = Field(ge=1, description="Distinct MoE layers in the looped block.")
+    coda_layers: int = Field(ge=0, description="Dense layers run once after the loop.")
+    max_loops: int = Field(ge=1, description="Largest loop count drawn in training.")
+    mean_recurrence: int = Field(ge=1, description="Mean loop count of training; 'T' in evaluation.")
+
+    attn_type: Literal["mla", "gqa"] = "mla"
+    n_heads: int = Field(ge=1)
+    n_kv_heads: int | None = Field(None, ge=1, description="GQA only: key/value heads; null = n_heads.")
+    head_dim: int | None = Field(None, ge=2, description="GQA only: width of a head; null = dim / n_heads.")
+    qk_norm: bool = Field(False, description="GQA only: RMSNorm on each query and key head.")
+    q_lora_rank: int | None = Field(None, ge=1, description="MLA only: query latent; null = full-rank query.")
+    kv_lora_rank: int | None = Field(None, ge=1, description="MLA only: key/value latent width.")
+    qk_nope_head_dim: int | None = Field(None, ge=1, description="MLA only: head width without RoPE.")
+    qk_rope_head_dim: int | None = Field(None, ge=2, description="MLA only: head width with RoPE.")
+    v_head_dim: int | None = Field(None, ge=1, description="MLA only: value head width.")
+    rope_theta: float = Field(10000.0, gt=0)
+    rope_interleaved: bool = Field(False, description="Rotate adjacent pairs instead of halves.")
+
+    ffn_dim: int = Field(ge=1, description="Hidden width of the dense SwiGLU in prelude and coda.")
+    n_experts: int = Field(ge=1, description="Routed experts per recurrent layer.")
+    n_experts_per_tok: int = Field(ge=1)
+    expert_dim: int = Field(ge=1, description="Hidden width of one routed expert.")
+    n_shared_experts: int = Field(0, ge=0)
+    shared_expert_dim: int | None = Field(None, ge=1, description="Width of one shared expert; null = expert_dim.")
+    router_score: Literal["sigmoid", "softmax"] = "sigmoid"
+    route_scale: float = Field(1.0, gt=0, description="Factor on the normalised routing weights.")
+    n_expert_groups: int | None = Field(None, ge=2, description="Group-limited routing: groups of experts.")
+    n_limited_groups: int | None = Field(None, ge=1, description="Group-limited routing: groups a token may use.")
+
+    injection: Literal["pre", "post"] = "pre"
+    discretisation: Literal["euler", "zoh", "direct"] = Field(
+        "euler", description="How B follows from dt; 'direct' (B itself learned, scalar dt) is OpenMythos's."
+    )
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    initial_state: Literal["zeros", "embedding"] = "zeros"
+    prelude_norm: bool = Field(True, description="RMSNorm on the prelude output e.")
+    loop_embedding: Literal["scaled", "raw", "none"] = "scaled"
+    lora_rank: int = Field(0, ge=0, description="Depth-wise LoRA rank; 0 = none.")
+    lora_target: Literal["input", "output"] = Field("input", description="Where the loop's LoRA acts on the block.")
+
+    halting: Literal["none", "act", "act_openmythos"] = "none"
+    act_threshold: float = Field(0.99, gt=0, lt=1)
+
+    tie_embeddings: bool = False
+    norm_eps: float = Field(1e-6, gt=0)
+    embedding_std: float = Field(0.02, gt=0)
+    init_std: float | None = Field(None, gt=0, description="null = sqrt(2 / (5 dim)).")
+
+    @property
+    def resolved_init_std(self) -> float:
+        """Standard deviation of hidden matrices, sqrt(2/(5 d)) unless given (Nguyen & Salazar 2019)."""
+        return self.init_std if self.init_std is not None else math.sqrt(2.0 / (5.0 * self.dim))
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Width of one GQA head."""
+        return self.head_dim if self.head_dim is not None else self.dim // self.n_heads
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        """Key/value heads of GQA."""
+        return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
+
+    @property
+    def resolved_shared_dim(self) -> int:
+        """Hidden width of one shared expert."""
+        return self.shared_expert_dim if self.shared_expert_dim is not None else self.expert_dim
+
+
+class ParallelConfig(Section):
+    """How the model is cut over the processes."""
+
+    ep_size: int | Literal["auto"] = Field("auto", description="Expert-parallel ranks; 'auto' = the largest that fits.")
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    activation_checkpointing: Literal["none", "loop"] = "loop"
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_params: Literal["none", "cpu"] = "none"
+
+
+class TrainingConfig(Section):
+    """Length, batch, optimizer and depth of training."""
+
+    seq_len: int = Field(ge=2)
+    micro_batch_size: int = Field(ge=1, description="Sequences per process and micro-batch.")
+    global_batch_size: int = Field(ge=1, description="Sequences per optimizer step over all processes.")
+    max_steps: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(gt=0, description="Peak learning rate at width lr_reference_dim.")
+    lr_reference_dim: int = Field(128, ge=1, description="Matrices train at lr * lr_reference_dim / dim.")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: float = Field(1.0, ge=0, description="Global gradient norm; 0 = no clipping.")
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: int = Field(0, ge=0)
+    decay_fraction: float = Field(0.2, ge=0, le=1, description="wsd: last part of the run in which lr falls.")
+    min_lr_ratio: float = Field(0.02, ge=0, le=1)
+
+    depth_distribution: Literal["lognormal_poisson", "poisson", "uniform", "fixed"] = "lognormal_poisson"
+    depth_sigma: float = Field(0.5, gt=0, description="lognormal_poisson: spread of the log rate.")
+    mean_backprop_depth: int | None = Field(None, ge=1, description="Loops with gradient; null = ceil(mean/2).")
+
+    balance_loss: float = Field(1e-4, ge=0, description="Weight of the sequence-wise balance loss.")
+    z_loss: float = Field(1e-5, ge=0, description="Weight of the router z-loss.")
+    ponder_cost: float = Field(0.0, ge=0, description="Weight of the ponder cost (halting 'act').")
+    router_bias_rate: float | None = Field(None, ge=0, description="u_b; null = 1e-3 / mean_recurrence.")
+
+    eval_interval: int = Field(500, ge=0, description="Steps between evaluations; 0 = only at the end.")
+    eval_batches: int = Field(16, ge=1, description="Global batches per evaluation and loop count.")
+
+
+class DatasetConfig(Section):
+    """One indexed dataset of a blend."""
+
+    prefix: str = Field(description="Path of the .bin/.idx pair without its ending.")
+    weight: float = Field(1.0, gt=0)
+
+
+class DataConfig(Section):
+    """Where the tokens come from."""
+
+    corpus: Literal["builtin"] | None = Field(None, description="Text made from the Python installation itself.")
+    datasets: list[DatasetConfig] | None = None
+    tokenizer: str | None = Field(None, description="sentencepiece model; not needed for the built-in corpus.")
+    split: tuple[float, float, float] = Field((98.0, 2.0, 0.0), strict=False, description="train, valid, test.")
+    data_dir: str = Field("data", description="Folder for the built-in corpus and the index cache (shared storage).")
+    document_mask: bool = Field(True, description="Attention and positions stay inside a document.")
+    num_workers: int = Field(0, ge=0)
+
+
+class CheckpointConfig(Section):
+    """When training state is saved."""
+
+    interval: int = Field(1000, ge=0, description="Steps between saves; 0 = only at the end and on SIGTERM.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+
+
+class MonitorConfig(Section):
+    """What is logged."""
+
+    log_interval: int = Field(10, ge=1)
+    tensorboard: bool = True
+    sample_prompts: list[str] = Field(default_factory=list, description="Continued in text at each evaluation.")
+    sample_tokens: int = Field(48, ge=1)
+
+
+class ClusterConfig(Section):
+    """The cluster a preset is laid out for. Read by planning and launch tools only."""
+
+    gpu: str
+    nodes: int = Field(ge=1)
+    gpus_per_node: int = Field(ge=1)
+
+
+class RunConfig(Section):
+    """One run, as its JSON file says it."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    training: TrainingConfig
+    data: DataConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    cluster: ClusterConfig | None = None
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="Goes to DeepSpeed as written.")

@@ -1,0 +1,31 @@
+"""Errors that a user can mend. Each message says where, what was given, what is allowed and the nearest valid value."""
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class MythosError(Exception):
+    """Base of all errors that are printed without a traceback and end the program with exit code 2."""
+
+
+class ConfigError(MythosError):
+    """The run's configuration is wrong. Holds every problem found, so that one launch shows them all."""
+
+    def __init__(self, problems: str | list[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(MythosError):
+    """A corpus, tokenizer or dataset file is missing or does not fit the configuration."""
+
+
+class CheckpointError(MythosError):
+    """A checkpoint is missing, incomplete or belongs to another configuration."""
+
+
+class ParallelError(MythosError):
+    """The processes at hand cannot be laid out as asked, or the software they run does not support it."""
+
+
+class NumericsError(MythosError):
+    """The loss, a gradient or the state is not finite."""

@@ -1,0 +1,1 @@
+"""The model as single-device code: no torch.distributed, no deepspeed."""

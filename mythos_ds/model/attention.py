@@ -1,0 +1,112 @@
+"""Grouped-query attention and multi-head latent attention, [batch, seq, dim] -> [batch, seq, dim].
+
+Both split into `keys_values` (what a cache would hold) and `attend`, so that halted positions can keep theirs.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.model.context import ForwardContext, Frozen
+from mythos_ds.model.documents import causal_attention
+from mythos_ds.model.initializer import Initializer, Linear
+from mythos_ds.model.norm import RMSNorm
+
+
+class Attention(nn.Module):
+    """What both kinds share: keys and values of halted positions stay as they were."""
+
+    def forward(
+        self, x: Tensor, context: ForwardContext, frozen: Frozen | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns the attention output and the cacheable tensors, each [batch, seq, ...]."""
+        keys_values = self.keys_values(x, context)
+        if frozen is not None:
+            keys_values = tuple(
+                torch.where(frozen.halted.view(*frozen.halted.shape, *[1] * (new.dim() - 2)), old, new)
+                for old, new in zip(frozen.keys_values, keys_values, strict=True)
+            )
+        return self.attend(x, keys_values, context), keys_values
+
+    def keys_values(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
+        """Cacheable tensors of normed inputs x [batch, seq, dim]."""
+        raise NotImplementedError
+
+    def attend(self, x: Tensor, keys_values: tuple[Tensor, ...], context: ForwardContext) -> Tensor:
+        """Attention of queries from x [batch, seq, dim] over `keys_values`."""
+        raise NotImplementedError
+
+
+class GroupedQueryAttention(Attention):
+    """GQA (Ainslie et al. 2023), RoPE on whole heads, optional QK-norm (Henry et al. 2020)."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        dim, width, std = config.dim, config.resolved_head_dim, config.resolved_init_std
+        self.width = width
+        self.q = Linear(dim, config.n_heads * width, init.at("q"), std)
+        self.k = Linear(dim, config.resolved_kv_heads * width, init.at("k"), std)
+        self.v = Linear(dim, config.resolved_kv_heads * width, init.at("v"), std)
+        self.o = Linear(config.n_heads * width, dim, init.at("o"), 0.0)
+        self.q_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
+
+    def keys_values(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
+        k = self.k(x).unflatten(-1, (-1, self.width))
+        k = k if self.k_norm is None else self.k_norm(k)
+        return context.rotary.rotate(k), self.v(x).unflatten(-1, (-1, self.width))
+
+    def attend(self, x: Tensor, keys_values: tuple[Tensor, ...], context: ForwardContext) -> Tensor:
+        q = self.q(x).unflatten(-1, (-1, self.width))
+        q = context.rotary.rotate(q if self.q_norm is None else self.q_norm(q))
+        out = causal_attention(q, *keys_values, scale=self.width**-0.5, documents=context.documents)
+        return self.o(out.flatten(-2))
+
+
+class MultiHeadLatentAttention(Attention):
+    """MLA of DeepSeek-V2: keys and values come from one latent per token, RoPE from one key shared by all heads."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        latent, nope, rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
+        value = config.v_head_dim
+        assert latent and nope and rope and value  # the config's validation has seen to it
+        dim, heads, std, eps = config.dim, config.n_heads, config.resolved_init_std, config.norm_eps
+        self.heads, self.latent, self.nope, self.rope = heads, latent, nope, rope
+        self.q_down = self.q_norm = self.q_proj = None
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(dim, heads * (nope + rope), init.at("q_proj"), std)
+        else:
+            self.q_down = Linear(dim, config.q_lora_rank, init.at("q_down"), std)
+            self.q_norm = RMSNorm(config.q_lora_rank, eps)
+            self.q_up = Linear(config.q_lora_rank, heads * (nope + rope), init.at("q_up"), std)
+        self.kv_down = Linear(dim, latent + rope, init.at("kv_down"), std)
+        self.kv_norm = RMSNorm(latent, eps)
+        self.kv_up = Linear(latent, heads * (nope + value), init.at("kv_up"), std)
+        self.o = Linear(heads * value, dim, init.at("o"), 0.0)
+
+    def keys_values(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
+        latent, k_rope = self.kv_down(x).split([self.latent, self.rope], dim=-1)
+        return self.kv_norm(latent), context.rotary.rotate(k_rope[:, :, None])
+
+    def attend(self, x: Tensor, keys_values: tuple[Tensor, ...], context: ForwardContext) -> Tensor:
+        latent, k_rope = keys_values
+        q = self.q_proj(x) if self.q_proj is not None else self.q_up(self.q_norm(self.q_down(x)))
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
+        q = torch.cat([q_nope, context.rotary.rotate(q_rope)], dim=-1)
+        k_nope, v = self.kv_up(latent).unflatten(-1, (self.heads, -1)).tensor_split([self.nope], dim=-1)
+        k = torch.cat([k_nope, k_rope.expand(-1, -1, self.heads, -1)], dim=-1)
+        scale = (self.nope + self.rope) ** -0.5
+        return self.o(causal_attention(q, k, v, scale=scale, documents=context.documents).flatten(-2))
+
+
+def make_attention(config: ModelConfig, init: Initializer) -> Attention:
+    """The attention that `config.attn_type` names."""
+    if config.attn_type == "mla":
+        return MultiHeadLatentAttention(config, init)
+    return GroupedQueryAttention(config, init)
+
+
+def rotary_width(config: ModelConfig) -> int:
+    """Channels of a head that carry RoPE."""
+    return config.qk_rope_head_dim or 0 if config.attn_type == "mla" else config.resolved_head_dim

@@ -1,0 +1,42 @@
+"""What stays the same for all layers and loops of one forward."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mythos_ds.model.documents import DocumentBounds
+from mythos_ds.model.rope import Rotary
+
+
+@dataclass(frozen=True)
+class AuxLoss:
+    """Weights of the losses that do not pass through the language-model loss.
+
+    Their gradients enter in the routers and the halting unit themselves, so that a part of the model without a loss of
+    its own gets them too; `scale` is what the trainer multiplies the loss by (1 / gradient accumulation steps).
+    """
+
+    balance: float = 0.0
+    z: float = 0.0
+    ponder: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """Positions, document bounds and auxiliary losses of one micro-batch."""
+
+    rotary: Rotary
+    documents: DocumentBounds | None
+    aux: AuxLoss | None
+    n_grad_loops: int
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Halted positions and the keys/values they keep."""
+
+    halted: Tensor
+    """bool [batch, seq]."""
+    keys_values: tuple[Tensor, ...]
+    """The attention's cacheable tensors [batch, seq, ...] of the loop in which each position halted."""

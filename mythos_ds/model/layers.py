@@ -1,0 +1,50 @@
+"""Pre-norm transformer layers: dense ones for prelude and coda, MoE ones for the recurrent block."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.model.attention import make_attention
+from mythos_ds.model.context import ForwardContext, Frozen
+from mythos_ds.model.feed_forward import FeedForward
+from mythos_ds.model.initializer import Initializer
+from mythos_ds.model.moe import MoE
+from mythos_ds.model.norm import RMSNorm
+
+MoEFactory = Callable[[ModelConfig, Initializer], MoE]
+
+
+class DenseLayer(nn.Module):
+    """x + attention(norm x), then x + ffn(norm x): [batch, seq, dim] -> [batch, seq, dim]."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = make_attention(config, init.at("attn"))
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, init.at("ffn"), config.resolved_init_std)
+
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), context)[0]
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class RecurrentLayer(nn.Module):
+    """The same with a mixture of experts, and an fp32 residual stream: it carries the loop's state."""
+
+    def __init__(self, config: ModelConfig, init: Initializer, moe_factory: MoEFactory):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = make_attention(config, init.at("attn"))
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.moe = moe_factory(config, init.at("moe"))
+
+    def forward(
+        self, x: Tensor, loop: int, context: ForwardContext, frozen: Frozen | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x fp32 [batch, seq, dim]; returns the new x and the attention's cacheable tensors."""
+        attended, keys_values = self.attn(self.attn_norm(x), context, frozen)
+        x = x + attended
+        alive = None if frozen is None else ~frozen.halted
+        return x + self.moe(self.ffn_norm(x), loop, context, alive), keys_values

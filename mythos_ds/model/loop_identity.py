@@ -1,0 +1,57 @@
+"""What tells the looped block which loop it is in: an index embedding and a depth-wise LoRA.
+
+Both are defined for loops beyond the trained range: they hold their last value.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.model.initializer import Initializer, Linear
+from mythos_ds.model.norm import rms_norm
+
+_THETA = 10000.0
+_RAW_SHARE = 8
+
+
+def sinusoid(index: int, width: int, device: torch.device) -> Tensor:
+    """[sin(t f_i), cos(t f_i)] with f_i = 10000^(-2i/width), fp32 [width] (Vaswani et al. 2017)."""
+    exponent = torch.arange(0, width, 2, device=device).float() / width
+    angle = index * torch.pow(torch.full_like(exponent, _THETA), -exponent)
+    return torch.cat([angle.sin(), angle.cos()])
+
+
+class LoopEmbedding(nn.Module):
+    """`scaled`: a sinusoid of the loop index with a learned per-channel gain that starts at zero, held at the mean
+    recurrence (an unheld sinusoid of full size breaks depth extrapolation). `raw`: OpenMythos's, on dim/8 channels."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dim = config.dim
+        self.last = config.mean_recurrence - 1
+        self.gain = nn.Parameter(torch.zeros(config.dim)) if config.loop_embedding == "scaled" else None
+
+    def forward(self, h: Tensor, loop: int) -> Tensor:
+        """fp32 [dim], to be added to the state h [batch, seq, dim]."""
+        if self.gain is not None:
+            return self.gain.float() * sinusoid(min(loop, self.last), self.dim, h.device)
+        width = self.dim // _RAW_SHARE
+        return nn.functional.pad(sinusoid(loop, width, h.device), (0, self.dim - width))
+
+
+class DepthwiseLoRA(nn.Module):
+    """up(scale[t] * down(x)): matrices shared by all loops, a scale vector per loop (Bae et al. 2024)."""
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        rank, self.eps = config.lora_rank, config.norm_eps
+        self.normed = config.lora_target == "input"
+        self.down = Linear(config.dim, rank, init.at("down"), config.resolved_init_std)
+        self.up = Linear(rank, config.dim, init.at("up"), 0.0)
+        self.scale = nn.Parameter(torch.ones(config.max_loops, rank))
+
+    def forward(self, x: Tensor, loop: int) -> Tensor:
+        """The branch to be added to x [batch, seq, dim]; at the block's input it sees x / rms(x)."""
+        dtype = self.down.weight.dtype
+        inner = (rms_norm(x, self.eps) if self.normed else x).to(dtype)
+        return self.up(self.down(inner) * self.scale[min(loop, self.scale.shape[0] - 1)])

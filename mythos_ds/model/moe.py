@@ -1,0 +1,119 @@
+"""Fine-grained mixture of experts (DeepSeekMoE, Dai et al. 2024): dropless, with always-on shared experts.
+
+Tokens are sorted by expert once, computed group by group, and put back by the inverse permutation. Where the experts
+live is the dispatcher's business: expert parallelism replaces the `Experts` and the `Dispatcher`, nothing else.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.model.auxiliary import attach_loss, balance_loss, z_loss
+from mythos_ds.model.context import ForwardContext
+from mythos_ds.model.feed_forward import Experts, FeedForward
+from mythos_ds.model.initializer import Initializer
+from mythos_ds.model.permute import inverse_permutation, permute_rows, repeat_permute_rows
+from mythos_ds.model.records import RoutingRecord, jaccard_overlap
+from mythos_ds.model.router import Router, Routing, count_experts
+
+
+class Dispatcher(Protocol):
+    """Brings rows to their experts and back."""
+
+    def __call__(self, experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows [n, dim] sorted by global expert, counts int64 [n_experts] -> results [n, dim] in the same order."""
+        ...
+
+
+def dispatch_locally(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+    """The dispatcher of a process that holds all experts."""
+    return experts(rows, counts)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts: [batch, seq, dim] -> [batch, seq, dim].
+
+    `records[loop]` holds what the router did in the last forward; `record_details` adds the costlier statistics.
+    """
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        nn.Module.__init__(self)
+        self.n_experts = config.n_experts
+        self.router = Router(config, init.at("router"))
+        self.experts = self.make_experts(config, init.at("experts"))
+        self.shared_experts: FeedForward | None = None
+        if config.n_shared_experts:
+            width = config.n_shared_experts * config.resolved_shared_dim
+            self.shared_experts = FeedForward(
+                config.dim, width, init.at("shared_experts"), config.resolved_init_std
+            )
+        self.dispatcher = self.make_dispatcher()
+        self.records: dict[int, RoutingRecord] = {}
+        self.record_details = False
+
+    def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
+        """The routed experts this process holds."""
+        return Experts(config.n_experts, config.dim, config.expert_dim, init, config.resolved_init_std)
+
+    def make_dispatcher(self) -> Dispatcher:
+        """How rows reach their experts."""
+        return dispatch_locally
+
+    def forward(self, x: Tensor, loop: int, context: ForwardContext, alive: Tensor | None = None) -> Tensor:
+        """alive: bool [batch, seq], False where a halted position should not count in load and losses."""
+        rows = x.flatten(0, -2)
+        routing: Routing = self.router(rows, loop)
+        weights = self._note(routing, loop, context, alive, x.shape[:2])
+        k = routing.indices.shape[-1]
+        expert_of_row = routing.indices.flatten()
+        order = expert_of_row.argsort(stable=True)
+        back = inverse_permutation(order)
+        counts = count_experts(routing.indices, self.n_experts)
+        results = self.dispatcher(self.experts, repeat_permute_rows(rows, order, back, k), counts)
+        results = permute_rows(results, back, order).unflatten(0, (-1, k))
+        routed = (results * weights[..., None].to(results.dtype)).sum(1).view_as(x)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+    def _note(
+        self, routing: Routing, loop: int, context: ForwardContext, alive: Tensor | None, shape: torch.Size
+    ) -> Tensor:
+        """Writes the record, and returns the routing weights with the auxiliary losses attached."""
+        mask = None if alive is None else alive.float()
+        weights, balance, z = routing.weights, None, None
+        aux = context.aux
+        if aux is not None and (aux.balance or aux.z):
+            balance = balance_loss(
+                routing.scores.unflatten(0, shape), routing.indices.unflatten(0, shape), mask
+            )
+            z = z_loss(routing.logits.unflatten(0, shape), mask)
+            if torch.is_grad_enabled():
+                total = aux.balance * balance + aux.z * z
+                weights = attach_loss(weights, total * (aux.scale / context.n_grad_loops))
+            balance, z = balance.detach(), z.detach()
+        with torch.no_grad():
+            self.records[loop] = self._record(routing, loop, mask, balance, z)
+        return weights
+
+    def _record(
+        self, routing: Routing, loop: int, mask: Tensor | None, balance: Tensor | None, z: Tensor | None
+    ) -> RoutingRecord:
+        counts = count_experts(routing.indices, self.n_experts, mask).float()
+        if not self.record_details:
+            return RoutingRecord(counts, balance, z)
+        share = routing.scores / routing.scores.sum(-1, keepdim=True)
+        before = self.records.get(loop - 1)
+        unbiased = self.router.choose(routing.scores, None)
+        overlap = None
+        if before is not None and before.indices is not None:
+            overlap = jaccard_overlap(before.indices, routing.indices)
+        return RoutingRecord(
+            counts,
+            balance,
+            z,
+            prebias_counts=count_experts(unbiased, self.n_experts, mask).float(),
+            entropy=-torch.xlogy(share, share).sum(-1).mean(),
+            indices=routing.indices,
+            overlap_previous=overlap,
+        )

@@ -1,0 +1,103 @@
+"""Token-choice router with auxiliary-loss-free balancing over loops. Computes in fp32 whatever the parameters' dtype."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.model.initializer import Initializer
+
+MIN_ROW_UPDATES = 100
+"""Updates after which a loop's own bias row is trusted; deeper loops use the last trusted row."""
+
+_ROW_RATE = 0.25
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Choices of one router call."""
+
+    weights: Tensor
+    """fp32 [tokens, k]: normalised routing weights, with gradient."""
+    indices: Tensor
+    """int64 [tokens, k]."""
+    logits: Tensor
+    """fp32 [tokens, n_experts]."""
+    scores: Tensor
+    """fp32 [tokens, n_experts], positive."""
+
+
+class Router(nn.Module):
+    """scores = sigmoid or softmax of x W^T; the top-k of score + bias are chosen, weighted by their scores alone.
+
+    The selection bias follows the loss-free rule of Wang et al. 2024 (DeepSeek-V3), split into a part shared by all
+    loops and a smaller one per loop: bias[e] + loop_bias[min(t, t_seen)][e].
+    """
+
+    bias: Tensor
+    loop_bias: Tensor
+    loop_updates: Tensor
+
+    def __init__(self, config: ModelConfig, init: Initializer):
+        super().__init__()
+        self.k = config.n_experts_per_tok
+        self.score = config.router_score
+        self.route_scale = config.route_scale
+        self.n_groups = config.n_expert_groups
+        self.n_limited_groups = config.n_limited_groups
+        self.weight = nn.Parameter(torch.zeros(config.n_experts, config.dim))
+        init.normal_(self.weight.data, "weight", config.resolved_init_std)
+        self.register_buffer("bias", torch.zeros(config.n_experts, dtype=torch.float32))
+        self.register_buffer("loop_bias", torch.zeros(config.max_loops, config.n_experts, dtype=torch.float32))
+        self.register_buffer("loop_updates", torch.zeros(config.max_loops, dtype=torch.float32))
+
+    def forward(self, x: Tensor, loop: int) -> Routing:
+        """x [tokens, dim] in loop `loop` (from 0)."""
+        logits = nn.functional.linear(x.float(), self.weight.float())
+        scores = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+        with torch.no_grad():
+            indices = self.choose(scores, self.selection_bias(loop))
+        weights = scores.gather(-1, indices)
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20) * self.route_scale
+        return Routing(weights, indices, logits, scores)
+
+    def selection_bias(self, loop: int) -> Tensor:
+        """fp32 [n_experts], added to the scores for the choice in loop `loop`."""
+        trusted = (self.loop_updates >= MIN_ROW_UPDATES).sum() - 1
+        row = trusted.clamp(min=0, max=loop).view(1)  # stays on the device: no wait for the host in each loop
+        return self.bias + self.loop_bias.index_select(0, row)[0]
+
+    def choose(self, scores: Tensor, bias: Tensor | None) -> Tensor:
+        """Indices int64 [tokens, k] of the best biased scores, inside the best groups where routing is group-limited."""
+        choice = scores if bias is None else scores + bias
+        if self.n_groups is not None and self.n_limited_groups is not None:
+            grouped = choice.unflatten(-1, (self.n_groups, -1))
+            best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+            kept = best.topk(self.n_limited_groups, dim=-1).indices
+            allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, kept, True)
+            choice = grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
+        return choice.topk(self.k, dim=-1).indices
+
+
+def count_experts(indices: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:
+    """int64 [n_experts]: how often each expert occurs in indices [tokens, k], over tokens whose mask is nonzero."""
+    ones = torch.ones_like(indices) if mask is None else mask.reshape(-1, 1).expand_as(indices).to(indices.dtype)
+    return indices.new_zeros(n_experts).scatter_add_(0, indices.flatten(), ones.flatten())
+
+
+@torch.no_grad()
+def update_router_bias(router: Router, counts: Tensor, rate: float) -> None:
+    """One balancing step after an optimizer step.
+
+    counts fp32 [n_loops, n_experts]: tokens per loop and expert over all ranks and micro-batches; rate is u_b. The
+    shared bias moves by u_b * sign(mean - load) on the loads summed over loops, each loop's row by u_b/4, row-centred.
+    """
+    total = counts.sum(0)
+    router.bias.add_(rate * torch.sign(total.mean() - total))
+    rows = min(counts.shape[0], router.loop_bias.shape[0])
+    own = counts[:rows]
+    table = router.loop_bias[:rows]
+    table.add_(_ROW_RATE * rate * torch.sign(own.mean(-1, keepdim=True) - own))
+    table.sub_(table.mean(-1, keepdim=True))
+    router.loop_updates[:rows] += 1
