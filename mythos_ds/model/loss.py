@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.model.initializer import Initializer
 
-_CHUNK_LOGITS = 1 << 22
+_CHUNK_LOGITS = 1 << 20
 _MIN_CHUNK_ROWS = 256
 
 
@@ -25,13 +25,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             x, target = hidden[start : start + rows], labels[start : start + rows]
             logits = (x @ weight.t()).float()
-            log_norm = logits.logsumexp(-1)
-            total += (log_norm - logits.gather(-1, target[:, None])[:, 0]).sum()
+            peak = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(-1, target[:, None])
+            exponential = logits.sub_(peak).exp_()
+            norm = exponential.sum(-1, keepdim=True)
+            total += (norm.log() + peak - chosen).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            delta = logits.sub_(log_norm[:, None]).exp_()
-            delta.scatter_add_(-1, target[:, None], delta.new_full((len(target), 1), -1.0))
-            delta = (delta / hidden.shape[0]).to(hidden.dtype)
+            delta = exponential.mul_(1.0 / (norm * hidden.shape[0]))
+            delta.scatter_add_(-1, target[:, None], torch.full_like(chosen, -1.0 / hidden.shape[0]))
+            delta = delta.to(hidden.dtype)
             grad_hidden[start : start + rows] = delta @ weight
             grad_weight += delta.t() @ x
         if grad_hidden is not None and grad_weight is not None:

@@ -1,0 +1,1 @@
+"""Configuration: one strict JSON file per run, checked whole before anything starts. Imports no torch."""

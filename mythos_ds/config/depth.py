@@ -1,0 +1,62 @@
+"""The law of the loop count T in training, as probabilities: to check and to plan a run."""
+
+import math
+from collections.abc import Sequence
+
+_NODES = 241
+_WIDTH = 6.0
+
+
+def depth_pmf(distribution: str, mean: int, sigma: float, max_loops: int) -> tuple[float, ...]:
+    """Probabilities of T = 1 .. max_loops; entry i is P(T = i + 1).
+
+    lognormal_poisson: T = clip(Poisson(r), 1, max_loops), log r ~ N(log mean - sigma^2/2, sigma) (the law of
+    Geiping et al. 2025, arXiv 2502.05171, unshifted); poisson: r = mean; uniform: on 1 .. 2 mean - 1; fixed:
+    mean.
+    """
+    if distribution == "fixed":
+        raw = {mean: 1.0}
+    elif distribution == "uniform":
+        raw = {loops: 1.0 / (2 * mean - 1) for loops in range(1, 2 * mean)}
+    elif distribution == "poisson":
+        raw = _poisson_mixture([(float(mean), 1.0)], max_loops)
+    elif distribution == "lognormal_poisson":
+        raw = _poisson_mixture(_lognormal_rates(mean, sigma), max_loops)
+    else:
+        raise ValueError(f"unknown depth distribution {distribution!r}")
+    return _clipped(raw, max_loops)
+
+
+def mean_depth(pmf: Sequence[float]) -> float:
+    """Expected loop count."""
+    return sum((index + 1) * probability for index, probability in enumerate(pmf))
+
+
+def tail_probability(pmf: Sequence[float], loops: float) -> float:
+    """P(T > loops)."""
+    return sum(probability for index, probability in enumerate(pmf) if index + 1 > loops)
+
+
+def _lognormal_rates(mean: int, sigma: float) -> list[tuple[float, float]]:
+    """Rates and weights that integrate over the log-normal by the trapezoidal rule."""
+    step = 2 * _WIDTH / (_NODES - 1)
+    points = [-_WIDTH + index * step for index in range(_NODES)]
+    total = sum(math.exp(-z * z / 2) for z in points)
+    return [(mean * math.exp(sigma * z - sigma * sigma / 2), math.exp(-z * z / 2) / total) for z in points]
+
+
+def _poisson_mixture(rates: list[tuple[float, float]], max_loops: int) -> dict[int, float]:
+    """P(T = t) for t < max_loops; the rest of the mass lies at max_loops."""
+    raw = dict.fromkeys(range(max_loops), 0.0)
+    for rate, weight in rates:
+        for count in range(max_loops):
+            raw[count] += weight * math.exp(count * math.log(rate) - rate - math.lgamma(count + 1))
+    raw[max_loops] = max(0.0, 1.0 - sum(raw.values()))
+    return raw
+
+
+def _clipped(raw: dict[int, float], max_loops: int) -> tuple[float, ...]:
+    pmf = [0.0] * max_loops
+    for loops, probability in raw.items():
+        pmf[min(max(loops, 1), max_loops) - 1] += probability
+    return tuple(pmf)

@@ -1,0 +1,233 @@
+"""Reads a run's JSON file: strict, with comments (`_` keys), overrides, and all problems reported at once."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mythos_ds.config import validation
+from mythos_ds.config.messages import did_you_mean, explain, section_type
+from mythos_ds.config.schema import RunConfig
+from mythos_ds.errors import ConfigError
+
+COMMENT = "_"
+SCHEMA_KEY = "$schema"
+SCHEMA_FILE = "schema.json"
+# An override of one of these replaces the other one when that comes from the file.
+_ALTERNATIVES = (
+    ("training.max_steps", "training.max_tokens"),
+    ("data.corpus", "data.datasets"),
+)
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked configuration, where it came from, and the file's text as it was read."""
+
+    config: RunConfig
+    path: Path
+    text: str
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object before duplicate keys are looked for (a dict would keep only the last)."""
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Reads and checks a configuration. Imports no torch and starts nothing.
+
+    Args:
+        name: a path, or a preset such as `1t` or `1t.json` (looked up in ds_configs/, then in the package).
+        overrides: `section.key=value`; the value is JSON, or else a string; null brings the default back.
+
+    Raises:
+        ConfigError: with every problem found: file, key path, what was given, what is allowed.
+    """
+    path = find_config(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{_shown(path)}: cannot be read as UTF-8 text ({error})") from None
+    problems: list[str] = []
+    raw = parse_json(text, _shown(path), problems)
+    overridden = apply_overrides(raw, overrides, problems)
+    config, found = _validated(raw)
+    problems += [f"{_source(key, path, overridden)}: {key}: {message}" for key, message in found]
+    if problems or config is None:
+        raise ConfigError(problems)
+    return LoadedConfig(config, path, text)
+
+
+def find_config(name: str) -> Path:
+    """The file a name stands for: a path, or a preset beside the package, in ./ds_configs or inside it."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    folders = _preset_folders()
+    file_name = name if name.endswith(".json") else f"{name}.json"
+    if given.name == name:
+        for folder in folders:
+            if (folder / file_name).is_file():
+                return folder / file_name
+    presets = list_presets()
+    hint = did_you_mean(given.name.removesuffix(".json"), presets)
+    raise ConfigError(f"{name}: no such file and no such preset{hint}; presets: {', '.join(presets)}")
+
+
+def list_presets() -> list[str]:
+    """Names of the presets that can be found, smallest first where the name is a size."""
+    names = {path.stem for folder in _preset_folders() for path in folder.glob("*.json")} - {
+        Path(SCHEMA_FILE).stem
+    }
+    return sorted(names, key=_preset_size)
+
+
+def _preset_size(name: str) -> tuple[float, str]:
+    scale = {"m": 1e6, "b": 1e9, "t": 1e12}.get(name[-1:], 0.0)
+    return (float(name[:-1]) * scale, name) if scale and name[:-1].isdigit() else (0.0, name)
+
+
+def _preset_folders() -> list[Path]:
+    package = Path(__file__).resolve().parent.parent
+    folders = [package.parent / "ds_configs", Path.cwd() / "ds_configs", package / "presets"]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def parse_json(text: str, source: str, problems: list[str]) -> dict[str, Any]:
+    """The object a text holds, without comments. Duplicate keys and NaN are added to `problems`.
+
+    Raises:
+        ConfigError: the text is not JSON (with line and column), or not an object.
+    """
+
+    def refuse_constant(constant: str) -> None:
+        problems.append(f"{source}: {constant} is not a number that JSON or a run knows")
+
+    try:
+        parsed = json.loads(text, object_pairs_hook=_Pairs, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        where = f"line {error.lineno} column {error.colno}"
+        raise ConfigError(
+            f"{source}: {where}: not valid JSON: {error.msg}; the line reads: {line[:80]}"
+        ) from None
+    if not isinstance(parsed, _Pairs):
+        raise ConfigError(f"{source}: a JSON object with the sections of a run is expected")
+    plain: dict[str, Any] = _plain(parsed, source, "", problems)
+    plain.pop(SCHEMA_KEY, None)
+    return plain
+
+
+def _plain(value: Any, source: str, at: str, problems: list[str]) -> Any:
+    """Dicts without comment keys; a key given twice is a problem."""
+    if isinstance(value, _Pairs):
+        result: dict[str, Any] = {}
+        for key, item in value:
+            here = f"{at}.{key}" if at else key
+            if key.startswith(COMMENT):
+                continue
+            if key in result:
+                problems.append(f"{source}: {here}: given twice; keep one")
+            result[key] = _plain(item, source, here, problems)
+        return result
+    if isinstance(value, list):
+        return [_plain(item, source, f"{at}[{index}]", problems) for index, item in enumerate(value)]
+    return value
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> set[str]:
+    """Writes `section.key=value` into `raw`; returns the key paths written. Bad ones go to `problems`."""
+    written: set[str] = set()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts) or len(parts) < 2:
+            problems.append(f"override {override!r}: allowed: section.key=value, such as training.lr=0.001")
+            continue
+        if _write(raw, parts, _override_value(text)):
+            written.add(".".join(parts))
+        else:
+            problems.append(f"override {override!r}: '{'.'.join(parts[:-1])}' is a value, not a section")
+    for pair in _ALTERNATIVES:
+        for chosen, other in (pair, pair[::-1]):
+            section, field = other.split(".")
+            if chosen in written and other not in written and isinstance(raw.get(section), dict):
+                raw[section].pop(field, None)
+    return written
+
+
+def _override_value(text: str) -> Any:
+    try:
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
+    except ValueError:
+        return text
+    return _plain(pairs, "override", "", [])
+
+
+def _write(raw: dict[str, Any], parts: list[str], value: Any) -> bool:
+    target = raw
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            return False
+    if value is None:
+        target.pop(parts[-1], None)
+    else:
+        target[parts[-1]] = value
+    return True
+
+
+def _validated(raw: dict[str, Any]) -> tuple[RunConfig | None, list[tuple[str, str]]]:
+    """The configuration, and (key path, message) of each problem with single values and with combinations."""
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = explain(error)
+        return None, problems + _other_problems(raw, error, {key for key, _ in problems})
+    return config, validation.check(config)
+
+
+def _other_problems(raw: dict[str, Any], error: ValidationError, wrong: set[str]) -> list[tuple[str, str]]:
+    """Problems with combinations of the values that are right one by one."""
+    remaining = copy.deepcopy(raw)
+    for item in error.errors(include_url=False):
+        _remove(remaining, item["loc"])
+    found = validation.check_partial(_constructed(remaining))
+    return [(key, message) for key, message in found if key not in wrong]
+
+
+def _constructed(raw: dict[str, Any]) -> RunConfig:
+    """The sections as far as they go, unvalidated; a required value that is absent is an absent attribute."""
+    sections: dict[str, Any] = {}
+    for name, field in RunConfig.model_fields.items():
+        value, section = raw.get(name), section_type(field.annotation)
+        if section is not None and (isinstance(value, dict) or field.is_required()):
+            sections[name] = section.model_construct(**(value or {}))
+        elif value is not None:
+            sections[name] = value
+    return RunConfig.model_construct(**sections)
+
+
+def _remove(raw: dict[str, Any], location: tuple[str | int, ...]) -> None:
+    """Drops the section or the setting that `location` lies in."""
+    section, *rest = location
+    inside = raw.get(str(section))
+    if rest and isinstance(inside, dict):
+        inside.pop(str(rest[0]), None)
+    else:
+        raw.pop(str(section), None)
+
+
+def _source(key: str, path: Path, overridden: set[str]) -> str:
+    if any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in overridden):
+        return "override"
+    return _shown(path)
+
+
+def _shown(path: Path) -> str:
+    """The path as a user would write it: relative where it lies below the working directory."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

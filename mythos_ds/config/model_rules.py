@@ -1,0 +1,95 @@
+"""Rules between the settings of the model: each returns what is wrong with one key, or None."""
+
+import math
+
+from mythos_ds.config.schema import ModelConfig
+
+
+def nearest_divisors(value: int, *numbers: int) -> str:
+    """The common divisors of `numbers` next to `value`, below and above, in words."""
+    common = math.gcd(*numbers)
+    divisors = [number for number in range(1, common + 1) if common % number == 0]
+    below = [number for number in divisors if number < value][-1:]
+    above = [number for number in divisors if number > value][:1]
+    return " or ".join(str(number) for number in below + above)
+
+
+def loop_embedding_width(model: ModelConfig) -> str | None:
+    """The sinusoid has pairs over all channels ("scaled") or over an eighth of them ("raw")."""
+    unit = {"none": 1, "scaled": 2, "raw": 16}[model.loop_embedding]
+    if model.dim % unit == 0:
+        return None
+    nearest = round(model.dim / unit) * unit or unit
+    return (
+        f'{model.dim} given; allowed: multiples of {unit} with loop_embedding "{model.loop_embedding}"; '
+        f"nearest: {nearest}"
+    )
+
+
+def kv_heads(model: ModelConfig) -> str | None:
+    if model.attn_type != "gqa" or model.n_heads % model.resolved_kv_heads == 0:
+        return None
+    return (
+        f"{model.n_kv_heads} given; allowed: divisors of n_heads = {model.n_heads}; "
+        f"nearest: {nearest_divisors(model.resolved_kv_heads, model.n_heads)}"
+    )
+
+
+def head_dim(model: ModelConfig) -> str | None:
+    if model.attn_type != "gqa":
+        return None
+    if model.head_dim is None and model.dim % model.n_heads:
+        return f"missing; required where n_heads = {model.n_heads} does not divide dim = {model.dim}"
+    width = model.resolved_head_dim
+    return (
+        f"{width} given; allowed: even numbers (RoPE rotates pairs); nearest: {width + 1}"
+        if width % 2
+        else None
+    )
+
+
+def rope_dim(model: ModelConfig) -> str | None:
+    width = model.qk_rope_head_dim
+    if width is None or width % 2 == 0:
+        return None
+    return f"{width} given; allowed: even numbers (RoPE rotates pairs); nearest: {width - 1} or {width + 1}"
+
+
+def top_k(model: ModelConfig) -> str | None:
+    top_k, n_experts = model.n_experts_per_tok, model.n_experts
+    if top_k > n_experts:
+        return f"{top_k} given; allowed: at most n_experts = {n_experts}; nearest: {n_experts}"
+    if model.n_expert_groups is None or model.n_limited_groups is None or n_experts % model.n_expert_groups:
+        return None
+    reachable = n_experts // model.n_expert_groups * model.n_limited_groups
+    if top_k > reachable:
+        return f"{top_k} given; allowed: at most the {reachable} experts of {model.n_limited_groups} groups"
+    return None
+
+
+def groups(model: ModelConfig) -> str | None:
+    groups = model.n_expert_groups
+    if groups is None:
+        return "missing; required with n_limited_groups" if model.n_limited_groups is not None else None
+    if model.n_experts % groups == 0:
+        return None
+    return (
+        f"{groups} given; allowed: divisors of n_experts = {model.n_experts}; "
+        f"nearest: {nearest_divisors(groups, model.n_experts)}"
+    )
+
+
+def limited_groups(model: ModelConfig) -> str | None:
+    groups, limited = model.n_expert_groups, model.n_limited_groups
+    if groups is None:
+        return None
+    if limited is None:
+        return "missing; required with n_expert_groups"
+    return f"{limited} given; allowed: 1 to n_expert_groups = {groups}" if limited > groups else None
+
+
+def mean_recurrence(model: ModelConfig) -> str | None:
+    if model.mean_recurrence <= model.max_loops:
+        return None
+    limit = model.max_loops
+    return f"{model.mean_recurrence} given; allowed: 1 to max_loops = {limit}; nearest: {limit}"

@@ -1,0 +1,117 @@
+"""The proxy of a run: the same structure at laptop size, so that every preset can be executed."""
+
+import math
+from typing import Any
+
+from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.validation import BUILTIN_VOCABULARY
+
+DIM = 64
+EXPERTS = 32
+SEQ_LEN = 64
+HEADS = 4
+STEPS = 20
+_MLA_WIDTHS = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+_LORA_RANK = 4
+_ACCUMULATION = 2
+
+
+def make_proxy(config: RunConfig, world_size: int) -> tuple[RunConfig, list[str]]:
+    """A small run of the same structure on the processes at hand, and one printable line per changed setting.
+
+    Kept: recurrent layers, max_loops and the depth distribution, attention type, top-k, shared experts, the
+    ratio expert_dim / dim, ZeRO stage, injection, optimizer. Changed: widths, expert count, sequence length,
+    data, length.
+    """
+    sections = config.model_dump(exclude_unset=True)
+    changes: dict[str, dict[str, Any]] = {
+        "model": _model_changes(config),
+        "parallel": _parallel_changes(config, world_size),
+        "training": _training_changes(config, world_size),
+        "data": {"corpus": "builtin", "datasets": None, "tokenizer": None},
+        "checkpoint": {"interval": 0},
+        "monitor": {"log_interval": 1, "sample_tokens": 8},
+    }
+    lines: list[str] = []
+    for name, settings in changes.items():
+        before = getattr(config, name)
+        for key, value in settings.items():
+            old = getattr(before, key)
+            if old != value:
+                lines.append(f"proxy: {name}.{key}: {_brief(old)} -> {_brief(value)}")
+                sections.setdefault(name, {})[key] = value
+    if sections.pop("cluster", None) is not None:
+        lines.append(
+            f"proxy: cluster: removed (this is {world_size} process{'es' if world_size > 1 else ''})"
+        )
+    return RunConfig.model_validate(sections), lines
+
+
+def _brief(value: Any) -> str:
+    return f"{len(value)} datasets" if isinstance(value, list) else str(value)
+
+
+def _model_changes(config: RunConfig) -> dict[str, Any]:
+    model = config.model
+    changes: dict[str, Any] = {
+        "vocab_size": BUILTIN_VOCABULARY,
+        "dim": DIM,
+        "prelude_layers": 1,
+        "coda_layers": min(1, model.coda_layers),
+        "n_heads": HEADS,
+        "ffn_dim": _scaled(model.ffn_dim, model.dim),
+        "n_experts": EXPERTS,
+        "n_experts_per_tok": min(model.n_experts_per_tok, EXPERTS),
+        "expert_dim": _scaled(model.expert_dim, model.dim),
+        "lora_rank": min(model.lora_rank, _LORA_RANK),
+    }
+    if model.shared_expert_dim is not None:
+        changes["shared_expert_dim"] = _scaled(model.shared_expert_dim, model.dim)
+    if model.attn_type == "mla":
+        changes.update({key: width for key, width in _MLA_WIDTHS.items() if getattr(model, key) is not None})
+    else:
+        ratio = model.n_heads // model.resolved_kv_heads
+        changes.update(n_kv_heads=max(1, HEADS // ratio), head_dim=None)
+    if model.n_expert_groups is not None and model.n_limited_groups is not None:
+        groups = math.gcd(model.n_expert_groups, EXPERTS)
+        needed = -(-changes["n_experts_per_tok"] * groups // EXPERTS)
+        changes.update(
+            n_expert_groups=groups, n_limited_groups=max(needed, min(model.n_limited_groups, groups))
+        )
+    return changes
+
+
+def _scaled(width: int, dim: int) -> int:
+    """`width` at the proxy's dim, to the next multiple of 8."""
+    return max(8, 8 * round(width * DIM / dim / 8))
+
+
+def _parallel_changes(config: RunConfig, world_size: int) -> dict[str, Any]:
+    ep_size = config.parallel.ep_size
+    if ep_size == "auto":
+        return {}
+    fitting = math.gcd(EXPERTS, world_size)
+    return {"ep_size": max(size for size in range(1, fitting + 1) if fitting % size == 0 and size <= ep_size)}
+
+
+def _training_changes(config: RunConfig, world_size: int) -> dict[str, Any]:
+    training = config.training
+    steps = min(training.max_steps or STEPS, STEPS)
+    unit = training.micro_batch_size * world_size
+    accumulation = min(_ACCUMULATION, max(1, training.global_batch_size // unit))
+    return {
+        "seq_len": SEQ_LEN,
+        "micro_batch_size": 1,
+        "global_batch_size": world_size * accumulation,
+        "max_steps": steps,
+        "max_tokens": None,
+        "warmup_steps": min(training.warmup_steps, steps // 10),
+        "eval_interval": 0,
+        "eval_batches": 1,
+    }

@@ -1,0 +1,70 @@
+"""Derives everything that follows from a run's file and the number of processes. Pure; no torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mythos_ds.config import deepspeed_section, validation
+from mythos_ds.config.schema import RunConfig
+from mythos_ds.errors import ConfigError
+
+BIAS_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run whose every number is known.
+
+    Attributes:
+        tokens_per_step: tokens of one optimizer step over all processes.
+        mean_backprop_depth: the last loops of a step that carry gradient.
+        router_bias_rate: u_b, the step of the selection bias per optimizer step.
+        deepspeed: the configuration handed to deepspeed.initialize.
+    """
+
+    config: RunConfig
+    world_size: int
+    ep_size: int
+    gradient_accumulation_steps: int
+    max_steps: int
+    tokens_per_step: int
+    mean_backprop_depth: int
+    router_bias_rate: float
+    deepspeed: dict[str, Any]
+
+
+def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
+    """The run on `world_size` processes.
+
+    Raises:
+        ConfigError: with every setting that contradicts another one or does not fit the processes.
+    """
+    problems = validation.check(config) + validation.check_world(config, world_size)
+    if problems:
+        raise ConfigError([f"{key}: {message}" for key, message in problems])
+    training, model = config.training, config.model
+    accumulation = training.global_batch_size // (training.micro_batch_size * world_size)
+    bias_rate = training.router_bias_rate
+    return ResolvedRun(
+        config=config,
+        world_size=world_size,
+        ep_size=expert_parallel_size(config, world_size),
+        gradient_accumulation_steps=accumulation,
+        max_steps=validation.steps_of(training),
+        tokens_per_step=training.global_batch_size * training.seq_len,
+        mean_backprop_depth=training.mean_backprop_depth or math.ceil(model.mean_recurrence / 2),
+        router_bias_rate=bias_rate if bias_rate is not None else BIAS_RATE / model.mean_recurrence,
+        deepspeed=deepspeed_section.build(config, accumulation),
+    )
+
+
+def expert_parallel_size(config: RunConfig, world_size: int) -> int:
+    """`ep_size`, with "auto" = the largest divisor of n_experts and of the processes (1 under ZeRO 0)."""
+    if config.parallel.ep_size != "auto":
+        return config.parallel.ep_size
+    return 1 if config.parallel.zero_stage == 0 else math.gcd(config.model.n_experts, world_size)
+
+
+def planned_world_size(config: RunConfig) -> int:
+    """Processes of the cluster the file is laid out for, or 1; for plans made without a launcher."""
+    return config.cluster.nodes * config.cluster.gpus_per_node if config.cluster is not None else 1

@@ -1,0 +1,1 @@
+"""What a run costs, computed from its configuration alone: parameters, FLOPs, cache. Imports no torch."""

@@ -1,0 +1,114 @@
+"""FLOPs per token and cache bytes per token of a looped model.
+
+Counted: matrix products (2 FLOPs per weight and token) and, apart from them, attention scores and their
+product with the values at a given context, causal (half of the square). Not counted: norms, activations,
+softmax, the injection, all linear in the width. A backward pass costs twice its forward (Kaplan et al. 2020,
+arXiv 2001.08361).
+"""
+
+from dataclasses import dataclass
+
+from mythos_ds.config.depth import depth_pmf, mean_depth
+from mythos_ds.config.schema import ModelConfig, RunConfig
+from mythos_ds.plan.params import (
+    attention_head_widths,
+    attention_matmul,
+    cache_values_per_attention,
+    expert_matmul,
+    shared_matmul,
+)
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """FLOPs for one token, averaged over its positions.
+
+    Attributes:
+        forward: matrix products of a forward pass.
+        attention: scores and values of a forward pass.
+        training: forward and backward of both kinds; loops without gradient count once, all else three times.
+        recompute: what activation checkpointing of the loops adds to `training`.
+    """
+
+    forward: float
+    attention: float
+    training: float
+    recompute: float
+
+
+def flops_per_token(
+    model: ModelConfig,
+    *,
+    context: int,
+    n_loops: int,
+    n_grad_loops: int | None = None,
+    recompute: bool = False,
+) -> TokenFlops:
+    """FLOPs of one token in sequences of `context` tokens at `n_loops` loops.
+
+    Args:
+        n_grad_loops: loops that carry gradient; None = all of them.
+        recompute: loops with gradient are computed again in the backward pass.
+    """
+    grad_loops = n_loops if n_grad_loops is None else min(n_grad_loops, n_loops)
+    once, once_scores = _once(model), _scores(model, context) * (model.prelude_layers + model.coda_layers)
+    loop, loop_scores = _per_loop(model), _scores(model, context) * model.recurrent_layers
+    with_gradient = once + once_scores + grad_loops * (loop + loop_scores)
+    without = (n_loops - grad_loops) * (loop + loop_scores)
+    return TokenFlops(
+        forward=once + n_loops * loop,
+        attention=once_scores + n_loops * loop_scores,
+        training=3 * with_gradient + without,
+        recompute=grad_loops * (loop + loop_scores) if recompute else 0.0,
+    )
+
+
+def expected_flops_per_token(config: RunConfig, mean_backprop_depth: int) -> TokenFlops:
+    """FLOPs of one token averaged over the depth distribution, at the training sequence length."""
+    recompute = config.parallel.activation_checkpointing == "loop"
+    totals = [0.0] * 4
+    for index, probability in enumerate(training_depth_pmf(config)):
+        loops = index + 1
+        cost = flops_per_token(config.model, context=config.training.seq_len, n_loops=loops,
+                               n_grad_loops=mean_backprop_depth, recompute=recompute)  # fmt: skip
+        values = (cost.forward, cost.attention, cost.training, cost.recompute)
+        totals = [total + probability * value for total, value in zip(totals, values, strict=True)]
+    return TokenFlops(*totals)
+
+
+def training_depth_pmf(config: RunConfig) -> tuple[float, ...]:
+    """P(T = 1 .. max_loops) in training."""
+    model, training = config.model, config.training
+    return depth_pmf(
+        training.depth_distribution, model.mean_recurrence, training.depth_sigma, model.max_loops
+    )
+
+
+def mean_training_depth(config: RunConfig) -> float:
+    """Expected loop count of a training step."""
+    return mean_depth(training_depth_pmf(config))
+
+
+def cache_bytes_per_token(model: ModelConfig, n_loops: int, bytes_per_value: int = 2) -> int:
+    """Bytes one token leaves in an exact cache, with one entry per (loop, layer); bfloat16 unless said."""
+    attentions = model.prelude_layers + model.coda_layers + n_loops * model.recurrent_layers
+    return attentions * cache_values_per_attention(model) * bytes_per_value
+
+
+def _once(model: ModelConfig) -> float:
+    """Matrix FLOPs outside the loop: prelude, coda, LM head. The embedding is a look-up."""
+    block = attention_matmul(model) + 3 * model.dim * model.ffn_dim
+    return 2.0 * ((model.prelude_layers + model.coda_layers) * block + model.vocab_size * model.dim)
+
+
+def _per_loop(model: ModelConfig) -> float:
+    """Matrix FLOPs of one loop: attention, router, chosen and shared experts of each layer, and the LoRA."""
+    experts = model.n_experts_per_tok * expert_matmul(model) + shared_matmul(model)
+    layer = attention_matmul(model) + model.n_experts * model.dim + experts
+    return 2.0 * (model.recurrent_layers * layer + 2 * model.lora_rank * model.dim)
+
+
+def _scores(model: ModelConfig, context: int) -> float:
+    """Score and value FLOPs of one attention, mean over the positions of a causal sequence."""
+    key_width, value_width = attention_head_widths(model)
+    return 2.0 * model.n_heads * (key_width + value_width) * (context + 1) / 2

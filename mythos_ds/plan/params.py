@@ -1,0 +1,132 @@
+"""Exact parameter counts from a configuration; a test holds them against the module on the meta device."""
+
+from dataclasses import dataclass
+
+from mythos_ds.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by part. The parts are disjoint and sum to `total`.
+
+    Attributes:
+        embedding: rows of the embedding table.
+        head: the LM head; 0 when tied to the embedding.
+        dense: prelude and coda blocks.
+        attention: attention of the recurrent layers, with its own norms.
+        router: routers of the recurrent layers.
+        routed: all routed experts.
+        shared: all shared experts.
+        other: norms outside attention, injection, loop embedding, LoRA, halting.
+        active: unique parameters one token uses, however often: all but the experts it is not routed to and
+        the
+            rows of an untied embedding it does not read.
+    """
+
+    embedding: int
+    head: int
+    dense: int
+    attention: int
+    router: int
+    routed: int
+    shared: int
+    other: int
+    active: int
+
+    @property
+    def total(self) -> int:
+        """All parameters of the model."""
+        parts = (self.embedding, self.head, self.dense, self.attention, self.router, self.routed, self.shared)
+        return sum(parts) + self.other
+
+    @property
+    def active_share(self) -> float:
+        """active / total."""
+        return self.active / self.total
+
+
+def count_parameters(model: ModelConfig) -> ParameterCounts:
+    """Counts every weight, norm and gain of the model."""
+    layers, dim = model.recurrent_layers, model.dim
+    attention = attention_matmul(model) + _attention_norms(model)
+    dense_block = attention + 3 * dim * model.ffn_dim + 2 * dim
+    embedding = model.vocab_size * dim
+    counts = {
+        "embedding": embedding,
+        "head": 0 if model.tie_embeddings else embedding,
+        "dense": (model.prelude_layers + model.coda_layers) * dense_block,
+        "attention": layers * attention,
+        "router": layers * model.n_experts * dim,
+        "routed": layers * model.n_experts * expert_matmul(model),
+        "shared": layers * shared_matmul(model),
+        "other": _other(model),
+    }
+    idle_experts = layers * (model.n_experts - model.n_experts_per_tok) * expert_matmul(model)
+    idle_rows = 0 if model.tie_embeddings else embedding - dim
+    return ParameterCounts(**counts, active=sum(counts.values()) - idle_experts - idle_rows)
+
+
+def attention_matmul(model: ModelConfig) -> int:
+    """Matrix elements of one attention."""
+    dim, heads = model.dim, model.n_heads
+    if model.attn_type == "gqa":
+        return 2 * dim * model.resolved_head_dim * (heads + model.resolved_kv_heads)
+    kv_lora, nope, rope, value = _mla_widths(model)
+    key = nope + rope
+    query = dim * heads * key if model.q_lora_rank is None else model.q_lora_rank * (dim + heads * key)
+    return query + dim * (kv_lora + rope) + kv_lora * heads * (nope + value) + heads * value * dim
+
+
+def attention_head_widths(model: ModelConfig) -> tuple[int, int]:
+    """Widths of a query/key head and of a value head."""
+    if model.attn_type == "gqa":
+        return model.resolved_head_dim, model.resolved_head_dim
+    _, nope, rope, value = _mla_widths(model)
+    return nope + rope, value
+
+
+def cache_values_per_attention(model: ModelConfig) -> int:
+    """Numbers one token leaves in the cache of one attention: MLA's latent and rope key, or GQA's K and V."""
+    if model.attn_type == "gqa":
+        return 2 * model.resolved_kv_heads * model.resolved_head_dim
+    kv_lora, _, rope, _ = _mla_widths(model)
+    return kv_lora + rope
+
+
+def expert_matmul(model: ModelConfig) -> int:
+    """Matrix elements of one routed expert (SwiGLU)."""
+    return 3 * model.dim * model.expert_dim
+
+
+def shared_matmul(model: ModelConfig) -> int:
+    """Matrix elements of the shared experts of one layer."""
+    return 3 * model.dim * model.n_shared_experts * model.resolved_shared_dim
+
+
+def _mla_widths(model: ModelConfig) -> tuple[int, int, int, int]:
+    widths = (model.kv_lora_rank, model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim)
+    if any(width is None for width in widths):
+        raise ValueError(
+            "attn_type 'mla' needs kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim"
+        )
+    kv_lora, nope, rope, value = (int(width or 0) for width in widths)
+    return kv_lora, nope, rope, value
+
+
+def _attention_norms(model: ModelConfig) -> int:
+    if model.attn_type == "mla":
+        return (model.q_lora_rank or 0) + (model.kv_lora_rank or 0)
+    return 2 * model.resolved_head_dim if model.qk_norm else 0
+
+
+def _other(model: ModelConfig) -> int:
+    dim = model.dim
+    time_step = 1 if model.discretisation == "direct" else dim
+    block_norms = 2 * dim * model.recurrent_layers
+    injection = 2 * dim + time_step
+    loop_gain = dim if model.loop_embedding == "scaled" else 0
+    lora = model.lora_rank * (2 * dim + model.max_loops)
+    state_norm = dim if model.injection == "post" else 0
+    halting = dim + 1 if model.halting != "none" else 0
+    prelude_norm = dim if model.prelude_norm else 0
+    return block_norms + injection + loop_gain + lora + state_norm + halting + prelude_norm + dim

@@ -1,0 +1,81 @@
+"""What `--dry-run` and `--print-config` say about a run, without torch."""
+
+import json
+
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.plan.flops import (
+    cache_bytes_per_token,
+    expected_flops_per_token,
+    flops_per_token,
+    mean_training_depth,
+)
+from mythos_ds.plan.params import count_parameters
+from mythos_ds.plan.table import short
+
+_LABEL_WIDTH = 18
+
+
+def dry_run_report(resolved: ResolvedRun) -> str:
+    """Layout, batch, parameters, FLOPs, cache and the DeepSpeed configuration, as text."""
+    lines = [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in (*_layout(resolved), *_size(resolved))]
+    deepspeed = json.dumps(resolved.deepspeed, indent=2, sort_keys=True)
+    return "\n".join([*lines, "DeepSpeed configuration:", deepspeed])
+
+
+def print_config(resolved: ResolvedRun) -> str:
+    """The configuration with every default, and what was derived from it, as JSON."""
+    derived = {
+        "world_size": resolved.world_size,
+        "ep_size": resolved.ep_size,
+        "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
+        "max_steps": resolved.max_steps,
+        "tokens_per_step": resolved.tokens_per_step,
+        "mean_backprop_depth": resolved.mean_backprop_depth,
+        "router_bias_rate": resolved.router_bias_rate,
+        "deepspeed": resolved.deepspeed,
+    }
+    return json.dumps({**resolved.config.model_dump(mode="json"), "_derived": derived}, indent=2)
+
+
+def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
+    config, ep_size, world = resolved.config, resolved.ep_size, resolved.world_size
+    training, model, zero = config.training, config.model, config.parallel.zero_stage
+    tokens = resolved.max_steps * resolved.tokens_per_step
+    matrix_lr = training.lr * training.lr_reference_dim / model.dim
+    accumulation = resolved.gradient_accumulation_steps
+    split = f"{training.micro_batch_size} x {world} processes x {accumulation} accumulation"
+    return [
+        ("processes", f"{world}: expert parallel {ep_size} x {world // ep_size} expert copies, ZeRO {zero}"),
+        ("experts", f"{model.n_experts // ep_size} of {model.n_experts} per process and layer"),
+        ("batch", f"{training.global_batch_size} sequences = {split} = {resolved.tokens_per_step:,} tokens"),
+        ("length", f"{resolved.max_steps:,} steps = {short(tokens)} tokens, sequences of {training.seq_len}"),
+        (
+            "optimizer",
+            f"{training.optimizer}, lr {training.lr:g} (matrices {matrix_lr:.3g}), {training.dtype}",
+        ),
+        ("schedule", f"{training.schedule}, {training.warmup_steps} warm-up steps"),
+        ("loops", f"mean {mean_training_depth(config):.2f}, at most {model.max_loops}"),
+        ("drawn from", training.depth_distribution),
+        ("gradient", f"through the last {resolved.mean_backprop_depth} loops"),
+    ]
+
+
+def _size(resolved: ResolvedRun) -> list[tuple[str, str]]:
+    config = resolved.config
+    model, counts = config.model, count_parameters(config.model)
+    mean = expected_flops_per_token(config, resolved.mean_backprop_depth)
+    full = flops_per_token(model, context=config.training.seq_len, n_loops=model.max_loops)
+    tokens = resolved.max_steps * resolved.tokens_per_step
+    depths = (model.mean_recurrence, model.max_loops)
+    cache = [f"{short(cache_bytes_per_token(model, loops))}B at {loops} loops" for loops in depths]
+    return [
+        ("parameters", f"{counts.total:,}, of them {counts.routed:,} in routed experts"),
+        ("active", f"{counts.active:,} per token ({counts.active_share:.1%})"),
+        (
+            "FLOPs per token",
+            f"{short(mean.training)} in training at mean depth + {short(mean.recompute)} recompute",
+        ),
+        ("at full depth", f"{short(full.training)} (T = {model.max_loops}, gradient through all loops)"),
+        ("FLOPs of the run", short(mean.training * tokens)),
+        ("cache per token", ", ".join(cache)),
+    ]
