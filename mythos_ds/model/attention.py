@@ -73,7 +73,7 @@ class MultiHeadLatentAttention(Attention):
         assert latent and nope and rope and value  # the config's validation has seen to it
         dim, heads, std, eps = config.dim, config.n_heads, config.resolved_init_std, config.norm_eps
         self.heads, self.latent, self.nope, self.rope = heads, latent, nope, rope
-        self.q_down = self.q_norm = self.q_proj = None
+        self.full_rank_query = config.q_lora_rank is None
         if config.q_lora_rank is None:
             self.q_proj = Linear(dim, heads * (nope + rope), init.at("q_proj"), std)
         else:
@@ -91,7 +91,7 @@ class MultiHeadLatentAttention(Attention):
 
     def attend(self, x: Tensor, keys_values: tuple[Tensor, ...], context: ForwardContext) -> Tensor:
         latent, k_rope = keys_values
-        q = self.q_proj(x) if self.q_proj is not None else self.q_up(self.q_norm(self.q_down(x)))
+        q = self.q_proj(x) if self.full_rank_query else self.q_up(self.q_norm(self.q_down(x)))
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
         q = torch.cat([q_nope, context.rotary.rotate(q_rope)], dim=-1)
         k_nope, v = self.kv_up(latent).unflatten(-1, (self.heads, -1)).tensor_split([self.nope], dim=-1)

@@ -85,10 +85,10 @@ def _sdpa_by_document(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: 
     parts = [
         permute_rows(x.flatten(0, 1), documents.order, documents.inverse).split(sizes) for x in (q, k, v)
     ]
-    outputs = [
-        _sdpa(*(x.unflatten(0, (count, length)) for x in group), scale).flatten(0, 1)
-        for (count, length), *group in zip(documents.runs, *parts, strict=True)
-    ]
+    outputs = []
+    for run, *group in zip(documents.runs, *parts, strict=True):
+        run_q, run_k, run_v = (x.unflatten(0, run) for x in group)
+        outputs.append(_sdpa(run_q, run_k, run_v, scale).flatten(0, 1))
     return permute_rows(torch.cat(outputs), documents.inverse, documents.order).unflatten(0, (batch, seq))
 
 

@@ -87,7 +87,7 @@ class MythosModel(nn.Module):
 
     def moe_layers(self) -> list[MoE]:
         """The mixture-of-experts layers, in order."""
-        return [layer.moe for layer in self.recurrent.layers]
+        return self.recurrent.moe_layers()
 
 
 def clear_records(model: MythosModel) -> None:

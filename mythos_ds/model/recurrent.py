@@ -4,7 +4,7 @@ This module owns the whole loop, which makes it the unit that ZeRO-3 gathers: on
 whatever the loop count (docs/deepspeed.md says what goes wrong otherwise).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.injection import Injection
 from mythos_ds.model.layers import MoEFactory, RecurrentLayer
 from mythos_ds.model.loop_identity import DepthwiseLoRA, LoopEmbedding
+from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import RMSNorm
 from mythos_ds.model.records import LoopRecord
 
@@ -109,10 +110,14 @@ class RecurrentBlock(nn.Module):
             return halting.output
         return attach_loss(halting.output, halting.ponder.mean() * (aux.ponder * aux.scale))
 
+    def moe_layers(self) -> list[MoE]:
+        """The mixture-of-experts layers, in order."""
+        return [cast(RecurrentLayer, layer).moe for layer in self.layers]
+
     def _clear_records(self) -> None:
         self.loop_records.clear()
-        for layer in self.layers:
-            layer.moe.records.clear()
+        for moe in self.moe_layers():
+            moe.records.clear()
 
     @torch.no_grad()
     def _record(self, loop: int, before: Tensor, after: Tensor) -> None:

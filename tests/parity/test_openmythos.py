@@ -80,7 +80,7 @@ def test_logits_and_gradients_equal_the_oracle(attn_type: str, n_loops: int, hal
 
 def test_halting_really_happens_and_really_does_not() -> None:
     tokens = torch.randint(0, 61, (2, 16))
-    default, _ = _pair("gqa")
+    default, _ = _pair("gqa", halt_bias=3.0)
     assert torch.equal(default(tokens, n_loops=9), default(tokens, n_loops=16)), "halted: more loops change nothing"
     patient, _ = _pair("gqa", halt_bias=-4.0)
     assert not torch.equal(patient(tokens, n_loops=4), patient(tokens, n_loops=9))

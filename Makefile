@@ -1,0 +1,59 @@
+# Both `make quickstart` and `make test` set everything up on a fresh machine; a second run installs nothing.
+#   PYTHON=python3.12   the interpreter the environment is made from
+#   VENV=.venv          where it is made; VENV= (empty) uses PYTHON's own environment, for machines with torch in place
+#   TORCH=torch==2.13.0 what to install where torch is missing
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PROCESSES ?= 2
+RUN_DIR ?= runs/quickstart
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+STAMP := .cache/installed
+else
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+endif
+
+export OMP_NUM_THREADS ?= 1
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+
+.PHONY: quickstart continue test test-slow lint bench clean setup
+
+quickstart: $(STAMP)
+	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
+	$(PY) tools/build_corpus.py
+	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR)
+
+# Goes on from the checkpoint: the interrupted run to its end, or a finished one for 300 steps more.
+continue: $(STAMP)
+	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR) training.max_steps=1200
+
+test: $(STAMP) lint
+	$(PY) -m pytest
+
+test-slow: $(STAMP)
+	$(PY) -m pytest -m slow
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(STAMP)
+	$(PY) tools/bench_step.py --config tiny.json --processes $(PROCESSES)
+
+setup: $(STAMP)
+
+# torch first: whatever depends on it would otherwise bring gigabytes of CUDA.
+$(STAMP): setup.py
+ifneq ($(strip $(VENV)),)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+endif
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q -e ".[dev]"
+	$(PY) -m pip install -q --no-deps open-mythos==0.5.0
+	@mkdir -p $(dir $@) && touch $@
+
+clean:
+	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,89 @@
+"""Train a model from one JSON file.
+
+    deepspeed launch/pretrain.py --config tiny.json
+    torchrun --nproc_per_node 8 launch/pretrain.py --config 1b.json training.max_steps=1000
+    python launch/pretrain.py --config 1t.json --dry-run
+
+The same command resumes an interrupted run. Exit code 2: the message on stderr says what to mend.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from mythos_ds.config.loader import LoadedConfig, load_config
+from mythos_ds.config.proxy import make_proxy
+from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
+from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.errors import MythosError
+from mythos_ds.train.failure import fail
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a path, or a preset such as tiny or 1t.json")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from")
+    parser.add_argument("--proxy", action="store_true", help="the same structure at laptop size")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit; needs no torch")
+    parser.add_argument("--print-config", action="store_true", help="print the full configuration as JSON and exit")
+    parser.add_argument("--world-size", type=int, help="with --dry-run: processes to plan for")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse_arguments(argv)
+    environment: ProcessEnvironment | None = None
+    try:
+        environment = ProcessEnvironment.detect(os.environ)
+        run(arguments, environment, argv)
+    except MythosError as error:
+        return fail(error, environment)
+    return 0
+
+
+def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: list[str]) -> None:
+    loaded = load_config(arguments.config, arguments.overrides)
+    first = environment.rank == 0
+    resolved, changes = plan(arguments, loaded, environment)
+    if first and changes:
+        print("\n".join(changes), flush=True)
+    if arguments.print_config or arguments.dry_run:
+        if first:
+            print(describe(arguments, resolved))
+        return
+    # Imports torch and DeepSpeed, which a dry run and a wrong configuration need not wait for.
+    from mythos_ds.train.main import RunRequest, train
+
+    stem = loaded.path.stem + ("-proxy" if arguments.proxy else "")
+    run_dir = arguments.run_dir or Path("runs") / stem
+    train(RunRequest(resolved, loaded.text, run_dir, arguments.resume, tuple(argv)), environment)
+
+
+def plan(
+    arguments: argparse.Namespace, loaded: LoadedConfig, environment: ProcessEnvironment
+) -> tuple[ResolvedRun, list[str]]:
+    config, changes = loaded.config, []
+    world_size = environment.world_size
+    planning = arguments.dry_run or arguments.print_config
+    if planning and environment.launcher == "python":
+        world_size = arguments.world_size or (1 if arguments.proxy else planned_world_size(config))
+    if arguments.proxy:
+        config, changes = make_proxy(config, world_size)
+    return resolve(config, world_size), changes
+
+
+def describe(arguments: argparse.Namespace, resolved: ResolvedRun) -> str:
+    if arguments.print_config:
+        return json.dumps(resolved.config.model_dump(mode="json"), indent=2)
+    from mythos_ds.plan.report import dry_run_report
+
+    return dry_run_report(resolved)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

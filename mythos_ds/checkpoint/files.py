@@ -1,0 +1,137 @@
+"""What makes a checkpoint directory complete: a manifest, written last, with the size and checksum of every file."""
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mythos_ds.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+STATE = "training_state.json"
+TAG_PREFIX = "step_"
+PARTIAL_PREFIX = ".partial_"
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and CRC-32 of one file; enough to notice a torn or damaged one, not against an attacker."""
+
+    size: int
+    crc32: int
+
+
+def tag_name(step: int) -> str:
+    """Directory name of the checkpoint taken after `step` optimizer steps."""
+    return f"{TAG_PREFIX}{step:08d}"
+
+
+def tag_step(tag: Path) -> int:
+    """Optimizer steps that the checkpoint in `tag` has behind it."""
+    return int(tag.name.removeprefix(TAG_PREFIX))
+
+
+def list_tags(directory: Path) -> list[Path]:
+    """Published checkpoint directories, newest first. They may still prove incomplete."""
+    if not directory.is_dir():
+        return []
+    tags = [path for path in directory.iterdir() if path.is_dir() and is_tag(path.name)]
+    return sorted(tags, key=tag_step, reverse=True)
+
+
+def is_tag(name: str) -> bool:
+    """Whether a directory name is that of a published checkpoint."""
+    return name.startswith(TAG_PREFIX) and name.removeprefix(TAG_PREFIX).isdigit()
+
+
+def data_files(directory: Path) -> list[Path]:
+    """Every file below `directory` that belongs into its manifest, sorted by name."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(path for path in files if path.name != MANIFEST and not path.name.startswith("."))
+
+
+def share_of(items: list[Path], rank: int, world_size: int) -> list[Path]:
+    """The items that `rank` handles; all ranks together handle each one once."""
+    return items[rank::world_size]
+
+
+def digest(path: Path) -> FileRecord:
+    """Size and checksum of a file, read in chunks."""
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return FileRecord(size, crc)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a directory's entries, to stable storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON and force it to stable storage."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises CheckpointError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable ({error})") from error
+
+
+def read_manifest(tag: Path) -> dict[str, FileRecord]:
+    """Relative path -> size and checksum. Raises CheckpointError when the manifest is missing or damaged."""
+    content = read_json(tag / MANIFEST)
+    try:
+        return {name: FileRecord(record["size"], record["crc32"]) for name, record in content["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{tag / MANIFEST}: not a checkpoint manifest ({error!r})") from error
+
+
+def verify(tag: Path, rank: int, world_size: int) -> None:
+    """Check all sizes and this rank's share of the checksums. Raises CheckpointError at the first fault."""
+    records = read_manifest(tag)
+    for name, record in records.items():
+        path = tag / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != record.size:
+            found = "missing" if size is None else f"{size} bytes"
+            raise CheckpointError(f"{path}: {found}, the manifest says {record.size} bytes")
+    for path in share_of([tag / name for name in sorted(records)], rank, world_size):
+        if digest(path) != records[str(path.relative_to(tag))]:
+            raise CheckpointError(f"{path}: the checksum differs from the manifest's")
+
+
+def point_latest(directory: Path, tag: Path) -> None:
+    """Let the file `latest` name `tag`, atomically."""
+    temporary = directory / f".{LATEST}.tmp"
+    temporary.write_text(tag.name, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(directory / LATEST)
+    sync(directory)
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and everything left over from interrupted saves."""
+    for path in [*list_tags(directory)[keep:], *directory.glob(f"{PARTIAL_PREFIX}*")]:
+        # Renamed first: a removal that is interrupted must not leave something that looks like a checkpoint.
+        doomed = path.with_name(f"{PARTIAL_PREFIX}removed_{path.name.lstrip('.')}")
+        if doomed != path:
+            path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

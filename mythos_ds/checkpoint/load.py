@@ -1,0 +1,67 @@
+"""Finding the newest checkpoint that every rank can verify, and resuming from it."""
+
+from pathlib import Path
+from typing import Any
+
+from mythos_ds.checkpoint import files, random_state
+from mythos_ds.checkpoint.save import TrainingState, random_state_file
+from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.errors import CheckpointError
+from mythos_ds.log import get_logger
+from mythos_ds.parallel.groups import ParallelGroups
+
+_logger = get_logger(__name__)
+
+
+def find_checkpoint(groups: ParallelGroups, directory: Path) -> Path | None:
+    """The newest checkpoint below `directory` that is complete for all ranks; damaged ones are skipped aloud."""
+    for tag in files.list_tags(directory):
+        if verified_everywhere(groups, tag):
+            return tag
+    return None
+
+
+def verified_everywhere(groups: ParallelGroups, tag: Path) -> bool:
+    """Whether all ranks find `tag` complete. The ranks share the work of reading the checksums."""
+    fault: CheckpointError | None = None
+    try:
+        files.verify(tag, groups.dp_rank, groups.dp_size)
+    except CheckpointError as error:
+        fault = error
+        _logger.warning("skipping checkpoint %s: %s", tag.name, error)
+    return not groups.any(fault is not None)
+
+
+def read_state(tag: Path) -> TrainingState:
+    """Step, position and layout of a checkpoint, without its tensors. Raises CheckpointError when it is damaged."""
+    content = files.read_json(tag / files.STATE)
+    try:
+        return TrainingState(**content)
+    except TypeError as error:
+        raise CheckpointError(f"{tag / files.STATE}: not a training state ({error})") from error
+
+
+def check_layout(tag: Path, layout: dict[str, int]) -> None:
+    """Raise CheckpointError unless the checkpoint was written by the same layout."""
+    stored = read_state(tag).layout
+    differing = [f"{name}: {layout.get(name)} now, {value} in the checkpoint" for name, value in stored.items()
+                 if layout.get(name) != value]
+    if differing:
+        raise CheckpointError(
+            f"{tag}: written by another layout, which its sharded files only fit:\n" + "\n".join(differing)
+        )
+
+
+def load_checkpoint(engine: TrainingEngine, groups: ParallelGroups, tag: Path) -> TrainingState:
+    """Bring a freshly built engine and this process's random states to where `tag` was saved.
+
+    Raises CheckpointError when DeepSpeed's files and the training state disagree.
+    """
+    state = read_state(tag)
+    path, client_state = engine.deepspeed.load_checkpoint(str(tag.parent), tag=tag.name)
+    saved: dict[str, Any] = client_state or {}
+    if path is None or saved.get("step") != state.step:
+        raise CheckpointError(f"{tag}: the model files are of step {saved.get('step')}, expected {state.step}")
+    random_state.restore(files.read_json(tag / random_state_file(groups.dp_rank)), groups.device)
+    _logger.info("resumed from %s", tag)
+    return state

@@ -1,0 +1,48 @@
+"""Random number generator states of one process as JSON.
+
+Training itself draws by keys (weights, depth, data order), not from these; they are kept so that whatever does draw
+from them, also in user code, goes on as if there had been no stop.
+"""
+
+import base64
+import random
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+
+def capture(device: torch.device) -> dict[str, Any]:
+    """States of Python's, numpy's and torch's generators, and of the accelerator's where there is one."""
+    version, words, gauss = random.getstate()
+    # numpy's global generator is what is meant, though new code should not use it.
+    state = cast(dict[str, Any], np.random.get_state(legacy=False))  # noqa: NPY002
+    inner = {"key": _encode(state["state"]["key"].tobytes()), "pos": int(state["state"]["pos"])}
+    states = {
+        "python": [version, list(words), gauss],
+        "numpy": {**state, "state": inner},
+        "torch": _encode(torch.get_rng_state().numpy().tobytes()),
+    }
+    if device.type != "cpu":
+        states["device"] = _encode(torch.get_device_module(device).get_rng_state(device).cpu().numpy().tobytes())
+    return states
+
+
+def restore(states: dict[str, Any], device: torch.device) -> None:
+    """Set every generator to what `capture` saw."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    state = states["numpy"]
+    key = np.frombuffer(base64.b64decode(state["state"]["key"]), np.uint32)
+    np.random.set_state({**state, "state": {**state["state"], "key": key}})  # noqa: NPY002
+    torch.set_rng_state(_decode(states["torch"]))
+    if device.type != "cpu" and "device" in states:
+        torch.get_device_module(device).set_rng_state(_decode(states["device"]), device)
+
+
+def _encode(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

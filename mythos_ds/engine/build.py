@@ -1,0 +1,91 @@
+"""Builds the sharded model and the engine. The one place that calls deepspeed.initialize."""
+
+import contextlib
+import copy
+import functools
+from typing import Any
+
+import deepspeed
+from deepspeed.utils import set_z3_leaf_modules
+
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.engine.optimizer import make_optimizer, parameter_groups
+from mythos_ds.errors import ParallelError
+from mythos_ds.model.moe import MoE
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.recurrent import RecurrentBlock
+from mythos_ds.parallel.experts import ExpertParallelMoE
+from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.parallel.routing_sync import restore_float_buffers
+
+
+def build_engine(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngine:
+    """The engine of a resolved run; collective over all ranks.
+
+    Errors: ParallelError where the groups do not belong to this run, or for ZeRO 0 with expert parallelism.
+    """
+    config = resolved.config
+    stage = config.parallel.zero_stage
+    _check_layout(resolved, groups)
+    section = deepspeed_section(resolved)
+    model = build_model(resolved, groups, section)
+    if stage == 3:
+        # The module that owns the loop, and only that one: it is gathered once in forward and once in backward for any
+        # loop count. A leaf that is itself called several times gets wrong gradients.
+        set_z3_leaf_modules(model, [RecurrentBlock])
+    optimizer = make_optimizer(
+        parameter_groups(model.named_parameters(), config),
+        config.training,
+        offload=config.parallel.offload_optimizer == "cpu",
+        device=groups.device,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section, dist_init_required=False)
+    restore_float_buffers(model, groups.device)
+    if stage == 0 and config.training.dtype == "bfloat16":
+        _forget_blank_step(engine)
+    return TrainingEngine(engine, resolved, groups)
+
+
+def build_model(resolved: ResolvedRun, groups: ParallelGroups, section: dict[str, Any]) -> MythosModel:
+    """The model, with this rank's experts only. With ZeRO-3 each parameter is cut up as soon as it is made, so no
+    rank ever holds the whole model."""
+    config = resolved.config
+    sharded = config.parallel.zero_stage == 3
+    context = deepspeed.zero.Init(config_dict_or_path=section) if sharded else contextlib.nullcontext()
+    # One expert-parallel rank holds all experts: its MoE is the plain one, replicated or cut like any other weight.
+    factory = MoE if groups.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
+    with context:
+        return MythosModel(
+            config.model,
+            seed=config.training.seed,
+            moe_factory=factory,
+            checkpoint_loops=config.parallel.activation_checkpointing == "loop",
+        )
+
+
+def deepspeed_section(resolved: ResolvedRun) -> dict[str, Any]:
+    """The resolved DeepSpeed config with what only the engine knows."""
+    section = copy.deepcopy(resolved.deepspeed)
+    parallel, training = resolved.config.parallel, resolved.config.training
+    if training.dtype == "bfloat16" and parallel.zero_stage > 0:
+        # DeepSpeed's default adds micro-batches up in bf16.
+        section.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    return section
+
+
+def _forget_blank_step(engine: Any) -> None:
+    """DeepSpeed's mixed-precision optimizer of stage 0 steps once with zero gradients while it is built, which leaves
+    Adam's step counter at 1: the first real update would be a quarter too small."""
+    engine.optimizer.optimizer.state.clear()
+
+
+def _check_layout(resolved: ResolvedRun, groups: ParallelGroups) -> None:
+    asked, present = (resolved.ep_size, resolved.world_size), (groups.ep_size, groups.dp_size)
+    if asked != present:
+        raise ParallelError(f"run resolved for (ep_size, processes) = {asked}, but the process groups are {present}.")
+    if resolved.config.parallel.zero_stage == 0 and groups.ep_size > 1:
+        raise ParallelError(
+            "parallel.zero_stage: given 0 with expert parallelism; DeepSpeed then clips by a wrong norm. "
+            "Allowed: 1, 2, 3; nearest: 1."
+        )

@@ -1,0 +1,102 @@
+"""Parameter groups and the optimizer that DeepSpeed wraps.
+
+Adam's update does not shrink with the width, so matrices that act on the width train at lr * lr_reference_dim / dim;
+embeddings and vectors do not (Yang et al. 2022, table 8; Everett et al. 2024). Only matrices decay.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mythos_ds.config.schema import RunConfig, TrainingConfig
+
+LR_SCALE = "lr_scale"
+"""Key of a parameter group: factor on the scheduled learning rate."""
+
+_ROUTER_SUFFIX = "router.weight"
+_LOOP_TABLE_SUFFIX = "lora.scale"
+_EMBEDDING = "embed.weight"
+
+
+@dataclass(frozen=True)
+class Role:
+    """How parameters of one kind are trained."""
+
+    name: str
+    decays: bool
+    width_scaled: bool
+
+
+MATRIX = Role("matrix", decays=True, width_scaled=True)
+EMBEDDING = Role("embedding", decays=False, width_scaled=False)
+ROUTER = Role("router", decays=False, width_scaled=False)
+VECTOR = Role("vector", decays=False, width_scaled=False)
+"""Norms, A, B, dt, biases, gains, per-loop LoRA scales, halting."""
+
+
+def role_of(name: str, dimensions: int) -> Role:
+    """The role of the parameter with this logical name and number of dimensions."""
+    if name.endswith(_EMBEDDING):
+        return EMBEDDING
+    if name.endswith(_ROUTER_SUFFIX):
+        return ROUTER
+    if name.endswith(_LOOP_TABLE_SUFFIX) or dimensions < 2:
+        return VECTOR
+    return MATRIX
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: RunConfig) -> list[dict[str, Any]]:
+    """Groups of one role each, for torch and for DeepSpeed.
+
+    Expert-parallel weights get groups of their own. DeepSpeed asks for the key `moe` and, as the `name`, that of their
+    process group (ZeRO 1 and 2 look the group up by it).
+    """
+    members: dict[tuple[Role, str | None], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in named_parameters:
+        # Under zero.Init the local tensor is empty; ds_shape is the parameter's own.
+        role = role_of(name, len(getattr(parameter, "ds_shape", parameter.shape)))
+        members[role, _expert_group_of(parameter)].append(parameter)
+    scale = config.training.lr_reference_dim / config.model.dim
+    decay = config.training.weight_decay
+    return [
+        {
+            "params": parameters,
+            "name": role.name if expert_group is None else expert_group,
+            "moe": expert_group is not None,
+            "weight_decay": decay if role.decays else 0.0,
+            LR_SCALE: scale if role.width_scaled else 1.0,
+        }
+        for (role, expert_group), parameters in members.items()
+    ]
+
+
+def _expert_group_of(parameter: nn.Parameter) -> str | None:
+    return getattr(parameter, "group_name", None)
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], training: TrainingConfig, *, offload: bool, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over `groups`; with the optimizer state offloaded from a GPU, DeepSpeed's CPU Adam.
+
+    The learning rate is set in every step. It starts at zero, so that a step DeepSpeed takes by itself moves nothing.
+    """
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0)
+    options: dict[str, Any] = {"lr": 0.0, "betas": (training.beta1, training.beta2), "eps": training.eps}
+    if offload and device.type != "cpu":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at first use
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    # One kernel per flat partition; torch's default on CUDA would allocate temporaries of the whole partition.
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Sets every group's learning rate to lr * its scale; `optimizer` may be a DeepSpeed wrapper."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group[LR_SCALE]

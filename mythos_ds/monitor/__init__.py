@@ -1,0 +1,1 @@
+"""Metrics: the record on disk, TensorBoard as a view of it, the progress line, memory."""

@@ -1,0 +1,33 @@
+"""Loss on held-out text at several loop counts."""
+
+import math
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from mythos_ds.engine.engine import TrainingEngine
+
+Batches = Callable[[], Iterable[dict[str, Tensor]]]
+
+
+def depth_counts(mean_recurrence: int) -> list[int]:
+    """The loop counts 1, T/2, T, 2T and 4T that evaluation runs at, T = mean_recurrence; each once, ascending."""
+    mean = mean_recurrence
+    return sorted({1, max(1, mean // 2), mean, 2 * mean, 4 * mean})
+
+
+def losses_at(engine: TrainingEngine, batches: Batches, loop_counts: Iterable[int]) -> dict[int, float]:
+    """Mean cross-entropy in nats per token over all ranks' batches, by loop count.
+
+    `batches` is called once per loop count, so that every count sees the same text.
+    """
+    losses = {}
+    for n_loops in loop_counts:
+        values = [engine.eval_loss(batch, n_loops) for batch in batches()]
+        losses[n_loops] = math.fsum(values) / len(values)
+    return losses
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,46 @@
+"""Who says what went wrong, and how the other processes end. No torch: errors may come before anything is started."""
+
+import signal
+import sys
+import time
+from types import FrameType
+
+from mythos_ds.checkpoint.rank_errors import RankError, ReportedElsewhere
+from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError
+
+# A launcher that sees one process fail ends the others: rank 0, which may be slower, must get to its message first.
+PATIENCE_SECONDS = 20.0
+
+
+def fail(error: MythosError, environment: ProcessEnvironment | None) -> int:
+    """Report a user's error once over all processes and return the exit code.
+
+    Errors are mostly met by every rank alike, and rank 0 reports them at once. Another rank waits to be ended by the
+    launcher; if that does not happen rank 0 did not fail, and this rank reports too.
+    """
+    rank = environment.rank if environment is not None else 0
+    if isinstance(error, ReportedElsewhere):
+        _wait()
+    elif rank == 0 or isinstance(error, RankError):
+        _report(error, rank)
+    else:
+        _wait()
+        _report(error, rank)
+    return USER_ERROR_EXIT_CODE
+
+
+def _report(error: MythosError, rank: int) -> None:
+    where = f" (rank {rank})" if rank else ""
+    sys.stderr.write(f"error{where}: {error}\n")
+    sys.stderr.flush()
+
+
+def _wait() -> None:
+    """Until the launcher's SIGTERM, which then means what this process would have said: exit code 2."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(USER_ERROR_EXIT_CODE)
+
+    signal.signal(signal.SIGTERM, leave)
+    time.sleep(PATIENCE_SECONDS)

@@ -1,0 +1,94 @@
+"""The batches of every optimizer step, from the datasets of the phases that the run manifest names."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from mythos_ds.checkpoint.agreement import on_rank_zero, together
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.data.datasets import TokenDataset, TokenDatasets, build_datasets, prepare_index_cache
+from mythos_ds.data.stream import BatchStream
+from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.train.run_directory import Phase, RunManifest
+
+Batch = dict[str, Tensor]
+
+_PROMPT_TOKENS = 16
+
+
+class Feed:
+    """Training and held-out batches of this rank; a pure function of the manifest and the step."""
+
+    def __init__(
+        self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, datasets: dict[int, TokenDatasets]
+    ):
+        self._training = resolved.config.training
+        self._accumulation = resolved.gradient_accumulation_steps
+        self._workers = resolved.config.data.num_workers
+        self._manifest, self._groups, self._datasets = manifest, groups, datasets
+        self.tokenizer: Tokenizer = datasets[0].tokenizer
+        self.identity: dict[str, Any] = datasets[0].identity
+
+    @classmethod
+    def open(cls, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> "Feed":
+        """Open the datasets needed from `step` on; rank 0 builds their index files first. Raises DataError."""
+        needed = sorted({0, *range(manifest.phase_index(step), len(manifest.phases))})
+        requests = {index: _dataset_arguments(resolved, manifest.phases, index) for index in needed}
+        data = resolved.config.data
+
+        def prepare() -> None:
+            for arguments in requests.values():
+                prepare_index_cache(data, **arguments)
+
+        on_rank_zero(groups, prepare)
+        datasets = together(
+            groups, lambda: {index: build_datasets(data, **arguments) for index, arguments in requests.items()}
+        )
+        return cls(resolved, manifest, groups, datasets)
+
+    def steps(self, step: int) -> Iterator[list[Batch]]:
+        """Micro-batches of each optimizer step from `step` to the end of the run."""
+        for index, phase in enumerate(self._manifest.phases):
+            if step >= phase.end_step:
+                continue
+            start_sample = (step - phase.start_step) * self._training.global_batch_size
+            micro_batches = self._stream(self._datasets[index].train, start_sample)
+            while step < phase.end_step:
+                yield list(islice(micro_batches, self._accumulation))
+                step += 1
+
+    def validation(self) -> Iterator[Batch]:
+        """The held-out micro-batches, the same at every call."""
+        count = self._training.eval_batches * self._accumulation
+        return islice(self._stream(self._datasets[0].valid, 0), count)
+
+    def held_out_prompt(self) -> list[int]:
+        """The first tokens of the held-out text."""
+        return [int(token) for token in self._datasets[0].valid[0]["tokens"][:_PROMPT_TOKENS]]
+
+    def _stream(self, dataset: TokenDataset, start_sample: int) -> Iterator[Batch]:
+        return iter(
+            BatchStream(
+                dataset,
+                start_sample=start_sample,
+                micro_batch_size=self._training.micro_batch_size,
+                dp_rank=self._groups.dp_rank,
+                dp_size=self._groups.dp_size,
+                num_workers=self._workers,
+            )
+        )
+
+
+def _dataset_arguments(resolved: ResolvedRun, phases: tuple[Phase, ...], index: int) -> dict[str, int]:
+    training, phase = resolved.config.training, phases[index]
+    return {
+        "seq_len": training.seq_len,
+        "train_samples": (phase.end_step - phase.start_step) * training.global_batch_size,
+        # The first phase's held-out part serves all phases, so that validation losses compare.
+        "valid_samples": training.eval_batches * training.global_batch_size if index == 0 else 0,
+        "seed": phase.seed,
+        "vocab_size": resolved.config.model.vocab_size,
+    }

@@ -1,0 +1,70 @@
+"""One training run in one process of many: groups, checkpoint, data, engine, training, report."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from mythos_ds import log
+from mythos_ds.checkpoint import files
+from mythos_ds.checkpoint.agreement import on_rank_zero, together
+from mythos_ds.checkpoint.load import load_checkpoint
+from mythos_ds.checkpoint.save import layout_of
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.engine.build import build_engine
+from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.parallel.groups import ParallelGroups, init_parallel
+from mythos_ds.train.feed import Feed
+from mythos_ds.train.interruption import StopSignals
+from mythos_ds.train.report import show_summary
+from mythos_ds.train.resume import choose_checkpoint, manifest_for
+from mythos_ds.train.run_directory import RunDirectory, RunManifest, new_manifest, with_dataset
+from mythos_ds.train.trainer import Progress, Trainer
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a command line asks for. `resume`: "auto", "never" or a path; `source_text`: the file as it was read."""
+
+    resolved: ResolvedRun
+    source_text: str
+    run_dir: Path
+    resume: str
+    argv: tuple[str, ...]
+
+
+def train(request: RunRequest, environment: ProcessEnvironment) -> None:
+    """Start or resume the run and train it to its end. Raises MythosError subclasses for what a user can mend."""
+    log.configure(environment.rank)
+    # DeepSpeed calls collectives by names that newer torch versions announce to rename: nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    with StopSignals() as stop:
+        groups = init_parallel(environment, request.resolved.ep_size)
+        try:
+            _train(request, groups, stop)
+        finally:
+            groups.close()
+
+
+def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals) -> None:
+    resolved, run = request.resolved, RunDirectory(request.run_dir)
+    tag = choose_checkpoint(groups, run, request.resume, layout_of(resolved))
+    manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
+    step = 0 if tag is None else files.tag_step(tag)
+    feed = Feed.open(resolved, manifest, groups, step)
+    manifest = together(groups, lambda: with_dataset(manifest, feed.identity))
+    on_rank_zero(groups, lambda: _record(request, run, manifest, step))
+    engine = build_engine(resolved, groups)
+    progress = Progress()
+    if tag is not None:
+        state = load_checkpoint(engine, groups, tag)
+        progress = Progress(state.step, state.first_validation_loss)
+    summary = Trainer(resolved, groups, engine, feed, run, manifest, progress).train(stop)
+    if groups.dp_rank == 0:
+        show_summary(Console(), summary, run, resolved.config.model.mean_recurrence)
+
+
+def _record(request: RunRequest, run: RunDirectory, manifest: RunManifest, step: int) -> None:
+    run.write_manifest(manifest)
+    run.record_start(request.resolved, request.source_text, step, request.argv)

@@ -1,0 +1,60 @@
+"""Where the numbers of a run go: metrics.jsonl (the record), TensorBoard (a view of it) and the progress line."""
+
+from types import TracebackType
+
+from mythos_ds.config.schema import MonitorConfig
+from mythos_ds.monitor.metrics import MetricsWriter
+from mythos_ds.monitor.progress import ProgressLine
+from mythos_ds.monitor.tensorboard import TensorBoardWriter
+from mythos_ds.train.run_directory import RunDirectory
+
+Values = dict[str, float | list[float]]
+
+
+class Recorder:
+    """Writes on rank 0 and is silent elsewhere. Lines after `start_step`, of an interrupted start, are dropped."""
+
+    def __init__(self, run: RunDirectory, monitor: MonitorConfig, enabled: bool, start_step: int, total_steps: int):
+        self._metrics: MetricsWriter | None = None
+        self._tensorboard: TensorBoardWriter | None = None
+        if enabled:
+            self._metrics = MetricsWriter(run.metrics)
+            self._metrics.truncate_after(start_step)
+            if monitor.tensorboard:
+                self._tensorboard = TensorBoardWriter(run.tensorboard)
+        self._progress = ProgressLine(total_steps, enabled, start_step)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for sink in (self._progress, self._tensorboard, self._metrics):
+            if sink is not None:
+                sink.close()
+
+    def step(self, step: int, values: Values) -> None:
+        """The metrics of a logged optimizer step, counted from 1."""
+        self._write(step, values)
+        self._progress.log(step, values)
+
+    def progress(self, step: int, loss: float, n_loops: int) -> None:
+        """Move the progress line; called after every step."""
+        self._progress.update(step, loss=loss, n_loops=n_loops)
+
+    def evaluation(self, step: int, losses: dict[int, float]) -> None:
+        """Validation losses by loop count."""
+        self._write(step, {f"validation/loss_at_{n_loops}": loss for n_loops, loss in losses.items()})
+
+    def samples(self, step: int, samples: list[tuple[str, str]]) -> None:
+        """Generated text, as (prompt, continuation)."""
+        if self._tensorboard is not None:
+            for index, (prompt, continuation) in enumerate(samples):
+                self._tensorboard.text(step, f"sample/{index}", f"{prompt}|{continuation}")
+
+    def _write(self, step: int, values: Values) -> None:
+        if self._metrics is not None:
+            self._metrics.write(step, values)
+        if self._tensorboard is not None:
+            self._tensorboard.write(step, values)

@@ -1,0 +1,184 @@
+"""The training loop: steps, metrics, evaluation, samples, checkpoints and a clean stop."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from mythos_ds.checkpoint.save import TrainingState, layout_of, save_checkpoint
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.errors import NumericsError
+from mythos_ds.log import get_logger
+from mythos_ds.model.depth import DepthSampler
+from mythos_ds.monitor.memory import peak_memory_bytes
+from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.train.evaluation import depth_counts, losses_at
+from mythos_ds.train.feed import Batch, Feed
+from mythos_ds.train.interruption import StopSignals
+from mythos_ds.train.recorder import Recorder
+from mythos_ds.train.run_directory import RunDirectory, RunManifest
+from mythos_ds.train.sampling import generate
+from mythos_ds.train.schedule import learning_rate
+from mythos_ds.train.statistics import Throughput, peak_flops
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: completed optimizer steps and the validation loss before the first one."""
+
+    step: int = 0
+    first_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run shows when it ends. Losses in nats per token by loop count; samples are (prompt, continuation)."""
+
+    step: int
+    finished: bool
+    first_loss: float | None
+    losses: dict[int, float]
+    samples: list[tuple[str, str]]
+
+
+class Trainer:
+    """Trains an engine from `progress` to the end of the manifest, or until a stop is asked for."""
+
+    def __init__(
+        self,
+        resolved: ResolvedRun,
+        groups: ParallelGroups,
+        engine: TrainingEngine,
+        feed: Feed,
+        run: RunDirectory,
+        manifest: RunManifest,
+        progress: Progress,
+    ):
+        config = resolved.config
+        self.resolved, self.config, self.groups, self.engine = resolved, config, groups, engine
+        self.feed, self.run, self.manifest = feed, run, manifest
+        self.step, self.first_loss = progress.step, progress.first_loss
+        self.sampler = DepthSampler(
+            config.training.depth_distribution,
+            config.model.mean_recurrence,
+            config.training.depth_sigma,
+            config.model.max_loops,
+            config.training.seed,
+        )
+        peak = peak_flops(groups.device, _DTYPES[config.training.dtype])
+        self.throughput = Throughput(resolved, peak)
+        self.saved_step = progress.step if progress.step else -1
+
+    def train(self, stop: StopSignals) -> RunSummary:
+        """Run to the end. Raises NumericsError, with the step, when a loss or gradient norm is not finite."""
+        total = self.manifest.total_steps
+        mean = self.config.model.mean_recurrence
+        with Recorder(self.run, self.config.monitor, self.groups.dp_rank == 0, self.step, total) as recorder:
+            if self.first_loss is None:
+                self.first_loss = self._evaluate(recorder, [mean])[mean]
+            for batches in self.feed.steps(self.step):
+                if self._stop_asked(stop):
+                    break
+                self._train_step(batches, recorder)
+                self._after_step(recorder, total)
+            self._save()
+            if self.step < total:
+                return RunSummary(self.step, False, self.first_loss, {}, [])
+            losses = self._evaluate(recorder, depth_counts(mean))
+            samples = self._samples()
+            recorder.samples(self.step, samples)
+        return RunSummary(self.step, True, self.first_loss, losses, samples)
+
+    def _stop_asked(self, stop: StopSignals) -> bool:
+        """Whether any rank was asked to stop: all leave the loop after the same step."""
+        return self.groups.any(stop.requested)
+
+    def _train_step(self, batches: list[Batch], recorder: Recorder) -> None:
+        started = time.perf_counter()
+        n_loops = self.sampler.loops_at(self.step)
+        lr = learning_rate(self.step, self.config.training, self.manifest.lengths)
+        logged = self._is_logged(self.step + 1)
+        try:
+            result = self.engine.train_step(
+                batches,
+                n_loops=n_loops,
+                n_grad_loops=self.resolved.mean_backprop_depth,
+                lr=lr,
+                statistics=logged,
+            )
+        except NumericsError as error:
+            advice = "earlier checkpoints are intact: resume with a lower training.lr or a longer warm-up"
+            raise NumericsError(f"step {self.step + 1}: {error}\n{advice}") from error
+        self.step += 1
+        self.throughput.add(n_loops, time.perf_counter() - started)
+        recorder.progress(self.step, result.loss, n_loops)
+        if logged:
+            recorder.step(self.step, {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "n_loops": n_loops,
+                **self.throughput.read(),
+                "peak_memory_bytes": peak_memory_bytes(),
+                **result.routing,
+            })
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.monitor.log_interval == 0 or step in (1, self.manifest.total_steps)
+
+    def _after_step(self, recorder: Recorder, total: int) -> None:
+        """Periodic evaluation and checkpoint; the end of the run has its own."""
+        if self.step == total:
+            return
+        interval = self.config.training.eval_interval
+        if interval and self.step % interval == 0:
+            self._evaluate(recorder, depth_counts(self.config.model.mean_recurrence))
+            recorder.samples(self.step, self._samples())
+        interval = self.config.checkpoint.interval
+        if interval and self.step % interval == 0:
+            self._save()
+
+    def _evaluate(self, recorder: Recorder, loop_counts: list[int]) -> dict[int, float]:
+        losses = losses_at(self.engine, self.feed.validation, loop_counts)
+        recorder.evaluation(self.step, losses)
+        return losses
+
+    def _samples(self) -> list[tuple[str, str]]:
+        """Prompts and their continuations as text, the same on all ranks."""
+        tokenizer, monitor = self.feed.tokenizer, self.config.monitor
+        prompts = [tokenizer.encode(text) for text in monitor.sample_prompts] or [self.feed.held_out_prompt()]
+        samples = []
+        for index, prompt in enumerate(prompts):
+            continuation = generate(
+                self.engine,
+                self.groups,
+                prompt,
+                new_tokens=monitor.sample_tokens,
+                n_loops=self.config.model.mean_recurrence,
+                vocab_size=tokenizer.vocab_size,
+                eos_id=tokenizer.eos_id,
+                context_length=self.config.training.seq_len,
+                seed=self.config.training.seed + index,
+            )
+            samples.append((tokenizer.decode(prompt), tokenizer.decode(continuation)))
+        return samples
+
+    def _save(self) -> None:
+        if self.step == self.saved_step or self.step == 0:
+            return
+        state = TrainingState(
+            step=self.step,
+            consumed_samples=self.step * self.config.training.global_batch_size,
+            first_validation_loss=self.first_loss,
+            layout=layout_of(self.resolved),
+            config=self.config.model_dump(mode="json"),
+        )
+        save_checkpoint(
+            self.engine, self.groups, self.run.checkpoints, state, keep=self.config.checkpoint.keep
+        )
+        self.saved_step = self.step

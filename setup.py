@@ -1,0 +1,39 @@
+"""Packaging. The rest of the tools' settings is in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mythos_ds" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="mythos_ds",
+    version=VERSION,
+    description="Trains recurrent-depth mixture-of-experts language models with DeepSpeed",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # The presets travel in a wheel as package data; in a checkout they are found beside the package.
+    packages=[*find_packages(include=["mythos_ds", "mythos_ds.*"]), "mythos_ds.presets"],
+    package_dir={"mythos_ds.presets": "ds_configs"},
+    package_data={"mythos_ds": ["py.typed"], "mythos_ds.presets": ["*.json"]},
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.8,<0.20",
+        "megatron-core>=0.16.1,<0.20",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.16",
+        "pydantic>=2.7",
+        "rich>=13",
+        "numpy>=1.26",
+        "setuptools",  # tensorboard and deepspeed need it at run time on Python 3.12 and later
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.6"],
+        "hf": ["datasets>=3", "pyarrow>=15"],
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "matplotlib>=3.8", "pyarrow>=15", "datasets>=3"],
+    },
+)

@@ -1,0 +1,240 @@
+"""What runs inside the processes of the distributed tests: one call, many layouts."""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as torch_distributed
+from torch import Tensor
+
+from mythos_ds.config.resolve import ResolvedRun, resolve
+from mythos_ds.config.schema import DataConfig, DatasetConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from mythos_ds.engine.build import build_engine
+from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.errors import NumericsError
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.parallel.groups import ParallelGroups, init_parallel
+
+SEQ_LEN = 16
+GLOBAL_BATCH = 8
+ACCUMULATION = 2
+LEARNING_RATE = {"adamw": 3e-3, "sgd": 0.3}
+LOOPS = (3, 1, 4, 2)
+"""T of each step; the last two loops carry gradient."""
+GRAD_LOOPS = 2
+
+
+def toy_model(**changes: Any) -> ModelConfig:
+    """A model with every part that training touches, small enough for seconds."""
+    values: dict[str, Any] = {
+        "vocab_size": 64,
+        "dim": 32,
+        "prelude_layers": 1,
+        "recurrent_layers": 2,
+        "coda_layers": 1,
+        "max_loops": 16,
+        "mean_recurrence": 4,
+        "attn_type": "mla",
+        "n_heads": 2,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "ffn_dim": 64,
+        "n_experts": 8,
+        "n_experts_per_tok": 2,
+        "expert_dim": 16,
+        "n_shared_experts": 1,
+        "lora_rank": 4,
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
+    """The run of a case: ep, stage, and optionally checkpointing, optimizer, dtype, accumulation, offload,
+    deepspeed, model."""
+    accumulation = case.get("accumulation", ACCUMULATION)
+    return RunConfig(
+        model=toy_model(**case.get("model", {})),
+        parallel=ParallelConfig(
+            ep_size=case["ep"],
+            zero_stage=case["stage"],
+            activation_checkpointing=case.get("checkpointing", "loop"),
+            offload_optimizer=case.get("offload", "none"),
+            offload_params=case.get("offload", "none"),
+        ),
+        training=TrainingConfig(
+            seq_len=SEQ_LEN,
+            micro_batch_size=GLOBAL_BATCH // (world_size * accumulation),
+            global_batch_size=GLOBAL_BATCH,
+            max_steps=100,
+            lr=1e-2,
+            lr_reference_dim=16,
+            dtype=case.get("dtype", "float32"),
+            **({"optimizer": "sgd"} if case.get("optimizer") == "sgd" else {"optimizer": "adamw", "eps": 1e-6}),
+            grad_clip=0.3,
+            balance_loss=1e-2,
+            z_loss=1e-3,
+            router_bias_rate=1e-2,
+        ),
+        data=DataConfig(datasets=[DatasetConfig(prefix="unused")], tokenizer="unused"),
+        deepspeed=case.get("deepspeed", {}),
+    )
+
+
+@contextmanager
+def opened(case: dict[str, Any]) -> Iterator[tuple[TrainingEngine, ParallelGroups]]:
+    """The engine of a case, destroyed at the end so that the next one can follow in the same processes."""
+    environment = ProcessEnvironment.detect(os.environ)
+    groups = init_parallel(environment, case["ep"], timeout_s=120.0)
+    resolved = resolve(toy_run(case, environment.world_size), environment.world_size)
+    engine = build_engine(resolved, groups)
+    try:
+        yield engine, groups
+    finally:
+        engine.deepspeed.destroy()
+
+
+def global_batches(step: int, accumulation: int) -> list[dict[str, Tensor]]:
+    """The micro-batches of a step over all ranks: int64 [GLOBAL_BATCH / accumulation, SEQ_LEN] each."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    text = torch.randint(0, 64, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
+    # Skewed, so that experts get uneven loads.
+    text = torch.where(torch.rand(text.shape, generator=generator) < 0.3, 7, text)
+    positions = torch.arange(SEQ_LEN).repeat(GLOBAL_BATCH, 1)
+    positions[1::2, 5:] -= 5
+    whole = {"tokens": text[:, :-1], "labels": text[:, 1:], "positions": positions}
+    size = GLOBAL_BATCH // accumulation
+    return [{name: value[i * size : (i + 1) * size] for name, value in whole.items()} for i in range(accumulation)]
+
+
+def own_batches(step: int, accumulation: int, groups: ParallelGroups) -> list[dict[str, Tensor]]:
+    """This rank's rows of each micro-batch."""
+    return [
+        {name: value.chunk(groups.dp_size)[groups.dp_rank].clone() for name, value in batch.items()}
+        for batch in global_batches(step, accumulation)
+    ]
+
+
+def full_weights(engine: TrainingEngine, groups: ParallelGroups) -> dict[str, Tensor]:
+    """Every weight, whole, by logical name."""
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            value = parameter.detach().float().clone()
+        if not getattr(parameter, "allreduce", True):
+            parts = [torch.empty_like(value) for _ in range(groups.ep_size)]
+            torch_distributed.all_gather(parts, value, group=groups.ep_group)
+            value = torch.cat(parts)
+        weights[name] = value
+    return weights
+
+
+def initial_state(resolved: ResolvedRun) -> MythosModel:
+    """The whole model in one process, as every layout starts."""
+    return MythosModel(resolved.config.model, seed=resolved.config.training.seed)
+
+
+@functools.cache
+def reference_run(optimizer: str, world_size: int) -> dict[str, Any]:
+    """Losses, gradient norms, evaluation losses and final weights of the independent reference."""
+    resolved = resolve(toy_run({"ep": 1, "stage": 1, "optimizer": optimizer}, world_size), world_size)
+    from tests.helpers.reference import ReferenceTrainer
+
+    trainer = ReferenceTrainer(resolved.config, dict(initial_state(resolved).named_parameters()))
+    steps = [
+        trainer.train_step(
+            global_batches(step, ACCUMULATION), n_loops=loops, n_grad_loops=GRAD_LOOPS, lr=LEARNING_RATE[optimizer]
+        )
+        for step, loops in enumerate(LOOPS)
+    ]
+    return {"loss": [s.loss for s in steps], "norm": [s.grad_norm for s in steps], "weights": trainer.weights()}
+
+
+def layouts(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """For each layout the largest deviation from the reference: relative loss and norm, absolute weight and bias."""
+    return [_layout(case) for case in cases]
+
+
+def _layout(case: dict[str, Any]) -> dict[str, float]:
+    optimizer = case["optimizer"]
+    with opened(case) as (engine, groups):
+        results = []
+        for step, loops in enumerate(LOOPS):
+            batches = own_batches(step, ACCUMULATION, groups)
+            lr = LEARNING_RATE[optimizer]
+            results.append(engine.train_step(batches, n_loops=loops, n_grad_loops=GRAD_LOOPS, lr=lr))
+            engine.eval_loss(batches[0], 5)  # another depth in between must not disturb the next step
+        weights = full_weights(engine, groups)
+        biases = [layer.router.bias.clone() for layer in engine.module.moe_layers()]
+    expected = reference_run(optimizer, groups.dp_size)
+    return {
+        "loss": max(abs(r.loss - x) / x for r, x in zip(results, expected["loss"], strict=True)),
+        "norm": max(abs(r.grad_norm - x) / x for r, x in zip(results, expected["norm"], strict=True)),
+        "smallest_norm": min(r.grad_norm for r in results),
+        "weight": max((weights[n] - w).abs().max().item() for n, w in expected["weights"].items()),
+        "weights_compared": len(set(weights) & set(expected["weights"])) / len(weights),
+        "bias": max((b.abs().max().item()) for b in biases),
+    }
+
+
+def buffers_under_zero_init() -> dict[str, Any]:
+    """bf16: the first losses with (stage 3) and without (stage 2) zero.Init, fp32 losses, and the router buffers."""
+    out: dict[str, Any] = {"loss": {}, "dtypes": [], "values": []}
+    for name, stage, dtype in (("zero_init", 3, "bfloat16"), ("plain", 2, "bfloat16"), ("float32", 3, "float32")):
+        with opened({"ep": 2, "stage": stage, "dtype": dtype}) as (engine, groups):
+            buffers = dict(engine.module.named_buffers())
+            out["dtypes"] += [str(buffer.dtype) for buffer in buffers.values()]
+            out["values"] += [buffer.abs().max().item() for buffer in buffers.values()]
+            losses = [
+                engine.train_step(own_batches(s, ACCUMULATION, groups), n_loops=t, n_grad_loops=2, lr=3e-3).loss
+                for s, t in enumerate(LOOPS)
+            ]
+            out["loss"][name] = losses
+            bias = engine.module.moe_layers()[0].router.bias
+            out[f"bias_{name}"] = [str(bias.dtype), bias.unique().tolist()]
+            out["parameter_dtype"] = str(next(iter(engine.module.parameters())).dtype)
+    return out
+
+
+def rank_without_tokens() -> dict[str, Any]:
+    """All tokens go to experts 0 and 1, so the second expert-parallel rank computes nothing: weights after two steps,
+    against the layout that does not share experts out."""
+    weights = []
+    for ep in (1, 2):
+        with opened({"ep": ep, "stage": 3, "optimizer": "sgd"}) as (engine, groups):
+            for layer in engine.module.moe_layers():
+                layer.router.bias[:2] = 10.0
+            for step in range(2):
+                engine.train_step(own_batches(step, ACCUMULATION, groups), n_loops=3, n_grad_loops=2, lr=0.3)
+            counts = engine.module.moe_layers()[0].records[2].counts.tolist()
+            weights.append(full_weights(engine, groups))
+    difference = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
+    return {"difference": difference, "counts": counts}
+
+
+def special_cases() -> dict[str, Any]:
+    """The three cases above and below, in one launch."""
+    return {
+        "buffers": buffers_under_zero_init(),
+        "no_tokens": rank_without_tokens(),
+        "non_finite": non_finite_loss(),
+    }
+
+
+def non_finite_loss() -> dict[str, Any]:
+    """A step after weights exploded: every rank raises, and says so."""
+    with opened({"ep": 2, "stage": 3}) as (engine, groups):
+        batches = own_batches(0, ACCUMULATION, groups)
+        try:
+            for _ in range(3):
+                engine.train_step(batches, n_loops=2, n_grad_loops=2, lr=1e30)
+        except NumericsError as error:
+            return {"error": str(error)}
+    return {"error": None}

@@ -1,0 +1,71 @@
+"""What runs inside the processes of test_communication.py."""
+
+from typing import Any
+
+from tests.distributed.cases import opened, own_batches
+from tests.distributed.traffic import Traffic
+
+LARGE_MODEL = {
+    "zero_optimization": {
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_param_persistence_threshold": 0,
+    }
+}
+"""Keeps DeepSpeed from holding a toy model whole: it then gathers as it would a model of any size."""
+
+
+def gathered_and_exchanged(loops: list[int], grad_loops: int | None, checkpointing: list[str]) -> list[dict[str, Any]]:
+    """Bytes of one training step for each (checkpointing, loop count), after a first step at another depth."""
+    return _measure(Traffic(), loops, grad_loops, checkpointing)
+
+
+def bytes_and_counts(loops: list[int], grad_loops: list[int | None]) -> dict[str, Any]:
+    """Everything of two ranks, in one launch; `bytes` has one list per entry of `grad_loops`."""
+    traffic, modes = Traffic(), ["loop", "none"]
+    return {
+        "bytes": [_measure(traffic, loops, grad, modes) for grad in grad_loops],
+        "counts": expert_counts(modes),
+    }
+
+
+def _measure(
+    traffic: Traffic, loops: list[int], grad_loops: int | None, checkpointing: list[str]
+) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    for mode in checkpointing:
+        case = {"ep": 2, "stage": 3, "accumulation": 1, "checkpointing": mode, "deepspeed": LARGE_MODEL}
+        with opened(case) as (engine, groups):
+            batches = own_batches(0, 1, groups)
+            engine.train_step(batches, n_loops=2, n_grad_loops=2, lr=1e-3)
+            for n_loops in loops:
+                traffic.take()
+                engine.train_step(batches, n_loops=n_loops, n_grad_loops=grad_loops or n_loops, lr=1e-3)
+                counted = traffic.take()
+                out.append({"checkpointing": mode, "n_loops": n_loops, "bytes": counted})
+            model = engine.module
+            whole = sum(p.ds_numel * 4 for p in model.parameters())
+            local_experts = sum(p.ds_numel * 4 for p in model.parameters() if not getattr(p, "allreduce", True))
+    for entry in out:
+        entry.update(dense_bytes=whole - local_experts, expert_bytes=local_experts)
+    return out
+
+
+def expert_counts(checkpointing: list[str]) -> list[dict[str, Any]]:
+    """Tokens per loop and expert, and the router biases, of one training step of 5 loops with 2 for the gradient."""
+    out = []
+    for mode in checkpointing:
+        with opened({"ep": 2, "stage": 3, "checkpointing": mode}) as (engine, groups):
+            for step in range(2):
+                engine.train_step(own_batches(step, 2, groups), n_loops=5, n_grad_loops=2, lr=1e-2)
+            layers = engine.module.moe_layers()
+            out.append(
+                {
+                    "counts": [[layer.records[loop].counts.tolist() for loop in range(5)] for layer in layers],
+                    "biases": [
+                        layer.router.bias.tolist() + layer.router.loop_bias.flatten().tolist() for layer in layers
+                    ],
+                }
+            )
+    return out

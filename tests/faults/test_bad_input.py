@@ -1,0 +1,144 @@
+"""Wrong configurations and data end with one clear message and exit code 2, never with a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.pretrain import ROOT, SCRIPT, SMALL, environment, run_pretrain, run_under_deepspeed
+
+TINY = json.loads((ROOT / "ds_configs" / "tiny.json").read_text())
+
+
+def run(arguments, folder):
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(
+        command, env=environment(), cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def check_message(finished, parts):
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 2, output
+    assert "Traceback" not in output
+    assert output.count("error: ") == 1, output
+    for part in parts:
+        assert part in output
+
+
+# Without a launcher there is one process; RANK and WORLD_SIZE tell a process of a larger run.
+CONFIGURATIONS = {
+    "unknown key": (["model.n_expert=8"], ["model.n_expert", "n_experts"]),
+    "unknown section": (["trainin.lr=0.1"], ["trainin", "training"]),
+    "misspelt DeepSpeed key": (["deepspeed.zero_optimisation.stage=2"], ["zero_optimisation", "zero_optimization"]),
+    "derived DeepSpeed key": (["deepspeed.train_batch_size=8"], ["train_batch_size"]),
+    "ep_size does not divide the processes": (["parallel.ep_size=2"], ["parallel.ep_size"]),
+    "ep_size does not divide the experts": (["parallel.ep_size=3"], ["parallel.ep_size"]),
+    "batch not divisible": (["training.global_batch_size=9"], ["global_batch_size", "9"]),
+    "wrong type": (['training.lr="fast"'], ["training.lr", "fast"]),
+    "max_loops 0": (["model.max_loops=0"], ["model.max_loops"]),
+    "mla fields in a gqa model": (["model.kv_lora_rank=16"], ["kv_lora_rank"]),
+    "gqa fields in an mla model": (["model.attn_type=mla"], ["kv_lora_rank"]),
+    "more chosen experts than there are": (["model.n_experts_per_tok=17"], ["n_experts_per_tok", "16"]),
+    "both datasets and corpus": (['data.datasets=[{"prefix": "x"}]', "data.corpus=builtin"], ["data."]),
+    "override without a value": (["training.lr"], ["training.lr", "section.key=value"]),
+    "override without a section": (["lr=3"], ["lr=3", "section.key=value"]),
+    "not a number": (["training.lr=NaN"], ["training.lr"]),
+    "vocabulary below the tokenizer's": (["model.vocab_size=100"], ["vocab"]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_wrong_configuration(name, tmp_path):
+    overrides, parts = CONFIGURATIONS[name]
+    check_message(run(["--config", "tiny.json", *overrides], tmp_path), parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_zero_0_with_expert_parallelism_names_the_nearest(tmp_path):
+    variables = {**environment(), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, str(SCRIPT), "--config", "tiny", "parallel.zero_stage=0", "parallel.ep_size=2"]
+    finished = subprocess.run(
+        command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    check_message(finished, ["zero_stage", "1"])
+
+
+def test_all_problems_are_listed_at_once(tmp_path):
+    overrides = ["model.n_expert=8", "training.lr=-1", "checkpoint.kep=3"]
+    check_message(run(["--config", "tiny", *overrides], tmp_path), ["n_expert", "training.lr", "checkpoint.kep"])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('{"model": {"dim": 8,}}', ["line 1", "JSON"]),
+        ("", ["JSON"]),
+        ("[1, 2]", ["object"]),
+        ('{"model": {"dim": 8, "dim": 16}}', ["dim", "twice"]),
+        ("{}", ["model", "training", "data"]),
+    ],
+)
+def test_wrong_file_content(text, parts, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    check_message(run(["--config", str(path)], tmp_path), ["mine.json", *parts])
+
+
+def test_missing_file_names_the_presets(tmp_path):
+    check_message(run(["--config", "1tt.json"], tmp_path), ["1tt.json", "1t", "presets"])
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe{"])
+def test_file_that_is_not_text(text, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_bytes(text)
+    check_message(run(["--config", str(path)], tmp_path), ["mine.json"])
+
+
+def own_data(tmp_path, **data):
+    """A file of the small model with a data section of its own."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**TINY, "data": data}))
+    return ["--config", str(path), "--run-dir", str(tmp_path / "run"), *SMALL, "training.max_steps=3"]
+
+
+def test_missing_data_file(tmp_path):
+    arguments = own_data(tmp_path, datasets=[{"prefix": str(tmp_path / "corpus")}], tokenizer=str(tmp_path / "t.model"))
+    check_message(run(arguments, tmp_path), [str(tmp_path)])
+
+
+def test_a_shorter_run_directory_of_another_run(tmp_path):
+    """A manifest that cannot be read beside a checkpoint folder without a complete checkpoint."""
+    tag = tmp_path / "run" / "checkpoints" / "step_00000004"
+    tag.mkdir(parents=True)
+    (tag / "manifest.json").write_text("{")
+    arguments = ["--config", "tiny", "--run-dir", str(tmp_path / "run"), "training.warmup_steps=0"]
+    finished = run([*arguments, "training.max_steps=3", f"data.data_dir={tmp_path}"], tmp_path)
+    check_message(finished, ["no complete checkpoint"])
+    finished = run([*arguments, "--resume", "never", "training.max_steps=3", f"data.data_dir={tmp_path}"], tmp_path)
+    check_message(finished, ["step_00000004", "--run-dir"])
+    finished = run([*arguments, "--resume", str(tmp_path / "nowhere"), f"data.data_dir={tmp_path}"], tmp_path)
+    check_message(finished, ["nowhere"])
+
+
+def test_two_ranks_say_it_once_and_both_end_with_2(tmp_path):
+    arguments = own_data(tmp_path, datasets=[{"prefix": str(tmp_path / "corpus")}], tokenizer=str(tmp_path / "t.model"))
+    finished = run_pretrain(arguments, nprocs=2, folder=tmp_path / "logs")
+    assert finished.codes == [2, 2]
+    assert [output.count("error: ") for output in finished.outputs] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [(["training.max_stepz=3"], "max_stepz"), (["parallel.ep_size=4"], "parallel.ep_size"), ([], "corpus")],
+)
+def test_under_the_deepspeed_launcher_it_is_said_once(overrides, part, tmp_path):
+    arguments = own_data(tmp_path, datasets=[{"prefix": str(tmp_path / "corpus")}], tokenizer=str(tmp_path / "t.model"))
+    finished = run_under_deepspeed([*arguments, *overrides], nprocs=2, folder=tmp_path)
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 2, output
+    assert "Traceback" not in output
+    assert sum(line.startswith("error: ") for line in output.splitlines()) == 1, output
+    assert part in output

@@ -1,0 +1,74 @@
+"""The record, the TensorBoard view and the progress line."""
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from mythos_ds.monitor.memory import peak_memory_bytes
+from mythos_ds.monitor.metrics import MetricsWriter, read_metrics
+from mythos_ds.monitor.progress import ProgressLine
+from mythos_ds.monitor.tensorboard import TensorBoardWriter
+
+
+def test_metrics_are_lines_of_json(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "run" / "metrics.jsonl")
+    writer.write(1, {"loss": 2.5, "load": [1.0, float("nan")], "norm": float("inf")})
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line == {"step": 1, "loss": 2.5, "load": [1.0, None], "norm": None}
+    writer.close()
+
+
+def test_resuming_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    writer = MetricsWriter(path)
+    writer.truncate_after(1)
+    writer.write(2, {"loss": 1.5})
+    writer.close()
+    assert read_metrics(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 1.5}]
+
+
+def test_tensorboard_shows_the_same_names(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(4, {"loss": 2.5, "load": [1.0, 3.0]})
+    writer.text(4, "sample", "a <b>\n")
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "load/0", "load/1"}
+    assert [(event.step, event.value) for event in events.Scalars("load/1")] == [(4, 3.0)]
+
+
+def test_the_plain_progress_line_holds_every_number() -> None:
+    out = io.StringIO()
+    line = ProgressLine(20, True, console=Console(file=out, width=200))
+    line.update(9, loss=3.0, n_loops=2)
+    assert out.getvalue() == "", "without a terminal only logged steps are printed"
+    values = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.7, "n_loops": 4, "tokens_per_second": 12345.0, "load": [1.0]}
+    line.log(10, values)
+    line.close()
+    for part in ("step 10/20", "loss 2.5000", "12,345 tok/s", "lr 1.00e-03", "4 loops", "|g| 0.700", "left"):
+        assert part in out.getvalue()
+
+
+def test_a_live_line_and_a_silent_rank(capsys) -> None:
+    out = io.StringIO()
+    line = ProgressLine(20, True, console=Console(file=out, width=200, force_terminal=True))
+    line.log(20, {"loss": 2.5})
+    line.close()
+    assert "20/20" in out.getvalue()
+    assert "loss 2.5000" in out.getvalue()
+    silent = ProgressLine(20, False)
+    silent.log(1, {"loss": 1.0})
+    silent.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_peak_memory_grows() -> None:
+    before = peak_memory_bytes()
+    block = bytearray(b"x" * (before + (64 << 20)))
+    assert peak_memory_bytes() >= len(block)

@@ -1,0 +1,50 @@
+"""Trains a lossless sentencepiece tokenizer on JSONL, plain text or Parquet files."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from mythos_ds.data.command import run_tool, tool_parser
+from mythos_ds.data.sources import find_inputs, read_files
+from mythos_ds.data.tokenizer import train_tokenizer
+from mythos_ds.errors import DataError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    example = "python tools/train_tokenizer.py docs.jsonl --vocab-size 32000 --output data/tokenizer.model"
+    parser = tool_parser(__doc__ or "", example)
+    parser.add_argument("inputs", nargs="+", type=Path, help="files, or folders of files")
+    parser.add_argument("--output", type=Path, required=True, help="the model file to write")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces (default: %(default)s)")
+    parser.add_argument(
+        "--kind", choices=("bpe", "unigram"), default="bpe", help="bpe trains faster, unigram encodes faster"
+    )
+    parser.add_argument("--key", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument("--format", choices=("jsonl", "text", "parquet"), help="default: by each file's ending")
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        default=8_000_000,
+        help="text to train on, from the start (default: %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
+    return run_tool(parser, _train, argv)
+
+
+def _train(arguments: Namespace) -> None:
+    if arguments.output.exists() and not arguments.overwrite:
+        raise DataError(f"{arguments.output} exists; give --overwrite to replace it, or another --output")
+    documents = read_files(find_inputs(arguments.inputs), key=arguments.key, file_format=arguments.format)
+    tokenizer = train_tokenizer(
+        documents,
+        arguments.output,
+        vocab_size=arguments.vocab_size,
+        kind=arguments.kind,
+        max_bytes=arguments.max_bytes,
+    )
+    sys.stdout.write(f"{tokenizer.path}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
