@@ -17,7 +17,8 @@ STAMP := $(VENV)/.installed
 endif
 
 export OMP_NUM_THREADS ?= 1
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+# Private to the checkout, so that the locks removed below are only ever our own.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
 .PHONY: quickstart continue test test-slow lint bench clean setup
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.errors import ConfigError
 from mythos_ds.model.context import ForwardContext, Frozen
 from mythos_ds.model.documents import causal_attention
 from mythos_ds.model.initializer import Initializer, Linear
@@ -70,7 +71,8 @@ class MultiHeadLatentAttention(Attention):
         super().__init__()
         latent, nope, rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
         value = config.v_head_dim
-        assert latent and nope and rope and value  # the config's validation has seen to it
+        if latent is None or nope is None or rope is None or value is None:
+            raise ConfigError("model: attn_type mla needs kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim")
         dim, heads, std, eps = config.dim, config.n_heads, config.resolved_init_std, config.norm_eps
         self.heads, self.latent, self.nope, self.rope = heads, latent, nope, rope
         self.full_rank_query = config.q_lora_rank is None

@@ -37,6 +37,9 @@ def balance_loss(scores: Tensor, indices: Tensor, alive: Tensor | None) -> Tenso
 
 
 def z_loss(logits: Tensor, alive: Tensor | None) -> Tensor:
-    """Router z-loss, mean over tokens of logsumexp(logits)^2 (ST-MoE, Zoph et al. 2022). [batch, seq, n_experts] -> scalar."""
+    """Router z-loss, mean over tokens of logsumexp(logits)^2 (ST-MoE, Zoph et al. 2022).
+
+    logits fp32 [batch, seq, n_experts], alive fp32 [batch, seq] or None; a scalar.
+    """
     square = torch.logsumexp(logits, dim=-1).square()
     return square.mean() if alive is None else (square * alive).sum() / alive.sum().clamp_min(1.0)

@@ -66,7 +66,7 @@ class LMHead(nn.Module):
             init.normal_(self.weight.data, "weight", config.resolved_init_std)
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """hidden [batch, seq, dim] -> fp32 logits [batch, seq, vocab], or with labels [batch, seq] the fp32 mean loss."""
+        """hidden [batch, seq, dim] -> fp32 logits [batch, seq, vocab]; with labels [batch, seq] the mean loss."""
         if labels is None:
             return nn.functional.linear(hidden, self.weight).float()
         return chunked_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())

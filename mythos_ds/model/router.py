@@ -1,4 +1,4 @@
-"""Token-choice router with auxiliary-loss-free balancing over loops. Computes in fp32 whatever the parameters' dtype."""
+"""Token-choice router with balancing over loops (loss-free); computes in fp32 whatever the parameters' dtype."""
 
 from dataclasses import dataclass
 
@@ -69,7 +69,7 @@ class Router(nn.Module):
         return self.bias + self.loop_bias.index_select(0, row)[0]
 
     def choose(self, scores: Tensor, bias: Tensor | None) -> Tensor:
-        """Indices int64 [tokens, k] of the best biased scores, inside the best groups where routing is group-limited."""
+        """Indices int64 [tokens, k] of the best biased scores; inside the best groups where routing is limited."""
         choice = scores if bias is None else scores + bias
         if self.n_groups is not None and self.n_limited_groups is not None:
             grouped = choice.unflatten(-1, (self.n_groups, -1))

@@ -43,7 +43,7 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if _step_of(line, -1) >= 0]
 
 
-def _finite(value: Value) -> float | None | list[float | None]:
+def _finite(value: Value) -> float | list[float | None] | None:
     if isinstance(value, list):
         return [each if math.isfinite(each) else None for each in value]
     return value if math.isfinite(value) else None

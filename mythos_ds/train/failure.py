@@ -11,6 +11,8 @@ from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError
 
 # A launcher that sees one process fail ends the others: rank 0, which may be slower, must get to its message first.
 PATIENCE_SECONDS = 20.0
+# After a collective the rank that reports is at its message too.
+PATIENCE_TOGETHER_SECONDS = 4.0
 
 
 def fail(error: MythosError, environment: ProcessEnvironment | None) -> int:
@@ -21,11 +23,11 @@ def fail(error: MythosError, environment: ProcessEnvironment | None) -> int:
     """
     rank = environment.rank if environment is not None else 0
     if isinstance(error, ReportedElsewhere):
-        _wait()
+        _wait(PATIENCE_TOGETHER_SECONDS)
     elif rank == 0 or isinstance(error, RankError):
         _report(error, rank)
     else:
-        _wait()
+        _wait(PATIENCE_SECONDS)
         _report(error, rank)
     return USER_ERROR_EXIT_CODE
 
@@ -36,11 +38,11 @@ def _report(error: MythosError, rank: int) -> None:
     sys.stderr.flush()
 
 
-def _wait() -> None:
+def _wait(seconds: float) -> None:
     """Until the launcher's SIGTERM, which then means what this process would have said: exit code 2."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(USER_ERROR_EXIT_CODE)
 
     signal.signal(signal.SIGTERM, leave)
-    time.sleep(PATIENCE_SECONDS)
+    time.sleep(seconds)

@@ -1,14 +1,14 @@
 """Wrong configurations and data end with one clear message and exit code 2, never with a traceback."""
 
-import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from tests.helpers.pretrain import ROOT, SCRIPT, SMALL, environment, run_pretrain, run_under_deepspeed
-
-TINY = json.loads((ROOT / "ds_configs" / "tiny.json").read_text())
+from tests.helpers.pretrain import SCRIPT, SMALL, environment, run_pretrain, run_under_deepspeed
+from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
 
 
 def run(arguments, folder):
@@ -97,34 +97,68 @@ def test_file_that_is_not_text(text, tmp_path):
     check_message(run(["--config", str(path)], tmp_path), ["mine.json"])
 
 
-def own_data(tmp_path, **data):
-    """A file of the small model with a data section of its own."""
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({**TINY, "data": data}))
-    return ["--config", str(path), "--run-dir", str(tmp_path / "run"), *SMALL, "training.max_steps=3"]
+def with_data(folder, words, *overrides, prefix=None, tokenizer=None):
+    """Arguments of a small run on the dataset `words`, or on what replaces a part of it."""
+    prefix, tokenizer = prefix or words.prefix, tokenizer or words.tokenizer
+    data = [f'data.datasets=[{{"prefix": "{prefix}"}}]', f"data.tokenizer={tokenizer}", f"data.data_dir={folder}"]
+    start = ["--config", "tiny", "--run-dir", str(folder / "run"), *SMALL, "training.max_steps=3", *data]
+    return [*start, "model.vocab_size=512", *overrides]
 
 
-def test_missing_data_file(tmp_path):
-    arguments = own_data(tmp_path, datasets=[{"prefix": str(tmp_path / "corpus")}], tokenizer=str(tmp_path / "t.model"))
-    check_message(run(arguments, tmp_path), [str(tmp_path)])
+@dataclass(frozen=True)
+class Words:
+    prefix: Path
+    tokenizer: Path
 
 
-def test_a_shorter_run_directory_of_another_run(tmp_path):
-    """A manifest that cannot be read beside a checkpoint folder without a complete checkpoint."""
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words")
+    tokenizer = make_tokenizer(folder)
+    make_dataset(folder / "words", tokenizer, make_texts(50))
+    return Words(folder / "words", tokenizer.path)
+
+
+def test_missing_tokenizer(words, tmp_path):
+    arguments = with_data(tmp_path, words, tokenizer=tmp_path / "nothing.model")
+    check_message(run(arguments, tmp_path), ["nothing.model", "tools/train_tokenizer.py"])
+
+
+def test_missing_data_file(words, tmp_path):
+    check_message(run(with_data(tmp_path, words, prefix=tmp_path / "nothing"), tmp_path), [str(tmp_path / "nothing")])
+
+
+def test_damaged_data_file(words, tmp_path):
+    for path in words.prefix.parent.glob("words.*"):
+        content = path.read_bytes()
+        (tmp_path / path.name).write_bytes(content[:-10] if path.suffix == ".bin" else content)
+    arguments = with_data(tmp_path, words, prefix=tmp_path / "words")
+    check_message(run(arguments, tmp_path), [str(tmp_path / "words")])
+
+
+def test_model_with_too_few_rows_for_the_tokenizer(words, tmp_path):
+    arguments = with_data(tmp_path, words, "model.vocab_size=100")
+    check_message(run(arguments, tmp_path), ["model.vocab_size 100", "at least"])
+
+
+def test_data_of_another_tokenizer(words, tmp_path):
+    other = make_tokenizer(tmp_path, vocab_size=350, seed=1)
+    arguments = with_data(tmp_path, words, tokenizer=other.path)
+    check_message(run(arguments, tmp_path), [str(words.prefix), "another tokenizer"])
+
+
+def test_checkpoints_that_cannot_be_used(tmp_path):
     tag = tmp_path / "run" / "checkpoints" / "step_00000004"
     tag.mkdir(parents=True)
     (tag / "manifest.json").write_text("{")
-    arguments = ["--config", "tiny", "--run-dir", str(tmp_path / "run"), "training.warmup_steps=0"]
-    finished = run([*arguments, "training.max_steps=3", f"data.data_dir={tmp_path}"], tmp_path)
-    check_message(finished, ["no complete checkpoint"])
-    finished = run([*arguments, "--resume", "never", "training.max_steps=3", f"data.data_dir={tmp_path}"], tmp_path)
-    check_message(finished, ["step_00000004", "--run-dir"])
-    finished = run([*arguments, "--resume", str(tmp_path / "nowhere"), f"data.data_dir={tmp_path}"], tmp_path)
-    check_message(finished, ["nowhere"])
+    start = ["--config", "tiny", "--run-dir", str(tmp_path / "run"), f"data.data_dir={tmp_path}"]
+    check_message(run(start, tmp_path), ["no complete checkpoint"])
+    check_message(run([*start, "--resume", "never"], tmp_path), ["step_00000004", "--run-dir"])
+    check_message(run([*start, "--resume", str(tmp_path / "nowhere")], tmp_path), ["nowhere"])
 
 
-def test_two_ranks_say_it_once_and_both_end_with_2(tmp_path):
-    arguments = own_data(tmp_path, datasets=[{"prefix": str(tmp_path / "corpus")}], tokenizer=str(tmp_path / "t.model"))
+def test_two_ranks_say_it_once_and_both_end_with_2(words, tmp_path):
+    arguments = with_data(tmp_path, words, prefix=tmp_path / "nothing")
     finished = run_pretrain(arguments, nprocs=2, folder=tmp_path / "logs")
     assert finished.codes == [2, 2]
     assert [output.count("error: ") for output in finished.outputs] == [1, 0]
@@ -132,13 +166,17 @@ def test_two_ranks_say_it_once_and_both_end_with_2(tmp_path):
 
 @pytest.mark.parametrize(
     ("overrides", "part"),
-    [(["training.max_stepz=3"], "max_stepz"), (["parallel.ep_size=4"], "parallel.ep_size"), ([], "corpus")],
+    [
+        (["training.max_stepz=3"], "max_stepz"),
+        (["parallel.ep_size=4"], "parallel.ep_size"),
+        (["data.tokenizer=nothing.model"], "nothing.model"),
+    ],
 )
-def test_under_the_deepspeed_launcher_it_is_said_once(overrides, part, tmp_path):
-    arguments = own_data(tmp_path, datasets=[{"prefix": str(tmp_path / "corpus")}], tokenizer=str(tmp_path / "t.model"))
-    finished = run_under_deepspeed([*arguments, *overrides], nprocs=2, folder=tmp_path)
+def test_under_the_deepspeed_launcher_it_is_said_once(overrides, part, words, tmp_path):
+    finished = run_under_deepspeed(with_data(tmp_path, words, *overrides), nprocs=2, folder=tmp_path)
     output = finished.stdout + finished.stderr
     assert finished.returncode == 2, output
     assert "Traceback" not in output
-    assert sum(line.startswith("error: ") for line in output.splitlines()) == 1, output
-    assert part in output
+    reports = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(reports) == 1, output
+    assert part in reports[0]

@@ -4,6 +4,7 @@ Start-up costs seconds, so a test module runs all its cases of one world size in
 of cases and returns a list of results.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -42,8 +43,10 @@ def run_distributed(function: str, nprocs: int, timeout_s: float, **kwargs: Any)
         folder = Path(name)
         (folder / "kwargs.json").write_text(json.dumps(kwargs))
         port = free_port()
-        processes = [_start(function, folder, rank, nprocs, port) for rank in range(nprocs)]
+        processes: list[subprocess.Popen] = []
         try:
+            for rank in range(nprocs):
+                processes.append(_start(function, folder, rank, nprocs, port))
             _wait(processes, folder, timeout_s)
         finally:
             for process in processes:
@@ -87,7 +90,8 @@ def _report(codes: list[int | None], folder: Path, timeout_s: float) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    if process.poll() is None:
+    # The whole session, also where the rank itself has ended: what it started may still run.
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -148,7 +148,8 @@ def forward(
 ) -> tuple[Tensor, Pass]:
     """Logits [batch, seq, vocab] and what the pass collected."""
     unsupported = {config.discretisation, config.halting, config.loop_embedding} & {"direct", "act_openmythos", "raw"}
-    assert not unsupported and config.state_dtype == "float32", "not covered by the reference"
+    assert not unsupported, "not covered by the reference"
+    assert config.state_dtype == "float32", "not covered by the reference"
     batch, seq = tokens.shape
     if positions is None:
         positions = torch.arange(seq).expand(batch, seq)

@@ -93,7 +93,7 @@ def test_two_processes_build_the_builtin_dataset_at_once(tmp_path):
     data_dir = tmp_path / "data"
     command = [sys.executable, str(script), str(data_dir)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in running]
+    outputs = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     assert outputs == [f"{data_dir}/builtin/tokens\n"] * 2
     assert [path.name for path in data_dir.iterdir()] == ["builtin"]

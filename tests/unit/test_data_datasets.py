@@ -239,7 +239,7 @@ def test_one_rank_prepares_and_all_read(workshop, tmp_path):
         )
         for rank in range(2)
     ]
-    results = [process.communicate(timeout=120) for process in ranks]
+    results = [process.communicate(timeout=300) for process in ranks]
     outputs = [out.strip() for out, _ in results]
     assert [process.returncode for process in ranks] == [0, 0], results
     assert len(outputs[0]) == 64

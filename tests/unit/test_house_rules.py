@@ -21,6 +21,7 @@ EVERYWHERE = {"errors", "log", "environment"}
 SIDE_USERS = {"train", "checkpoint"}
 """Who may import the packages that stand beside the chain."""
 
+MAY_EXIT = {"data/prepare.py", "train/failure.py"}
 MAX_FILE_LINES = 600
 MAX_PACKAGE_LINES = 12_000
 
@@ -31,9 +32,16 @@ def _imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = _absolute(path, node)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _absolute(path: Path, node: ast.ImportFrom) -> str:
+    """The module that a from-import names; dots count from the file's own package."""
+    folders = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+    return ".".join([*folders, *([node.module] if node.module else [])])
 
 
 def _part(path: Path) -> str:
@@ -91,6 +99,16 @@ def test_the_package_does_not_print_and_has_no_utils() -> None:
         names = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
         assert "print" not in names, path
     assert not [path for path in FILES if path.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+def test_the_package_does_not_end_the_process() -> None:
+    """Errors are raised, and launch/ turns them into an exit code; the files in MAY_EXIT end workers or ranks."""
+    exits = {"exit", "quit", "sys.exit", "os._exit"}
+    for path in FILES:
+        if path.relative_to(PACKAGE).as_posix() in MAY_EXIT:
+            continue
+        calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not exits & set(calls), path
 
 
 def test_one_place_initialises_deepspeed() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.mythos import MythosModel
-from tests.helpers.reference import forward, reference_logits, reference_loss
+from tests.helpers.reference import ReferenceTrainer, forward, reference_logits, reference_loss
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
 
 ACT: dict[str, Any] = {"halting": "act", "act_threshold": 0.8}
@@ -112,3 +112,47 @@ def test_loop_counts_below_one_are_refused(n_loops: int, n_grad_loops: int | Non
     config = toy_config()
     with pytest.raises(ValueError, match="at least 1"):
         MythosModel(config)(toy_batch(config)["tokens"], n_loops=n_loops, n_grad_loops=n_grad_loops)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_training_steps_equal_the_reference(optimizer: str) -> None:
+    config = toy_config(**MLA)
+    model = randomise(MythosModel(config, checkpoint_loops=True))
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    trainer = ReferenceTrainer(
+        dict(model.named_parameters()), config, optimizer=optimizer, eps=1e-6, weight_decay=0.1, grad_clip=0.5,
+        decays=lambda name: "experts" in name, lr_scale=lambda name: 0.5 if "attn" in name else 1.0,
+        balance=0.3, z=0.02, router_bias=buffers,
+    )  # fmt: skip
+    groups = [
+        {
+            "params": [value],
+            "weight_decay": 0.1 if optimizer == "adamw" and "experts" in name else 0.0,
+            "scale": 0.5 if "attn" in name else 1.0,
+        }
+        for name, value in model.named_parameters()
+    ]
+    ours = torch.optim.SGD(groups, 0.0) if optimizer == "sgd" else torch.optim.AdamW(groups, 0.0, (0.9, 0.95), 1e-6)
+    for step, n_loops in enumerate((3, 1, 4)):
+        batches = [toy_batch(config, seed=10 * step + i) for i in range(2)]
+        lr = 0.1 if optimizer == "sgd" else 3e-3
+        loss, norm = trainer.step(batches, n_loops, 2, lr)
+        ours.zero_grad()
+        aux = AuxLoss(balance=0.3, z=0.02, scale=0.5)
+        counts = torch.zeros(n_loops, config.n_experts)
+        own_loss = 0.0
+        for batch in batches:
+            part = model(**batch, n_loops=n_loops, n_grad_loops=2, aux=aux) / 2
+            part.backward()
+            own_loss += part.item()
+            counts += torch.stack([model.moe_layers()[0].records[loop].counts for loop in range(n_loops)])
+        own_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item()
+        for group in ours.param_groups:
+            group["lr"] = lr * group["scale"]
+        ours.step()
+        assert own_norm > 0.5, "clipping acts"
+        assert own_loss == pytest.approx(loss, rel=1e-6)
+        assert own_norm == pytest.approx(norm, rel=1e-5)
+        assert torch.equal(trainer.counts[0], counts)
+    for name, value in model.named_parameters():
+        assert (value - trainer.params[name]).abs().max() <= 1e-5, name

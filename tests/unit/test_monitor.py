@@ -2,11 +2,12 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from mythos_ds.monitor.memory import peak_memory_bytes
 from mythos_ds.monitor.metrics import MetricsWriter, read_metrics
 from mythos_ds.monitor.progress import ProgressLine
 from mythos_ds.monitor.tensorboard import TensorBoardWriter
@@ -68,7 +69,10 @@ def test_a_live_line_and_a_silent_rank(capsys) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_peak_memory_grows() -> None:
-    before = peak_memory_bytes()
-    block = bytearray(b"x" * (before + (64 << 20)))
-    assert peak_memory_bytes() >= len(block)
+def test_peak_memory_counts_what_a_process_held() -> None:
+    script = (
+        "from mythos_ds.monitor.memory import peak_memory_bytes as peak\n"
+        "before = peak(); block = bytearray(b'x' * (256 << 20)); del block\n"
+        "assert peak() - before > 200 << 20, (before, peak())\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
