@@ -139,6 +139,9 @@ def build(config: RunConfig, gradient_accumulation_steps: int) -> dict[str, Any]
     training, parallel = config.training, config.parallel
     merged: dict[str, Any] = {"steps_per_print": NEVER, **copy.deepcopy(config.deepspeed)}
     zero = {**_zero_defaults(config), **merged.get(ZERO, {}), "stage": parallel.zero_stage}
+    if training.optimizer == "muon":
+        # Stage 3 orthogonalises whole gradients; stages 1 and 2 reduce experts' gradients wrongly without it.
+        zero["reduce_scatter"] = parallel.zero_stage != 3
     if parallel.offload_optimizer == "cpu":
         # Otherwise DeepSpeed insists on its own CPU Adam, which it compiles at run time.
         merged["zero_force_ds_cpu_optimizer"] = False

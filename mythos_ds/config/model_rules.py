@@ -93,3 +93,8 @@ def mean_recurrence(model: ModelConfig) -> str | None:
         return None
     limit = model.max_loops
     return f"{model.mean_recurrence} given; allowed: 1 to max_loops = {limit}; nearest: {limit}"
+
+
+def routed_parameters(model: ModelConfig) -> int:
+    """Parameters of all routed experts."""
+    return model.recurrent_layers * model.n_experts * 3 * model.dim * model.expert_dim

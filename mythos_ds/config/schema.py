@@ -110,13 +110,17 @@ class TrainingConfig(Section):
     seed: int = Field(0, ge=0)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: float = Field(gt=0, description="Peak learning rate at width lr_reference_dim.")
     lr_reference_dim: int = Field(128, ge=1, description="Matrices train at lr * lr_reference_dim / dim.")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
+    muon_lr: float | None = Field(
+        None, gt=0, description="Muon only: peak learning rate of the matrices, at any width; lr is then Adam's."
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon only.")
     grad_clip: float = Field(1.0, ge=0, description="Global gradient norm; 0 = no clipping.")
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup_steps: int = Field(0, ge=0)

@@ -18,6 +18,7 @@ from mythos_ds.config.schema import (
 Problem = tuple[str, str]
 BUILTIN_VOCABULARY = 4096
 MINIMUM_DEEP_SHARE = 0.01
+MUON_MAX_PARAMETERS = 10e9
 _MLA_NEEDED = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _MLA_ONLY = (*_MLA_NEEDED, "q_lora_rank")
 _GQA_ONLY = ("n_kv_heads", "head_dim")
@@ -253,6 +254,34 @@ def _is_gqa(config: RunConfig) -> bool:
     return config.model.attn_type == "gqa"
 
 
+def _muon_clip(config: RunConfig) -> str | None:
+    clip = config.training.grad_clip
+    if not _is_muon(config) or clip == 0:
+        return None
+    return f"{clip} given; DeepSpeed would clip Muon's update, not the gradient; allowed with muon: 0; nearest: 0"
+
+
+def _muon_layout(config: RunConfig) -> str | None:
+    parallel = config.parallel
+    if not _is_muon(config):
+        return None
+    if parallel.zero_stage == 0:
+        return '"muon" given with zero_stage 0; allowed: zero_stage 1, 2 or 3'
+    if "cpu" in (parallel.offload_optimizer, parallel.offload_params):
+        return '"muon" given with offloading; allowed: offload_optimizer and offload_params "none"'
+    routed = model_rules.routed_parameters(config.model)
+    if routed > MUON_MAX_PARAMETERS:
+        return (
+            f'"muon" given for {routed / 1e9:.1f}G routed parameters: every step gathers all gradients; '
+            f'allowed up to {MUON_MAX_PARAMETERS / 1e9:.0f}G; nearest: "adamw"'
+        )
+    return None
+
+
+def _is_muon(config: RunConfig) -> bool:
+    return config.training.optimizer == "muon"
+
+
 RULES: tuple[Rule, ...] = (
     *_needed(_MLA_NEEDED, "model", 'with attn_type "mla"', _is_mla),
     *_no_effect(_GQA_ONLY, "model", 'with attn_type "mla"', _is_mla),
@@ -297,6 +326,12 @@ RULES: tuple[Rule, ...] = (
         ("min_lr_ratio",), "training", 'with schedule "constant"', lambda c: c.training.schedule == "constant"
     ),
     *_no_effect(_ADAM_ONLY, "training", 'with optimizer "sgd"', lambda c: c.training.optimizer == "sgd"),
+    *_no_effect(
+        ("muon_lr", "muon_momentum"), "training", 'unless optimizer is "muon"', lambda c: not _is_muon(c)
+    ),
+    *_needed(("muon_lr",), "training", 'with optimizer "muon"', _is_muon),
+    Rule("training.grad_clip", _muon_clip),
+    Rule("training.optimizer", _muon_layout),
     *_no_effect(
         ("depth_sigma",),
         "training",

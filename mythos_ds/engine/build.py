@@ -12,6 +12,7 @@ from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.engine.optimizer import make_optimizer, parameter_groups
 from mythos_ds.errors import ParallelError
+from mythos_ds.model.layers import DenseLayer
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.recurrent import RecurrentBlock
@@ -33,7 +34,8 @@ def build_engine(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngin
     if stage == 3:
         # The module that owns the loop, and only that one: it is gathered once in forward and once in backward for any
         # loop count. A leaf that is itself called several times gets wrong gradients.
-        set_z3_leaf_modules(model, [RecurrentBlock])
+        # Prelude and coda layers run once, so each may be a leaf too: one gather and one hook instead of a dozen.
+        set_z3_leaf_modules(model, [RecurrentBlock, DenseLayer])
     optimizer = make_optimizer(
         parameter_groups(model.named_parameters(), config),
         config.training,

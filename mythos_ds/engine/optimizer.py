@@ -20,6 +20,7 @@ LR_SCALE = "lr_scale"
 _ROUTER_SUFFIX = "router.weight"
 _LOOP_TABLE_SUFFIX = "lora.scale"
 _EMBEDDING = "embed.weight"
+_READOUTS = ("lm_head.weight", "lora.down.weight", "lora.up.weight")
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,13 @@ class Role:
     name: str
     decays: bool
     width_scaled: bool
+    orthogonal: bool = False
+    """Whether Muon trains them, where it is the optimizer; the rest gets Adam."""
 
 
-MATRIX = Role("matrix", decays=True, width_scaled=True)
+MATRIX = Role("matrix", decays=True, width_scaled=True, orthogonal=True)
+READOUT = Role("readout", decays=True, width_scaled=True)
+"""The head and the low-rank branches."""
 EMBEDDING = Role("embedding", decays=False, width_scaled=False)
 ROUTER = Role("router", decays=False, width_scaled=False)
 VECTOR = Role("vector", decays=False, width_scaled=False)
@@ -46,7 +51,7 @@ def role_of(name: str, dimensions: int) -> Role:
         return ROUTER
     if name.endswith(_LOOP_TABLE_SUFFIX) or dimensions < 2:
         return VECTOR
-    return MATRIX
+    return READOUT if name.endswith(_READOUTS) else MATRIX
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: RunConfig) -> list[dict[str, Any]]:
@@ -62,6 +67,8 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
         members[role, _expert_group_of(parameter)].append(parameter)
     scale = config.training.lr_reference_dim / config.model.dim
     decay = config.training.weight_decay
+    if config.training.optimizer == "muon":
+        return _muon_groups(members, config.training, scale)
     return [
         {
             "params": parameters,
@@ -74,6 +81,37 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
     ]
 
 
+def _muon_groups(
+    members: dict[tuple[Role, str | None], list[nn.Parameter]], training: TrainingConfig, scale: float
+) -> list[dict[str, Any]]:
+    """Muon for matrices, at a rate that needs no width scaling (an orthogonal update has a fixed size), Adam elsewhere.
+
+    Both halves and DeepSpeed's ZeRO optimizers read `use_muon`, the latter from the parameters.
+    """
+    groups = []
+    for (role, expert_group), parameters in members.items():
+        for parameter in parameters:
+            parameter.use_muon = role.orthogonal  # type: ignore[attr-defined]
+        own: dict[str, Any] = {"betas": (training.beta1, training.beta2), "eps": training.eps}
+        factor = scale if role.width_scaled else 1.0
+        if role.orthogonal:
+            own = {"momentum": training.muon_momentum}
+            factor = (training.muon_lr or training.lr) / training.lr
+        groups.append(
+            {
+                "params": parameters,
+                "name": role.name if expert_group is None else expert_group,
+                "moe": expert_group is not None,
+                "weight_decay": training.weight_decay if role.decays else 0.0,
+                "lr": 0.0,
+                "use_muon": role.orthogonal,
+                LR_SCALE: factor,
+                **own,
+            }
+        )
+    return groups
+
+
 def _expert_group_of(parameter: nn.Parameter) -> str | None:
     return getattr(parameter, "group_name", None)
 
@@ -81,12 +119,17 @@ def _expert_group_of(parameter: nn.Parameter) -> str | None:
 def make_optimizer(
     groups: list[dict[str, Any]], training: TrainingConfig, *, offload: bool, device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over `groups`; with the optimizer state offloaded from a GPU, DeepSpeed's CPU Adam.
+    """AdamW, SGD or Muon over `groups`; with the optimizer state offloaded from a GPU, DeepSpeed's CPU Adam.
 
     The learning rate is set in every step. It starts at zero, so that a step DeepSpeed takes by itself moves nothing.
     """
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0)
+    if training.optimizer == "muon":
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # compiles kernels when imported
+
+        kernel = {"fused": device.type == "cuda"}
+        return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=kernel)
     options: dict[str, Any] = {"lr": 0.0, "betas": (training.beta1, training.beta2), "eps": training.eps}
     if offload and device.type != "cpu":
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled at first use

@@ -59,8 +59,10 @@ def toy_model(**changes: Any) -> ModelConfig:
 
 def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
     """The run of a case: ep, stage, and optionally checkpointing, optimizer, dtype, accumulation, offload,
-    deepspeed, model."""
+    training, deepspeed, model."""
     accumulation = case.get("accumulation", ACCUMULATION)
+    optimizer = {"optimizer": "sgd"} if case.get("optimizer") == "sgd" else {"optimizer": "adamw", "eps": 1e-6}
+    losses = {"grad_clip": 0.3, "balance_loss": 1e-2, "z_loss": 1e-3, "router_bias_rate": 1e-2}
     return RunConfig(
         model=toy_model(**case.get("model", {})),
         parallel=ParallelConfig(
@@ -78,11 +80,7 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
             lr=1e-2,
             lr_reference_dim=16,
             dtype=case.get("dtype", "float32"),
-            **({"optimizer": "sgd"} if case.get("optimizer") == "sgd" else {"optimizer": "adamw", "eps": 1e-6}),
-            grad_clip=0.3,
-            balance_loss=1e-2,
-            z_loss=1e-3,
-            router_bias_rate=1e-2,
+            **{**optimizer, **losses, **case.get("training", {})},
         ),
         data=DataConfig(datasets=[DatasetConfig(prefix="unused")], tokenizer="unused"),
         deepspeed=case.get("deepspeed", {}),

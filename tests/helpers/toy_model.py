@@ -70,4 +70,6 @@ def toy_batch(config: ModelConfig, batch: int = 3, seq: int = 20, seed: int = 1)
     positions[0, 7:] -= 7
     positions[0, 15:] -= 8
     positions[1, 1:] -= 1
+    positions[2] += 3  # starts inside a document
+    positions[2, 12:] -= 15
     return {"tokens": text[:, :-1], "labels": text[:, 1:], "positions": positions}
