@@ -56,8 +56,13 @@ def check_partial(config: RunConfig) -> list[Problem]:
 
 
 def check_world(config: RunConfig, world_size: int) -> list[Problem]:
-    """(key path, message) of every setting that does not fit `world_size` processes."""
+    """(key path, message) of every setting that does not fit `world_size` processes, or the length of the run.
+
+    The length is looked at here and not in `check`, because a proxy shortens it and its warm-up together.
+    """
     problems: list[Problem] = []
+    if (message := _warmup(config.training)) is not None:
+        problems.append(("training.warmup_steps", message))
     if (message := _batch_problem(config.training, world_size)) is not None:
         problems.append(("training.global_batch_size", message))
     if (message := _ep_world_problem(config, world_size)) is not None:
@@ -317,7 +322,6 @@ RULES: tuple[Rule, ...] = (
     *_no_effect(("lora_target",), "model", "with lora_rank 0", lambda c: c.model.lora_rank == 0),
     *_no_effect(("act_threshold",), "model", 'with halting "none"', lambda c: c.model.halting == "none"),
     _training("max_steps", _length),
-    _training("warmup_steps", _warmup),
     _training("micro_batch_size", _micro_batch),
     *_no_effect(
         ("decay_fraction",), "training", 'unless schedule is "wsd"', lambda c: c.training.schedule != "wsd"

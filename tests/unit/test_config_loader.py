@@ -63,10 +63,10 @@ def test_missing_keys_name_type_and_meaning(tmp_path, tiny_json):
 
 def test_all_problems_at_once():
     """A wrong value does not hide wrong combinations, and the source of each is named."""
-    found = problems("model.dim=wide", "training.warmup_steps=900", "deepspeed.train_batch_sze=4", "lora=1")
+    found = problems("model.dim=wide", "training.micro_batch_size=3", "deepspeed.train_batch_sze=4", "lora=1")
     assert len(found) == 4
     assert all(line.startswith("override") for line in found)
-    assert sum("training.warmup_steps" in line or "did you mean" in line for line in found) == 2
+    assert sum("training.micro_batch_size" in line or "did you mean" in line for line in found) == 2
 
 
 def test_syntax_error_has_line_and_column(tmp_path):
