@@ -32,9 +32,8 @@ def build_engine(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngin
     section = deepspeed_section(resolved)
     model = build_model(resolved, groups, section)
     if stage == 3:
-        # The module that owns the loop, and only that one: it is gathered once in forward and once in backward for any
-        # loop count. A leaf that is itself called several times gets wrong gradients.
-        # Prelude and coda layers run once, so each may be a leaf too: one gather and one hook instead of a dozen.
+        # The module that owns the loop: gathered once in forward and once in backward for any loop count. A leaf that
+        # is itself called several times gets wrong gradients; prelude and coda layers run once, and save hooks as leaves.
         set_z3_leaf_modules(model, [RecurrentBlock, DenseLayer])
     optimizer = make_optimizer(
         parameter_groups(model.named_parameters(), config),

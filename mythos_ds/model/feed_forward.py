@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from mythos_ds.model.initializer import Initializer, Linear
 
+_GROUP_ROWS = 8
+
 
 class FeedForward(nn.Module):
     """Dense SwiGLU w2(silu(w1 x) * w3 x): [..., dim] -> [..., dim]."""
@@ -52,10 +54,25 @@ def grouped_matmul_is_fast(rows: Tensor) -> bool:
 
 
 def _grouped_swiglu(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    ends = counts.cumsum(0).to(torch.int32)
-    gate = torch._grouped_mm(rows, w1.transpose(-2, -1), offs=ends)
-    up = torch._grouped_mm(rows, w3.transpose(-2, -1), offs=ends)
-    return torch._grouped_mm(functional.silu(gate) * up, w2.transpose(-2, -1), offs=ends)
+    padded, ends, places = _align_groups(rows, counts)
+    gate = torch._grouped_mm(padded, w1.transpose(-2, -1), offs=ends)
+    up = torch._grouped_mm(padded, w3.transpose(-2, -1), offs=ends)
+    results = torch._grouped_mm(functional.silu(gate) * up, w2.transpose(-2, -1), offs=ends)
+    return results.index_select(0, places)
+
+
+def _align_groups(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """rows [n, dim] with each expert's group padded to a multiple of 8 rows, the groups' ends int32, and where each row
+    went int64 [n]. The kernels want groups of 16 bytes in the weight gradient; empty groups stay empty.
+
+    The buffer's size does not depend on the counts, so nothing waits for them; rows past the last end are unused.
+    """
+    n = rows.shape[0]
+    aligned = (counts + _GROUP_ROWS - 1) // _GROUP_ROWS * _GROUP_ROWS
+    shift = (aligned.cumsum(0) - aligned) - (counts.cumsum(0) - counts)
+    places = torch.arange(n, device=rows.device) + shift.repeat_interleave(counts, output_size=n)
+    buffer = rows.new_zeros(n + _GROUP_ROWS * len(counts), rows.shape[1])
+    return buffer.index_copy(0, places, rows), aligned.cumsum(0).to(torch.int32), places
 
 
 def _looped_swiglu(rows: Tensor, counts: Sequence[int], w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:

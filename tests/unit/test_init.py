@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mythos_ds.config.schema import ModelConfig
 from mythos_ds.model.feed_forward import Experts
 from mythos_ds.model.initializer import Initializer
+from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel, clear_records
 from tests.helpers.toy_model import GQA, MLA, toy_batch, toy_config
 
@@ -100,6 +102,21 @@ def test_experts_are_keyed_by_their_global_number() -> None:
     assert torch.equal(whole.w3[4:], half.w3)
     assert not torch.equal(whole.w1, whole.w3)
     assert len({row.sum().item() for row in whole.w1}) == 8, "no two experts alike"
+
+
+class UpperHalf(MoE):
+    """Holds the second half of the experts, as a rank of expert parallelism would."""
+
+    def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
+        half = config.n_experts // 2
+        return Experts(half, config.dim, config.expert_dim, init, config.resolved_init_std, first_expert=half)
+
+
+def test_same_weights_whatever_the_factory() -> None:
+    whole, part = weights(), weights(moe_factory=UpperHalf)
+    assert whole.keys() == part.keys()
+    for name, value in part.items():
+        assert torch.equal(value, whole[name][4:] if ".experts." in name else whole[name]), name
 
 
 @pytest.mark.parametrize("attention", [GQA, MLA], ids=["gqa", "mla"])
