@@ -108,7 +108,7 @@ def test_overrides_win_and_replace_their_alternative():
         "tiny", ["training.max_tokens=204800", "deepspeed.zero_optimization.overlap_comm=false"]
     )
     assert config.config.training.max_steps is None
-    assert config.config.deepspeed == {"zero_optimization": {"overlap_comm": False}}
+    assert config.config.deepspeed["zero_optimization"]["overlap_comm"] is False
     config = load_config(
         "1b", ["data.corpus=builtin", "data.tokenizer=null", "training.max_steps=2000"]
     ).config
