@@ -33,7 +33,7 @@ def build_engine(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngin
     model = build_model(resolved, groups, section)
     if stage == 3:
         # The module that owns the loop: gathered once in forward and once in backward for any loop count. A leaf that
-        # is itself called several times gets wrong gradients; prelude and coda layers run once, and save hooks as leaves.
+        # is called several times gets wrong gradients; prelude and coda layers run once, and as leaves save hooks.
         set_z3_leaf_modules(model, [RecurrentBlock, DenseLayer])
     optimizer = make_optimizer(
         parameter_groups(model.named_parameters(), config),
