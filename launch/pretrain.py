@@ -79,7 +79,7 @@ def plan(
 
 def describe(arguments: argparse.Namespace, resolved: ResolvedRun) -> str:
     if arguments.print_config:
-        return json.dumps(resolved.config.model_dump(mode="json"), indent=2)
+        return json.dumps(resolved.as_dict(), indent=2)
     from mythos_ds.plan.report import dry_run_report
 
     return dry_run_report(resolved)

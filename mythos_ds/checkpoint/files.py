@@ -1,13 +1,13 @@
 """What makes a checkpoint directory complete: a manifest, written last, with the size and checksum of every file."""
 
 import json
-import os
 import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mythos_ds.durable import write_atomic
 from mythos_ds.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -69,22 +69,9 @@ def digest(path: Path) -> FileRecord:
     return FileRecord(size, crc)
 
 
-def sync(path: Path) -> None:
-    """Force a file, or a directory's entries, to stable storage."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write JSON and force it to stable storage."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -120,11 +107,7 @@ def verify(tag: Path, rank: int, world_size: int) -> None:
 
 def point_latest(directory: Path, tag: Path) -> None:
     """Let the file `latest` name `tag`, atomically."""
-    temporary = directory / f".{LATEST}.tmp"
-    temporary.write_text(tag.name, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(directory / LATEST)
-    sync(directory)
+    write_atomic(directory / LATEST, tag.name)
 
 
 def prune(directory: Path, keep: int) -> None:

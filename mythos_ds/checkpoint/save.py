@@ -12,6 +12,7 @@ from typing import Any
 from mythos_ds.checkpoint import files, random_state
 from mythos_ds.checkpoint.agreement import on_rank_zero
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.durable import sync
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.errors import CheckpointError
 from mythos_ds.log import get_logger
@@ -109,7 +110,7 @@ def _write_digests(partial: Path, groups: ParallelGroups) -> None:
     """Force this rank's share of the files to disk and note their sizes and checksums."""
     digests = {}
     for path in files.share_of(files.data_files(partial), groups.dp_rank, groups.dp_size):
-        files.sync(path)
+        sync(path)
         digests[str(path.relative_to(partial))] = asdict(files.digest(path))
     files.write_json(partial / _digest_file(groups.dp_rank), digests)
 
@@ -121,6 +122,6 @@ def _publish(partial: Path, tag: Path, world_size: int) -> None:
         digests.update(files.read_json(path))
         path.unlink()
     files.write_json(partial / files.MANIFEST, {"format": 1, "files": dict(sorted(digests.items()))})
-    files.sync(partial)
+    sync(partial)
     partial.rename(tag)
     files.point_latest(tag.parent, tag)

@@ -1,7 +1,7 @@
 """Derives everything that follows from a run's file and the number of processes. Pure; no torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mythos_ds.config import deepspeed_section, validation
@@ -31,6 +31,11 @@ class ResolvedRun:
     mean_backprop_depth: int
     router_bias_rate: float
     deepspeed: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration with every default, and under `_derived` what followed from it; loads as a file does."""
+        derived = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "config"}
+        return {**self.config.model_dump(mode="json"), "_derived": derived}
 
 
 def resolve(config: RunConfig, world_size: int) -> ResolvedRun:

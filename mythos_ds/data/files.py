@@ -1,13 +1,14 @@
 """Outputs that appear whole or not at all."""
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mythos_ds.durable import sync, write_atomic
 
 
 def partial_path(target: Path) -> Path:
@@ -45,16 +46,4 @@ def _rename_or_drop(work: Path, target: Path) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` as JSON by way of a rename."""
-    work = partial_path(path)
-    work.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    sync(work)
-    work.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or a directory's entries, to stable storage."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

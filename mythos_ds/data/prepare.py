@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_ds.data.files import partial_path, sync
+from mythos_ds.data.files import partial_path
 from mythos_ds.data.megatron import TokenWriter
 from mythos_ds.data.sidecar import DatasetInfo, dataset_files, write_info
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.durable import sync
 from mythos_ds.errors import DataError
 
 ProgressCallback = Callable[[int, int, int], None]

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mythos_ds.data.files import partial_path, sync
+from mythos_ds.data.files import partial_path
+from mythos_ds.durable import sync
 from mythos_ds.errors import DataError
 
 if TYPE_CHECKING:

@@ -22,21 +22,6 @@ def dry_run_report(resolved: ResolvedRun) -> str:
     return "\n".join([*lines, "DeepSpeed configuration:", deepspeed])
 
 
-def print_config(resolved: ResolvedRun) -> str:
-    """The configuration with every default, and what was derived from it, as JSON."""
-    derived = {
-        "world_size": resolved.world_size,
-        "ep_size": resolved.ep_size,
-        "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
-        "max_steps": resolved.max_steps,
-        "tokens_per_step": resolved.tokens_per_step,
-        "mean_backprop_depth": resolved.mean_backprop_depth,
-        "router_bias_rate": resolved.router_bias_rate,
-        "deepspeed": resolved.deepspeed,
-    }
-    return json.dumps({**resolved.config.model_dump(mode="json"), "_derived": derived}, indent=2)
-
-
 def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
     config, ep_size, world = resolved.config, resolved.ep_size, resolved.world_size
     training, model, zero = config.training, config.model, config.parallel.zero_stage

@@ -7,7 +7,6 @@ length and seed that begins where the last one ends.
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import mythos_ds
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.durable import write_atomic
 from mythos_ds.errors import CheckpointError
 from mythos_ds.train.schedule import PlannedLength
 
@@ -152,20 +152,7 @@ class RunDirectory:
     def record_start(self, resolved: ResolvedRun, source_text: str, step: int, argv: Sequence[str]) -> None:
         """Keep the resolved configuration and its text, and append this start to `starts.jsonl`."""
         self.root.mkdir(parents=True, exist_ok=True)
-        resolved_run = {
-            **resolved.config.model_dump(mode="json"),
-            "resolved": {
-                "world_size": resolved.world_size,
-                "ep_size": resolved.ep_size,
-                "gradient_accumulation_steps": resolved.gradient_accumulation_steps,
-                "max_steps": resolved.max_steps,
-                "tokens_per_step": resolved.tokens_per_step,
-                "mean_backprop_depth": resolved.mean_backprop_depth,
-                "router_bias_rate": resolved.router_bias_rate,
-                "deepspeed": resolved.deepspeed,
-            },
-        }
-        write_atomic(self.root / "config.resolved.json", json.dumps(resolved_run, indent=2) + "\n")
+        write_atomic(self.root / "config.resolved.json", json.dumps(resolved.as_dict(), indent=2) + "\n")
         write_atomic(self.root / "config.source.json", source_text)
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -177,17 +164,6 @@ class RunDirectory:
         }
         with (self.root / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old or the new content, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def git_commit() -> str | None:

@@ -12,7 +12,7 @@ from mythos_ds.config.loader import load_config
 from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.errors import ConfigError
-from mythos_ds.plan.report import dry_run_report, print_config
+from mythos_ds.plan.report import dry_run_report
 
 PRESETS = ["tiny", "1b", "3b", "10b", "50b", "100b", "500b", "1t"]
 MLA = ["model.attn_type=mla", "model.n_kv_heads=null", "model.qk_norm=false", "model.kv_lora_rank=32",
@@ -210,7 +210,7 @@ def test_reports_for_every_preset():
         text = dry_run_report(run)
         assert "DeepSpeed configuration:" in text
         assert "parameters" in text
-        printed = json.loads(print_config(run))
+        printed = json.loads(json.dumps(run.as_dict()))
         assert printed["_derived"]["ep_size"] == run.ep_size
         assert printed["model"]["dim"] == config.model.dim
 
@@ -219,7 +219,7 @@ def test_printed_config_loads_again(tmp_path):
     """`--print-config` writes every default; defaults without effect are no error."""
     config = load_config("tiny").config
     path = tmp_path / "again.json"
-    path.write_text(print_config(resolve(config, 2)))
+    path.write_text(json.dumps(resolve(config, 2).as_dict()))
     assert load_config(str(path)).config.model_dump() == config.model_dump()
 
 

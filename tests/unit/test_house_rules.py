@@ -17,7 +17,7 @@ BESIDE = {
     "plan": {"config", "plan"},
     "monitor": {"config", "monitor", "plan"},
 }
-EVERYWHERE = {"errors", "log", "environment"}
+EVERYWHERE = {"errors", "log", "environment", "durable"}
 SIDE_USERS = {"train", "checkpoint"}
 """Who may import the packages that stand beside the chain."""
 

@@ -6,6 +6,7 @@ import pytest
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
+from mythos_ds.durable import write_atomic
 from mythos_ds.errors import CheckpointError
 from mythos_ds.train.run_directory import (
     Phase,
@@ -14,7 +15,6 @@ from mythos_ds.train.run_directory import (
     new_manifest,
     package_versions,
     with_dataset,
-    write_atomic,
 )
 from mythos_ds.train.schedule import PlannedLength
 
@@ -93,7 +93,7 @@ def test_start_records_config_versions_and_source(tmp_path):
     run.record_start(resolve(loaded.config, 2), loaded.text, 7, ["--config", "tiny"])
     resolved = json.loads((run.root / "config.resolved.json").read_text())
     assert resolved["model"]["dim"] == 128
-    assert resolved["resolved"]["ep_size"] == 2
+    assert resolved["_derived"]["ep_size"] == 2
     assert (run.root / "config.source.json").read_text() == loaded.text
     starts = [json.loads(line) for line in (run.root / "starts.jsonl").read_text().splitlines()]
     assert [start["step"] for start in starts] == [0, 7]
