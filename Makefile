@@ -16,6 +16,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 endif
 
+# Two processes of the quickstart do not fit one GPU; on a machine with two: DS_ACCELERATOR=cuda.
+export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 # Private to the checkout, so that the locks removed below are only ever our own.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
@@ -27,9 +29,9 @@ quickstart: $(STAMP)
 	$(PY) tools/build_corpus.py
 	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR)
 
-# Goes on from the checkpoint: the interrupted run to its end, or a finished one for 300 steps more.
+# Goes on from the quickstart's checkpoint, to step 1200.
 continue: $(STAMP)
-	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR) training.max_steps=1200
+	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR) --resume $(RUN_DIR) training.max_steps=1200
 
 test: $(STAMP) lint
 	$(PY) -m pytest
@@ -46,7 +48,8 @@ bench: $(STAMP)
 
 setup: $(STAMP)
 
-# torch first: whatever depends on it would otherwise bring gigabytes of CUDA.
+# torch first: whatever depends on it would otherwise choose its build. TORCH= takes what pip takes, such as the URL of a
+# CPU wheel where the index serves the CUDA build (gigabytes) by default.
 $(STAMP): setup.py
 ifneq ($(strip $(VENV)),)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

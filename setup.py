@@ -34,6 +34,14 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.6"],
         "hf": ["datasets>=3", "pyarrow>=15"],
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "matplotlib>=3.8", "pyarrow>=15", "datasets>=3"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "matplotlib>=3.8",
+            "pyarrow>=15",
+            "datasets>=3",
+            "transformers>=4.50",  # open-mythos, the oracle of the parity tests, imports it
+        ],
     },
 )

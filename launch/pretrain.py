@@ -86,4 +86,7 @@ def describe(arguments: argparse.Namespace, resolved: ResolvedRun) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of a process group now and then abort the interpreter's own way out

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args(argv)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # both sides on the same cores
     role = os.environ.get("BENCH_ROLE")
     if role is not None:
         seconds = (_time_deepspeed if role == "deepspeed" else _time_torch)(arguments)

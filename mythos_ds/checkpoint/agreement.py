@@ -13,15 +13,15 @@ Result = TypeVar("Result")
 
 
 def together(groups: ParallelGroups, action: Callable[[], Result]) -> Result:
-    """Run `action` on every rank; if it raises a MythosError anywhere, every rank raises.
+    """Run `action` on every rank; if it raises a MythosError or OSError anywhere, every rank raises.
 
     The lowest failing rank raises RankError with the message, the others ReportedElsewhere. Also a barrier.
     """
-    failure: MythosError | None = None
+    failure: MythosError | OSError | None = None
     result: Result | None = None
     try:
         result = action()
-    except MythosError as error:
+    except (MythosError, OSError) as error:
         failure = error
     failing_rank = torch.tensor(groups.dp_rank if failure else groups.dp_size, device=groups.device)
     lowest = int(groups.all_reduce(failing_rank, "min"))

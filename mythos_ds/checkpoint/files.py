@@ -110,9 +110,14 @@ def point_latest(directory: Path, tag: Path) -> None:
     write_atomic(directory / LATEST, tag.name)
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and everything left over from interrupted saves."""
-    for path in [*list_tags(directory)[keep:], *directory.glob(f"{PARTIAL_PREFIX}*")]:
+def prune(directory: Path, keep: int, newest: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to step `newest`, and what interrupted saves left over.
+
+    `newest` was just saved: a tag of a later step is a damaged one that the run went back behind.
+    """
+    tags = list_tags(directory)
+    kept = [tag for tag in tags if tag_step(tag) <= newest][:keep]
+    for path in [*(tag for tag in tags if tag not in kept), *directory.glob(f"{PARTIAL_PREFIX}*")]:
         # Renamed first: a removal that is interrupted must not leave something that looks like a checkpoint.
         doomed = path.with_name(f"{PARTIAL_PREFIX}removed_{path.name.lstrip('.')}")
         if doomed != path:

@@ -73,7 +73,7 @@ def save_checkpoint(
     groups.barrier()
     if groups.dp_rank == 0:
         _publish(partial, tag, groups.dp_size)
-        files.prune(directory, keep)
+        files.prune(directory, keep, state.step)
     groups.barrier()
     _logger.info("saved checkpoint %s", tag)
     return tag

@@ -71,12 +71,16 @@ DERIVED_KEYS = {
     "zero_optimization.offload_param": "set parallel.offload_params",
     "zero_optimization.cpu_offload": "set parallel.offload_optimizer",
     "zero_optimization.cpu_offload_param": "set parallel.offload_params",
-    "zero_optimization.leaf_module": "the looped block is the only leaf, and always is one",
+    "zero_optimization.leaf_module": "the looped block and each dense layer are the leaves",
 }
 
 # Known to DeepSpeed, but wrong, refused or without effect in this stack.
 UNSUPPORTED_KEYS = {
     "autotuning": "the layout is planned, not searched for",
+    "checkpoint": "saves are checksummed and published by this stack",
+    "datastates_ckpt": "saves are checksummed and published by this stack",
+    "zero_optimization.compute_grad_norm": "the gradient norm is always reported",
+    "zero_optimization.zenflow": "steps are synchronous",
     "data_efficiency": "the data pipeline is not DeepSpeed's",
     "dataloader_drop_last": "the data pipeline is not DeepSpeed's",
     "hybrid_engine": "this stack has no generation engine of DeepSpeed",

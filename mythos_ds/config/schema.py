@@ -107,7 +107,7 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(ge=1, description="Sequences per optimizer step over all processes.")
     max_steps: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**31)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"

@@ -41,14 +41,17 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [n, dim] sorted by expert, counts int64 [n_experts] (local) -> [n, dim]."""
-        if grouped_matmul_is_fast(rows):
+        if grouped_matmul_is_fast(rows, self.w1.shape[1]):
             return _grouped_swiglu(rows, counts, self.w1, self.w2, self.w3)
         return _looped_swiglu(rows, counts.tolist(), self.w1, self.w2, self.w3)
 
 
-def grouped_matmul_is_fast(rows: Tensor) -> bool:
-    """Whether torch's grouped matmul has a fused kernel here: bf16 on CUDA, compute capability 8.0 and up."""
+def grouped_matmul_is_fast(rows: Tensor, hidden: int) -> bool:
+    """Whether torch's grouped matmul has a fused kernel here: bf16 on CUDA, compute capability 8.0 and up, and widths
+    of whole 16-byte units."""
     if not rows.is_cuda or rows.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
+        return False
+    if rows.shape[1] % 8 or hidden % 8:
         return False
     return torch.cuda.get_device_capability(rows.device) >= (8, 0)
 

@@ -76,18 +76,18 @@ class ExpertParallelDispatcher:
         torch_distributed.all_to_all_single(incoming, outgoing, group=self.group)
         send, receive = torch.stack([outgoing.sum(1), incoming.sum(1)]).tolist()
         arrived = _AllToAll.apply(rows, send, receive, self.group)
-        order, back = _sort_by_expert(incoming)
+        order, back = _sort_by_expert(incoming, arrived.shape[0])
         results = experts(permute_rows(arrived, order, back), incoming.sum(0))
         return _AllToAll.apply(permute_rows(results, back, order), receive, send, self.group)
 
 
-def _sort_by_expert(incoming: Tensor) -> tuple[Tensor, Tensor]:
+def _sort_by_expert(incoming: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Row order by (expert, source rank) for rows that arrive by (source rank, expert), and its inverse.
 
     incoming: int64 [ranks, local experts], rows per source rank and expert.
     """
     expert_of_run = torch.arange(incoming.shape[1], device=incoming.device).repeat(incoming.shape[0])
-    order = expert_of_run.repeat_interleave(incoming.flatten()).argsort(stable=True)
+    order = expert_of_run.repeat_interleave(incoming.flatten(), output_size=rows).argsort(stable=True)
     return order, inverse_permutation(order)
 
 

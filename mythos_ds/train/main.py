@@ -1,5 +1,8 @@
 """One training run in one process of many: groups, checkpoint, data, engine, training, report."""
 
+import os
+import sys
+import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from mythos_ds.checkpoint.save import layout_of
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.build import build_engine
 from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.errors import MythosError
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 from mythos_ds.train.feed import Feed
 from mythos_ds.train.interruption import StopSignals
@@ -43,12 +47,20 @@ def train(request: RunRequest, environment: ProcessEnvironment) -> None:
         groups = init_parallel(environment, request.resolved.ep_size)
         try:
             _train(request, groups, stop)
-        finally:
+        except MythosError:
             groups.close()
+            raise
+        except Exception:
+            # The others wait in a collective; closing the groups would wait for them.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        groups.close()
 
 
 def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals) -> None:
     resolved, run = request.resolved, RunDirectory(request.run_dir)
+    claimed = together(groups, lambda: run.lock() if groups.dp_rank == 0 else None)
     tag = choose_checkpoint(groups, run, request.resume, layout_of(resolved))
     manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
     step = 0 if tag is None else files.tag_step(tag)
@@ -63,6 +75,8 @@ def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals) -> No
     summary = Trainer(resolved, groups, engine, feed, run, manifest, progress).train(stop)
     if groups.dp_rank == 0:
         show_summary(Console(), summary, run, resolved.config.model.mean_recurrence)
+    if claimed is not None:
+        claimed.close()
 
 
 def _record(request: RunRequest, run: RunDirectory, manifest: RunManifest, step: int) -> None:

@@ -5,6 +5,7 @@ therefore pins its length and data at the first start; going on for longer appen
 length and seed that begins where the last one ends.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import platform
@@ -13,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mythos_ds
 from mythos_ds.config.resolve import ResolvedRun
@@ -86,10 +87,12 @@ def with_dataset(manifest: RunManifest, identity: dict[str, Any]) -> RunManifest
 def continue_manifest(manifest: RunManifest, wanted: RunManifest, step: int) -> RunManifest:
     """The manifest for going on at `step` with the configuration that `wanted` was made from.
 
-    A larger length appends a phase. Raises CheckpointError naming every pinned value that differs, or a length
-    below the pinned one.
+    A larger length appends a phase; phases decided on but never begun are forgotten. Raises CheckpointError naming
+    every pinned value that differs, or a length below the pinned one.
     """
     stored = {name: value for name, value in manifest.pinned.items() if name != _DATASET}
+    begun = [phase for phase in manifest.phases if phase.start_step < max(step, 1)]
+    manifest = RunManifest(manifest.pinned, tuple(begun))
     problems = _differences("", stored, wanted.pinned)
     if wanted.total_steps < manifest.total_steps:
         problems.append(
@@ -128,6 +131,19 @@ class RunDirectory:
         self.metrics = root / "metrics.jsonl"
         self.tensorboard = root / "tensorboard"
         self.manifest = root / "manifest.json"
+
+    def lock(self) -> TextIO:
+        """Claims the directory while the returned file is open. Raises CheckpointError where another run holds it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        handle = (self.root / ".lock").open("a", encoding="utf-8")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            raise CheckpointError(f"{self.root}: another run is using it; wait, or give another --run-dir") from None
+        except OSError:  # a file system without locks
+            pass
+        return handle
 
     def read_manifest(self) -> RunManifest:
         """The stored manifest. Raises CheckpointError when it is missing or not readable."""

@@ -25,7 +25,8 @@ def generate(
     the last `context_length` tokens are seen.
     """
     generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
+    tokens = list(prompt) or [eos_id]
+    given = len(tokens)
     for _ in range(new_tokens):
         window = torch.tensor([tokens[-context_length:]], dtype=torch.int64, device=groups.device)
         logits = engine.logits(window, n_loops)[0, -1, :vocab_size]
@@ -35,7 +36,7 @@ def generate(
         if token == eos_id:
             break
         tokens.append(token)
-    return tokens[len(prompt) :]
+    return tokens[given:]
 
 
 def _draw(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -135,13 +135,13 @@ class Trainer:
         """Periodic evaluation and checkpoint; the end of the run has its own."""
         if self.step == total:
             return
+        interval = self.config.checkpoint.interval
+        if interval and self.step % interval == 0:
+            self._save()
         interval = self.config.training.eval_interval
         if interval and self.step % interval == 0:
             self._evaluate(recorder, depth_counts(self.config.model.mean_recurrence))
             recorder.samples(self.step, self._samples())
-        interval = self.config.checkpoint.interval
-        if interval and self.step % interval == 0:
-            self._save()
 
     def _evaluate(self, recorder: Recorder, loop_counts: list[int]) -> dict[int, float]:
         losses = losses_at(self.engine, self.feed.validation, loop_counts)

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -185,6 +185,11 @@ def reference_run(optimizer: str, world_size: int) -> dict[str, Any]:
     return {"loss": losses, "norm": norms, "weights": weights, "biases": biases}
 
 
+def largest(values: Iterable[float]) -> float:
+    """The maximum, which is NaN where any value is: Python's own max would lose it."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
+
+
 def layouts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each layout the largest deviation from the reference: relative loss and norm, absolute weight and buffer."""
     return [_layout(case) for case in cases]
@@ -203,12 +208,12 @@ def _layout(case: dict[str, Any]) -> dict[str, Any]:
         biases = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
     expected = reference_run(optimizer, groups.dp_size)
     return {
-        "loss": max(abs(r.loss - x) / x for r, x in zip(results, expected["loss"], strict=True)),
-        "norm": max(abs(r.grad_norm - x) / x for r, x in zip(results, expected["norm"], strict=True)),
+        "loss": largest(abs(r.loss - x) / x for r, x in zip(results, expected["loss"], strict=True)),
+        "norm": largest(abs(r.grad_norm - x) / x for r, x in zip(results, expected["norm"], strict=True)),
         "smallest_norm": min(r.grad_norm for r in results),
-        "weight": max((weights[n] - w).abs().max().item() for n, w in expected["weights"].items()),
+        "weight": largest((weights[n] - w).abs().max().item() for n, w in expected["weights"].items()),
         "same_names": weights.keys() == expected["weights"].keys() and biases.keys() == expected["biases"].keys(),
-        "buffer": max((biases[n] - b).abs().max().item() for n, b in expected["biases"].items()),
+        "buffer": largest((biases[n] - b).abs().max().item() for n, b in expected["biases"].items()),
         "largest_bias": max(b.abs().max().item() for n, b in biases.items() if n.endswith("router.bias")),
     }
 
@@ -244,7 +249,7 @@ def rank_without_tokens() -> dict[str, Any]:
                 engine.train_step(own_batches(step, ACCUMULATION, groups), n_loops=3, n_grad_loops=2, lr=0.3)
             counts = engine.module.moe_layers()[0].records[2].counts.tolist()
             weights.append(full_weights(engine, groups))
-    difference = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
+    difference = largest((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
     return {"difference": difference, "counts": counts}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed.cases import GRAD_LOOPS, LOOPS, full_weights, global_batches, opened, own_batches
+from tests.distributed.cases import GRAD_LOOPS, LOOPS, full_weights, global_batches, largest, opened, own_batches
 from tests.helpers.reference import ReferenceTrainer
 
 LEARNING_RATE = 3e-3
@@ -120,7 +120,7 @@ def _compare(case: dict[str, Any]) -> dict[str, Any]:
         trainer.step(global_batches(step, 2), t, GRAD_LOOPS, LEARNING_RATE)[0] for step, t in enumerate(LOOPS)
     ]
     return {
-        "loss": max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)),
+        "loss": largest(abs(a - b) / b for a, b in zip(losses, expected, strict=True)),
         "weight": {name: (weights[name] - value).abs().max().item() for name, value in trainer.params.items()},
         "moved": {name: (weights[name] - value).abs().max().item() for name, value in start.items()},
     }

@@ -20,8 +20,7 @@ def test_muon_equals_its_formulas(world_size: int) -> None:
     for results in run_distributed("tests.distributed.muon_cases:compare", world_size, 600, cases=cases):
         for case, found in zip(cases, results, strict=True):
             assert found["loss"] <= 1e-5, (case, found["loss"])
-            worst = max(found["weight"], key=found["weight"].get)
-            assert found["weight"][worst] <= 1e-4, (case, worst, found["weight"][worst])
+            assert all(deviation <= 1e-4 for deviation in found["weight"].values()), (case, found["weight"])
             assert found["moved"]["recurrent.layers.0.moe.experts.w1"] > 1e-3, "experts must move"
 
 

@@ -2,14 +2,13 @@
 
 from typing import Any
 
+import open_mythos.main as oracle
 import pytest
 import torch
 
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.openmythos import convert_openmythos, openmythos_config
-
-oracle = pytest.importorskip("open_mythos.main", reason="open-mythos is not installed")
 
 MAX_LOOPS = 4
 

@@ -76,8 +76,15 @@ def test_prune_keeps_the_newest_and_clears_interrupted_saves(tmp_path):
     for step in (1, 2, 3):
         make_tag(tmp_path, step)
     (tmp_path / f"{files.PARTIAL_PREFIX}step_00000004").mkdir()
-    files.prune(tmp_path, keep=2)
+    files.prune(tmp_path, keep=2, newest=10**6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_prune_keeps_what_was_saved_behind_a_damaged_tag(tmp_path):
+    for step in (7, 8):
+        make_tag(tmp_path, step)
+    files.prune(tmp_path, keep=1, newest=7)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000007"]
 
 
 def test_latest_names_the_newest(tmp_path):

@@ -55,6 +55,21 @@ def test_a_longer_run_appends_a_phase_with_its_own_seed():
     assert longest.lengths == [PlannedLength(0, 20), PlannedLength(20, 50), PlannedLength(33, 60)]
 
 
+def test_an_extension_that_never_began_is_undone():
+    first = manifest("training.max_steps=20")
+    longer = continue_manifest(first, planned("training.max_steps=100000"), 20)
+    assert continue_manifest(longer, planned("training.max_steps=20"), 20) == first
+
+
+def test_one_run_holds_a_directory(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    handle = run.lock()
+    with pytest.raises(CheckpointError, match="another run is using it"):
+        RunDirectory(tmp_path / "run").lock()
+    handle.close()
+    run.lock().close()
+
+
 def test_a_shorter_run_is_refused():
     with pytest.raises(CheckpointError, match="10 steps now, 20 when the run was started"):
         continue_manifest(manifest("training.max_steps=20"), planned("training.max_steps=10"), 5)
