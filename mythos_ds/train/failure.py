@@ -1,9 +1,12 @@
 """Who says what went wrong, and how the other processes end. No torch: errors may come before anything is started."""
 
+import os
 import signal
 import sys
 import time
+import traceback
 from types import FrameType
+from typing import NoReturn
 
 from mythos_ds.checkpoint.rank_errors import RankError, ReportedElsewhere
 from mythos_ds.environment import ProcessEnvironment
@@ -30,6 +33,16 @@ def fail(error: MythosError, environment: ProcessEnvironment | None) -> int:
         _wait(PATIENCE_SECONDS)
         _report(error, rank)
     return USER_ERROR_EXIT_CODE
+
+
+def abort() -> NoReturn:
+    """Print the exception being handled and end this process at once, with exit code 1.
+
+    The other ranks wait in a collective, and closing the process groups would wait for them; the launcher ends them.
+    """
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _report(error: MythosError, rank: int) -> None:

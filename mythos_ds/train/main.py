@@ -1,8 +1,5 @@
 """One training run in one process of many: groups, checkpoint, data, engine, training, report."""
 
-import os
-import sys
-import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from mythos_ds.engine.build import build_engine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import MythosError
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
+from mythos_ds.train.failure import abort
 from mythos_ds.train.feed import Feed
 from mythos_ds.train.interruption import StopSignals
 from mythos_ds.train.report import show_summary
@@ -51,10 +49,7 @@ def train(request: RunRequest, environment: ProcessEnvironment) -> None:
             groups.close()
             raise
         except Exception:
-            # The others wait in a collective; closing the groups would wait for them.
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
+            abort()
         groups.close()
 
 
