@@ -36,7 +36,7 @@ class Feed:
     def open(cls, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> "Feed":
         """Open the datasets needed from `step` on; rank 0 builds their index files first. Raises DataError."""
         needed = sorted({0, *range(manifest.phase_index(step), len(manifest.phases))})
-        requests = {index: _dataset_arguments(resolved, manifest.phases, index) for index in needed}
+        requests = {index: dataset_arguments(resolved, manifest.phases, index) for index in needed}
         data = resolved.config.data
 
         def prepare() -> None:
@@ -82,7 +82,8 @@ class Feed:
         )
 
 
-def _dataset_arguments(resolved: ResolvedRun, phases: tuple[Phase, ...], index: int) -> dict[str, int]:
+def dataset_arguments(resolved: ResolvedRun, phases: tuple[Phase, ...], index: int) -> dict[str, int]:
+    """What `prepare_index_cache` and `build_datasets` need to know of phase `index`."""
     training, phase = resolved.config.training, phases[index]
     return {
         "seq_len": training.seq_len,

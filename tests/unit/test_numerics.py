@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mythos_ds.config.loader import load_config
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.injection import Injection
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.router import Router, update_router_bias
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
 
-TINY_LR = 3e-3
+TINY_LR = load_config("tiny.json").config.training.lr
 
 
 def in_bfloat16(model: MythosModel) -> MythosModel:

@@ -1,0 +1,35 @@
+"""Builds the sample index of a run before it starts, on one machine, into data.data_dir (shared storage).
+
+A run builds it itself where it is missing, while its other processes wait; for trillions of tokens that is too long.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import planned_world_size, resolve
+from mythos_ds.data.command import run_tool, tool_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = tool_parser(__doc__ or "", "python tools/prepare_index.py --config 1t.json")
+    parser.add_argument("--config", required=True, help="the run's configuration, as given to launch/pretrain.py")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="the run's overrides")
+    return run_tool(parser, _prepare, argv)
+
+
+def _prepare(arguments: Namespace) -> None:
+    from mythos_ds.data.datasets import prepare_index_cache
+    from mythos_ds.train.feed import dataset_arguments
+    from mythos_ds.train.run_directory import new_manifest
+
+    config = load_config(arguments.config, arguments.overrides).config
+    resolved = resolve(config, planned_world_size(config))
+    needed = dataset_arguments(resolved, new_manifest(resolved).phases, 0)
+    prepare_index_cache(config.data, **needed)
+    sys.stdout.write(f"index ready for {needed['train_samples']:,} training samples in {config.data.data_dir}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
