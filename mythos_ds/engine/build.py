@@ -7,11 +7,12 @@ from typing import Any
 
 import deepspeed
 from deepspeed.utils import set_z3_leaf_modules
+from pydantic import ValidationError
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.engine.optimizer import make_optimizer, parameter_groups
-from mythos_ds.errors import ParallelError
+from mythos_ds.errors import ConfigError, ParallelError
 from mythos_ds.model.layers import DenseLayer
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
@@ -24,8 +25,17 @@ from mythos_ds.parallel.routing_sync import restore_float_buffers
 def build_engine(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngine:
     """The engine of a resolved run; collective over all ranks.
 
-    Errors: ParallelError where the groups do not belong to this run, or for ZeRO 0 with expert parallelism.
+    Errors: ParallelError where the groups do not belong to this run, or for ZeRO 0 with expert parallelism; ConfigError
+    for values of the `deepspeed` section that DeepSpeed refuses.
     """
+    try:
+        return _build(resolved, groups)
+    except ValidationError as error:
+        problems = [f"deepspeed: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(problems) from None
+
+
+def _build(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngine:
     config = resolved.config
     stage = config.parallel.zero_stage
     _check_layout(resolved, groups)

@@ -19,7 +19,7 @@ class Recorder:
         self._tensorboard: TensorBoardWriter | None = None
         if enabled:
             self._metrics = MetricsWriter(run.metrics)
-            self._metrics.truncate_after(start_step)
+            self._metrics.truncate_after(start_step if start_step else -1)
             if monitor.tensorboard:
                 self._tensorboard = TensorBoardWriter(run.tensorboard)
         self._progress = ProgressLine(total_steps, enabled, start_step)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.pretrain import SCRIPT, SMALL, environment, run_pretrain, run_under_deepspeed
+from tests.helpers.pretrain import SCRIPT, SMALL, environment, run_pretrain, run_under_deepspeed, small_data
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
 
 
@@ -180,3 +180,16 @@ def test_under_the_deepspeed_launcher_it_is_said_once(overrides, part, words, tm
     reports = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(reports) == 1, output
     assert part in reports[0]
+
+
+def test_a_value_that_deepspeed_refuses(tmp_path):
+    wrong = ["deepspeed.zero_optimization.reduce_bucket_size=-5", "deepspeed.zero_optimization.overlap_comm=maybe"]
+    arguments = ["--config", "tiny.json", "--run-dir", str(tmp_path / "run"), *SMALL, *small_data(tmp_path)]
+    finished = run([*arguments, "training.max_steps=3", *wrong], tmp_path)
+    check_message(finished, ["deepspeed: reduce_bucket_size", "deepspeed: overlap_comm"])
+
+
+def test_a_run_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ["--config", "tiny.json", "--run-dir", str(tmp_path / "file" / "run"), *SMALL, *small_data(tmp_path)]
+    check_message(run([*arguments, "training.max_steps=3"], tmp_path), ["file"])
