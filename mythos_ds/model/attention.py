@@ -3,6 +3,8 @@
 Both split into `keys_values` (what a cache would hold) and `attend`, so that halted positions can keep theirs.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from mythos_ds.model.initializer import Initializer, Linear
 from mythos_ds.model.norm import RMSNorm
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     """What both kinds share: keys and values of halted positions stay as they were."""
 
     def forward(
@@ -29,13 +31,13 @@ class Attention(nn.Module):
             )
         return self.attend(x, keys_values, context), keys_values
 
+    @abstractmethod
     def keys_values(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
         """Cacheable tensors of normed inputs x [batch, seq, dim]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(self, x: Tensor, keys_values: tuple[Tensor, ...], context: ForwardContext) -> Tensor:
         """Attention of queries from x [batch, seq, dim] over `keys_values`."""
-        raise NotImplementedError
 
 
 class GroupedQueryAttention(Attention):
