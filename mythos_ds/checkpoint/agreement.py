@@ -23,15 +23,15 @@ def together(groups: ParallelGroups, action: Callable[[], Result]) -> Result:
         result = action()
     except (MythosError, OSError) as error:
         failure = error
-    failing_rank = torch.tensor(groups.dp_rank if failure else groups.dp_size, device=groups.device)
+    failing_rank = torch.tensor(groups.rank if failure else groups.world_size, device=groups.device)
     lowest = int(groups.all_reduce(failing_rank, "min"))
-    if lowest == groups.dp_size:
+    if lowest == groups.world_size:
         return result  # type: ignore[return-value]
-    if lowest == groups.dp_rank:
+    if lowest == groups.rank:
         raise RankError(str(failure)) from failure
     raise ReportedElsewhere(f"rank {lowest} failed")
 
 
 def on_rank_zero(groups: ParallelGroups, action: Callable[[], object]) -> None:
     """Run `action` on rank 0 only while the others wait; its error ends every rank."""
-    together(groups, action if groups.dp_rank == 0 else lambda: None)
+    together(groups, action if groups.rank == 0 else lambda: None)

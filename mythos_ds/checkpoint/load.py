@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.checkpoint import files, random_state
-from mythos_ds.checkpoint.save import TrainingState, random_state_file
+from mythos_ds.checkpoint.save import TrainingState, random_state_file, shards_of
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.errors import CheckpointError
 from mythos_ds.log import get_logger
@@ -25,7 +25,7 @@ def verified_everywhere(groups: ParallelGroups, tag: Path) -> bool:
     """Whether all ranks find `tag` complete. The ranks share the work of reading the checksums."""
     fault: CheckpointError | None = None
     try:
-        files.verify(tag, groups.dp_rank, groups.dp_size)
+        files.verify(tag, groups.rank, groups.world_size)
     except CheckpointError as error:
         fault = error
         _logger.warning("skipping checkpoint %s: %s", tag.name, error)
@@ -41,9 +41,9 @@ def read_state(tag: Path) -> TrainingState:
         raise CheckpointError(f"{tag / files.STATE}: not a training state ({error})") from error
 
 
-def check_layout(tag: Path, layout: dict[str, int]) -> None:
+def check_layout(tag: Path, layout: dict[str, Any]) -> None:
     """Raise CheckpointError unless the checkpoint was written by the same layout."""
-    stored = read_state(tag).layout
+    stored = {"pp_size": 1, **read_state(tag).layout}
     differing = [f"{name}: {layout.get(name)} now, {value} in the checkpoint" for name, value in stored.items()
                  if layout.get(name) != value]
     if differing:
@@ -58,10 +58,11 @@ def load_checkpoint(engine: TrainingEngine, groups: ParallelGroups, tag: Path) -
     Raises CheckpointError when DeepSpeed's files and the training state disagree.
     """
     state = read_state(tag)
-    path, client_state = engine.deepspeed.load_checkpoint(str(tag.parent), tag=tag.name)
+    shards = shards_of(tag, groups)
+    path, client_state = engine.deepspeed.load_checkpoint(str(shards.parent), tag=shards.name)
     saved: dict[str, Any] = client_state or {}
     if path is None or saved.get("step") != state.step:
         raise CheckpointError(f"{tag}: the model files are of step {saved.get('step')}, expected {state.step}")
-    random_state.restore(files.read_json(tag / random_state_file(groups.dp_rank)), groups.device)
+    random_state.restore(files.read_json(tag / random_state_file(groups.rank)), groups.device)
     _logger.info("resumed from %s", tag)
     return state

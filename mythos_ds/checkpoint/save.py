@@ -35,17 +35,24 @@ class TrainingState:
     step: int
     consumed_samples: int
     first_validation_loss: float | None
-    layout: dict[str, int]
+    layout: dict[str, Any]
     config: dict[str, Any]
 
 
-def layout_of(resolved: ResolvedRun) -> dict[str, int]:
+def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
     """What DeepSpeed's sharded files depend on."""
     return {
         "world_size": resolved.world_size,
         "ep_size": resolved.ep_size,
         "zero_stage": resolved.config.parallel.zero_stage,
+        "pp_size": resolved.config.parallel.pp_size,
     }
+
+
+def shards_of(tag: Path, groups: ParallelGroups) -> Path:
+    """Where DeepSpeed's files of the calling process are: `tag`, or a folder of the pipeline stage in it, because the
+    stages' files have the same names."""
+    return tag / f"stage_{groups.stage}" if groups.pipelined else tag
 
 
 def save_checkpoint(
@@ -60,19 +67,21 @@ def save_checkpoint(
     if not groups.any(not _is_complete(tag, groups)):
         return tag
     on_rank_zero(groups, lambda: _make_room(tag, partial))
+    shards = shards_of(partial, groups)
     engine.deepspeed.save_checkpoint(
-        str(directory), tag=partial.name, client_state={"step": state.step}, save_latest=False
+        str(shards.parent), tag=shards.name, client_state={"step": state.step}, save_latest=False
     )
-    files.write_json(partial / random_state_file(groups.dp_rank), random_state.capture(groups.device))
-    if groups.dp_rank == 0:
+    groups.barrier()
+    files.write_json(partial / random_state_file(groups.rank), random_state.capture(groups.device))
+    if groups.rank == 0:
         files.write_json(partial / files.STATE, asdict(state))
         for name in _RECOVERY_SCRIPTS:
-            (directory / name).unlink(missing_ok=True)
+            (shards.parent / name).unlink(missing_ok=True)
     groups.barrier()
     _write_digests(partial, groups)
     groups.barrier()
-    if groups.dp_rank == 0:
-        _publish(partial, tag, groups.dp_size)
+    if groups.rank == 0:
+        _publish(partial, tag, groups.world_size)
         files.prune(directory, keep, state.step)
     groups.barrier()
     _logger.info("saved checkpoint %s", tag)
@@ -81,7 +90,7 @@ def save_checkpoint(
 
 def _is_complete(tag: Path, groups: ParallelGroups) -> bool:
     try:
-        files.verify(tag, groups.dp_rank, groups.dp_size)
+        files.verify(tag, groups.rank, groups.world_size)
     except CheckpointError:
         return False
     return True
@@ -109,10 +118,10 @@ def _digest_file(rank: int) -> str:
 def _write_digests(partial: Path, groups: ParallelGroups) -> None:
     """Force this rank's share of the files to disk and note their sizes and checksums."""
     digests = {}
-    for path in files.share_of(files.data_files(partial), groups.dp_rank, groups.dp_size):
+    for path in files.share_of(files.data_files(partial), groups.rank, groups.world_size):
         sync(path)
         digests[str(path.relative_to(partial))] = asdict(files.digest(path))
-    files.write_json(partial / _digest_file(groups.dp_rank), digests)
+    files.write_json(partial / _digest_file(groups.rank), digests)
 
 
 def _publish(partial: Path, tag: Path, world_size: int) -> None:

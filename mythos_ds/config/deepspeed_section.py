@@ -11,6 +11,7 @@ from typing import Any
 
 from mythos_ds.config.messages import did_you_mean
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.stages import is_pipelined
 
 Problem = tuple[str, str]
 
@@ -152,6 +153,10 @@ def build(config: RunConfig, gradient_accumulation_steps: int) -> dict[str, Any]
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     if parallel.offload_params == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": False}
+    if is_pipelined(parallel):
+        gradient_accumulation_steps = 1  # the schedule accumulates
+        zero["stage3_param_persistence_threshold"] = 0  # a stage's weights are gathered and released as one
+        merged["checkpoint"] = {"tag_validation": "Ignore"}  # each stage has a folder of its own
     merged.update(
         train_micro_batch_size_per_gpu=training.micro_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,

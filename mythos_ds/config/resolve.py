@@ -1,11 +1,12 @@
 """Derives everything that follows from a run's file and the number of processes. Pure; no torch."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mythos_ds.config import deepspeed_section, validation
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.stages import Stage, cut, rows_per_micro_batch
 from mythos_ds.errors import ConfigError
 
 BIAS_RATE = 1e-3
@@ -19,6 +20,8 @@ class ResolvedRun:
         tokens_per_step: tokens of one optimizer step over all processes.
         mean_backprop_depth: the last loops of a step that carry gradient.
         router_bias_rate: u_b, the step of the selection bias per optimizer step.
+        gradient_accumulation_steps: micro-batches of an optimizer step.
+        stages: the pipeline's; one without pipeline.
         deepspeed: the configuration handed to deepspeed.initialize.
     """
 
@@ -31,10 +34,12 @@ class ResolvedRun:
     mean_backprop_depth: int
     router_bias_rate: float
     deepspeed: dict[str, Any]
+    stages: tuple[Stage, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration with every default, and under `_derived` what followed from it; loads as a file does."""
         derived = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "config"}
+        derived["stages"] = [asdict(stage) for stage in self.stages]
         return {**self.config.model_dump(mode="json"), "_derived": derived}
 
 
@@ -48,7 +53,7 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
     if problems:
         raise ConfigError([f"{key}: {message}" for key, message in problems])
     training, model = config.training, config.model
-    accumulation = training.global_batch_size // (training.micro_batch_size * world_size)
+    accumulation = training.global_batch_size // rows_per_micro_batch(config, world_size)
     bias_rate = training.router_bias_rate
     return ResolvedRun(
         config=config,
@@ -60,6 +65,7 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
         mean_backprop_depth=training.mean_backprop_depth or math.ceil(model.mean_recurrence / 2),
         router_bias_rate=bias_rate if bias_rate is not None else BIAS_RATE / model.mean_recurrence,
         deepspeed=deepspeed_section.build(config, accumulation),
+        stages=cut(config, world_size),
     )
 
 
@@ -67,7 +73,10 @@ def expert_parallel_size(config: RunConfig, world_size: int) -> int:
     """`ep_size`, with "auto" = the largest divisor of n_experts and of the processes (1 under ZeRO 0)."""
     if config.parallel.ep_size != "auto":
         return config.parallel.ep_size
-    return 1 if config.parallel.zero_stage == 0 else math.gcd(config.model.n_experts, world_size)
+    if config.parallel.zero_stage == 0:
+        return 1
+    holders = (stage.size for stage in cut(config, world_size) if stage.part.recurrent)
+    return math.gcd(config.model.n_experts, *holders)
 
 
 def planned_world_size(config: RunConfig) -> int:

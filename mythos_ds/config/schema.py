@@ -93,10 +93,16 @@ class ParallelConfig(Section):
     """How the model is cut over the processes."""
 
     ep_size: int | Literal["auto"] = Field("auto", description="Expert-parallel ranks; 'auto' = the largest that fits.")
+    pp_size: int | list[int] = Field(
+        1,
+        description="Pipeline stages: P = a ring of P equal stages that share the loop's layers; [a, b, c] = so many "
+        "processes for the prelude, the recurrent block and the coda; 1 = no pipeline.",
+    )
     zero_stage: Literal[0, 1, 2, 3] = 3
     activation_checkpointing: Literal["none", "loop"] = "loop"
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_params: Literal["none", "cpu"] = "none"
+    timeout_s: int = Field(1800, ge=10, description="Seconds a collective may wait before the run fails.")
 
 
 class TrainingConfig(Section):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -10,6 +11,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.engine.deepspeed_patches import require_checked_version
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.engine.optimizer import make_optimizer, parameter_groups
 from mythos_ds.errors import ConfigError, ParallelError
@@ -17,6 +19,7 @@ from mythos_ds.model.layers import DenseLayer
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.recurrent import RecurrentBlock
+from mythos_ds.model.stage import StageModel
 from mythos_ds.parallel.experts import ExpertParallelMoE
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.routing_sync import restore_float_buffers
@@ -39,9 +42,9 @@ def _build(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngine:
     config = resolved.config
     stage = config.parallel.zero_stage
     _check_layout(resolved, groups)
-    section = deepspeed_section(resolved)
+    section = deepspeed_section(resolved, groups)
     model = build_model(resolved, groups, section)
-    if stage == 3:
+    if stage == 3 and not groups.pipelined:
         # The module that owns the loop: gathered once in forward and once in backward for any loop count. A leaf that
         # is called several times gets wrong gradients; prelude and coda layers run once, and as leaves save hooks.
         set_z3_leaf_modules(model, [RecurrentBlock, DenseLayer])
@@ -51,7 +54,9 @@ def _build(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngine:
         offload=config.parallel.offload_optimizer == "cpu",
         device=groups.device,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=section, dist_init_required=False, mpu=groups.mpu
+    )
     restore_float_buffers(model, groups.device)
     if stage == 0 and config.training.dtype == "bfloat16":
         _forget_blank_step(engine)
@@ -59,25 +64,31 @@ def _build(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngine:
 
 
 def build_model(resolved: ResolvedRun, groups: ParallelGroups, section: dict[str, Any]) -> MythosModel:
-    """The model, with this rank's experts only. With ZeRO-3 each parameter is cut up as soon as it is made, so no
-    rank ever holds the whole model."""
+    """The model, or the stage's part of it, with this rank's experts only. With ZeRO-3 each parameter is cut up as soon
+    as it is made, so no rank ever holds the whole model."""
     config = resolved.config
-    sharded = config.parallel.zero_stage == 3
-    context = deepspeed.zero.Init(config_dict_or_path=section) if sharded else contextlib.nullcontext()
+    context: AbstractContextManager = contextlib.nullcontext()
+    if config.parallel.zero_stage == 3:
+        context = deepspeed.zero.Init(
+            config_dict_or_path=section, data_parallel_group=groups.dp_group, mpu=groups.mpu
+        )
     # One expert-parallel rank holds all experts: its MoE is the plain one, replicated or cut like any other weight.
     factory = MoE if groups.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
+    kind = StageModel if groups.pipelined else MythosModel
     with context:
-        return MythosModel(
+        return kind(
             config.model,
             seed=config.training.seed,
             moe_factory=factory,
             checkpoint_loops=config.parallel.activation_checkpointing == "loop",
+            part=resolved.stages[groups.stage].part,
         )
 
 
-def deepspeed_section(resolved: ResolvedRun) -> dict[str, Any]:
+def deepspeed_section(resolved: ResolvedRun, groups: ParallelGroups) -> dict[str, Any]:
     """The resolved DeepSpeed config with what only the engine knows."""
     section = copy.deepcopy(resolved.deepspeed)
+    section["train_micro_batch_size_per_gpu"] = resolved.stages[groups.stage].rows
     parallel, training = resolved.config.parallel, resolved.config.training
     if training.dtype == "bfloat16" and parallel.zero_stage > 0:
         # DeepSpeed's default adds micro-batches up in bf16.
@@ -92,9 +103,16 @@ def _forget_blank_step(engine: Any) -> None:
 
 
 def _check_layout(resolved: ResolvedRun, groups: ParallelGroups) -> None:
-    asked, present = (resolved.ep_size, resolved.world_size), (groups.ep_size, groups.dp_size)
-    if asked != present:
-        raise ParallelError(f"run resolved for (ep_size, processes) = {asked}, but the process groups are {present}.")
+    sizes = tuple(stage.size for stage in resolved.stages)
+    # A stage without experts has no expert group.
+    ep_size = resolved.ep_size if resolved.stages[groups.stage].part.recurrent else 1
+    if (ep_size, sizes) != (groups.ep_size, groups.stage_sizes):
+        raise ParallelError(
+            f"run resolved for ep_size {ep_size} and stages of {list(sizes)} processes, but the process groups are "
+            f"ep_size {groups.ep_size} and {list(groups.stage_sizes)}."
+        )
+    if groups.pipelined:
+        require_checked_version()
     if resolved.config.parallel.zero_stage == 0 and groups.ep_size > 1:
         raise ParallelError(
             "parallel.zero_stage: given 0 with expert parallelism; DeepSpeed then clips by a wrong norm. "

@@ -3,27 +3,27 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.engine.micro_batches import Batch, SequentialMicroBatches
 from mythos_ds.engine.optimizer import set_learning_rate
+from mythos_ds.engine.pipelined import PipelinedMicroBatches
 from mythos_ds.errors import NumericsError
 from mythos_ds.model.context import AuxLoss
-from mythos_ds.model.mythos import MythosModel, clear_records
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.records import ForwardRecords
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.routing_sync import Statistics, StepRecords, largest_bias, update_biases
-
-Batch = dict[str, Tensor]
-"""tokens, labels, positions: int64 [micro_batch, seq]; labels are the next tokens."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, the same on all ranks."""
+    """What one optimizer step did, the same on all ranks but for `own`."""
 
     loss: float
     """Mean cross-entropy over the global batch, averaged in float64."""
@@ -31,12 +31,15 @@ class StepResult:
     """Global gradient norm before clipping."""
     routing: Statistics
     """Metrics of the routers and the carried state."""
+    own: dict[str, float] = field(default_factory=dict)
+    """Numbers of this process: with a pipeline its idle share and the visits held for their backward."""
 
 
 class TrainingEngine:
     """Trains and evaluates a sharded model.
 
-    Every method is collective: all ranks call it with the same arguments, except for the batches.
+    Every method is collective: all ranks call it with the same arguments, except for the batches. With a pipeline, the
+    ranks of different stages get the rows of the same micro-batches.
     """
 
     def __init__(self, engine: Any, resolved: ResolvedRun, groups: ParallelGroups):
@@ -44,17 +47,22 @@ class TrainingEngine:
         self.resolved = resolved
         self.groups = groups
         training = resolved.config.training
+        self._micro_batches: SequentialMicroBatches | PipelinedMicroBatches = (
+            PipelinedMicroBatches(engine, resolved, groups)
+            if groups.pipelined
+            else SequentialMicroBatches(engine, groups)
+        )
         self._aux = AuxLoss(
             balance=training.balance_loss,
             z=training.z_loss,
             ponder=training.ponder_cost,
-            # DeepSpeed divides the loss by the accumulation steps, but these gradients do not pass through the loss.
+            # The loss is divided by the number of micro-batches, but these gradients do not pass through the loss.
             scale=1.0 / resolved.gradient_accumulation_steps,
         )
 
     @property
     def module(self) -> MythosModel:
-        """The model. Under ZeRO-3 its parameters are empty outside of a forward."""
+        """The model, or this stage's part of it. Under ZeRO-3 its parameters are empty outside of a forward."""
         return self.deepspeed.module
 
     def train_step(
@@ -75,53 +83,39 @@ class TrainingEngine:
         if len(batches) != self.resolved.gradient_accumulation_steps:
             raise ValueError(f"{len(batches)} micro-batches, but {self.resolved.gradient_accumulation_steps} per step")
         self.deepspeed.train()
-        self._track(statistics)
         set_learning_rate(self.deepspeed.optimizer, lr)
-        records, losses = StepRecords(), []
-        for index, batch in enumerate(batches):
-            clear_records(self.module)
-            loss = self._forward(batch, n_loops, n_grad_loops=n_grad_loops, aux=self._aux)
-            self.deepspeed.backward(loss)
-            records.add(self.module)
-            losses.append(loss.detach().double())
-            if index < len(batches) - 1:
-                self.deepspeed.step()
-        mean_loss = self._global_mean(torch.stack(losses))
-        if not math.isfinite(mean_loss):
+        run = self._micro_batches.train(
+            [self._on_device(batch) for batch in batches],
+            n_loops=n_loops,
+            n_grad_loops=n_grad_loops,
+            aux=self._aux,
+            details=statistics,
+        )
+        if not math.isfinite(run.loss):
             raise NumericsError(
-                f"loss is {mean_loss} at {n_loops} loops, learning rate {lr}; the step was not applied."
+                f"loss is {run.loss} at {n_loops} loops, learning rate {lr}; the step was not applied."
             )
         grad_norm = self._optimizer_step()
         if not math.isfinite(grad_norm):
             raise NumericsError(
-                f"gradient norm is {grad_norm} (loss {mean_loss}) at {n_loops} loops, learning rate {lr}."
+                f"gradient norm is {grad_norm} (loss {run.loss}) at {n_loops} loops, learning rate {lr}."
             )
-        return StepResult(mean_loss, grad_norm, self._finish_routing(records))
+        return StepResult(run.loss, grad_norm, self._finish_routing(run.records, n_loops, statistics), run.metrics)
 
-    def eval_loss(self, batch: Batch, n_loops: int) -> float:
+    def eval_loss(self, batches: Sequence[Batch], n_loops: int) -> float:
         """Mean cross-entropy over all ranks' batches (of one shape) at any loop count, in float64."""
         with self._evaluating():
-            loss = self._forward(batch, n_loops)
-        return self._global_mean(loss.double()[None])
+            return self._micro_batches.losses([self._on_device(batch) for batch in batches], n_loops)
 
     def logits(self, tokens: Tensor, n_loops: int, positions: Tensor | None = None) -> Tensor:
-        """fp32 [batch, seq, vocab] for this rank's tokens int64 [batch, seq]; one loop count on all ranks."""
+        """fp32 [batch, seq, vocab] for tokens int64 [batch, seq]; one loop count on all ranks, and with a pipeline the
+        same tokens."""
+        batch = {"tokens": tokens} if positions is None else {"tokens": tokens, "positions": positions}
         with self._evaluating():
-            device = self.groups.device
-            moved = None if positions is None else positions.to(device)
-            return self.deepspeed(tokens.to(device), n_loops=n_loops, positions=moved)
+            return self._micro_batches.logits(self._on_device(batch), n_loops)
 
-    def _forward(self, batch: Batch, n_loops: int, **options: Any) -> Tensor:
-        tensors = {
-            name: batch[name].to(self.groups.device, non_blocking=True) for name in ("tokens", "labels", "positions")
-        }
-        return self.deepspeed(
-            tensors["tokens"], labels=tensors["labels"], positions=tensors["positions"], n_loops=n_loops, **options
-        )
-
-    def _global_mean(self, values: Tensor) -> float:
-        total = self.groups.all_reduce(values.sum())
-        return total.item() / (values.numel() * self.groups.dp_size)
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.groups.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _optimizer_step(self) -> float:
         """Clips and steps; returns the gradient norm before clipping."""
@@ -138,21 +132,27 @@ class TrainingEngine:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
 
-    def _finish_routing(self, records: StepRecords) -> Statistics:
+    def _finish_routing(self, notes: list[ForwardRecords], n_loops: int, details: bool) -> Statistics:
+        auxiliary = bool(self._aux.balance or self._aux.z)
+        records = StepRecords(
+            self.resolved.config.model, n_loops, details=details, auxiliary=auxiliary, device=self.groups.device
+        )
+        for own in notes:
+            records.add(own)
         records.reduce(self.groups)
-        update_biases(self.module, records.counts, self.resolved.router_bias_rate)
-        return {**records.statistics(self.groups.dp_size), "router/bias_abs_max": largest_bias(self.module)}
-
-    def _track(self, details: bool) -> None:
-        self.module.recurrent.track_loops = details
-        for layer in self.module.moe_layers():
-            layer.record_details = details
+        layers = self.module.moe_layers()
+        update_biases(layers, records.counts, self.resolved.router_bias_rate)
+        largest = largest_bias(layers)
+        holders = next(stage.size for stage in self.resolved.stages if stage.part.recurrent)
+        return {
+            **records.statistics(holders),
+            "router/bias_abs_max": self.groups.max(largest) if self.groups.pipelined else largest,
+        }
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         was_training = self.deepspeed.training
         self.deepspeed.eval()
-        self._track(False)
         try:
             with torch.no_grad():
                 yield

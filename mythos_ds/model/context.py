@@ -1,10 +1,11 @@
 """What stays the same for all layers and loops of one forward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from mythos_ds.model.documents import DocumentBounds
+from mythos_ds.model.records import ForwardRecords
 from mythos_ds.model.rope import Rotary
 
 
@@ -24,12 +25,13 @@ class AuxLoss:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """Positions, document bounds and auxiliary losses of one micro-batch."""
+    """Positions, document bounds, auxiliary losses and notes of one micro-batch."""
 
     rotary: Rotary
     documents: DocumentBounds | None
     aux: AuxLoss | None
     n_grad_loops: int
+    records: ForwardRecords = field(default_factory=ForwardRecords)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Pre-norm transformer layers: dense ones for prelude and coda, MoE ones for the recurrent block."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -12,7 +12,11 @@ from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import RMSNorm
 
-MoEFactory = Callable[[ModelConfig, Initializer], MoE]
+
+class MoEFactory(Protocol):
+    """Builds the mixture of experts of recurrent layer `layer`."""
+
+    def __call__(self, config: ModelConfig, init: Initializer, *, layer: int) -> MoE: ...
 
 
 class DenseLayer(nn.Module):
@@ -33,12 +37,12 @@ class DenseLayer(nn.Module):
 class RecurrentLayer(nn.Module):
     """The same with a mixture of experts, and an fp32 residual stream: it carries the loop's state."""
 
-    def __init__(self, config: ModelConfig, init: Initializer, moe_factory: MoEFactory):
+    def __init__(self, config: ModelConfig, init: Initializer, moe_factory: MoEFactory, layer: int):
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = make_attention(config, init.at("attn"))
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.moe = moe_factory(config, init.at("moe"))
+        self.moe = moe_factory(config, init.at("moe"), layer=layer)
 
     def forward(
         self, x: Tensor, loop: int, context: ForwardContext, frozen: Frozen | None = None

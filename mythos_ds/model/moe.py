@@ -15,7 +15,7 @@ from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.feed_forward import Experts, FeedForward
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.permute import inverse_permutation, permute_rows, repeat_permute_rows
-from mythos_ds.model.records import RoutingRecord, jaccard_overlap
+from mythos_ds.model.records import ForwardRecords, RoutingRecord, jaccard_overlap
 from mythos_ds.model.router import Router, Routing, count_experts
 
 
@@ -35,11 +35,12 @@ def dispatch_locally(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
 class MoE(nn.Module):
     """Router, routed experts and shared experts: [batch, seq, dim] -> [batch, seq, dim].
 
-    `records[loop]` holds what the router did in the last forward; `record_details` adds the costlier statistics.
+    `layer` is its index among the model's recurrent layers, under which it notes what the router did.
     """
 
-    def __init__(self, config: ModelConfig, init: Initializer):
+    def __init__(self, config: ModelConfig, init: Initializer, *, layer: int = 0):
         nn.Module.__init__(self)
+        self.layer = layer
         self.n_experts = config.n_experts
         self.router = Router(config, init.at("router"))
         self.experts = self.make_experts(config, init.at("experts"))
@@ -50,8 +51,6 @@ class MoE(nn.Module):
                 config.dim, width, init.at("shared_experts"), config.resolved_init_std
             )
         self.dispatcher = self.make_dispatcher()
-        self.records: dict[int, RoutingRecord] = {}
-        self.record_details = False
 
     def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
         """The routed experts this process holds."""
@@ -92,23 +91,32 @@ class MoE(nn.Module):
                 total = aux.balance * balance + aux.z * z
                 weights = attach_loss(weights, total * (aux.scale / context.n_grad_loops))
             balance, z = balance.detach(), z.detach()
-        with torch.no_grad():
-            self.records[loop] = self._record(routing, loop, mask, balance, z)
+        if context.records.open:
+            with torch.no_grad():
+                self._record(context.records, loop, routing, mask, balance, z)
         return weights
 
     def _record(
-        self, routing: Routing, loop: int, mask: Tensor | None, balance: Tensor | None, z: Tensor | None
-    ) -> RoutingRecord:
+        self,
+        records: ForwardRecords,
+        loop: int,
+        routing: Routing,
+        mask: Tensor | None,
+        balance: Tensor | None,
+        z: Tensor | None,
+    ) -> None:
+        own = records.routing[self.layer]
         counts = count_experts(routing.indices, self.n_experts, mask).float()
-        if not self.record_details:
-            return RoutingRecord(counts, balance, z)
+        if not records.details:
+            own[loop] = RoutingRecord(counts, balance, z)
+            return
         share = routing.scores / routing.scores.sum(-1, keepdim=True)
-        before = self.records.get(loop - 1)
+        before = own.get(loop - 1)
         unbiased = self.router.choose(routing.scores, None)
         overlap = None
         if before is not None and before.indices is not None:
             overlap = jaccard_overlap(before.indices, routing.indices)
-        return RoutingRecord(
+        own[loop] = RoutingRecord(
             counts,
             balance,
             z,

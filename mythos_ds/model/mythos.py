@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.config.stages import Part, whole
 from mythos_ds.model.attention import rotary_width
 from mythos_ds.model.context import AuxLoss, ForwardContext
 from mythos_ds.model.documents import DocumentBounds
@@ -12,6 +13,7 @@ from mythos_ds.model.layers import DenseLayer, MoEFactory
 from mythos_ds.model.loss import LMHead
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import RMSNorm
+from mythos_ds.model.records import ForwardRecords
 from mythos_ds.model.recurrent import RecurrentBlock
 from mythos_ds.model.rope import Rotary
 
@@ -20,7 +22,8 @@ class MythosModel(nn.Module):
     """Recurrent-depth mixture-of-experts language model; depth is an argument of the forward.
 
     `moe_factory` builds the experts' layer (expert parallelism passes its own); `checkpoint_loops` recomputes each loop
-    in backward, so that activation memory hardly grows with the loop count.
+    in backward, so that activation memory hardly grows with the loop count. `part` says which layers to hold (None:
+    all); names and initial values of parameters do not depend on it, and `forward` needs all of them.
     """
 
     def __init__(
@@ -30,22 +33,24 @@ class MythosModel(nn.Module):
         seed: int = 0,
         moe_factory: MoEFactory = MoE,
         checkpoint_loops: bool = False,
+        part: Part | None = None,
     ):
         super().__init__()
         init = Initializer(seed)
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.dim, init.at("embed"), config.embedding_std)
-        self.prelude = nn.ModuleList(
-            DenseLayer(config, init.at("prelude").at(i)) for i in range(config.prelude_layers)
-        )
-        self.prelude_norm = RMSNorm(config.dim, config.norm_eps) if config.prelude_norm else None
+        part = whole(config) if part is None else part
+        self.config, self.part = config, part
+        if part.embeds or (part.predicts and config.tie_embeddings):
+            self.embed = Embedding(config.vocab_size, config.dim, init.at("embed"), config.embedding_std)
+        self.prelude = _dense_layers(config, init.at("prelude"), part.prelude)
+        self.prelude_norm = RMSNorm(config.dim, config.norm_eps) if config.prelude_norm and part.loops else None
         self.recurrent = RecurrentBlock(
-            config, init.at("recurrent"), moe_factory, checkpoint_loops=checkpoint_loops
+            config, init.at("recurrent"), moe_factory, part, checkpoint_loops=checkpoint_loops
         )
-        self.coda = nn.ModuleList(DenseLayer(config, init.at("coda").at(i)) for i in range(config.coda_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        tied = self.embed.weight if config.tie_embeddings else None
-        self.lm_head = LMHead(config, init.at("lm_head"), tied)
+        self.coda = _dense_layers(config, init.at("coda"), part.coda)
+        if part.predicts:
+            self.norm = RMSNorm(config.dim, config.norm_eps)
+            tied = self.embed.weight if config.tie_embeddings else None
+            self.lm_head = LMHead(config, init.at("lm_head"), tied)
 
     def forward(
         self,
@@ -56,42 +61,62 @@ class MythosModel(nn.Module):
         positions: Tensor | None = None,
         labels: Tensor | None = None,
         aux: AuxLoss | None = None,
+        records: ForwardRecords | None = None,
     ) -> Tensor:
         """tokens int64 [batch, seq] -> fp32 logits [batch, seq, vocab], or the scalar mean loss where labels are given.
 
         n_grad_loops: the last loops that get a gradient (None: all). positions int64 [batch, seq] restart at 0 where a
-        document starts (None: one document per sequence). Raises ValueError for a loop count below 1.
+        document starts (None: one document per sequence). `records` are filled and closed. Raises ValueError for a loop
+        count below 1.
         """
         if n_loops < 1 or (n_grad_loops is not None and n_grad_loops < 1):
             raise ValueError(f"n_loops ({n_loops}) and n_grad_loops ({n_grad_loops}) must be at least 1")
-        context = self.make_context(tokens, positions, aux, min(n_grad_loops or n_loops, n_loops))
-        x = self.embed(tokens)
-        for layer in self.prelude:
-            x = layer(x, context)
-        e = x if self.prelude_norm is None else self.prelude_norm(x)
+        context = self.make_context(tokens, positions, aux, min(n_grad_loops or n_loops, n_loops), records)
+        e = self.normed(self.run_prelude(self.embed(tokens), context))
         x = self.recurrent(e, n_loops, context).to(e.dtype)
-        for layer in self.coda:
+        context.records.close()
+        return self.predict(self.run_coda(x, context), labels)
+
+    def run_prelude(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """The prelude layers held here: [batch, seq, dim] -> [batch, seq, dim]."""
+        for layer in self.prelude.values():
             x = layer(x, context)
+        return x
+
+    def normed(self, x: Tensor) -> Tensor:
+        """e, the loop's input, from the prelude's output x."""
+        return x if self.prelude_norm is None else self.prelude_norm(x)
+
+    def run_coda(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """The coda layers held here: [batch, seq, dim] -> [batch, seq, dim]."""
+        for layer in self.coda.values():
+            x = layer(x, context)
+        return x
+
+    def predict(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """fp32 logits of the coda's output x, or the scalar mean loss where labels are given."""
         return self.lm_head(self.norm(x), labels)
 
     def make_context(
-        self, tokens: Tensor, positions: Tensor | None, aux: AuxLoss | None, n_grad_loops: int
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        aux: AuxLoss | None,
+        n_grad_loops: int,
+        records: ForwardRecords | None = None,
     ) -> ForwardContext:
-        """Rotary tables and document bounds of a micro-batch."""
+        """Rotary tables, document bounds and notes of a micro-batch."""
         documents = None if positions is None else DocumentBounds.from_positions(positions)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         config = self.config
         rotary = Rotary.at(positions, rotary_width(config), config.rope_theta, config.rope_interleaved)
-        return ForwardContext(rotary, documents, aux, n_grad_loops)
+        return ForwardContext(rotary, documents, aux, n_grad_loops, records or ForwardRecords())
 
     def moe_layers(self) -> list[MoE]:
-        """The mixture-of-experts layers, in order."""
+        """The mixture-of-experts layers held here, in order."""
         return self.recurrent.moe_layers()
 
 
-def clear_records(model: MythosModel) -> None:
-    """Forgets the notes of the last forward."""
-    model.recurrent.loop_records.clear()
-    for moe in model.moe_layers():
-        moe.records.clear()
+def _dense_layers(config: ModelConfig, init: Initializer, indices: tuple[int, ...]) -> nn.ModuleDict:
+    return nn.ModuleDict({str(i): DenseLayer(config, init.at(i)) for i in indices})

@@ -1,5 +1,9 @@
-"""What a forward notes beside its result. Written per loop, never added up: a recomputed loop writes the same again."""
+"""What a forward notes beside its result: written per (layer, loop), never added up, and closed when it ends.
 
+Recomputation in the backward comes after that and writes nothing, so nothing counts twice.
+"""
+
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +38,50 @@ class LoopRecord:
     """Scalar root mean square of h."""
     residual: Tensor
     """Scalar ||h_{t+1} - h_t|| / ||h_{t+1}||."""
+
+
+class ForwardRecords:
+    """The notes of one micro-batch.
+
+    Attributes:
+        details: whether the costlier statistics are wanted.
+        routing: by recurrent layer (its index in the whole model) and loop.
+        loops: the carried state by loop; only with details.
+        decay_maximum: rho(A), a scalar; only with details.
+    """
+
+    def __init__(self, *, details: bool = False):
+        self.details = details
+        self.open = True
+        self.routing: defaultdict[int, dict[int, RoutingRecord]] = defaultdict(dict)
+        self.loops: dict[int, LoopRecord] = {}
+        self.decay_maximum: Tensor | None = None
+        self._state: Tensor | None = None
+
+    @property
+    def wants_states(self) -> bool:
+        """Whether `start` and `note_state` would write anything."""
+        return self.open and self.details
+
+    @torch.no_grad()
+    def start(self, state: Tensor, decay: Tensor) -> None:
+        """The state h_0 [batch, seq, dim] and the diagonal of A [dim], before the first loop."""
+        self._state = state.detach()
+        self.decay_maximum = decay.detach().float().amax()
+
+    @torch.no_grad()
+    def note_state(self, loop: int, state: Tensor) -> None:
+        """The state [batch, seq, dim] after `loop`."""
+        assert self._state is not None, "start comes first"
+        before, after = self._state.float(), state.detach().float()
+        norm = after.norm().clamp_min(1e-30)
+        self.loops[loop] = LoopRecord(after.square().mean().sqrt(), (after - before).norm() / norm)
+        self._state = state.detach()
+
+    def close(self) -> None:
+        """The forward is over: what comes now is recomputation."""
+        self.open = False
+        self._state = None
 
 
 def jaccard_overlap(first: Tensor, second: Tensor) -> Tensor:

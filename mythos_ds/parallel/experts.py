@@ -141,7 +141,7 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
     experts cannot be shared out evenly or the groups do not exist.
     """
 
-    def __init__(self, config: ModelConfig, init: Initializer, *, groups: ParallelGroups):
+    def __init__(self, config: ModelConfig, init: Initializer, *, groups: ParallelGroups, layer: int = 0):
         if config.n_experts % groups.ep_size:
             raise ParallelError(
                 f"parallel.ep_size: given {groups.ep_size}; allowed: a divisor of model.n_experts = {config.n_experts}."
@@ -150,7 +150,7 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
         self.ep_size, self.ep_rank = groups.ep_size, groups.ep_rank
         self.ep_group_name = expert_group_name(groups.ep_size)
         self.ep_group = require_expert_group(groups.ep_size)
-        super().__init__(config, init)
+        super().__init__(config, init, layer=layer)
         self.num_experts = config.n_experts
         self.num_local_experts = config.n_experts // groups.ep_size
         self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(

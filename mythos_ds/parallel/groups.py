@@ -1,7 +1,12 @@
 """Start of the process group, and the groups that experts are cut over. Everything here is collective."""
 
-from dataclasses import dataclass
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
+from itertools import accumulate
 
 import deepspeed
 import torch
@@ -10,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
+from mythos_ds.config.stages import Stage
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
 
@@ -24,15 +30,47 @@ _OPERATIONS = {
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """The calling process's place. Data-parallel ranks are all ranks; `ep_size` consecutive ones share the experts."""
+    """The calling process's place.
+
+    Processes are cut into pipeline stages, consecutive ranks each; without pipeline there is one stage. The ranks of a
+    stage are data-parallel; `ep_size` consecutive ones of a stage that has experts share these.
+    """
 
     device: torch.device
-    dp_rank: int
-    dp_size: int
+    rank: int
+    world_size: int
+    stage: int
+    stage_sizes: tuple[int, ...]
     ep_rank: int
     ep_size: int
     ep_group: torch_distributed.ProcessGroup | None
-    """The ranks that together hold all experts; None with ep_size 1."""
+    """The ranks that together hold all experts of a layer; None with ep_size 1, or where the stage has no experts."""
+    dp_group: torch_distributed.ProcessGroup | None = None
+    """The ranks of the stage; None (all) without pipeline."""
+    tie_group: torch_distributed.ProcessGroup | None = None
+    """The ranks of the first and the last stage, which both hold a tied embedding; None elsewhere."""
+    mpu: "StageTopology | None" = None
+    """What confines DeepSpeed to the stage; None without pipeline."""
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether there is more than one stage."""
+        return len(self.stage_sizes) > 1
+
+    @property
+    def first_rank(self) -> int:
+        """Rank of the stage's first process."""
+        return sum(self.stage_sizes[: self.stage])
+
+    @property
+    def dp_rank(self) -> int:
+        """Place among the ranks of the stage."""
+        return self.rank - self.first_rank
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks of the stage."""
+        return self.stage_sizes[self.stage]
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -50,6 +88,10 @@ class ParallelGroups:
         """Numbers added over all ranks in float64."""
         return self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
+    def max(self, value: float) -> float:
+        """The largest of all ranks' numbers."""
+        return self.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device), "max").item()
+
     def any(self, flag: bool) -> bool:
         """True on every rank where `flag` is true on at least one."""
         return bool(self.all_reduce(torch.tensor(int(flag), device=self.device), "max").item())
@@ -57,6 +99,41 @@ class ParallelGroups:
     def close(self) -> None:
         """Ends the process group."""
         deepspeed.comm.destroy_process_group()
+        # Groups are kept for later calls, but not beyond the process group they belong to.
+        _stage_groups.cache_clear()
+        _expert_groups.cache_clear()
+
+
+class StageTopology:
+    """The `mpu` that DeepSpeed asks for its groups: data parallelism is the stage, model parallelism is off.
+
+    Its model-parallel rank must stay 0: DeepSpeed leaves other ranks out of the gradient norm.
+    """
+
+    def __init__(self, stage: torch_distributed.ProcessGroup, alone: torch_distributed.ProcessGroup):
+        self._stage, self._alone = stage, alone
+
+    def get_data_parallel_group(self) -> torch_distributed.ProcessGroup:
+        return self._stage
+
+    def get_data_parallel_rank(self) -> int:
+        return torch_distributed.get_rank(self._stage)
+
+    def get_data_parallel_world_size(self) -> int:
+        return torch_distributed.get_world_size(self._stage)
+
+    def get_model_parallel_group(self) -> torch_distributed.ProcessGroup:
+        return self._alone
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
 def expert_group_name(ep_size: int) -> str:
@@ -64,29 +141,45 @@ def expert_group_name(ep_size: int) -> str:
     return f"ep_size_{ep_size}"
 
 
-def init_parallel(env: ProcessEnvironment, ep_size: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ParallelGroups:
-    """Starts torch.distributed through DeepSpeed (nccl on cuda, else gloo) and creates the expert groups, once.
+def init_parallel(
+    env: ProcessEnvironment,
+    ep_size: int,
+    stages: Sequence[Stage] | None = None,
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> ParallelGroups:
+    """Starts torch.distributed through DeepSpeed (nccl on cuda, else gloo) and creates all groups, once.
 
-    A collective that waits longer than `timeout_s` seconds fails. May be called again with another `ep_size`.
-    Errors: ParallelError where ep_size does not divide the number of processes.
+    stages: the pipeline's (None: no pipeline). A collective that waits longer than `timeout_s` seconds fails. May be
+    called again for another layout. Errors: ParallelError where ep_size does not divide the processes of a stage with
+    experts, or the stages are not those of all processes.
     """
-    if ep_size < 1 or env.world_size % ep_size:
-        divisors = [n for n in range(1, env.world_size + 1) if env.world_size % n == 0]
-        raise ParallelError(f"parallel.ep_size: given {ep_size}; allowed with {env.world_size} processes: {divisors}.")
+    sizes = tuple(stage.size for stage in stages) if stages else (env.world_size,)
+    expert_stages = tuple(i for i, stage in enumerate(stages or ()) if stage.part.recurrent) or (0,)
+    _check_sizes(env, ep_size, sizes, expert_stages)
     env.export()
     device = _select_device(env)
     _avoid_shared_memory_op()
+    timeout = timedelta(seconds=timeout_s)
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
         auto_mpi_discovery=False,
         verbose=False,
     )
+    stage = bisect_right(list(accumulate(sizes)), env.rank)
+    groups = ParallelGroups(device, env.rank, env.world_size, stage, sizes, 0, 1, None)
+    if groups.pipelined:
+        own, alone, tie = _stage_groups(sizes, timeout)
+        tie_group = tie if stage in (0, len(sizes) - 1) else None
+        groups = replace(groups, dp_group=own, tie_group=tie_group, mpu=StageTopology(own, alone))
     if ep_size == 1:
-        return ParallelGroups(device, env.rank, env.world_size, 0, 1, None)
-    _create_expert_groups(ep_size)
-    group = require_expert_group(ep_size)
-    return ParallelGroups(device, env.rank, env.world_size, env.rank % ep_size, ep_size, group)
+        return groups
+    experts = _expert_groups(sizes, expert_stages, ep_size, timeout)
+    _register(experts, ep_size)
+    if experts.ep is None:
+        return groups
+    return replace(groups, ep_rank=groups.dp_rank % ep_size, ep_size=ep_size, ep_group=experts.ep)
 
 
 def require_expert_group(ep_size: int) -> torch_distributed.ProcessGroup:
@@ -105,9 +198,79 @@ def require_expert_data_group(ep_size: int) -> torch_distributed.ProcessGroup:
     return deepspeed_groups._get_expert_data_parallel_group(expert_group_name(ep_size))
 
 
-def _create_expert_groups(ep_size: int) -> None:
-    if expert_group_name(ep_size) not in deepspeed_groups._get_expert_parallel_group_dict():
-        deepspeed_groups._create_expert_and_data_parallel(ep_size, mp_size=1, pp_size=1)
+@dataclass(frozen=True)
+class _ExpertGroups:
+    """Those of the calling rank; None where its stage has no experts."""
+
+    ep: torch_distributed.ProcessGroup | None
+    ep_ranks: tuple[int, ...]
+    edp: torch_distributed.ProcessGroup | None
+    edp_ranks: tuple[int, ...]
+
+
+def _check_sizes(
+    env: ProcessEnvironment, ep_size: int, sizes: tuple[int, ...], expert_stages: tuple[int, ...]
+) -> None:
+    if sum(sizes) != env.world_size:
+        raise ParallelError(f"pipeline stages of {list(sizes)} processes, but there are {env.world_size} in all.")
+    processes = math.gcd(*(sizes[i] for i in expert_stages))
+    if ep_size < 1 or processes % ep_size:
+        divisors = [n for n in range(1, processes + 1) if processes % n == 0]
+        raise ParallelError(f"parallel.ep_size: given {ep_size}; allowed with {processes} processes: {divisors}.")
+
+
+@cache
+def _stage_groups(sizes: tuple[int, ...], timeout: timedelta) -> tuple[torch_distributed.ProcessGroup, ...]:
+    """The calling rank's stage, itself alone, and the first stage with the last. Collective."""
+    stages = [range(last - size, last) for size, last in zip(sizes, accumulate(sizes), strict=True)]
+    own = _own_group(stages, timeout)
+    alone = _own_group([range(rank, rank + 1) for rank in range(sum(sizes))], timeout)
+    tie = torch_distributed.new_group([*stages[0], *stages[-1]], timeout=timeout)
+    assert own[0] is not None
+    assert alone[0] is not None
+    return own[0], alone[0], tie
+
+
+@cache
+def _expert_groups(
+    sizes: tuple[int, ...], expert_stages: tuple[int, ...], ep_size: int, timeout: timedelta
+) -> _ExpertGroups:
+    """Expert groups: consecutive ranks of a stage; expert-data groups: every ep_size-th of a stage. Collective."""
+    ends = list(accumulate(sizes))
+    stages = [range(ends[i] - sizes[i], ends[i]) for i in expert_stages]
+    ep = _own_group([ranks[i : i + ep_size] for ranks in stages for i in range(0, len(ranks), ep_size)], timeout)
+    edp = _own_group([ranks[i::ep_size] for ranks in stages for i in range(ep_size)], timeout)
+    return _ExpertGroups(*ep, *edp)
+
+
+def _own_group(
+    all_ranks: list[range], timeout: timedelta
+) -> tuple[torch_distributed.ProcessGroup | None, tuple[int, ...]]:
+    """Creates a group for each range of ranks; returns the calling rank's and its ranks."""
+    own: tuple[torch_distributed.ProcessGroup | None, tuple[int, ...]] = (None, ())
+    for ranks in all_ranks:
+        group = torch_distributed.new_group(list(ranks), timeout=timeout)
+        if torch_distributed.get_rank() in ranks:
+            own = group, tuple(ranks)
+    return own
+
+
+def _register(groups: _ExpertGroups, ep_size: int) -> None:
+    """Writes the groups where DeepSpeed looks them up by name.
+
+    Its own function for this, `_create_expert_and_data_parallel`, knows stages of equal size only and keeps the groups
+    of a former layout.
+    """
+    name = expert_group_name(ep_size)
+    for registry, value in (
+        (deepspeed_groups._EXPERT_PARALLEL_GROUP, groups.ep),
+        (deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS, groups.ep_ranks),
+        (deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP, groups.edp),
+        (deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, groups.edp_ranks),
+    ):
+        registry.pop(name, None)
+        if value:
+            registry[name] = value
 
 
 def _select_device(env: ProcessEnvironment) -> torch.device:

@@ -1,57 +1,57 @@
 """Routing counts and statistics of an optimizer step over all ranks, and the router bias they move.
 
-A forward writes its records per loop; they are read once after each micro-batch's backward. Recomputation in the
-backward has then written the same values again, so nothing counts twice.
+A forward writes its notes per layer and loop and closes them; they are read once per micro-batch. Rows of layers that
+live on other pipeline stages are zero here, so that one sum over all ranks serves every layout.
 """
 
 import torch
 from torch import Tensor
 
+from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import ParallelError
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.model.records import RoutingRecord, load_imbalance
+from mythos_ds.model.records import ForwardRecords, load_imbalance
 from mythos_ds.model.router import Router, update_router_bias
 from mythos_ds.parallel.groups import ParallelGroups
 
 Statistics = dict[str, float | list[float]]
 
-_PER_LOOP_FIELDS = ("balance", "z", "entropy", "overlap_previous")
+_AUXILIARY_FIELDS = ("balance", "z")
+_DETAIL_FIELDS = ("entropy", "overlap_previous")
 
 
 class StepRecords:
-    """Sums of the micro-batches' records of one step, in float64 (counts stay exact)."""
+    """Sums of the micro-batches' notes of one step of n_loops loops, in float64 (counts stay exact)."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: ModelConfig, n_loops: int, *, details: bool, auxiliary: bool, device: torch.device):
         self.micro_batches = 0
-        self.sums: dict[str, Tensor] = {}
-        self.decay_maximum: float | None = None
+        self.layers = model.recurrent_layers
+        self.fields = (_AUXILIARY_FIELDS if auxiliary else ()) + (_DETAIL_FIELDS if details else ())
+        self.details = details
+        shapes: dict[str, tuple[int, ...]] = {"counts": (self.layers, n_loops, model.n_experts)}
+        shapes |= {field: (n_loops,) for field in self.fields}
+        if details:
+            shapes |= {"prebias_counts": shapes["counts"], "state_rms": (n_loops,), "residual": (n_loops,), "rho_A": ()}
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
 
-    def add(self, model: MythosModel) -> None:
-        """Reads the records of the micro-batch just run."""
+    def add(self, records: ForwardRecords) -> None:
+        """Reads the notes of one micro-batch."""
         self.micro_batches += 1
-        layers = model.moe_layers()
-        self._add("counts", torch.stack([_per_loop(layer, "counts") for layer in layers]))
-        first = layers[0].records[0]
-        if first.prebias_counts is not None:
-            self._add("prebias_counts", torch.stack([_per_loop(layer, "prebias_counts") for layer in layers]))
-        for field in _PER_LOOP_FIELDS:
-            if any(getattr(record, field) is not None for record in layers[0].records.values()):
-                self._add(field, torch.stack([_per_loop(layer, field) for layer in layers]).mean(0))
-        self._add_loops(model)
-
-    def _add_loops(self, model: MythosModel) -> None:
-        loops = [record for _, record in sorted(model.recurrent.loop_records.items())]
-        if not loops:
-            return
-        self._add("state_rms", torch.stack([record.state_rms for record in loops]))
-        self._add("residual", torch.stack([record.residual for record in loops]))
-        if model.recurrent.decay_maximum is not None:
-            self.decay_maximum = float(model.recurrent.decay_maximum)
-
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.double()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        for layer, by_loop in records.routing.items():
+            for loop, record in by_loop.items():
+                self.sums["counts"][layer, loop] += record.counts
+                if record.prebias_counts is not None:
+                    self.sums["prebias_counts"][layer, loop] += record.prebias_counts
+                for field in self.fields:
+                    value = getattr(record, field)
+                    if value is not None:  # loop 0 overlaps with nothing
+                        self.sums[field][loop] += value.double() / self.layers
+        for loop, state in records.loops.items():
+            self.sums["state_rms"][loop] += state.state_rms
+            self.sums["residual"][loop] += state.residual
+        if records.decay_maximum is not None:
+            self.sums["rho_A"] += records.decay_maximum
 
     def reduce(self, groups: ParallelGroups) -> None:
         """Sums everything over all ranks, in one all-reduce."""
@@ -65,49 +65,40 @@ class StepRecords:
         return self.sums["counts"]
 
     def statistics(self, n_ranks: int) -> Statistics:
-        """Metrics of the reduced sums. Lists have one entry per loop; several layers are averaged, imbalances are the
-        worst layer's."""
+        """Metrics of the reduced sums; `n_ranks` processes hold each layer. Lists have one entry per loop; several
+        layers are averaged, imbalances are the worst layer's."""
         samples = self.micro_batches * n_ranks
         values: Statistics = {
             "router/load_max_mean": load_imbalance(self.counts.sum(1)).max().item(),
             "router/load_max_mean_per_loop": load_imbalance(self.counts).amax(0).tolist(),
         }
-        if "prebias_counts" in self.sums:
-            prebias = self.sums["prebias_counts"]
-            shares = prebias / prebias.sum(-1, keepdim=True)
-            values["router/prebias_max_share_per_loop"] = shares.amax((0, 2)).tolist()
-        for field, name in (("entropy", "router/entropy_per_loop"), ("state_rms", "state/rms_per_loop")):
-            if field in self.sums:
-                values[name] = (self.sums[field] / samples).tolist()
-        if "overlap_previous" in self.sums:
-            values["router/overlap_per_loop"] = (self.sums["overlap_previous"] / samples).tolist()[1:]
-        if "residual" in self.sums:
-            values["state/residual_per_loop"] = (self.sums["residual"] / samples).tolist()
-        for field, name in (("balance", "loss/balance"), ("z", "loss/router_z")):
-            if field in self.sums:
-                values[name] = (self.sums[field] / samples).mean().item()
-        if self.decay_maximum is not None:
-            values["state/rho_A"] = self.decay_maximum
+        means = {name: (value / samples).tolist() for name, value in self.sums.items() if name in self.fields}
+        if "balance" in means:
+            values["loss/balance"] = sum(means["balance"]) / len(means["balance"])
+            values["loss/router_z"] = sum(means["z"]) / len(means["z"])
+        if not self.details:
+            return values
+        prebias = self.sums["prebias_counts"]
+        shares = prebias / prebias.sum(-1, keepdim=True)
+        values["router/prebias_max_share_per_loop"] = shares.amax((0, 2)).tolist()
+        values["router/entropy_per_loop"] = means["entropy"]
+        values["router/overlap_per_loop"] = means["overlap_previous"][1:]
+        values["state/rms_per_loop"] = (self.sums["state_rms"] / samples).tolist()
+        values["state/residual_per_loop"] = (self.sums["residual"] / samples).tolist()
+        values["state/rho_A"] = (self.sums["rho_A"] / samples).item()
         return values
 
 
-def _per_loop(layer: MoE, field: str) -> Tensor:
-    """One field of a layer's records, [n_loops, ...]; zero where a loop has none (loop 0 overlaps with nothing)."""
-    records: list[RoutingRecord] = [record for _, record in sorted(layer.records.items())]
-    values: list[Tensor | None] = [getattr(record, field) for record in records]
-    filler = torch.zeros_like(next(value for value in values if value is not None))
-    return torch.stack([filler if value is None else value for value in values])
+def update_biases(layers: list[MoE], counts: Tensor, rate: float) -> None:
+    """Moves the selection bias of each of `layers` once. counts [n_layers, n_loops, n_experts] are those of the whole
+    model and must be the same on all ranks."""
+    for layer in layers:
+        update_router_bias(layer.router, counts[layer.layer].to(layer.router.bias.device), rate)
 
 
-def update_biases(model: MythosModel, counts: Tensor, rate: float) -> None:
-    """Moves each router's selection bias once. counts [n_layers, n_loops, n_experts] must be the same on all ranks."""
-    for layer, own in zip(model.moe_layers(), counts, strict=True):
-        update_router_bias(layer.router, own.to(layer.router.bias.device), rate)
-
-
-def largest_bias(model: MythosModel) -> float:
-    """Largest absolute selection bias of any layer."""
-    return max(layer.router.bias.abs().max().item() for layer in model.moe_layers())
+def largest_bias(layers: list[MoE]) -> float:
+    """Largest absolute selection bias of any of `layers`; 0 for none."""
+    return max((layer.router.bias.abs().max().item() for layer in layers), default=0.0)
 
 
 def restore_float_buffers(model: MythosModel, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mythos_ds.config.attention_shapes import attention_matmul, mla_widths
 from mythos_ds.config.schema import ModelConfig
 
 
@@ -66,22 +67,11 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     return ParameterCounts(**counts, active=sum(counts.values()) - idle_experts - idle_rows)
 
 
-def attention_matmul(model: ModelConfig) -> int:
-    """Matrix elements of one attention."""
-    dim, heads = model.dim, model.n_heads
-    if model.attn_type == "gqa":
-        return 2 * dim * model.resolved_head_dim * (heads + model.resolved_kv_heads)
-    kv_lora, nope, rope, value = _mla_widths(model)
-    key = nope + rope
-    query = dim * heads * key if model.q_lora_rank is None else model.q_lora_rank * (dim + heads * key)
-    return query + dim * (kv_lora + rope) + kv_lora * heads * (nope + value) + heads * value * dim
-
-
 def attention_head_widths(model: ModelConfig) -> tuple[int, int]:
     """Widths of a query/key head and of a value head."""
     if model.attn_type == "gqa":
         return model.resolved_head_dim, model.resolved_head_dim
-    _, nope, rope, value = _mla_widths(model)
+    _, nope, rope, value = mla_widths(model)
     return nope + rope, value
 
 
@@ -89,7 +79,7 @@ def cache_values_per_attention(model: ModelConfig) -> int:
     """Numbers one token leaves in the cache of one attention: MLA's latent and rope key, or GQA's K and V."""
     if model.attn_type == "gqa":
         return 2 * model.resolved_kv_heads * model.resolved_head_dim
-    kv_lora, _, rope, _ = _mla_widths(model)
+    kv_lora, _, rope, _ = mla_widths(model)
     return kv_lora + rope
 
 
@@ -101,16 +91,6 @@ def expert_matmul(model: ModelConfig) -> int:
 def shared_matmul(model: ModelConfig) -> int:
     """Matrix elements of the shared experts of one layer."""
     return 3 * model.dim * model.n_shared_experts * model.resolved_shared_dim
-
-
-def _mla_widths(model: ModelConfig) -> tuple[int, int, int, int]:
-    widths = (model.kv_lora_rank, model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim)
-    if any(width is None for width in widths):
-        raise ValueError(
-            "attn_type 'mla' needs kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim"
-        )
-    kv_lora, nope, rope, value = (int(width or 0) for width in widths)
-    return kv_lora, nope, rope, value
 
 
 def _attention_norms(model: ModelConfig) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mythos_ds.engine.engine import TrainingEngine
 
-Batches = Callable[[], Iterable[dict[str, Tensor]]]
+Batches = Callable[[], Iterable[list[dict[str, Tensor]]]]
 
 
 def depth_counts(mean_recurrence: int) -> list[int]:
@@ -19,11 +19,12 @@ def depth_counts(mean_recurrence: int) -> list[int]:
 def losses_at(engine: TrainingEngine, batches: Batches, loop_counts: Iterable[int]) -> dict[int, float]:
     """Mean cross-entropy in nats per token over all ranks' batches, by loop count.
 
-    `batches` is called once per loop count, so that every count sees the same text.
+    `batches` is called once per loop count, so that every count sees the same text; it yields what goes through the
+    model together.
     """
     losses = {}
     for n_loops in loop_counts:
-        values = [engine.eval_loss(batch, n_loops) for batch in batches()]
+        values = [engine.eval_loss(together, n_loops) for together in batches()]
         losses[n_loops] = math.fsum(values) / len(values)
     return losses
 

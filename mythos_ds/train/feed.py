@@ -28,6 +28,7 @@ class Feed:
         self._training = resolved.config.training
         self._accumulation = resolved.gradient_accumulation_steps
         self._workers = resolved.config.data.num_workers
+        self._rows = resolved.stages[groups.stage].rows
         self._manifest, self._groups, self._datasets = manifest, groups, datasets
         self.tokenizer: Tokenizer = datasets[0].tokenizer
         self.identity: dict[str, Any] = datasets[0].identity
@@ -60,10 +61,11 @@ class Feed:
                 yield list(islice(micro_batches, self._accumulation))
                 step += 1
 
-    def validation(self) -> Iterator[Batch]:
-        """The held-out micro-batches, the same at every call."""
-        count = self._training.eval_batches * self._accumulation
-        return islice(self._stream(self._datasets[0].valid, 0), count)
+    def validation(self) -> Iterator[list[Batch]]:
+        """The held-out micro-batches of one global batch after the other, the same at every call."""
+        micro_batches = self._stream(self._datasets[0].valid, 0)
+        for _ in range(self._training.eval_batches):
+            yield list(islice(micro_batches, self._accumulation))
 
     def held_out_prompt(self) -> list[int]:
         """The first tokens of the held-out text."""
@@ -74,7 +76,7 @@ class Feed:
             BatchStream(
                 dataset,
                 start_sample=start_sample,
-                micro_batch_size=self._training.micro_batch_size,
+                micro_batch_size=self._rows,
                 dp_rank=self._groups.dp_rank,
                 dp_size=self._groups.dp_size,
                 num_workers=self._workers,

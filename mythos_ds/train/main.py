@@ -42,7 +42,10 @@ def train(request: RunRequest, environment: ProcessEnvironment) -> None:
     # DeepSpeed calls collectives by names that newer torch versions announce to rename: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     with StopSignals() as stop:
-        groups = init_parallel(environment, request.resolved.ep_size)
+        resolved = request.resolved
+        groups = init_parallel(
+            environment, resolved.ep_size, resolved.stages, timeout_s=resolved.config.parallel.timeout_s
+        )
         try:
             _train(request, groups, stop)
         except MythosError:
@@ -55,7 +58,7 @@ def train(request: RunRequest, environment: ProcessEnvironment) -> None:
 
 def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals) -> None:
     resolved, run = request.resolved, RunDirectory(request.run_dir)
-    claimed = together(groups, lambda: run.lock() if groups.dp_rank == 0 else None)
+    claimed = together(groups, lambda: run.lock() if groups.rank == 0 else None)
     tag = choose_checkpoint(groups, run, request.resume, layout_of(resolved))
     manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
     step = 0 if tag is None else files.tag_step(tag)
@@ -68,7 +71,7 @@ def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals) -> No
         state = load_checkpoint(engine, groups, tag)
         progress = Progress(state.step, state.first_validation_loss)
     summary = Trainer(resolved, groups, engine, feed, run, manifest, progress).train(stop)
-    if groups.dp_rank == 0:
+    if groups.rank == 0:
         show_summary(Console(), summary, run, resolved.config.model.mean_recurrence)
     if claimed is not None:
         claimed.close()

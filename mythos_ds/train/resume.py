@@ -1,6 +1,7 @@
 """Where a start begins: afresh, from the run directory's newest checkpoint, or from another run's."""
 
 from pathlib import Path
+from typing import Any
 
 from mythos_ds.checkpoint import files
 from mythos_ds.checkpoint.agreement import together
@@ -14,7 +15,7 @@ NEVER = "never"
 
 
 def choose_checkpoint(
-    groups: ParallelGroups, run: RunDirectory, resume: str, layout: dict[str, int]
+    groups: ParallelGroups, run: RunDirectory, resume: str, layout: dict[str, Any]
 ) -> Path | None:
     """The checkpoint to go on from, verified on all ranks; None for a fresh start.
 

@@ -31,7 +31,7 @@ def generate(
         window = torch.tensor([tokens[-context_length:]], dtype=torch.int64, device=groups.device)
         logits = engine.logits(window, n_loops)[0, -1, :vocab_size]
         # Each rank's sums may round differently: rank 0 decides.
-        drawn = _draw(logits, temperature, generator) if groups.dp_rank == 0 else 0
+        drawn = _draw(logits, temperature, generator) if groups.rank == 0 else 0
         token = round(groups.sum([float(drawn)])[0])
         if token == eos_id:
             break

@@ -78,7 +78,7 @@ class Trainer:
         """Run to the end. Raises NumericsError, with the step, when a loss or gradient norm is not finite."""
         total = self.manifest.total_steps
         mean = self.config.model.mean_recurrence
-        with Recorder(self.run, self.config.monitor, self.groups.dp_rank == 0, self.step, total) as recorder:
+        with Recorder(self.run, self.config.monitor, self.groups.rank == 0, self.step, total) as recorder:
             if self.first_loss is None:
                 self.first_loss = self._evaluate(recorder, [mean])[mean]
             for batches in self.feed.steps(self.step):

@@ -18,6 +18,7 @@ from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import NumericsError
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.records import ForwardRecords
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 from tests.helpers.reference import ReferenceTrainer
 
@@ -58,15 +59,17 @@ def toy_model(**changes: Any) -> ModelConfig:
 
 
 def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
-    """The run of a case: ep, stage, and optionally checkpointing, optimizer, dtype, accumulation, offload,
+    """The run of a case: ep, stage, and optionally pp, checkpointing, optimizer, dtype, accumulation, offload,
     training, deepspeed, model."""
-    accumulation = case.get("accumulation", ACCUMULATION)
+    pp_size, accumulation = case.get("pp", 1), case.get("accumulation", ACCUMULATION)
+    holders = world_size // pp_size if isinstance(pp_size, int) else pp_size[1]
     optimizer = {"optimizer": "sgd"} if case.get("optimizer") == "sgd" else {"optimizer": "adamw", "eps": 1e-6}
     losses = {"grad_clip": 0.3, "balance_loss": 1e-2, "z_loss": 1e-3, "router_bias_rate": 1e-2}
     return RunConfig(
         model=toy_model(**case.get("model", {})),
         parallel=ParallelConfig(
             ep_size=case["ep"],
+            pp_size=pp_size,
             zero_stage=case["stage"],
             activation_checkpointing=case.get("checkpointing", "loop"),
             offload_optimizer=case.get("offload", "none"),
@@ -74,7 +77,7 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
         ),
         training=TrainingConfig(
             seq_len=SEQ_LEN,
-            micro_batch_size=GLOBAL_BATCH // (world_size * accumulation),
+            micro_batch_size=GLOBAL_BATCH // (holders * accumulation),
             global_batch_size=GLOBAL_BATCH,
             max_steps=100,
             lr=1e-2,
@@ -91,8 +94,8 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
 def opened(case: dict[str, Any]) -> Iterator[tuple[TrainingEngine, ParallelGroups]]:
     """The engine of a case, destroyed at the end so that the next one can follow in the same processes."""
     environment = ProcessEnvironment.detect(os.environ)
-    groups = init_parallel(environment, case["ep"], timeout_s=120.0)
     resolved = resolve(toy_run(case, environment.world_size), environment.world_size)
+    groups = init_parallel(environment, case["ep"], resolved.stages, timeout_s=120.0)
     engine = build_engine(resolved, groups)
     try:
         yield engine, groups
@@ -132,7 +135,14 @@ def full_weights(engine: TrainingEngine, groups: ParallelGroups) -> dict[str, Te
             torch_distributed.all_gather(parts, value, group=groups.ep_group)
             value = torch.cat(parts)
         weights[name] = value
-    return weights
+    return everywhere(weights)
+
+
+def everywhere(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of all pipeline stages by name, on every rank."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(torch_distributed.get_world_size())]
+    torch_distributed.all_gather_object(parts, own)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def trained_plainly(name: str) -> bool:
@@ -155,9 +165,10 @@ def move_router_biases(biases: dict[str, Tensor], counts: dict[int, Tensor], rat
 
 
 @functools.cache
-def reference_run(optimizer: str, world_size: int) -> dict[str, Any]:
-    """Losses, gradient norms, final weights and router buffers of the independent single-process reference."""
-    resolved = resolve(toy_run({"ep": 1, "stage": 1, "optimizer": optimizer}, world_size), world_size)
+def reference_run(optimizer: str, changes: tuple[tuple[str, Any], ...] = ()) -> dict[str, Any]:
+    """Losses, gradient norms, final weights and router buffers of the independent single-process reference; `changes`
+    are the case's to the model."""
+    resolved = resolve(toy_run({"ep": 1, "stage": 1, "optimizer": optimizer, "model": dict(changes)}, 1), 1)
     training, config = resolved.config.training, resolved.config.model
     model = MythosModel(config, seed=training.seed)
     biases = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -196,17 +207,17 @@ def layouts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _layout(case: dict[str, Any]) -> dict[str, Any]:
-    optimizer = case["optimizer"]
+    optimizer, accumulation = case["optimizer"], case.get("accumulation", ACCUMULATION)
     with opened(case) as (engine, groups):
         results = []
         for step, loops in enumerate(LOOPS):
-            batches = own_batches(step, ACCUMULATION, groups)
+            batches = own_batches(step, accumulation, groups)
             lr = LEARNING_RATE[optimizer]
             results.append(engine.train_step(batches, n_loops=loops, n_grad_loops=GRAD_LOOPS, lr=lr))
-            engine.eval_loss(batches[0], 5)  # another depth in between must not disturb the next step
+            engine.eval_loss(batches[:1], 5)  # another depth in between must not disturb the next step
         weights = full_weights(engine, groups)
-        biases = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
-    expected = reference_run(optimizer, groups.dp_size)
+        biases = everywhere({name: buffer.clone() for name, buffer in engine.module.named_buffers()})
+    expected = reference_run(optimizer, tuple(case.get("model", {}).items()))
     return {
         "loss": largest(abs(r.loss - x) / x for r, x in zip(results, expected["loss"], strict=True)),
         "norm": largest(abs(r.grad_norm - x) / x for r, x in zip(results, expected["norm"], strict=True)),
@@ -247,7 +258,9 @@ def rank_without_tokens() -> dict[str, Any]:
                 layer.router.bias[:2] = 10.0
             for step in range(2):
                 engine.train_step(own_batches(step, ACCUMULATION, groups), n_loops=3, n_grad_loops=2, lr=0.3)
-            counts = engine.module.moe_layers()[0].records[2].counts.tolist()
+            records = ForwardRecords()
+            engine.deepspeed(own_batches(0, ACCUMULATION, groups)[0]["tokens"], n_loops=3, records=records)
+            counts = records.routing[0][2].counts.tolist()
             weights.append(full_weights(engine, groups))
     difference = largest((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
     return {"difference": difference, "counts": counts}

@@ -1,7 +1,11 @@
 """What runs inside the processes of test_communication.py."""
 
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
+from mythos_ds.model.records import ForwardRecords
+from mythos_ds.parallel.routing_sync import StepRecords
 from tests.distributed.cases import opened, own_batches
 from tests.distributed.traffic import Traffic
 
@@ -52,17 +56,30 @@ def _measure(
     return out
 
 
+def _noting(notes: list[ForwardRecords]) -> Callable[[StepRecords, ForwardRecords], None]:
+    """StepRecords.add, which also puts what it reads into `notes`."""
+    add = StepRecords.add
+
+    def noting(self: StepRecords, records: ForwardRecords) -> None:
+        notes.append(records)
+        add(self, records)
+
+    return noting
+
+
 def expert_counts(checkpointing: list[str]) -> list[dict[str, Any]]:
     """Tokens per loop and expert, and the router biases, of one training step of 5 loops with 2 for the gradient."""
     out = []
+    notes: list[ForwardRecords] = []
     for mode in checkpointing:
-        with opened({"ep": 2, "stage": 3, "checkpointing": mode}) as (engine, groups):
+        case = {"ep": 2, "stage": 3, "checkpointing": mode}
+        with opened(case) as (engine, groups), patch.object(StepRecords, "add", _noting(notes)):
             for step in range(2):
                 engine.train_step(own_batches(step, 2, groups), n_loops=5, n_grad_loops=2, lr=1e-2)
-            layers = engine.module.moe_layers()
+            layers, routing = engine.module.moe_layers(), notes[-1].routing
             out.append(
                 {
-                    "counts": [[layer.records[loop].counts.tolist() for loop in range(5)] for layer in layers],
+                    "counts": [[own[loop].counts.tolist() for loop in range(5)] for own in routing.values()],
                     "biases": [
                         layer.router.bias.tolist() + layer.router.loop_bias.flatten().tolist() for layer in layers
                     ],

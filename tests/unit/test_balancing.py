@@ -6,7 +6,7 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.depth import DepthSampler
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.model.records import load_imbalance
+from mythos_ds.model.records import ForwardRecords, load_imbalance
 from mythos_ds.model.router import update_router_bias
 
 CONFIG = ModelConfig(
@@ -43,12 +43,14 @@ def _train(rate: float) -> tuple[list[float], MythosModel]:
             noise = torch.rand(4, 1, generator=generator) < 0.2
             text.append(torch.where(noise, torch.randint(0, 256, (4, 1), generator=generator), successor[text[-1]]))
         tokens = torch.cat(text, dim=1)
-        loss = model(tokens[:, :-1], n_loops=depth.loops_at(step), labels=tokens[:, 1:], aux=AuxLoss(1e-4, 1e-5))
+        records = ForwardRecords()
+        options = {"labels": tokens[:, 1:], "aux": AuxLoss(1e-4, 1e-5), "records": records}
+        loss = model(tokens[:, :-1], n_loops=depth.loops_at(step), **options)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         moe = model.moe_layers()[0]
-        counts = torch.stack([record.counts for _, record in sorted(moe.records.items())])
+        counts = torch.stack([record.counts for _, record in sorted(records.routing[0].items())])
         update_router_bias(moe.router, counts, rate)
         imbalances.append(load_imbalance(counts.sum(0)).item())
     return imbalances, model

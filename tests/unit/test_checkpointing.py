@@ -9,6 +9,7 @@ from torch import Tensor
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.records import ForwardRecords
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
 
 ACT: dict[str, Any] = {"halting": "act", "act_threshold": 0.8}
@@ -20,15 +21,14 @@ def run(
     """Loss, gradients and counts after backward."""
     config = toy_config(**changes)
     model = randomise(MythosModel(config, checkpoint_loops=checkpoint_loops))
-    for layer in model.moe_layers():
-        layer.record_details = True
+    records = ForwardRecords(details=True)
     aux = AuxLoss(balance=0.3, z=0.02, ponder=0.1, scale=0.5)
-    loss = model(**toy_batch(config), n_loops=n_loops, n_grad_loops=n_grad_loops, aux=aux)
+    loss = model(**toy_batch(config), n_loops=n_loops, n_grad_loops=n_grad_loops, aux=aux, records=records)
     loss.backward()
     gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     counts = [
-        torch.stack([layer.records[loop].counts, layer.records[loop].prebias_counts])
-        for layer in model.moe_layers()
+        torch.stack([own[loop].counts, own[loop].prebias_counts])
+        for own in records.routing.values()
         for loop in range(n_loops)
     ]
     return loss.detach(), gradients, counts

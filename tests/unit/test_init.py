@@ -10,7 +10,8 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.model.feed_forward import Experts
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.moe import MoE
-from mythos_ds.model.mythos import MythosModel, clear_records
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.records import ForwardRecords
 from tests.helpers.toy_model import GQA, MLA, toy_batch, toy_config
 
 WIDTHS = (128, 256, 512, 1024)
@@ -29,10 +30,10 @@ def state_rms(dim: int, n_loops: int, *, awake: bool, **changes: Any) -> list[fl
             for parameter in model.recurrent.layers.parameters():
                 if not parameter.any():
                     parameter.normal_(0, config.resolved_init_std)
-    model.recurrent.track_loops = True
+    records = ForwardRecords(details=True)
     with torch.no_grad():
-        model(toy_batch(config)["tokens"], n_loops=n_loops)
-    return [model.recurrent.loop_records[loop].state_rms.item() for loop in range(n_loops)]
+        model(toy_batch(config)["tokens"], n_loops=n_loops, records=records)
+    return [records.loops[loop].state_rms.item() for loop in range(n_loops)]
 
 
 @pytest.mark.parametrize("injection", ["pre", "post"])
@@ -136,14 +137,14 @@ def test_standard_deviations(attention: dict[str, Any]) -> None:
             assert name.endswith(("log_A", "dt_bias", "halting.bias")), f"{name} is not covered"
 
 
-def test_records_can_be_cleared() -> None:
+def test_records_are_closed_after_the_forward() -> None:
     config = toy_config()
-    model = MythosModel(config)
-    model.recurrent.track_loops = True
-    model(toy_batch(config)["tokens"], n_loops=2)
-    assert sorted(model.recurrent.loop_records) == [0, 1]
-    model(toy_batch(config)["tokens"], n_loops=1)
-    assert sorted(model.moe_layers()[0].records) == [0], "nothing is left of a deeper forward"
-    clear_records(model)
-    assert not model.recurrent.loop_records
-    assert not any(layer.records for layer in model.moe_layers())
+    model = MythosModel(config, checkpoint_loops=True)
+    records, tokens = ForwardRecords(details=True), toy_batch(config)["tokens"]
+    loss = model(tokens, n_loops=2, labels=tokens, records=records)
+    noted = {layer: dict(own) for layer, own in records.routing.items()}
+    assert sorted(records.loops) == [0, 1]
+    assert [sorted(own) for own in noted.values()] == [[0, 1]] * config.recurrent_layers
+    loss.backward()
+    recomputed = records.routing
+    assert all(recomputed[layer][loop] is own[loop] for layer, own in noted.items() for loop in own), "written twice"

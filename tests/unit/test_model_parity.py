@@ -7,6 +7,7 @@ import torch
 
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.records import ForwardRecords
 from tests.helpers.reference import ReferenceTrainer, forward, reference_logits, reference_loss
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
 
@@ -76,10 +77,11 @@ def test_counts_equal_the_reference(name: str) -> None:
     batch = toy_batch(config)
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     _, out = forward(params, config, batch["tokens"], n_loops, None, batch["positions"], buffers)
-    model(**batch, n_loops=n_loops)
-    for index, layer in enumerate(model.moe_layers()):
-        assert sorted(layer.records) == list(range(n_loops))
-        counts = torch.stack([layer.records[loop].counts for loop in range(n_loops)])
+    records = ForwardRecords()
+    model(**batch, n_loops=n_loops, records=records)
+    for index in range(config.recurrent_layers):
+        assert sorted(records.routing[index]) == list(range(n_loops))
+        counts = torch.stack([records.routing[index][loop].counts for loop in range(n_loops)])
         assert torch.equal(counts, torch.stack(out.counts[index]))
         if name == "act":
             assert 0 < counts[-1].sum() < counts[0].sum(), "some positions halt before the last loop, some do not"
@@ -113,13 +115,13 @@ def test_halted_positions_keep_their_state() -> None:
     batch = toy_batch(config)
     with torch.no_grad():
         model.recurrent.halting.bias.fill_(20.0)  # every position halts after the first loop
-    model.recurrent.track_loops = True
+    records = ForwardRecords(details=True)
     with torch.no_grad():
         shallow = model(batch["tokens"], n_loops=1, positions=batch["positions"])
-        deep = model(batch["tokens"], n_loops=4, positions=batch["positions"])
+        deep = model(batch["tokens"], n_loops=4, positions=batch["positions"], records=records)
     assert torch.equal(shallow, deep)
-    assert [model.recurrent.loop_records[loop].residual.item() for loop in (1, 2, 3)] == [0, 0, 0]
-    assert [layer.records[1].counts.sum().item() for layer in model.moe_layers()] == [0, 0]
+    assert [records.loops[loop].residual.item() for loop in (1, 2, 3)] == [0, 0, 0]
+    assert [own[1].counts.sum().item() for own in records.routing.values()] == [0, 0]
 
 
 @pytest.mark.parametrize(("n_loops", "n_grad_loops"), [(0, None), (-1, None), (3, 0)])
@@ -157,10 +159,11 @@ def test_training_steps_equal_the_reference(optimizer: str) -> None:
         counts = torch.zeros(n_loops, config.n_experts)
         own_loss = 0.0
         for batch in batches:
-            part = model(**batch, n_loops=n_loops, n_grad_loops=2, aux=aux) / 2
+            records = ForwardRecords()
+            part = model(**batch, n_loops=n_loops, n_grad_loops=2, aux=aux, records=records) / 2
             part.backward()
             own_loss += part.item()
-            counts += torch.stack([model.moe_layers()[0].records[loop].counts for loop in range(n_loops)])
+            counts += torch.stack([records.routing[0][loop].counts for loop in range(n_loops)])
         own_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item()
         for group in ours.param_groups:
             group["lr"] = lr * group["scale"]

@@ -1,5 +1,6 @@
 """The sorted mixture of experts against boolean masks; empty experts; determinism; row permutations."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.permute import inverse_permutation, permute_rows, repeat_permute_rows
+from mythos_ds.model.records import ForwardRecords
 from tests.helpers.reference_layers import Loop, Pass, moe
 from tests.helpers.toy_model import toy_config
 
@@ -65,7 +67,7 @@ def test_experts_without_tokens() -> None:
     module.router.bias[3:5] = 10.0  # all tokens choose these two
     out, gradients = run(module, context, torch.randn(2, 30, 32))
     assert out.isfinite().all()
-    assert module.records[0].counts.tolist() == [0, 0, 0, 60, 60, 0, 0, 0]
+    assert context.records.routing[0][0].counts.tolist() == [0, 0, 0, 60, 60, 0, 0, 0]
     for name in ("experts.w1", "experts.w2", "experts.w3"):
         used = gradients[name].flatten(1).norm(dim=1) > 0
         assert used.tolist() == [False, False, False, True, True, False, False, False]
@@ -94,34 +96,36 @@ def test_halted_positions_count_nowhere() -> None:
     alive = torch.ones(2, 30, dtype=torch.bool)
     alive[:, 20:] = False
     x = torch.randn(2, 30, 32)
+    own = context.records.routing[0]
     module(x, 0, context, alive)
-    masked = module.records[0]
+    masked = own[0]
     module(x[:, :20], 0, context)
-    short = module.records[0]
+    short = own[0]
     assert torch.equal(masked.counts, short.counts)
     for name in ("balance", "z"):
         got, want = getattr(masked, name), getattr(short, name)
         assert torch.allclose(got, want, rtol=1e-5), name
     module(x, 0, context, torch.zeros_like(alive))
-    assert module.records[0].counts.sum() == 0
-    assert module.records[0].z == 0
+    assert own[0].counts.sum() == 0
+    assert own[0].z == 0
 
 
 def test_record_details() -> None:
     module, context = layer()
-    module.record_details = True
+    context = replace(context, records=ForwardRecords(details=True))
+    own = context.records.routing[0]
     x = torch.randn(2, 30, 32)
     module(x, 0, context)
-    assert torch.equal(module.records[0].prebias_counts, module.records[0].counts), "no bias yet"
-    assert module.records[0].overlap_previous is None
+    assert torch.equal(own[0].prebias_counts, own[0].counts), "no bias yet"
+    assert own[0].overlap_previous is None
     module.router.bias[0] = 10.0
     module(x, 1, context)
-    record = module.records[1]
+    record = own[1]
     assert record.counts[0] == 60
-    assert torch.equal(record.prebias_counts, module.records[0].counts)
+    assert torch.equal(record.prebias_counts, own[0].counts)
     assert 0 < record.entropy <= torch.log(torch.tensor(8.0))
     module(x, 2, context)
-    assert module.records[2].overlap_previous == 1, "same input, same choice"
+    assert own[2].overlap_previous == 1, "same input, same choice"
 
 
 def test_permutations_have_the_right_gradient() -> None:

@@ -10,6 +10,7 @@ from mythos_ds.config.loader import load_config
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.injection import Injection
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.records import ForwardRecords
 from mythos_ds.model.router import Router, update_router_bias
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
 
@@ -31,7 +32,8 @@ def train(model: MythosModel, steps: int, lr: float) -> list[float]:
     for step in range(steps):
         n_loops = (3, 5, 1, 2)[step % 4]
         aux = AuxLoss(balance=1e-3, z=1e-3)
-        loss = model(**toy_batch(model.config, seed=step), n_loops=n_loops, n_grad_loops=2, aux=aux)
+        records = ForwardRecords()
+        loss = model(**toy_batch(model.config, seed=step), n_loops=n_loops, n_grad_loops=2, aux=aux, records=records)
         loss.backward()
         for master, parameter in zip(masters, model.parameters(), strict=True):
             master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
@@ -42,7 +44,8 @@ def train(model: MythosModel, steps: int, lr: float) -> list[float]:
             for master, parameter in zip(masters, model.parameters(), strict=True):
                 parameter.copy_(master)
         for layer in model.moe_layers():
-            counts = torch.stack([layer.records[loop].counts for loop in range(n_loops)])
+            own = records.routing[layer.layer]
+            counts = torch.stack([own[loop].counts for loop in range(n_loops)])
             update_router_bias(layer.router, counts, 1e-3)
         losses.append(loss.item())
     return losses
@@ -82,7 +85,7 @@ def test_dtype_of_the_carried_state_and_of_the_router(state_dtype: str, injectio
         logits.add(out.logits.dtype)
 
     model.recurrent.injection.register_forward_hook(note_injection)
-    for layer in model.recurrent.layers:
+    for layer in model.recurrent.layers.values():
         layer.register_forward_hook(lambda module, inputs, out: streams.add(out[0].dtype))
         layer.moe.router.register_forward_hook(note_router)
     model.recurrent.register_forward_hook(lambda module, inputs, out: streams.add(out.dtype))

@@ -7,7 +7,7 @@ import torch
 
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.model.records import load_imbalance
+from mythos_ds.model.records import ForwardRecords, load_imbalance
 from mythos_ds.model.router import MIN_ROW_UPDATES, Router, count_experts, update_router_bias
 from tests.helpers.toy_model import toy_config
 
@@ -22,10 +22,12 @@ def test_every_expert_is_used_at_the_start(seed: int, score: str) -> None:
     config = toy_config(vocab_size=2048, dim=256, n_experts=64, n_experts_per_tok=4, expert_dim=16, router_score=score)
     model = MythosModel(config, seed=seed)
     tokens = torch.randint(0, config.vocab_size, (4, 512), generator=torch.Generator().manual_seed(seed))
+    records = ForwardRecords()
     with torch.no_grad():
-        model(tokens, n_loops=3, labels=tokens)
-    for layer in model.moe_layers():
-        for record in layer.records.values():
+        model(tokens, n_loops=3, labels=tokens, records=records)
+    assert len(records.routing) == config.recurrent_layers
+    for own in records.routing.values():
+        for record in own.values():
             assert record.counts.sum() == tokens.numel() * 4
             assert (record.counts > 0).all()
             assert load_imbalance(record.counts) < 3

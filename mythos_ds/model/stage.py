@@ -1,0 +1,108 @@
+"""One pipeline stage's part of the model, run visit by visit. Knows nothing of processes and messages between them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mythos_ds.model.context import ForwardContext
+from mythos_ds.model.mythos import MythosModel
+
+Kept = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a stage does with a micro-batch that comes by: its prelude layers, its layers of one loop, the whole loop
+    ("loops"), or its coda layers. Loops are counted from 0; the last n_grad_loops of n_loops carry gradient."""
+
+    kind: Literal["prelude", "loop", "loops", "coda"]
+    n_loops: int
+    n_grad_loops: int
+    loop: int = 0
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the result of the visit does, in training."""
+        return self.kind != "loop" or self.is_grad_loop(self.loop)
+
+    def is_grad_loop(self, loop: int) -> bool:
+        """Whether `loop` carries gradient, in training."""
+        return loop >= self.n_loops - self.n_grad_loops
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows of a micro-batch that this process works on. Each stage derives the context by itself."""
+
+    tokens: Tensor
+    """int64 [batch, seq]."""
+    labels: Tensor | None
+    """int64 [batch, seq]; None where logits are wanted."""
+    context: ForwardContext
+
+
+class StageModel(MythosModel):
+    """The modules of `part`; a forward is one visit.
+
+    The stage with the loop's own parts keeps e, and with `post` injection the injected state, from one visit to the
+    next, so that one tensor per micro-batch travels: the residual stream.
+    """
+
+    def forward(  # type: ignore[override]
+        self, visit: Visit, message: Tensor | None, kept: Kept, batch: MicroBatch
+    ) -> tuple[Tensor, Kept]:
+        """message: what the stage before sent, [batch, seq, dim]; None for the first prelude visit.
+
+        Returns the message to the next stage (in the last one the loss, or logits without labels), and what the stage
+        keeps for its next visit.
+        """
+        if visit.kind == "prelude":
+            x = self.embed(batch.tokens) if message is None else message
+            return self.run_prelude(x, batch.context), ()
+        assert message is not None, "only the first visit starts without a message"
+        if visit.kind == "coda":
+            return self._coda(visit, message, kept, batch), ()
+        if visit.kind == "loops":
+            e = self.normed(message)
+            return self.recurrent(e, visit.n_loops, batch.context).to(e.dtype), ()
+        if self.recurrent.checkpoint_loops and torch.is_grad_enabled() and visit.has_gradient:
+            return checkpoint(
+                self._loop, visit, message, kept, batch, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._loop(visit, message, kept, batch)
+
+    def _loop(self, visit: Visit, message: Tensor, kept: Kept, batch: MicroBatch) -> tuple[Tensor, Kept]:
+        if not self.part.loops:
+            with self._gradient(visit, visit.loop):
+                return self.recurrent.run_layers(message, visit.loop, batch.context)[0], ()
+        if visit.loop == 0:
+            e = self.normed(message)  # with gradient also where the first loops have none
+            h = self.recurrent.start(e, batch.context)
+        else:
+            e, h = kept[0], self._end_loop(visit, message, kept, batch, visit.loop - 1)
+        with self._gradient(visit, visit.loop):
+            x, injected = self.recurrent.begin(h, e, visit.loop)
+            x, _ = self.recurrent.run_layers(x, visit.loop, batch.context)
+        return x, (e, injected) if self.recurrent.post else (e,)
+
+    def _end_loop(self, visit: Visit, message: Tensor, kept: Kept, batch: MicroBatch, loop: int) -> Tensor:
+        """The state after `loop`, whose last layer's output came back from the ring."""
+        with self._gradient(visit, loop):
+            h = self.recurrent.end(message, kept[1] if self.recurrent.post else None, loop)
+        if batch.context.records.wants_states:
+            batch.context.records.note_state(loop, h)
+        return h
+
+    def _coda(self, visit: Visit, message: Tensor, kept: Kept, batch: MicroBatch) -> Tensor:
+        x = message
+        if kept:
+            x = self._end_loop(visit, message, kept, batch, visit.n_loops - 1).float().to(kept[0].dtype)
+        x = self.run_coda(x, batch.context)
+        return self.predict(x, batch.labels) if self.part.predicts else x
+
+    @staticmethod
+    def _gradient(visit: Visit, loop: int) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(torch.is_grad_enabled() and visit.is_grad_loop(loop))
