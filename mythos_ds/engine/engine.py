@@ -18,12 +18,13 @@ from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.records import ForwardRecords
 from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.parallel.pipeline import PipelineRun
 from mythos_ds.parallel.routing_sync import Statistics, StepRecords, largest_bias, update_biases
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, the same on all ranks but for `own`."""
+    """What one optimizer step did, the same on all ranks."""
 
     loss: float
     """Mean cross-entropy over the global batch, averaged in float64."""
@@ -31,8 +32,9 @@ class StepResult:
     """Global gradient norm before clipping."""
     routing: Statistics
     """Metrics of the routers and the carried state."""
-    own: dict[str, float] = field(default_factory=dict)
-    """Numbers of this process: with a pipeline its idle share and the visits held for their backward."""
+    pipeline: dict[str, float] = field(default_factory=dict)
+    """With a pipeline and statistics: the mean idle share of the processes, and the most visits that any held for their
+    backward at once."""
 
 
 class TrainingEngine:
@@ -100,7 +102,9 @@ class TrainingEngine:
             raise NumericsError(
                 f"gradient norm is {grad_norm} (loss {run.loss}) at {n_loops} loops, learning rate {lr}."
             )
-        return StepResult(run.loss, grad_norm, self._finish_routing(run.records, n_loops, statistics), run.metrics)
+        routing = self._finish_routing(run.records, n_loops, statistics)
+        pipeline = self._pipeline_metrics(run.pipeline) if statistics and run.pipeline is not None else {}
+        return StepResult(run.loss, grad_norm, routing, pipeline)
 
     def eval_loss(self, batches: Sequence[Batch], n_loops: int) -> float:
         """Mean cross-entropy over all ranks' batches (of one shape) at any loop count, in float64."""
@@ -147,6 +151,13 @@ class TrainingEngine:
         return {
             **records.statistics(holders),
             "router/bias_abs_max": self.groups.max(largest) if self.groups.pipelined else largest,
+        }
+
+    def _pipeline_metrics(self, own: PipelineRun) -> dict[str, float]:
+        (idle,) = self.groups.sum([own.idle_share])
+        return {
+            "pipeline/idle_share": idle / self.groups.world_size,
+            "pipeline/peak_held_visits": self.groups.max(own.peak_held),
         }
 
     @contextmanager

@@ -1,7 +1,7 @@
 """How an engine without pipeline goes through a step's micro-batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.records import ForwardRecords
 from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.parallel.pipeline import PipelineRun
 
 Batch = dict[str, Tensor]
 """tokens, labels, positions: int64 [rows, seq] on this process's device; labels are the next tokens."""
@@ -23,8 +24,8 @@ class StepRun:
     """Mean cross-entropy over the global batch, averaged in float64; the same on all ranks."""
     records: list[ForwardRecords]
     """Per micro-batch, of the layers on this process."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Numbers of this process."""
+    pipeline: PipelineRun | None = None
+    """What a pipeline noted on this process."""
 
 
 class SequentialMicroBatches:

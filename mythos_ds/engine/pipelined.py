@@ -4,6 +4,7 @@ The stage's weights are gathered once, the schedule runs over all visits and mic
 locally, and leaving DeepSpeed's `coalesce_grad_reduction` reduces them once.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -48,11 +49,7 @@ class PipelinedMicroBatches:
                 )
             if self._tied:
                 self._share_tied_gradient()
-        return StepRun(
-            self._mean(run.outputs, len(batches)),
-            run.records,
-            {"pipeline/idle_share": run.idle_share, "pipeline/peak_held_visits": float(run.peak_held)},
-        )
+        return StepRun(self._mean(run.outputs, len(batches)), run.records, run)
 
     def losses(self, batches: Sequence[Batch], n_loops: int) -> float:
         with deepspeed.zero.GatheredParameters(self._parameters):
@@ -60,9 +57,12 @@ class PipelinedMicroBatches:
         return self._mean(outputs, len(batches))
 
     def logits(self, batch: Batch, n_loops: int) -> Tensor:
+        # Stages of different size cut a micro-batch differently: it needs a row for each process of any stage.
+        rows, copies = batch["tokens"].shape[0], math.lcm(*self._groups.stage_sizes) // self._groups.dp_size
+        batch = {name: tensor.repeat(copies, 1) for name, tensor in batch.items()}
         with deepspeed.zero.GatheredParameters(self._parameters):
             outputs = self._pipeline.evaluate([batch], n_loops)
-        return self._from_last_stage(outputs, batch["tokens"])
+        return self._from_last_stage([output[:rows] for output in outputs], batch["tokens"][:rows])
 
     def _mean(self, losses: list[Tensor], n_micro_batches: int) -> float:
         """The mean of the last stage's losses, on every rank."""

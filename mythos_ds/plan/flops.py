@@ -95,17 +95,44 @@ def cache_bytes_per_token(model: ModelConfig, n_loops: int, bytes_per_value: int
     return attentions * cache_values_per_attention(model) * bytes_per_value
 
 
+def dense_layer_flops(model: ModelConfig, context: int) -> float:
+    """Forward FLOPs of one token in one prelude or coda layer: matrices and attention, at `context` tokens."""
+    return _dense_layer(model) + _scores(model, context)
+
+
+def recurrent_layer_flops(model: ModelConfig, context: int) -> float:
+    """Forward FLOPs of one token in one recurrent layer, once: matrices and attention, at `context` tokens."""
+    return _recurrent_layer(model) + _scores(model, context)
+
+
+def lora_flops(model: ModelConfig) -> float:
+    """Forward FLOPs of one token in one loop's LoRA."""
+    return 2.0 * 2 * model.lora_rank * model.dim
+
+
+def head_flops(model: ModelConfig) -> float:
+    """Forward FLOPs of one token in the LM head."""
+    return 2.0 * model.vocab_size * model.dim
+
+
 def _once(model: ModelConfig) -> float:
     """Matrix FLOPs outside the loop: prelude, coda, LM head. The embedding is a look-up."""
-    block = attention_matmul(model) + 3 * model.dim * model.ffn_dim
-    return 2.0 * ((model.prelude_layers + model.coda_layers) * block + model.vocab_size * model.dim)
+    return (model.prelude_layers + model.coda_layers) * _dense_layer(model) + head_flops(model)
 
 
 def _per_loop(model: ModelConfig) -> float:
-    """Matrix FLOPs of one loop: attention, router, chosen and shared experts of each layer, and the LoRA."""
+    """Matrix FLOPs of one loop: its layers and the LoRA."""
+    return model.recurrent_layers * _recurrent_layer(model) + lora_flops(model)
+
+
+def _dense_layer(model: ModelConfig) -> float:
+    return 2.0 * (attention_matmul(model) + 3 * model.dim * model.ffn_dim)
+
+
+def _recurrent_layer(model: ModelConfig) -> float:
+    """Attention, router, chosen and shared experts."""
     experts = model.n_experts_per_tok * expert_matmul(model) + shared_matmul(model)
-    layer = attention_matmul(model) + model.n_experts * model.dim + experts
-    return 2.0 * (model.recurrent_layers * layer + 2 * model.lora_rank * model.dim)
+    return 2.0 * (attention_matmul(model) + model.n_experts * model.dim + experts)
 
 
 def _scores(model: ModelConfig, context: int) -> float:

@@ -7,12 +7,13 @@ import torch
 
 from mythos_ds.checkpoint.save import TrainingState, layout_of, save_checkpoint
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.engine.engine import StepResult, TrainingEngine
 from mythos_ds.errors import NumericsError
 from mythos_ds.log import get_logger
 from mythos_ds.model.depth import DepthSampler
 from mythos_ds.monitor.memory import peak_memory_bytes
 from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.plan.pipeline import predict
 from mythos_ds.train.evaluation import depth_counts, losses_at
 from mythos_ds.train.feed import Batch, Feed
 from mythos_ds.train.interruption import StopSignals
@@ -126,7 +127,19 @@ class Trainer:
                 **self.throughput.read(),
                 "peak_memory_bytes": peak_memory_bytes(),
                 **result.routing,
+                **self._pipeline_metrics(result, n_loops),
             })
+
+    def _pipeline_metrics(self, result: StepResult, n_loops: int) -> dict[str, float]:
+        """Idle time and held visits as measured, beside what the schedule's simulation says."""
+        if not result.pipeline:
+            return {}
+        predicted = predict(self.resolved, n_loops)
+        return {
+            **result.pipeline,
+            "pipeline/predicted_idle_share": predicted.bubble,
+            "pipeline/predicted_peak_held_visits": max(predicted.peak_held),
+        }
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.monitor.log_interval == 0 or step in (1, self.manifest.total_steps)

@@ -72,8 +72,8 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
             pp_size=pp_size,
             zero_stage=case["stage"],
             activation_checkpointing=case.get("checkpointing", "loop"),
-            offload_optimizer=case.get("offload", "none"),
-            offload_params=case.get("offload", "none"),
+            offload_optimizer="cpu" if "offload" in case else "none",
+            offload_params="cpu" if case.get("offload") == "all" else "none",
         ),
         training=TrainingConfig(
             seq_len=SEQ_LEN,
@@ -126,6 +126,11 @@ def own_batches(step: int, accumulation: int, groups: ParallelGroups) -> list[di
 
 def full_weights(engine: TrainingEngine, groups: ParallelGroups) -> dict[str, Tensor]:
     """Every weight, whole, by logical name."""
+    return everywhere(full_weights_of_stage(engine, groups))
+
+
+def full_weights_of_stage(engine: TrainingEngine, groups: ParallelGroups) -> dict[str, Tensor]:
+    """Every weight of the calling rank's pipeline stage, whole, by logical name."""
     weights = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -135,7 +140,7 @@ def full_weights(engine: TrainingEngine, groups: ParallelGroups) -> dict[str, Te
             torch_distributed.all_gather(parts, value, group=groups.ep_group)
             value = torch.cat(parts)
         weights[name] = value
-    return everywhere(weights)
+    return weights
 
 
 def everywhere(own: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Counts the bytes handed to torch.distributed's collectives."""
+"""Counts the bytes handed to torch.distributed."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +17,8 @@ def _bytes(tensors: Tensor | list[Tensor]) -> int:
 class Traffic:
     """Bytes per collective on this rank. Must exist before DeepSpeed starts: its backend keeps the functions it finds.
 
-    all_gather*: output bytes; all_to_all_single: input bytes, integers (counts) apart from rows.
+    all_gather*: output bytes; all_to_all_single, reduce_scatter_tensor, isend: input bytes; integers (counts) apart
+    from rows.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,8 @@ class Traffic:
         self._wrap("all_gather_into_tensor", 0, "output_tensor")
         self._wrap("all_gather", 0, "tensor_list")
         self._wrap("all_to_all_single", 1, "input")
+        self._wrap("reduce_scatter_tensor", 1, "input")
+        self._wrap("isend", 0, "tensor")
 
     def _wrap(self, name: str, position: int, keyword: str) -> None:
         original: Callable[..., Any] = getattr(torch_distributed, name)
