@@ -21,19 +21,22 @@ _MLA_WIDTHS = {
 _LORA_RANK = 4
 _ACCUMULATION = 2
 
+PipelineSize = int | list[int]
+
 
 def make_proxy(config: RunConfig, world_size: int) -> tuple[RunConfig, list[str]]:
     """A small run of the same structure on the processes at hand, and one printable line per changed setting.
 
     Kept: recurrent layers, max_loops and the depth distribution, attention type, top-k, shared experts, the
     ratio expert_dim / dim, ZeRO stage, injection, optimizer. Changed: widths, expert count, sequence length,
-    data, length.
+    data, length; degrees of parallelism that do not fit the processes.
     """
     sections = config.model_dump(exclude_unset=True)
+    pp_size = _pipeline(config, world_size)
     changes: dict[str, dict[str, Any]] = {
-        "model": _model_changes(config),
-        "parallel": _parallel_changes(config, world_size),
-        "training": _training_changes(config, world_size),
+        "model": _model_changes(config, pp_size),
+        "parallel": _parallel_changes(config, world_size, pp_size),
+        "training": _training_changes(config, world_size, pp_size),
         "data": {"corpus": "builtin", "datasets": None, "tokenizer": None},
         "checkpoint": {"interval": 0},
         "monitor": {"log_interval": 1, "sample_tokens": 8},
@@ -57,13 +60,23 @@ def _brief(value: Any) -> str:
     return f"{len(value)} datasets" if isinstance(value, list) else str(value)
 
 
-def _model_changes(config: RunConfig) -> dict[str, Any]:
+def _pipeline(config: RunConfig, world_size: int) -> PipelineSize:
+    """pp_size as it fits the processes: the largest divisor up to the one asked for, or [a, b, c] if that is all."""
+    asked = config.parallel.pp_size
+    if isinstance(asked, list):
+        return asked if sum(asked) == world_size else 1
+    fitting = math.gcd(config.model.recurrent_layers, world_size)
+    return max(size for size in range(1, fitting + 1) if fitting % size == 0 and size <= asked)
+
+
+def _model_changes(config: RunConfig, pp_size: PipelineSize) -> dict[str, Any]:
     model = config.model
+    layers = pp_size if isinstance(pp_size, int) else 1
     changes: dict[str, Any] = {
         "vocab_size": BUILTIN_VOCABULARY,
         "dim": DIM,
-        "prelude_layers": 1,
-        "coda_layers": min(1, model.coda_layers),
+        "prelude_layers": layers,
+        "coda_layers": min(layers, model.coda_layers),
         "n_heads": HEADS,
         "ffn_dim": _scaled(model.ffn_dim, model.dim),
         "n_experts": EXPERTS,
@@ -92,23 +105,36 @@ def _scaled(width: int, dim: int) -> int:
     return max(8, 8 * round(width * DIM / dim / 8))
 
 
-def _parallel_changes(config: RunConfig, world_size: int) -> dict[str, Any]:
+def _parallel_changes(config: RunConfig, world_size: int, pp_size: PipelineSize) -> dict[str, Any]:
     ep_size = config.parallel.ep_size
     if ep_size == "auto":
-        return {}
-    fitting = math.gcd(EXPERTS, world_size)
-    return {"ep_size": max(size for size in range(1, fitting + 1) if fitting % size == 0 and size <= ep_size)}
+        return {"pp_size": pp_size}
+    fitting = math.gcd(EXPERTS, _holders(pp_size, world_size))
+    largest = max(size for size in range(1, fitting + 1) if fitting % size == 0 and size <= ep_size)
+    return {"pp_size": pp_size, "ep_size": largest}
 
 
-def _training_changes(config: RunConfig, world_size: int) -> dict[str, Any]:
-    training = config.training
+def _holders(pp_size: PipelineSize, world_size: int) -> int:
+    """Processes of a stage that has experts."""
+    return world_size // pp_size if isinstance(pp_size, int) else pp_size[1]
+
+
+def _training_changes(config: RunConfig, world_size: int, pp_size: PipelineSize) -> dict[str, Any]:
+    training, holders = config.training, _holders(pp_size, world_size)
     steps = min(training.max_steps or STEPS, STEPS)
-    unit = training.micro_batch_size * world_size
-    accumulation = min(_ACCUMULATION, max(1, training.global_batch_size // unit))
+    rows = 1
+    if isinstance(pp_size, list):
+        accumulation = len(pp_size)
+        rows = math.lcm(*(size // math.gcd(size, holders) for size in pp_size))
+    elif pp_size > 1:
+        accumulation = max(_ACCUMULATION, pp_size)
+    else:
+        unit = training.micro_batch_size * world_size
+        accumulation = min(_ACCUMULATION, max(1, training.global_batch_size // unit))
     return {
         "seq_len": SEQ_LEN,
-        "micro_batch_size": 1,
-        "global_batch_size": world_size * accumulation,
+        "micro_batch_size": rows,
+        "global_batch_size": rows * holders * accumulation,
         "max_steps": steps,
         "max_tokens": None,
         "warmup_steps": min(training.warmup_steps, steps // 10),

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mythos_ds.config import deepspeed_section, model_rules
+from mythos_ds.config import deepspeed_section, model_rules, pipeline_rules
 from mythos_ds.config.depth import depth_pmf, tail_probability
 from mythos_ds.config.schema import (
     DataConfig,
@@ -14,6 +14,7 @@ from mythos_ds.config.schema import (
     Section,
     TrainingConfig,
 )
+from mythos_ds.config.stages import is_pipelined
 
 Problem = tuple[str, str]
 BUILTIN_VOCABULARY = 4096
@@ -42,7 +43,7 @@ def given(section: Section, field: str) -> bool:
 def check(config: RunConfig) -> list[Problem]:
     """(key path, message) of every broken rule that does not depend on the number of processes."""
     problems = [(rule.key, message) for rule in RULES if (message := rule.broken(config)) is not None]
-    return problems + deepspeed_section.check(config.deepspeed)
+    return problems + pipeline_rules.gathering_keys(config) + deepspeed_section.check(config.deepspeed)
 
 
 def check_partial(config: RunConfig) -> list[Problem]:
@@ -52,6 +53,8 @@ def check_partial(config: RunConfig) -> list[Problem]:
         with contextlib.suppress(AttributeError):
             message = rule.broken(config)
             problems += [(rule.key, message)] if message is not None else []
+    with contextlib.suppress(AttributeError):
+        problems += pipeline_rules.gathering_keys(config)
     return problems + deepspeed_section.check(config.deepspeed)
 
 
@@ -63,6 +66,8 @@ def check_world(config: RunConfig, world_size: int) -> list[Problem]:
     problems: list[Problem] = []
     if (message := _warmup(config.training)) is not None:
         problems.append(("training.warmup_steps", message))
+    if is_pipelined(config.parallel):
+        return problems + pipeline_rules.world_problems(config, world_size)
     if (message := _batch_problem(config.training, world_size)) is not None:
         problems.append(("training.global_batch_size", message))
     if (message := _ep_world_problem(config, world_size)) is not None:
@@ -346,6 +351,11 @@ RULES: tuple[Rule, ...] = (
     Rule("training.mean_backprop_depth", _backprop_depth),
     Rule("parallel.ep_size", _ep_divides_experts),
     Rule("parallel.zero_stage", _zero_stage),
+    Rule("parallel.pp_size", pipeline_rules.form),
+    Rule("model.halting", pipeline_rules.halting),
+    Rule("parallel.zero_stage", pipeline_rules.zero_stage),
+    Rule("training.optimizer", pipeline_rules.optimizer),
+    Rule("parallel.offload_params", pipeline_rules.offload_params),
     _parallel(
         "offload_params",
         lambda p: (

@@ -10,6 +10,7 @@ from mythos_ds.plan.flops import (
     mean_training_depth,
 )
 from mythos_ds.plan.params import count_parameters
+from mythos_ds.plan.pipeline import predict
 from mythos_ds.plan.table import short
 
 _LABEL_WIDTH = 18
@@ -28,9 +29,13 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
     tokens = resolved.max_steps * resolved.tokens_per_step
     matrix_lr = training.lr * training.lr_reference_dim / model.dim
     accumulation = resolved.gradient_accumulation_steps
-    split = f"{training.micro_batch_size} x {world} processes x {accumulation} accumulation"
+    pipelined = len(resolved.stages) > 1
+    holders = next(stage.size for stage in resolved.stages if stage.part.recurrent)
+    what = "micro-batches" if pipelined else "accumulation"
+    split = f"{training.micro_batch_size} x {holders} processes x {accumulation} {what}"
     return [
-        ("processes", f"{world}: expert parallel {ep_size} x {world // ep_size} expert copies, ZeRO {zero}"),
+        ("processes", f"{world}: expert parallel {ep_size} x {holders // ep_size} expert copies, ZeRO {zero}"),
+        *(_pipeline(resolved) if pipelined else ()),
         ("experts", f"{model.n_experts // ep_size} of {model.n_experts} per process and layer"),
         ("batch", f"{training.global_batch_size} sequences = {split} = {resolved.tokens_per_step:,} tokens"),
         ("length", f"{resolved.max_steps:,} steps = {short(tokens)} tokens, sequences of {training.seq_len}"),
@@ -43,6 +48,33 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
         ("drawn from", training.depth_distribution),
         ("gradient", f"through the last {resolved.mean_backprop_depth} loops"),
     ]
+
+
+def _pipeline(resolved: ResolvedRun) -> list[tuple[str, str]]:
+    """One line per stage, and what the schedule costs at the mean depth."""
+    mean = resolved.config.model.mean_recurrence
+    prediction = predict(resolved, mean)
+    rows = []
+    for index, stage in enumerate(resolved.stages):
+        layers = [
+            f"{name} {_span(numbers)}"
+            for name, numbers in (
+                ("prelude", stage.part.prelude),
+                ("recurrent", stage.part.recurrent),
+                ("coda", stage.part.coda),
+            )
+            if numbers
+        ]
+        ends = [*(["embedding"] if stage.part.embeds else []), *layers, *(["head"] if stage.part.predicts else [])]
+        ranks = _span(tuple(range(stage.first_rank, stage.first_rank + stage.size)))
+        held, sent = prediction.peak_held_bytes[index], prediction.sent_bytes[index]
+        text = f"ranks {ranks}: {', '.join(ends)}; rows per micro-batch {stage.rows}"
+        rows.append((f"stage {index}", f"{text}; keeps {short(held)}B of messages, sends {short(sent)}B per step"))
+    return [*rows, ("idle share", f"{prediction.bubble:.1%} of a step at {mean} loops, by simulation")]
+
+
+def _span(numbers: tuple[int, ...]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
 def _size(resolved: ResolvedRun) -> list[tuple[str, str]]:

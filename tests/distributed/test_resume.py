@@ -35,8 +35,8 @@ def tensors_of(value, prefix: str = "") -> dict[str, torch.Tensor]:
 def checkpoint_tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     tag = run_dir / "checkpoints" / f"step_{step:08d}"
     return {
-        f"{path.name}{name}": tensor
-        for path in sorted(tag.glob("*.pt"))
+        f"{path.relative_to(tag)}{name}": tensor
+        for path in sorted(tag.rglob("*.pt"))
         for name, tensor in tensors_of(torch.load(path, map_location="cpu", weights_only=False)).items()
     }
 

@@ -45,6 +45,8 @@ CONFIGURATIONS = {
     "override without a value": (["training.lr"], ["training.lr", "section.key=value"]),
     "override without a section": (["lr=3"], ["lr=3", "section.key=value"]),
     "not a number": (["training.lr=NaN"], ["training.lr"]),
+    "pipeline stages without a layer of the loop": (["parallel.pp_size=2"], ["parallel.pp_size", "nearest: 1"]),
+    "no such pipeline": (['parallel.pp_size="ring"'], ["parallel.pp_size", "ring"]),
     "vocabulary below the tokenizer's": (["model.vocab_size=100"], ["vocab"]),
 }
 

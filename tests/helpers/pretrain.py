@@ -66,9 +66,11 @@ class Finished:
 
 
 class Pretrain:
-    """The ranks of one started run. Ends them when left as a context manager."""
+    """The ranks of one started run of `program`. Ends them when left as a context manager."""
 
-    def __init__(self, arguments: Sequence[str], *, nprocs: int, folder: Path):
+    def __init__(
+        self, arguments: Sequence[str], *, nprocs: int, folder: Path, program: Sequence[str] = (str(SCRIPT),)
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.logs = [folder / f"rank_{rank}.log" for rank in range(nprocs)]
@@ -78,7 +80,7 @@ class Pretrain:
             variables = {**environment(), **{name: str(value) for name, value in ranks.items()}}
             variables.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             with path.open("w") as log:
-                command = [sys.executable, str(SCRIPT), *arguments]
+                command = [sys.executable, *program, *arguments]
                 self.processes.append(
                     subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
                 )
