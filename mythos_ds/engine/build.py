@@ -23,6 +23,7 @@ from mythos_ds.model.stage import StageModel
 from mythos_ds.parallel.experts import ExpertParallelMoE
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.routing_sync import restore_float_buffers
+from mythos_ds.parallel.schedule import require_torch
 
 
 def build_engine(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngine:
@@ -113,6 +114,7 @@ def _check_layout(resolved: ResolvedRun, groups: ParallelGroups) -> None:
         )
     if groups.pipelined:
         require_checked_version()
+        require_torch()
     if resolved.config.parallel.zero_stage == 0 and groups.ep_size > 1:
         raise ParallelError(
             "parallel.zero_stage: given 0 with expert parallelism; DeepSpeed then clips by a wrong norm. "

@@ -95,9 +95,4 @@ class PipelinedMicroBatches:
 def _accumulate_in_float32(parameters: list[torch.nn.Parameter]) -> None:
     """A looped weight's gradient is a sum over loops and micro-batches, which bf16 loses digits of."""
     for parameter in parameters:
-        if not hasattr(parameter, "grad_dtype"):
-            raise ParallelError(
-                f"parallel.pp_size with dtype bfloat16 accumulates gradients in fp32, which torch {torch.__version__} "
-                "cannot; allowed: torch >= 2.9, or training.dtype float32."
-            )
         parameter.grad_dtype = torch.float32

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-from torch.distributed.pipelining import ScheduleInterleaved1F1B
-from torch.distributed.pipelining.schedules import _Action, _add_send_recv, _ComputationType
+import torch
+
+from mythos_ds.errors import ParallelError
 
 _CACHED = 256
+_FIRST_TORCH = (2, 9)
 
-Order = dict[int, list[_Action | None]]
+Order = dict[int, list[Any]]
+"""torch's own actions in the order of each stage, without communication."""
 
 
 class Kind(Enum):
@@ -47,20 +50,35 @@ def actions_of(
 
     Raises ValueError where n_visits > 1 and n_micro_batches is no multiple of max(1, n_micro_batches // n_stages).
     """
+    from torch.distributed.pipelining.schedules import _add_send_recv
+
     if not training:
         order = _forward_order(n_stages, n_visits, n_micro_batches)
     elif n_visits == 1:
         order = {rank: _one_forward_one_backward(rank, n_stages, n_micro_batches) for rank in range(n_stages)}
     else:
         order = _interleaved_order(n_stages, n_visits, n_micro_batches)
-    complete: Any = _add_send_recv(cast(Any, order), lambda virtual: virtual % n_stages, n_stages * n_visits)
+    complete: Any = _add_send_recv(order, lambda virtual: virtual % n_stages, n_stages * n_visits)
     return tuple(
         Action(Kind(action.computation_type.name), action.stage_index // n_stages, action.microbatch_index)
         for action in complete[stage]
     )
 
 
+def require_torch(version: str = torch.__version__) -> None:
+    """Raises ParallelError where torch is too old for the pipeline: gradients in another dtype than the weights, and
+    backwards from edges of the graph. Checked on torch 2.13."""
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    if numbers < _FIRST_TORCH:
+        first = ".".join(map(str, _FIRST_TORCH))
+        raise ParallelError(
+            f"parallel.pp_size: the pipeline needs torch >= {first}, this is {version}; nearest: pp_size 1."
+        )
+
+
 def _interleaved_order(n_stages: int, n_visits: int, n_micro_batches: int) -> Order:
+    from torch.distributed.pipelining import ScheduleInterleaved1F1B
+
     # All that the schedule reads of its stages when it is only asked for the order.
     stage = SimpleNamespace(
         num_stages=n_stages * n_visits, group_size=n_stages, group_rank=0, stage_index_to_group_rank={}
@@ -69,10 +87,10 @@ def _interleaved_order(n_stages: int, n_visits: int, n_micro_batches: int) -> Or
     return {rank: list(actions) for rank, actions in schedule.pipeline_order.items()}
 
 
-def _one_forward_one_backward(stage: int, n_stages: int, n_micro_batches: int) -> list[_Action | None]:
+def _one_forward_one_backward(stage: int, n_stages: int, n_micro_batches: int) -> list[Any]:
     """1F1B (Narayanan et al. 2019); torch has it only as an executor for one stage per process."""
-    forwards = [_Action(stage, _ComputationType.FORWARD, m) for m in range(n_micro_batches)]
-    backwards = [_Action(stage, _ComputationType.FULL_BACKWARD, m) for m in range(n_micro_batches)]
+    forwards = [_computation(stage, Kind.FORWARD, m) for m in range(n_micro_batches)]
+    backwards = [_computation(stage, Kind.BACKWARD, m) for m in range(n_micro_batches)]
     ahead = min(n_stages - 1 - stage, n_micro_batches)
     pairs = [action for pair in zip(forwards[ahead:], backwards, strict=False) for action in pair]
     return [*forwards[:ahead], *pairs, *backwards[n_micro_batches - ahead :]]
@@ -82,10 +100,16 @@ def _forward_order(n_stages: int, n_visits: int, n_micro_batches: int) -> Order:
     """Rounds of n_stages micro-batches go through all visits, one round after the other."""
     return {
         stage: [
-            _Action(visit * n_stages + stage, _ComputationType.FORWARD, m)
+            _computation(visit * n_stages + stage, Kind.FORWARD, m)
             for first in range(0, n_micro_batches, n_stages)
             for visit in range(n_visits)
             for m in range(first, min(first + n_stages, n_micro_batches))
         ]
         for stage in range(n_stages)
     }
+
+
+def _computation(virtual_stage: int, kind: Kind, micro_batch: int) -> Any:
+    from torch.distributed.pipelining.schedules import _Action, _ComputationType
+
+    return _Action(virtual_stage, _ComputationType[kind.value], micro_batch)

@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from mythos_ds.engine.deepspeed_patches import require_checked_version
 from mythos_ds.errors import ParallelError
+from mythos_ds.parallel.schedule import require_torch
 from tests.distributed.cases import GLOBAL_BATCH, LOOPS, SEQ_LEN, toy_model
 from tests.helpers.distributed import RankFailedError, run_distributed
 
@@ -106,3 +107,10 @@ def test_unchecked_versions_are_refused(version):
 @pytest.mark.parametrize("version", ["0.19.8", "0.19.11+cu130"])
 def test_checked_versions_are_not(version):
     require_checked_version(version)
+
+
+def test_old_torch_is_refused():
+    with pytest.raises(ParallelError, match=r"needs torch >= 2\.9, this is 2\.8\.1\+cu128"):
+        require_torch("2.8.1+cu128")
+    for version in ("2.9.0", "2.13.0+cpu", "3.0.1"):
+        require_torch(version)

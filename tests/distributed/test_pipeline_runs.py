@@ -67,7 +67,8 @@ def test_weights_moments_and_router_state_are_bitwise_equal(runs):
 def test_tensors_have_the_names_of_any_other_layout(runs):
     names = set()
     for stage in (0, 1):
-        (path,) = (runs[0] / "checkpoints" / f"step_{STEPS:08d}" / f"stage_{stage}").glob("zero_pp_rank_0_*_model_states.pt")
+        folder = runs[0] / "checkpoints" / f"step_{STEPS:08d}" / f"stage_{stage}"
+        (path,) = folder.glob("zero_pp_rank_0_*_model_states.pt")
         names |= set(torch.load(path, map_location="cpu", weights_only=False)["module"])
     assert {"embed.weight", "prelude.0.attn.q.weight", "recurrent.layers.1.moe.router.weight"} <= names
     assert {"recurrent.injection.log_A", "coda.0.ffn.w2.weight", "norm.weight"} <= names
