@@ -1,8 +1,10 @@
-"""Time of one optimizer step on DeepSpeed (EP x ZeRO over processes) against plain torch on the same cores.
+"""Time of one optimizer step on DeepSpeed against plain torch, or of a pipeline against none, on the same cores.
 
-Both train the same model on the same global batches and loop counts; runs alternate, and only their ratio is quoted.
+Both sides train the same model on the same global batches and loop counts; runs alternate, and only their ratio is
+quoted. With a pipeline the idle share of its processes is measured too, beside what its schedule's simulation says.
 
     python tools/bench_step.py --config tiny.json --processes 2
+    python tools/bench_step.py --config tiny.json --processes 2 --against unpipelined parallel.pp_size=2 ...
 """
 
 import argparse
@@ -25,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs both sides in turn and prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="tiny.json")
-    parser.add_argument("--processes", type=int, default=2, help="processes of the DeepSpeed side, threads of torch's")
+    parser.add_argument("--processes", type=int, default=2, help="processes of a DeepSpeed side, threads of torch's")
+    parser.add_argument("--against", choices=("torch", "unpipelined"), default="torch")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of one run")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -33,29 +36,36 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # both sides on the same cores
     role = os.environ.get("BENCH_ROLE")
     if role is not None:
-        seconds = (_time_deepspeed if role == "deepspeed" else _time_torch)(arguments)
+        if role != "deepspeed":
+            arguments.overrides.append("parallel.pp_size=1")
+        timed = _time_torch(arguments) if role == "torch" else _time_deepspeed(arguments)
         if os.environ.get("RANK", "0") == "0":
-            Path(os.environ["BENCH_RESULT"]).write_text(json.dumps(seconds))
+            Path(os.environ["BENCH_RESULT"]).write_text(json.dumps(timed))
         return 0
-    medians: dict[str, list[float]] = {"deepspeed": [], "torch": []}
+    medians: dict[str, list[float]] = {"deepspeed": [], arguments.against: []}
+    idle: list[dict[str, float]] = []
     for _ in range(arguments.repetitions):
         for side in medians:
-            medians[side].append(statistics.median(_run(side, arguments, sys.argv[1:] if argv is None else argv)))
+            timed = _run(side, arguments, sys.argv[1:] if argv is None else argv)
+            medians[side].append(statistics.median(timed["seconds"]))
+            idle += timed["idle"]
     best = {side: min(values) for side, values in medians.items()}
     result = {
         "config": arguments.config,
         "overrides": arguments.overrides,
         "processes": arguments.processes,
         "step_s": medians,
-        "ratio_deepspeed_to_torch": best["deepspeed"] / best["torch"],
+        f"ratio_deepspeed_to_{arguments.against}": best["deepspeed"] / best[arguments.against],
     }
+    if idle:
+        result["idle_share"] = {name: statistics.mean(step[name] for step in idle) for name in idle[0]}
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def _run(side: str, arguments: argparse.Namespace, argv: list[str]) -> list[float]:
-    """Seconds of each timed step of one fresh run."""
-    processes = arguments.processes if side == "deepspeed" else 1
+def _run(side: str, arguments: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """Seconds of each timed step of one fresh run, and the idle shares of a pipeline's."""
+    processes = 1 if side == "torch" else arguments.processes
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -108,16 +118,17 @@ def _batch(resolved: Any, step: int, rows: int, first: int) -> dict[str, Any]:
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": positions}
 
 
-def _time_deepspeed(arguments: argparse.Namespace) -> list[float]:
+def _time_deepspeed(arguments: argparse.Namespace) -> dict[str, Any]:
     from mythos_ds.engine.build import build_engine
     from mythos_ds.environment import ProcessEnvironment
     from mythos_ds.parallel.groups import init_parallel
+    from mythos_ds.plan.pipeline import predict
 
     environment = ProcessEnvironment.detect(os.environ)
     resolved = _resolve(arguments, environment.world_size)
-    groups = init_parallel(environment, resolved.ep_size)
+    groups = init_parallel(environment, resolved.ep_size, resolved.stages)
     engine = build_engine(resolved, groups)
-    micro, seconds = resolved.config.training.micro_batch_size, []
+    micro, seconds, idle = resolved.stages[groups.stage].rows, [], []
     for step in range(WARM_UP_STEPS + arguments.steps):
         stride = micro * groups.dp_size
         firsts = [m * stride + groups.dp_rank * micro for m in range(resolved.gradient_accumulation_steps)]
@@ -125,13 +136,18 @@ def _time_deepspeed(arguments: argparse.Namespace) -> list[float]:
         n_loops, n_grad_loops = _loops(resolved, step)
         groups.barrier()
         start = time.perf_counter()
-        engine.train_step(batches, n_loops=n_loops, n_grad_loops=n_grad_loops, lr=1e-3, statistics=False)
+        result = engine.train_step(
+            batches, n_loops=n_loops, n_grad_loops=n_grad_loops, lr=1e-3, statistics=groups.pipelined
+        )
         seconds.append(time.perf_counter() - start)
+        if result.pipeline:
+            measured = result.pipeline["pipeline/idle_share"]
+            idle.append({"measured": measured, "predicted": predict(resolved, n_loops).bubble})
     groups.close()
-    return seconds[WARM_UP_STEPS:]
+    return {"seconds": seconds[WARM_UP_STEPS:], "idle": idle[WARM_UP_STEPS:]}
 
 
-def _time_torch(arguments: argparse.Namespace) -> list[float]:
+def _time_torch(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from mythos_ds.engine.optimizer import make_optimizer, parameter_groups, set_learning_rate
@@ -167,7 +183,7 @@ def _time_torch(arguments: argparse.Namespace) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip or float("inf"))
         optimizer.step()
         seconds.append(time.perf_counter() - start)
-    return seconds[WARM_UP_STEPS:]
+    return {"seconds": seconds[WARM_UP_STEPS:], "idle": []}
 
 
 if __name__ == "__main__":

@@ -122,13 +122,15 @@ class TrainingEngine:
         return {name: tensor.to(self.groups.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _optimizer_step(self) -> float:
-        """Clips and steps; returns the gradient norm before clipping."""
+        """Clips and steps; returns the gradient norm before clipping, inf where DeepSpeed skipped the step for it."""
         config = self.resolved.config
         if config.parallel.zero_stage == 0 and config.training.dtype == "float32":
             norm = self._replicated_grad_norm()
             self.deepspeed.step()
             return norm.item()
         self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():
+            return math.inf  # DeepSpeed still has the norm of the step before
         return float(self.deepspeed.get_global_grad_norm())
 
     def _replicated_grad_norm(self) -> Tensor:

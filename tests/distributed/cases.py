@@ -277,7 +277,30 @@ def special_cases() -> dict[str, Any]:
         "buffers": buffers_under_zero_init(),
         "no_tokens": rank_without_tokens(),
         "non_finite": non_finite_loss(),
+        "skipped": non_finite_norm({"ep": 2, "stage": 3}),
     }
+
+
+def non_finite_norm(case: dict[str, Any]) -> dict[str, Any]:
+    """A second step in which the last stage finds a norm that is not finite: the error, and whether weights moved."""
+    with opened(case) as (engine, groups):
+        engine.train_step(own_batches(0, ACCUMULATION, groups), n_loops=2, n_grad_loops=2, lr=1e-3)
+        before = full_weights_of_stage(engine, groups)
+        optimizer = engine.deepspeed.optimizer
+        sums = optimizer.get_grad_norm_direct
+
+        def damaged(*args: Any, **kwargs: Any) -> Tensor:
+            norm = sums(*args, **kwargs)
+            return torch.full_like(norm, -1.0) if groups.stage == len(groups.stage_sizes) - 1 else norm
+
+        optimizer.get_grad_norm_direct = damaged
+        error = None
+        try:
+            engine.train_step(own_batches(1, ACCUMULATION, groups), n_loops=2, n_grad_loops=2, lr=1e-3)
+        except NumericsError as found:
+            error = str(found)
+        after = full_weights_of_stage(engine, groups)
+    return {"error": error, "moved": largest((after[n] - w).abs().max().item() for n, w in before.items())}
 
 
 def non_finite_loss() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tests.distributed.cases import (
     full_weights_of_stage,
     global_batches,
     layouts,
+    non_finite_norm,
     opened,
     own_batches,
 )
@@ -160,6 +161,7 @@ def special_cases() -> dict[str, Any]:
         "inference": inference(plain["inference"]),
         "tied_copies": tied_copies(),
         "made": what_is_made(),
+        "skipped": non_finite_norm(RING),
     }
 
 

@@ -93,6 +93,13 @@ def test_a_rank_whose_experts_get_no_tokens(special):
         assert found["difference"] <= 1e-6
 
 
+def test_a_gradient_that_is_not_finite_stops_every_rank(special):
+    for found in (rank["skipped"] for rank in special):
+        assert found["error"] is not None
+        assert "gradient norm is inf" in found["error"]
+        assert found["moved"] == 0
+
+
 def test_a_loss_that_is_not_finite_stops_every_rank(special):
     for found in (rank["non_finite"] for rank in special):
         assert found["error"] is not None

@@ -114,6 +114,13 @@ def test_evaluation_and_logits(special):
         assert found["logits"] <= 1e-6
 
 
+def test_a_gradient_that_is_not_finite_on_one_stage_stops_all(special):
+    for found in (rank["skipped"] for rank in special):
+        assert found["error"] is not None
+        assert "gradient norm is inf" in found["error"]
+        assert found["moved"] == 0
+
+
 def test_tied_copies_stay_equal(special):
     assert [rank["tied_copies"] for rank in special] == [0.0] * 4
 
