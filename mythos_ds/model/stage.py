@@ -79,7 +79,8 @@ class StageModel(MythosModel):
             with self._gradient(visit, visit.loop):
                 return self.recurrent.run_layers(message, visit.loop, batch.context)[0], ()
         if visit.loop == 0:
-            e = self.normed(message)  # with gradient also where the first loops have none
+            # With gradient also where the first loops have none; never the message itself, as later visits read it too.
+            e = self.normed(message.view_as(message))
             h = self.recurrent.start(e, batch.context)
         else:
             e, h = kept[0], self._end_loop(visit, message, kept, batch, visit.loop - 1)

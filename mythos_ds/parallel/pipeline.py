@@ -215,8 +215,7 @@ class _Run:
             gradients.append(self._output_gradient(action))
         with self.stopwatch.busy():
             torch.autograd.backward(edges, gradients)
-        if saved.message is not None and saved.message.requires_grad:
-            assert saved.message.grad is not None, "every visit's result depends on its message"
+        if saved.message is not None and saved.message.grad is not None:
             self.departures[Kind.SEND_BACKWARD, number, m] = saved.message.grad
 
     def _output_gradient(self, action: Action) -> Tensor:
@@ -231,11 +230,10 @@ class _Run:
         return gradient
 
     def _send(self, action: Action) -> None:
-        tensor = self.departures.pop((action.kind, action.visit, action.micro_batch), None)
-        if tensor is None:
-            return  # no gradient belongs to this hop
-        tensor = tensor.contiguous()
         forward = action.kind is Kind.SEND_FORWARD
+        if not forward and not self._sends_gradient(action):
+            return
+        tensor = self.departures.pop((action.kind, action.visit, action.micro_batch)).contiguous()
         peers = self.pipeline.peers(self._neighbour(1 if forward else -1), tensor.shape[0])
         works = [torch_distributed.isend(tensor[first:last], rank) for rank, first, last in peers]
         self.in_flight.append((tensor, [work for work in works if work is not None]))

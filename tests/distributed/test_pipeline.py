@@ -15,7 +15,7 @@ FOUR_STAGES = {
     "stage": 3,
     "pp": 4,
     "accumulation": 4,
-    "model": {"recurrent_layers": 4, "prelude_layers": 3, "coda_layers": 2},
+    "model": {"recurrent_layers": 4, "prelude_layers": 3, "coda_layers": 2, "prelude_norm": False},
 }
 LITERAL = {"ep": 2, "stage": 3, "pp": [1, 2, 1], "accumulation": 4}
 TIED = {"model": {"tie_embeddings": True}}
@@ -36,7 +36,8 @@ THOROUGH = {
         {**RING, **TIED},
         {**RING, **POST},
         {**RING, "offload": "optimizer"},
-        {**RING, "model": {"attn_type": "mla", "state_dtype": "float32", "prelude_norm": False}},
+        {**RING, "model": {"prelude_norm": False, "loop_embedding": "none", "lora_rank": 0}},
+        {**RING, "model": {"injection": "post", "prelude_norm": False, "initial_state": "embedding"}},
         {**RING, "ep": 1},
         FOUR_STAGES,
         LITERAL,
@@ -44,7 +45,7 @@ THOROUGH = {
         {**LITERAL, **TIED},
         {"ep": 1, "stage": 3, "pp": [1, 1, 2], "accumulation": 4},
     ],
-    8: [RING, {**RING, **TIED}, {**RING, "ep": 4}, {**LITERAL, "pp": [2, 4, 2], "ep": 2, "accumulation": 2}],
+    8: [RING, {**RING, **TIED}, {**RING, "ep": 4}],
 }
 
 
