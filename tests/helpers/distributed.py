@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.1
@@ -96,17 +96,21 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _child(function: str, folder: Path) -> int:
+def _child(function: str, folder: Path) -> NoReturn:
     module, name = function.split(":")
     try:
         result = getattr(importlib.import_module(module), name)(**json.loads((folder / "kwargs.json").read_text()))
         (folder / f"result_{os.environ['RANK']}.json").write_text(json.dumps(result))
+        code = 0
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # not sys.exit: a process group that waits for the others would hang
-    return 0
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a process group that waits for the others would hang, and its threads now and then abort the
+    # interpreter's own way out.
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(_child(sys.argv[1], Path(sys.argv[2])))
+    _child(sys.argv[1], Path(sys.argv[2]))
