@@ -126,13 +126,20 @@ def traffic(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _traffic(case: dict[str, Any], counter: Traffic, passes: Counter[str]) -> list[dict[str, Any]]:
     out = []
-    with opened(case) as (engine, groups):
+    runs: list[PipelineRun] = []
+    train = Pipeline.train
+
+    def watched(self: Pipeline, *args: Any, **kwargs: Any) -> PipelineRun:
+        runs.append(train(self, *args, **kwargs))
+        return runs[-1]
+
+    with opened(case) as (engine, groups), patch.object(Pipeline, "train", watched):
         batches = own_batches(0, case["accumulation"], groups)
         engine.train_step(batches, n_loops=2, n_grad_loops=2, lr=1e-3)
         for n_loops in case["loops"]:
             counter.take()
             passes.clear()
-            result = engine.train_step(batches, n_loops=n_loops, n_grad_loops=GRAD_LOOPS, lr=1e-3)
+            engine.train_step(batches, n_loops=n_loops, n_grad_loops=GRAD_LOOPS, lr=1e-3)
             prediction = predict(engine.resolved, n_loops)
             out.append(
                 {
@@ -140,9 +147,9 @@ def _traffic(case: dict[str, Any], counter: Traffic, passes: Counter[str]) -> li
                     "stage": groups.stage,
                     "bytes": counter.take(),
                     "reduce_passes": passes["reduce"],
-                    "held": result.pipeline["pipeline/peak_held_visits"],
+                    "held": runs[-1].peak_held,
                     "predicted_sent": prediction.sent_bytes[groups.stage],
-                    "predicted_held": max(prediction.peak_held),
+                    "predicted_held": prediction.peak_held[groups.stage],
                     "stage_bytes": sum(p.ds_numel * 4 for p in engine.module.parameters()),
                     "own_expert_bytes": sum(
                         p.ds_numel * 4 for p in engine.module.parameters() if not getattr(p, "allreduce", True)
