@@ -30,6 +30,11 @@ REPRESENTATIVE = [
 ]
 THOROUGH = {
     2: [{"ep": 1, "stage": 3, "pp": 2}, {"ep": 1, "stage": 3, "pp": 2, "model": {"coda_layers": 0}}],
+    3: [
+        {"ep": 1, "stage": 3, "pp": 3, "accumulation": 4, "model": {"recurrent_layers": 3}},
+        {"ep": 1, "stage": 3, "pp": 3, "accumulation": 8, "model": {"recurrent_layers": 3, "tie_embeddings": True}},
+        {"ep": 1, "stage": 3, "pp": [1, 1, 1], "accumulation": 4},
+    ],
     4: [
         RING,
         {**RING, "accumulation": 4},
@@ -55,7 +60,7 @@ def test_representative_pipelines(world_size, cases):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("world_size", sorted(THOROUGH))
 def test_every_pipeline(world_size):
     cases = [
         {**case, "checkpointing": checkpointing, "optimizer": optimizer}
