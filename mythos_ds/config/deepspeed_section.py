@@ -111,7 +111,9 @@ ZERO = "zero_optimization"
 def check(section: dict[str, Any]) -> list[Problem]:
     """(key path, message) of each key that DeepSpeed does not know, or that must not be set here."""
     problems = [_key_problem(key, KNOWN_KEYS, "") for key in section]
-    zero = section.get(ZERO, {})
+    zero = section.get(ZERO)
+    if zero is None:
+        zero = {}
     if isinstance(zero, dict):
         problems += [_key_problem(key, KNOWN_ZERO_KEYS, f"{ZERO}.") for key in zero]
     else:
@@ -142,7 +144,7 @@ def build(config: RunConfig, gradient_accumulation_steps: int) -> dict[str, Any]
     There is no optimizer section: the engine hands DeepSpeed a torch optimizer, so no operator is compiled.
     """
     training, parallel = config.training, config.parallel
-    merged: dict[str, Any] = {"steps_per_print": NEVER, **copy.deepcopy(config.deepspeed)}
+    merged: dict[str, Any] = {"steps_per_print": NEVER, **_without_nulls(config.deepspeed)}
     zero = {**_zero_defaults(config), **merged.get(ZERO, {}), "stage": parallel.zero_stage}
     if training.optimizer == "muon":
         # Stage 3 orthogonalises whole gradients; stages 1 and 2 reduce experts' gradients wrongly without it.
@@ -166,6 +168,15 @@ def build(config: RunConfig, gradient_accumulation_steps: int) -> dict[str, Any]
         zero_allow_untested_optimizer=True,
     )
     return merged
+
+
+def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
+    """A deep copy; null means that a key is absent, at any level (DeepSpeed refuses most of them)."""
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else copy.deepcopy(value)
+        for key, value in section.items()
+        if value is not None
+    }
 
 
 def _zero_defaults(config: RunConfig) -> dict[str, Any]:

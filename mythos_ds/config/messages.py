@@ -60,7 +60,9 @@ def explain(error: ValidationError) -> list[tuple[str, str]]:
         key = dotted(location)
         if key not in explained:
             explained[key] = _explain_one(schema, location, item)
-    return list(explained.items())
+    # Of a union with a list, pydantic reports the whole value and the wrong element; the element says more.
+    wholes = {key for key in explained if any(other.startswith(f"{key}[") for other in explained)}
+    return [(key, message) for key, message in explained.items() if key not in wholes]
 
 
 def allowed_values(schema: dict[str, Any], node: dict[str, Any]) -> str:

@@ -83,9 +83,9 @@ def layout_problem(config: RunConfig, world_size: int) -> Problem | None:
     if isinstance(given, list):
         if sum(given) == world_size:
             return None
-        middle = world_size - given[0] - given[2]
-        nearest = f"; nearest: {[given[0], middle, given[2]]}" if middle >= 1 else ""
-        return "parallel.pp_size", f"{given} given; allowed: stages of {world_size} processes in all{nearest}"
+        nearest = _nearest_stages(given, world_size) if world_size >= LITERAL_STAGES else "1 (no pipeline)"
+        allowed = f"stages of {world_size} processes in all"
+        return "parallel.pp_size", f"{given} given; allowed: {allowed}; nearest: {nearest}"
     if world_size % given == 0:
         return None
     return (
@@ -131,7 +131,9 @@ def batch_problem(config: RunConfig, world_size: int) -> Problem | None:
     ring = isinstance(config.parallel.pp_size, int)
     if batch % unit == 0 and _fits(batch // unit, stages, ring):
         return None
-    counts = range(1, batch // unit + 2 * stages + 1)
+    given = batch // unit
+    # A multiple of the stages always fits, so that one lies on each side.
+    counts = range(max(1, given - stages), given + 2 * stages + 1)
     fitting = [count * unit for count in counts if _fits(count, stages, ring)]
     nearest = [size for size in fitting if size < batch][-1:] + [size for size in fitting if size > batch][:1]
     rounds = f", in whole rounds of {stages} or more" if ring else ""
@@ -150,6 +152,14 @@ def world_problems(config: RunConfig, world_size: int) -> list[Problem]:
         return [layout]
     batch = row_problem(config, world_size) or batch_problem(config, world_size)
     return [problem for problem in (expert_problem(config, world_size), batch) if problem is not None]
+
+
+def _nearest_stages(given: list[int], world_size: int) -> list[int]:
+    """Three stages of `world_size` (>= 3) processes: the recurrent one gives or takes, then the larger other one."""
+    first, last = (min(size, world_size) for size in (given[0], given[2]))
+    while first + last >= world_size:
+        first, last = (first - 1, last) if first >= last else (first, last - 1)
+    return [first, world_size - first - last, last]
 
 
 def _fits(micro_batches: int, stages: int, ring: bool) -> bool:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.schema import DatasetConfig, RunConfig
 from mythos_ds.config.validation import BUILTIN_VOCABULARY
 
 DIM = 64
@@ -57,7 +57,8 @@ def make_proxy(config: RunConfig, world_size: int) -> tuple[RunConfig, list[str]
 
 
 def _brief(value: Any) -> str:
-    return f"{len(value)} datasets" if isinstance(value, list) else str(value)
+    is_data = isinstance(value, list) and any(isinstance(item, DatasetConfig) for item in value)
+    return f"{len(value)} datasets" if is_data else str(value)
 
 
 def _pipeline(config: RunConfig, world_size: int) -> PipelineSize:

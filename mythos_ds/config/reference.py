@@ -24,8 +24,8 @@ replaces `data.datasets`, and the other way round.
 _DEEPSPEED = """
 ## deepspeed
 
-Goes to DeepSpeed as written, plus the derived keys. DeepSpeed ignores a misspelt top-level key, so the keys
-are checked here.
+Goes to DeepSpeed as written, plus the derived keys; a key that is null is left out. DeepSpeed ignores a
+misspelt top-level key, so the keys are checked here.
 
 Not set here, because they are written elsewhere:
 

@@ -199,4 +199,4 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     cluster: ClusterConfig | None = None
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="Goes to DeepSpeed as written.")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="Goes to DeepSpeed as written; null = absent.")

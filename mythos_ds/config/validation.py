@@ -43,7 +43,8 @@ def given(section: Section, field: str) -> bool:
 def check(config: RunConfig) -> list[Problem]:
     """(key path, message) of every broken rule that does not depend on the number of processes."""
     problems = [(rule.key, message) for rule in RULES if (message := rule.broken(config)) is not None]
-    return problems + pipeline_rules.gathering_keys(config) + deepspeed_section.check(config.deepspeed)
+    problems += pipeline_rules.gathering_keys(config)
+    return _first_of_each_key(problems) + deepspeed_section.check(config.deepspeed)
 
 
 def check_partial(config: RunConfig) -> list[Problem]:
@@ -55,7 +56,15 @@ def check_partial(config: RunConfig) -> list[Problem]:
             problems += [(rule.key, message)] if message is not None else []
     with contextlib.suppress(AttributeError):
         problems += pipeline_rules.gathering_keys(config)
-    return problems + deepspeed_section.check(config.deepspeed)
+    return _first_of_each_key(problems) + deepspeed_section.check(config.deepspeed)
+
+
+def _first_of_each_key(problems: list[Problem]) -> list[Problem]:
+    """One message per key: RULES has the stricter rule of a key first."""
+    first: dict[str, str] = {}
+    for key, message in problems:
+        first.setdefault(key, message)
+    return list(first.items())
 
 
 def check_world(config: RunConfig, world_size: int) -> list[Problem]:
@@ -293,6 +302,11 @@ def _is_muon(config: RunConfig) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule("parallel.pp_size", pipeline_rules.form),
+    Rule("model.halting", pipeline_rules.halting),
+    Rule("parallel.zero_stage", pipeline_rules.zero_stage),
+    Rule("training.optimizer", pipeline_rules.optimizer),
+    Rule("parallel.offload_params", pipeline_rules.offload_params),
     *_needed(_MLA_NEEDED, "model", 'with attn_type "mla"', _is_mla),
     *_no_effect(_GQA_ONLY, "model", 'with attn_type "mla"', _is_mla),
     *_no_effect(_MLA_ONLY, "model", 'with attn_type "gqa"', _is_gqa),
@@ -351,11 +365,6 @@ RULES: tuple[Rule, ...] = (
     Rule("training.mean_backprop_depth", _backprop_depth),
     Rule("parallel.ep_size", _ep_divides_experts),
     Rule("parallel.zero_stage", _zero_stage),
-    Rule("parallel.pp_size", pipeline_rules.form),
-    Rule("model.halting", pipeline_rules.halting),
-    Rule("parallel.zero_stage", pipeline_rules.zero_stage),
-    Rule("training.optimizer", pipeline_rules.optimizer),
-    Rule("parallel.offload_params", pipeline_rules.offload_params),
     _parallel(
         "offload_params",
         lambda p: (

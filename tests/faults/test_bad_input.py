@@ -10,6 +10,8 @@ import pytest
 from tests.helpers.pretrain import SCRIPT, SMALL, environment, run_pretrain, run_under_deepspeed, small_data
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
 
+HELD = "deepspeed.zero_optimization.stage3_param_persistence_threshold=null"
+
 
 def run(arguments, folder):
     command = [sys.executable, str(SCRIPT), *arguments]
@@ -47,6 +49,15 @@ CONFIGURATIONS = {
     "not a number": (["training.lr=NaN"], ["training.lr"]),
     "pipeline stages without a layer of the loop": (["parallel.pp_size=2"], ["parallel.pp_size", "nearest: 1"]),
     "no such pipeline": (['parallel.pp_size="ring"'], ["parallel.pp_size", "ring"]),
+    "two literal stages": (["parallel.pp_size=[1,2]"], ["parallel.pp_size", "[1, 2] given", "nearest: [1, 1, 1]"]),
+    "halting in a pipeline": (
+        ["model.recurrent_layers=2", "parallel.pp_size=2", HELD, "model.halting=act"],
+        ["model.halting", 'allowed: "none"'],
+    ),
+    "a preset's key without effect in a pipeline": (
+        ["model.recurrent_layers=2", "parallel.pp_size=2"],
+        ["stage3_param_persistence_threshold", "set it to null"],
+    ),
     "vocabulary below the tokenizer's": (["model.vocab_size=100"], ["vocab"]),
 }
 
@@ -58,13 +69,34 @@ def test_wrong_configuration(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_zero_0_with_expert_parallelism_names_the_nearest(tmp_path):
-    variables = {**environment(), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, str(SCRIPT), "--config", "tiny", "parallel.zero_stage=0", "parallel.ep_size=2"]
-    finished = subprocess.run(
-        command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+def run_as_one_of(world_size, overrides, folder):
+    """The first of `world_size` processes, alone: it must refuse before it waits for the others."""
+    size = str(world_size)
+    variables = {**environment(), "RANK": "0", "WORLD_SIZE": size, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": size}
+    command = [sys.executable, str(SCRIPT), "--config", "tiny", *overrides]
+    return subprocess.run(
+        command, env=variables, cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
+
+
+def test_zero_0_with_expert_parallelism_names_the_nearest(tmp_path):
+    finished = run_as_one_of(2, ["parallel.zero_stage=0", "parallel.ep_size=2"], tmp_path)
     check_message(finished, ["zero_stage", "1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["parallel.pp_size=3"], ["parallel.pp_size", "nearest: 2 or 4"]),
+        (["parallel.pp_size=[1,2,2]"], ["parallel.pp_size", "nearest: [1, 1, 2]"]),
+        (["parallel.pp_size=2", "parallel.ep_size=4"], ["parallel.ep_size", "nearest: 2"]),
+        (["parallel.pp_size=2"], ["training.global_batch_size", "8 given", "nearest: 16"]),
+    ],
+)
+def test_a_pipeline_that_does_not_fit_the_processes(overrides, parts, tmp_path):
+    enough = ["training.global_batch_size=16"] if "nearest: 16" not in parts else []
+    finished = run_as_one_of(4, ["model.recurrent_layers=4", HELD, *enough, *overrides], tmp_path)
+    check_message(finished, parts)
 
 
 def test_all_problems_are_listed_at_once(tmp_path):

@@ -1,10 +1,11 @@
 """How a model is cut into pipeline stages, the rules of pipelined runs, and their proxies."""
 
 import itertools
+import json
 
 import pytest
 
-from mythos_ds.config.loader import load_config
+from mythos_ds.config.loader import find_config, load_config
 from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.resolve import resolve
 from mythos_ds.config.stages import cut, whole
@@ -94,11 +95,19 @@ RULES = {
     "fewer than three micro-batches": (
         4, ["parallel.pp_size=[1,2,1]", "training.global_batch_size=8"], "training.global_batch_size", "nearest: 12"
     ),
+    "literal stages that leave none for the loop": (
+        4, ["parallel.pp_size=[3,1,3]"], "parallel.pp_size", "nearest: [1, 1, 2]"
+    ),
+    "fewer processes than literal stages": (2, ["parallel.pp_size=[1,1,1]"], "parallel.pp_size", "nearest: 1"),
+    "an element that is no number": (4, ['parallel.pp_size=[1,"a",2]'], "parallel.pp_size[1]", "an integer"),
     "rows that cannot be shared": (
         7, ["parallel.pp_size=[4,2,1]", "training.micro_batch_size=1"], "training.micro_batch_size", "nearest: 2"
     ),
     "halting": (4, ["parallel.pp_size=2", "model.halting=act"], "model.halting", 'allowed: "none"'),
     "ZeRO 2": (4, ["parallel.pp_size=2", "parallel.zero_stage=2"], "parallel.zero_stage", "nearest: 3"),
+    "ZeRO 0, which ep_size excludes too": (
+        4, ["parallel.pp_size=2", "parallel.zero_stage=0", "parallel.ep_size=2"], "parallel.zero_stage", "nearest: 3"
+    ),
     "parameter offload": (
         4, ["parallel.pp_size=2", "parallel.offload_params=cpu"], "parallel.offload_params", 'allowed: "none"'
     ),
@@ -136,6 +145,58 @@ def test_a_preset_s_own_key_is_named_and_null_removes_it():
     assert zero["memory_efficient_linear"] is False, "other keys stay"
 
 
+@pytest.mark.parametrize("pp_size", [1, 2])
+def test_null_in_the_deepspeed_section_means_absent(pp_size, tmp_path):
+    run = json.loads(find_config("tiny").read_text())
+    run["model"]["recurrent_layers"] = 2
+    run["training"]["global_batch_size"] = 16
+    run["parallel"]["pp_size"] = pp_size
+    zero = {"stage3_param_persistence_threshold": None, "stage3_max_live_parameters": None, "overlap_comm": False}
+    found = []
+    for section in ({"wall_clock_breakdown": None, "zero_optimization": zero}, {"zero_optimization": None}):
+        path = tmp_path / "run.json"
+        path.write_text(json.dumps({**run, "deepspeed": section}))
+        found.append(resolve(load_config(str(path)).config, 2).deepspeed)
+    assert found[0]["zero_optimization"].pop("overlap_comm") is False
+    assert found[0] == found[1]
+    assert None not in [*found[0].values(), *found[0]["zero_optimization"].values()]
+
+
+@pytest.mark.parametrize("start", [9, 27, 72])
+def test_nearest_batches_are_valid_and_nothing_valid_is_nearer(start):
+    """Every batch around it is tried, so the search that makes the message cannot skip one."""
+    ring = ["parallel.pp_size=4", "training.micro_batch_size=1"]
+
+    def named(size):
+        """What the message names; nothing where `size` is valid."""
+        try:
+            stages(4, *ring, f"training.global_batch_size={size}")
+        except ConfigError as error:
+            return [int(number) for number in str(error).split("nearest: ")[1].split(" or ")]
+        return []
+
+    for size in range(start, start + 9):
+        if nearest := named(size):
+            assert min(nearest) < size < max(nearest)
+            assert not any(named(number) for number in nearest)
+            assert all(named(between) for between in range(min(nearest) + 1, max(nearest)))
+
+
+def test_a_huge_batch_is_answered_at_once():
+    with pytest.raises(ConfigError, match=f"nearest: {10**15} or {10**15 + 8}"):
+        stages(4, "parallel.pp_size=2", f"training.global_batch_size={10**15 + 2}")
+
+
+@pytest.mark.parametrize("other", ["training.optimizer=muon", "parallel.offload_params=cpu", "parallel.zero_stage=2"])
+def test_a_key_is_named_once(other):
+    """Settings that several rules refuse, together."""
+    everything = ["parallel.zero_stage=0", "parallel.offload_params=cpu", "training.optimizer=muon", other]
+    with pytest.raises(ConfigError) as caught:
+        stages(4, "parallel.pp_size=2", "training.muon_lr=0.1", "training.grad_clip=0", *everything)
+    keys = [problem.split(": ")[1] for problem in caught.value.problems]
+    assert sorted(keys) == ["parallel.offload_params", "parallel.zero_stage", "training.optimizer"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "pp_size", "sizes"),
     [
@@ -153,8 +214,11 @@ def test_the_proxy_keeps_what_fits(overrides, world_size, pp_size, sizes):
     assert proxy.parallel.pp_size == pp_size
     assert [stage.size for stage in run.stages] == sizes
     assert run.gradient_accumulation_steps >= len(sizes)
-    changed = any(line.startswith("proxy: parallel.pp_size: ") for line in lines)
-    assert changed == (overrides != [f"parallel.pp_size={pp_size}".replace(" ", "")])
+    asked = json.loads(overrides[0].partition("=")[2])
+    said = [line for line in lines if line.startswith("proxy: parallel.pp_size: ")]
+    assert said == ([] if asked == pp_size else [f"proxy: parallel.pp_size: {asked} -> {pp_size}"])
+    if (pp_size, world_size) == (2, 4):
+        assert (run.ep_size, proxy.model.prelude_layers, proxy.model.coda_layers) == (2, 2, 2)
 
 
 def test_the_report_says_what_each_stage_holds():
