@@ -29,11 +29,13 @@ setup(
         "pydantic>=2.7",
         "rich>=13",
         "numpy>=1.26",
+        "safetensors>=0.4.3",
         "setuptools",  # tensorboard and deepspeed need it at run time on Python 3.12 and later
     ],
     extras_require={
         "flash": ["flash-attn>=2.6"],
         "hf": ["datasets>=3", "pyarrow>=15"],
+        "lab": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
             "ruff>=0.9",

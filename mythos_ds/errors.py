@@ -29,3 +29,7 @@ class ParallelError(MythosError):
 
 class NumericsError(MythosError):
     """The loss, a gradient or the state is not finite."""
+
+
+class LabError(MythosError):
+    """A study's run failed, or there is too little to draw a conclusion from."""

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,26 +26,29 @@ from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.routing_sync import restore_float_buffers
 from mythos_ds.parallel.schedule import require_torch
 
+Adapt = Callable[[MythosModel], None]
+"""Changes a model right after it was made, in place; for experiments."""
 
-def build_engine(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngine:
+
+def build_engine(resolved: ResolvedRun, groups: ParallelGroups, adapt: Adapt | None = None) -> TrainingEngine:
     """The engine of a resolved run; collective over all ranks.
 
     Errors: ParallelError where the groups do not belong to this run, or for ZeRO 0 with expert parallelism; ConfigError
     for values of the `deepspeed` section that DeepSpeed refuses.
     """
     try:
-        return _build(resolved, groups)
+        return _build(resolved, groups, adapt)
     except ValidationError as error:
         problems = [f"deepspeed: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ConfigError(problems) from None
 
 
-def _build(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngine:
+def _build(resolved: ResolvedRun, groups: ParallelGroups, adapt: Adapt | None) -> TrainingEngine:
     config = resolved.config
     stage = config.parallel.zero_stage
     _check_layout(resolved, groups)
     section = deepspeed_section(resolved, groups)
-    model = build_model(resolved, groups, section)
+    model = build_model(resolved, groups, section, adapt)
     if stage == 3 and not groups.pipelined:
         # The module that owns the loop: gathered once in forward and once in backward for any loop count. A leaf that
         # is called several times gets wrong gradients; prelude and coda layers run once, and as leaves save hooks.
@@ -64,7 +68,9 @@ def _build(resolved: ResolvedRun, groups: ParallelGroups) -> TrainingEngine:
     return TrainingEngine(engine, resolved, groups)
 
 
-def build_model(resolved: ResolvedRun, groups: ParallelGroups, section: dict[str, Any]) -> MythosModel:
+def build_model(
+    resolved: ResolvedRun, groups: ParallelGroups, section: dict[str, Any], adapt: Adapt | None = None
+) -> MythosModel:
     """The model, or the stage's part of it, with this rank's experts only. With ZeRO-3 each parameter is cut up as soon
     as it is made, so no rank ever holds the whole model."""
     config = resolved.config
@@ -77,13 +83,16 @@ def build_model(resolved: ResolvedRun, groups: ParallelGroups, section: dict[str
     factory = MoE if groups.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
     kind = StageModel if groups.pipelined else MythosModel
     with context:
-        return kind(
+        model = kind(
             config.model,
             seed=config.training.seed,
             moe_factory=factory,
             checkpoint_loops=config.parallel.activation_checkpointing == "loop",
             part=resolved.stages[groups.stage].part,
         )
+        if adapt is not None:
+            adapt(model)
+        return model
 
 
 def deepspeed_section(resolved: ResolvedRun, groups: ParallelGroups) -> dict[str, Any]:

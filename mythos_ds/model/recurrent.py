@@ -71,7 +71,7 @@ class RecurrentBlock(nn.Module):
         for loop in range(n_loops):
             with_gradient = torch.is_grad_enabled() and loop >= n_loops - context.n_grad_loops
             with torch.set_grad_enabled(with_gradient):
-                h, halting = self._run(h, e, loop, loop == n_loops - 1, context, halting)
+                h, halting = self.run_loop(h, e, loop, loop == n_loops - 1, context, halting)
             if context.records.wants_states:
                 context.records.note_state(loop, h)
         if halting is None:
@@ -116,7 +116,9 @@ class RecurrentBlock(nn.Module):
             x = injected + x
         return x.to(self.state_dtype)
 
-    def _run(self, *arguments: Any) -> tuple[Tensor, HaltingState | None]:
+    def run_loop(self, *arguments: Any) -> tuple[Tensor, HaltingState | None]:
+        """One loop: (h, e, loop, whether it is the last, context, halting state or None) -> the new h and halting
+        state; recomputed in backward where the block was made so."""
         if self.checkpoint_loops and torch.is_grad_enabled():
             return checkpoint(self._loop, *arguments, use_reentrant=False, preserve_rng_state=False)
         return self._loop(*arguments)

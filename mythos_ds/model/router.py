@@ -11,7 +11,8 @@ from mythos_ds.model.initializer import Initializer
 MIN_ROW_UPDATES = 100
 """Updates after which a loop's own bias row is trusted; deeper loops use the last trusted row."""
 
-_ROW_RATE = 0.25
+BIAS_SHARES = (1.0, 0.25)
+"""How fast the bias shared by all loops and the one of each loop move, in units of u_b."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Router(nn.Module):
         super().__init__()
         self.k = config.n_experts_per_tok
         self.score = config.router_score
+        self.bias_shares = BIAS_SHARES
         self.route_scale = config.route_scale
         self.n_groups = config.n_expert_groups
         self.n_limited_groups = config.n_limited_groups
@@ -94,10 +96,11 @@ def update_router_bias(router: Router, counts: Tensor, rate: float) -> None:
     shared bias moves by u_b * sign(mean - load) on the loads summed over loops, each loop's row by u_b/4, row-centred.
     """
     total = counts.sum(0)
-    router.bias.add_(rate * torch.sign(total.mean() - total))
+    shared_rate, row_rate = (rate * share for share in router.bias_shares)
+    router.bias.add_(shared_rate * torch.sign(total.mean() - total))
     rows = min(counts.shape[0], router.loop_bias.shape[0])
     own = counts[:rows]
     table = router.loop_bias[:rows]
-    table.add_(_ROW_RATE * rate * torch.sign(own.mean(-1, keepdim=True) - own))
+    table.add_(row_rate * torch.sign(own.mean(-1, keepdim=True) - own))
     table.sub_(table.mean(-1, keepdim=True))
     router.loop_updates[:rows] += 1

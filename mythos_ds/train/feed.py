@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -19,8 +19,32 @@ Batch = dict[str, Tensor]
 _PROMPT_TOKENS = 16
 
 
-class Feed:
-    """Training and held-out batches of this rank; a pure function of the manifest and the step."""
+class Feed(Protocol):
+    """Training and held-out batches of this rank; a pure function of the manifest and the step.
+
+    Attributes:
+        tokenizer: of text; None for data that is not text.
+        identity: what the data is, in JSON values; pinned at a run's start.
+    """
+
+    tokenizer: Tokenizer | None
+    identity: dict[str, Any]
+
+    def steps(self, step: int) -> Iterator[list[Batch]]:
+        """Micro-batches of each optimizer step from `step` to the end of the run."""
+        ...
+
+    def validation(self) -> Iterator[list[Batch]]:
+        """The held-out micro-batches of one global batch after the other, the same at every call."""
+        ...
+
+    def held_out_prompt(self) -> list[int]:
+        """The first tokens of the held-out text."""
+        ...
+
+
+class TextFeed:
+    """The feed of the configured datasets."""
 
     def __init__(
         self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, datasets: dict[int, TokenDatasets]
@@ -30,11 +54,11 @@ class Feed:
         self._workers = resolved.config.data.num_workers
         self._rows = resolved.stages[groups.stage].rows
         self._manifest, self._groups, self._datasets = manifest, groups, datasets
-        self.tokenizer: Tokenizer = datasets[0].tokenizer
+        self.tokenizer: Tokenizer | None = datasets[0].tokenizer
         self.identity: dict[str, Any] = datasets[0].identity
 
     @classmethod
-    def open(cls, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> "Feed":
+    def open(cls, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> "TextFeed":
         """Open the datasets needed from `step` on; rank 0 builds their index files first. Raises DataError."""
         needed = sorted({0, *range(manifest.phase_index(step), len(manifest.phases))})
         requests = {index: dataset_arguments(resolved, manifest.phases, index) for index in needed}
@@ -51,7 +75,6 @@ class Feed:
         return cls(resolved, manifest, groups, datasets)
 
     def steps(self, step: int) -> Iterator[list[Batch]]:
-        """Micro-batches of each optimizer step from `step` to the end of the run."""
         for index, phase in enumerate(self._manifest.phases):
             if step >= phase.end_step:
                 continue
@@ -62,13 +85,11 @@ class Feed:
                 step += 1
 
     def validation(self) -> Iterator[list[Batch]]:
-        """The held-out micro-batches of one global batch after the other, the same at every call."""
         micro_batches = self._stream(self._datasets[0].valid, 0)
         for _ in range(self._training.eval_batches):
             yield list(islice(micro_batches, self._accumulation))
 
     def held_out_prompt(self) -> list[int]:
-        """The first tokens of the held-out text."""
         return [int(token) for token in self._datasets[0].valid[0]["tokens"][:_PROMPT_TOKENS]]
 
     def _stream(self, dataset: TokenDataset, start_sample: int) -> Iterator[Batch]:

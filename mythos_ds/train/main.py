@@ -1,6 +1,7 @@
 """One training run in one process of many: groups, checkpoint, data, engine, training, report."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +13,18 @@ from mythos_ds.checkpoint.agreement import on_rank_zero, together
 from mythos_ds.checkpoint.load import load_checkpoint
 from mythos_ds.checkpoint.save import layout_of
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.engine.build import build_engine
+from mythos_ds.engine.build import Adapt, build_engine
+from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import MythosError
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 from mythos_ds.train.failure import abort
-from mythos_ds.train.feed import Feed
+from mythos_ds.train.feed import Feed, TextFeed
 from mythos_ds.train.interruption import StopSignals
 from mythos_ds.train.report import show_summary
 from mythos_ds.train.resume import choose_checkpoint, manifest_for
 from mythos_ds.train.run_directory import RunDirectory, RunManifest, new_manifest, with_dataset
-from mythos_ds.train.trainer import Progress, Trainer
+from mythos_ds.train.trainer import Progress, RunSummary, Trainer
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,16 @@ class RunRequest:
     argv: tuple[str, ...]
 
 
-def train(request: RunRequest, environment: ProcessEnvironment) -> None:
+@dataclass(frozen=True)
+class Extension:
+    """What a study changes about a run: its data, a part of the model, and what happens after the last step."""
+
+    open_feed: Callable[[ResolvedRun, RunManifest, ParallelGroups, int], Feed] = TextFeed.open
+    adapt: Adapt | None = None
+    finish: Callable[[TrainingEngine, Feed, RunSummary], None] | None = None
+
+
+def train(request: RunRequest, environment: ProcessEnvironment, extension: Extension = Extension()) -> None:
     """Start or resume the run and train it to its end. Raises MythosError subclasses for what a user can mend."""
     log.configure(environment.rank)
     # DeepSpeed calls collectives by names that newer torch versions announce to rename: nothing a user can act on.
@@ -47,7 +58,7 @@ def train(request: RunRequest, environment: ProcessEnvironment) -> None:
             environment, resolved.ep_size, resolved.stages, timeout_s=resolved.config.parallel.timeout_s
         )
         try:
-            _train(request, groups, stop)
+            _train(request, groups, stop, extension)
         except MythosError:
             groups.close()
             raise
@@ -56,21 +67,23 @@ def train(request: RunRequest, environment: ProcessEnvironment) -> None:
         groups.close()
 
 
-def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals) -> None:
+def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals, extension: Extension) -> None:
     resolved, run = request.resolved, RunDirectory(request.run_dir)
     claimed = together(groups, lambda: run.lock() if groups.rank == 0 else None)
     tag = choose_checkpoint(groups, run, request.resume, layout_of(resolved))
     manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
     step = 0 if tag is None else files.tag_step(tag)
-    feed = Feed.open(resolved, manifest, groups, step)
+    feed = extension.open_feed(resolved, manifest, groups, step)
     manifest = together(groups, lambda: with_dataset(manifest, feed.identity))
     on_rank_zero(groups, lambda: _record(request, run, manifest, step))
-    engine = build_engine(resolved, groups)
+    engine = build_engine(resolved, groups, extension.adapt)
     progress = Progress()
     if tag is not None:
         state = load_checkpoint(engine, groups, tag)
         progress = Progress(state.step, state.first_validation_loss)
     summary = Trainer(resolved, groups, engine, feed, run, manifest, progress).train(stop)
+    if extension.finish is not None:
+        extension.finish(engine, feed, summary)
     if groups.rank == 0:
         show_summary(Console(), summary, run, resolved.config.model.mean_recurrence)
     if claimed is not None:

@@ -162,8 +162,10 @@ class Trainer:
         return losses
 
     def _samples(self) -> list[tuple[str, str]]:
-        """Prompts and their continuations as text, the same on all ranks."""
+        """Prompts and their continuations as text, the same on all ranks; none where the data is not text."""
         tokenizer, monitor = self.feed.tokenizer, self.config.monitor
+        if tokenizer is None:
+            return []
         prompts = [tokenizer.encode(text) for text in monitor.sample_prompts] or [self.feed.held_out_prompt()]
         samples = []
         for index, prompt in enumerate(prompts):

@@ -1,0 +1,15 @@
+"""The studies by name."""
+
+from mythos_ds.lab import khop, language_studies, scaling
+from mythos_ds.lab.study import Study
+
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        khop.STUDY,
+        language_studies.LOOPS,
+        language_studies.COST,
+        language_studies.ATTENTION,
+        scaling.STUDY,
+    )
+}

@@ -1,0 +1,68 @@
+"""Run a study, or put all results into one report.
+
+    python tools/lab.py khop
+    python tools/lab.py loops --scale gpu --jobs 1
+    python tools/lab.py report
+
+A study trains its models through the project's trainer, a process each, and writes tables, pictures and numbers to
+docs/lab/<study>/. Ctrl-C keeps what is done; the same command goes on.
+"""
+
+import sys
+import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from mythos_ds.data.command import run_tool
+from mythos_ds.errors import LabError
+from mythos_ds.lab.hardware import describe
+from mythos_ds.lab.registry import STUDIES
+from mythos_ds.lab.report import write_summary
+from mythos_ds.lab.study import Study, write_report
+from mythos_ds.lab.sweep import run_all, run_folder
+from mythos_ds.train.run_directory import git_commit
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("study", choices=[*STUDIES, "report"])
+    made.add_argument("--scale", default="cpu", help="cpu: sizes for a laptop; gpu: for one GPU; khop also has smoke")
+    made.add_argument("--output", type=Path, default=Path("runs/lab"), help="where runs are kept")
+    made.add_argument("--docs", type=Path, default=Path("docs/lab"), help="where results are written")
+    made.add_argument("--jobs", type=int, default=2, help="runs at once")
+    return made
+
+
+def work(arguments: Namespace) -> None:
+    if arguments.study == "report":
+        sys.stdout.write(f"{write_summary(arguments.docs)}\n")
+        return
+    study = STUDIES[arguments.study]
+    if arguments.scale not in study.scales:
+        raise LabError(f"--scale: given {arguments.scale}; allowed for {study.name}: {', '.join(study.scales)}")
+    run_study(study, arguments)
+
+
+def run_study(study: Study, arguments: Namespace) -> None:
+    output = arguments.output.resolve()
+    specs = study.runs(arguments.scale, str(output / "data"))
+    started = time.time()
+    results = run_all(specs, output, jobs=arguments.jobs, limit_s=study.limit_s)
+    folders = {key: run_folder(output, spec) for key, spec in specs.items()}
+    report = study.analyse(results, folders, arguments.scale)
+    minutes = sum(result.get("seconds", 0) for result in results.values()) / 60
+    facts = {
+        "question": study.title,
+        "command": f"`python tools/lab.py {study.name} --scale {arguments.scale}`",
+        "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
+        "hardware": describe(),
+        "code": git_commit() or "unknown",
+        "runs": f"{len(specs)}, {minutes:.0f} process-minutes",
+    }
+    folder = arguments.docs / (study.name if arguments.scale == "cpu" else f"{study.name}-{arguments.scale}")
+    write_report(study, report, folder, facts)
+    sys.stdout.write(f"{folder / 'results.md'}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(parser(), work, None))
