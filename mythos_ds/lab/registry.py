@@ -1,6 +1,6 @@
 """The studies by name."""
 
-from mythos_ds.lab import khop, language_studies, scaling
+from mythos_ds.lab import khop, language_studies, scaling, stress
 from mythos_ds.lab.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -10,6 +10,7 @@ STUDIES: dict[str, Study] = {
         language_studies.LOOPS,
         language_studies.COST,
         language_studies.ATTENTION,
+        stress.STUDY,
         scaling.STUDY,
     )
 }
