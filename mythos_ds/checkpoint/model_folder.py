@@ -13,7 +13,7 @@ from mythos_ds.durable import sync, write_atomic
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
 _FORMAT = 1
 
 

@@ -1,1 +1,1 @@
-"""The training loop and what surrounds it: schedule, run directory, evaluation, sampling, statistics."""
+"""The training loop and what surrounds it: schedule, run directory, evaluation, statistics."""

@@ -1,6 +1,7 @@
 """The training loop: steps, metrics, evaluation, samples, checkpoints and a clean stop."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from mythos_ds.engine.engine import StepResult, TrainingEngine
 from mythos_ds.errors import NumericsError
 from mythos_ds.log import get_logger
 from mythos_ds.model.depth import DepthSampler
+from mythos_ds.model.generation import generate
 from mythos_ds.monitor.memory import peak_memory_bytes
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.plan.pipeline import predict
@@ -19,7 +21,6 @@ from mythos_ds.train.feed import Batch, Feed
 from mythos_ds.train.interruption import StopSignals
 from mythos_ds.train.recorder import Recorder
 from mythos_ds.train.run_directory import RunDirectory, RunManifest
-from mythos_ds.train.sampling import generate
 from mythos_ds.train.schedule import learning_rate
 from mythos_ds.train.statistics import Throughput, peak_flops
 
@@ -170,18 +171,25 @@ class Trainer:
         samples = []
         for index, prompt in enumerate(prompts):
             continuation = generate(
-                self.engine,
-                self.groups,
+                self._next_logits,
                 prompt,
                 new_tokens=monitor.sample_tokens,
-                n_loops=self.config.model.mean_recurrence,
                 vocab_size=tokenizer.vocab_size,
                 eos_id=tokenizer.eos_id,
                 context_length=self.config.training.seq_len,
                 seed=self.config.training.seed + index,
+                agree=self._agree,
             )
             samples.append((tokenizer.decode(prompt), tokenizer.decode(continuation)))
         return samples
+
+    def _next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.engine.logits(tokens, self.config.model.mean_recurrence)[0, -1]
+
+    def _agree(self, draw: Callable[[], int]) -> int:
+        """Each rank's sums may round differently: rank 0 draws for all."""
+        drawn = draw() if self.groups.rank == 0 else 0
+        return round(self.groups.sum([float(drawn)])[0])
 
     def _save(self) -> None:
         if self.step == self.saved_step or self.step == 0:

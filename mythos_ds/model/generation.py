@@ -1,0 +1,45 @@
+"""Text continued token by token with plain forwards: no cache, so any model and any loop count."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def generate(
+    next_logits: Callable[[Tensor], Tensor],
+    prompt: list[int],
+    *,
+    new_tokens: int,
+    vocab_size: int,
+    eos_id: int,
+    context_length: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+    agree: Callable[[Callable[[], int]], int] = lambda draw: draw(),
+) -> list[int]:
+    """Continue `prompt` by up to `new_tokens` ids, ending at `eos_id`.
+
+    next_logits: tokens int64 [1, seq] -> logits [vocab] of the token after them. temperature 0 is greedy. Ids from
+    `vocab_size` on (rows the tokenizer has no piece for) are never drawn. At most the last `context_length` tokens are
+    seen. agree: calls the draw it is given, or takes another process's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt) or [eos_id]
+    given = len(tokens)
+    for _ in range(new_tokens):
+        logits = next_logits(torch.tensor([tokens[-context_length:]], dtype=torch.int64))[:vocab_size]
+        token = agree(lambda logits=logits: _draw(logits, temperature, generator))  # type: ignore[misc]
+        if token == eos_id:
+            break
+        tokens.append(token)
+    return tokens[given:]
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """One id from logits [vocab]."""
+    logits = logits.float().cpu()
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
