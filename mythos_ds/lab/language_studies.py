@@ -125,6 +125,26 @@ def _analyse_attention(results: Results, folders: Mapping[tuple[str, int], Path]
     return report
 
 
+def _analyse_routing(results: Results, folders: Mapping[tuple[str, int], Path], scale: str) -> Report:
+    """Losses, and what the trainer noted of the routers at the last step."""
+    report = _comparison(BALANCING_ARMS, "Balancing", "balancing.png")(results, folders, scale)
+    rows = [["arm", "load max/mean over all loops", "worst loop", "overlap of loops 1 and 2",
+             "largest share before bias", "entropy (nats)"]]  # fmt: skip
+    for arm in BALANCING_ARMS:
+        notes = [result["last"] for result in language.finished(results, arm.name)]
+        rows.append([
+            arm.label,
+            spread([note["router/load_max_mean"] for note in notes], 2),
+            spread([max(note["router/load_max_mean_per_loop"]) for note in notes], 2),
+            spread([note["router/overlap_per_loop"][0] for note in notes if note["router/overlap_per_loop"]], 2),
+            spread([max(note["router/prebias_max_share_per_loop"]) for note in notes], 3),
+            spread([sum(n := note["router/entropy_per_loop"]) / len(n) for note in notes], 2),
+        ])  # fmt: skip
+        report.numbers[f"last_step/{arm.name}"] = notes
+    report.tables.append(("Routers at the last training step", rows))
+    return report
+
+
 LOOPS = Study(
     "loops",
     "What depth does the model need, and how should it be trained?",
@@ -136,3 +156,5 @@ COST = Study("cost", "What does looping buy against distinct layers?", lambda sc
     **language.runs(COST_ARMS[3:], scale, data_dir, equal_flops=True),
 }, _analyse_cost)  # fmt: skip
 ATTENTION = Study("attention", "MLA or GQA?", _runs(ATTENTION_ARMS), _analyse_attention)
+ROUTING = Study("routing", "How is a router that runs in every loop balanced, and do loops choose different experts?",
+                _runs(BALANCING_ARMS), _analyse_routing)  # fmt: skip

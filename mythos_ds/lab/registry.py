@@ -10,6 +10,7 @@ STUDIES: dict[str, Study] = {
         language_studies.LOOPS,
         language_studies.COST,
         language_studies.ATTENTION,
+        language_studies.ROUTING,
         stress.STUDY,
         scaling.STUDY,
     )

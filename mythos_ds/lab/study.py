@@ -69,7 +69,9 @@ def _line(cells: list[str]) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and sample standard deviation, as a table shows them."""
+    """Mean and sample standard deviation, as a table shows them; nothing for no values."""
+    if not values:
+        return ""
     mean = sum(values) / len(values)
     if len(values) == 1:
         return f"{mean:.{digits}f}"
