@@ -13,7 +13,7 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from mythos_ds.data.command import run_tool
+from mythos_ds.data.command import INTERRUPTED_EXIT_CODE, run_tool
 from mythos_ds.errors import LabError
 from mythos_ds.lab.hardware import describe
 from mythos_ds.lab.registry import STUDIES
@@ -40,7 +40,11 @@ def work(arguments: Namespace) -> None:
     study = STUDIES[arguments.study]
     if arguments.scale not in study.scales:
         raise LabError(f"--scale: given {arguments.scale}; allowed for {study.name}: {', '.join(study.scales)}")
-    run_study(study, arguments)
+    try:
+        run_study(study, arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on from here\n")
+        sys.exit(INTERRUPTED_EXIT_CODE)
 
 
 def run_study(study: Study, arguments: Namespace) -> None:

@@ -44,7 +44,7 @@ def run_all(specs: Mapping[Any, RunSpec], output: Path, *, jobs: int, limit_s: f
             while waiting or running:
                 while waiting and len(running) < jobs:
                     key, spec = waiting.popitem()
-                    running[key] = (_start(run_folder(output, spec), spec), time.monotonic() + limit_s)
+                    running[key] = (start_run(run_folder(output, spec), spec), time.monotonic() + limit_s)
                 for key, (process, deadline) in list(running.items()):
                     if process.poll() is None and time.monotonic() < deadline:
                         continue
@@ -71,7 +71,8 @@ def _result(folder: Path) -> Result | None:
         return None
 
 
-def _start(folder: Path, spec: RunSpec) -> subprocess.Popen[bytes]:
+def start_run(folder: Path, spec: RunSpec) -> subprocess.Popen[bytes]:
+    """A process that runs `spec` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / SPEC, spec.to_json())
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -1,6 +1,7 @@
 """A small study from end to end, by its command: what docs/lab holds comes out again; a second run repeats nothing."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 from mythos_ds.errors import LabError
 from mythos_ds.lab.language import base
 from mythos_ds.lab.spec import Arm, RunSpec, make_spec
-from mythos_ds.lab.sweep import run_all, run_folder
+from mythos_ds.lab.sweep import start_run, run_all, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "khop-smoke"
@@ -82,6 +83,25 @@ def test_a_run_that_fails_is_reported_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(LabError, match="still running after 0 s"):
         run_all({"x": spec}, tmp_path, jobs=1, limit_s=0.4)
     assert run_folder(tmp_path, spec).is_dir()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    spec = _spec(tmp_path, **{"training.max_steps": 60, "monitor.log_interval": 1})
+    folder = run_folder(tmp_path, spec)
+    process = start_run(folder, spec)
+    metrics, limit = folder / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("grad_norm") > 5):
+        assert time.monotonic() < limit
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert not (folder / "result.json").exists()
+    resumed = run_all({"x": spec}, tmp_path, jobs=1, limit_s=200)["x"]
+    whole = run_all({"x": spec}, tmp_path / "whole", jobs=1, limit_s=200)["x"]
+    assert [step for step, _ in resumed["curve"]] == list(range(1, 61))
+    assert resumed["curve"] == whole["curve"]
+    assert resumed["accuracy"] == whole["accuracy"]
 
 
 def test_a_run_is_named_by_what_its_result_depends_on(tmp_path: Path) -> None:
