@@ -12,7 +12,7 @@ import pytest
 from mythos_ds.errors import LabError
 from mythos_ds.lab.language import base
 from mythos_ds.lab.spec import Arm, RunSpec, make_spec
-from mythos_ds.lab.sweep import start_run, run_all, run_folder
+from mythos_ds.lab.sweep import run_all, run_folder, start_run
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "khop-smoke"
