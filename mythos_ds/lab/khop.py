@@ -147,7 +147,7 @@ def analyse(results: Results, folders: Mapping[tuple[str, int], Path], scale: st
     tables = []
     for size in SIZES[scale]:
         rows = [["arm", "parameters", "5 hops, T=6", "10 hops, T=6", "T=8", "T=12", "T=24", "T=48", "20 hops, T=24",
-                 "frontier at T=6", "T=12", "hops per loop", "seconds"]]  # fmt: skip
+                 "frontier at T=6", "T=12", "hops per loop, T=4..16", "seconds"]]  # fmt: skip
         for arm in arms(SIZES[scale][size][2]):
             own = by_arm(results, f"{size}/{arm.name}")
             if own:
@@ -168,7 +168,7 @@ def _summary(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "accuracy": {loops: [round(value, 4) for value in values] for loops, values in accuracies.items()},
         "frontier": front,
-        "hops_per_loop": slope({loops: hops for loops, hops in front.items() if loops > 3}, TEST_HOPS),
+        "hops_per_loop": slope({loops: hops for loops, hops in front.items() if 4 <= loops <= 16}, TEST_HOPS),
         "parameters": result["parameters"],
         "training_flops": result["training_flops"],
         "seconds": round(result["seconds"], 1),
@@ -201,7 +201,7 @@ def draw(results: Results, scale: str, path: Path) -> None:
     """Accuracy against hops: the looped model at several loop counts, and the models without a loop."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2 * len(SIZES[scale]), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.4 * len(SIZES[scale]) + 2.2, 4.2), layout="constrained")
     panels = figure.subplots(1, len(SIZES[scale]), sharey=True, squeeze=False)[0]
     hops = range(1, TEST_HOPS + 1)
     for axes, (size, (entities, relations, *_)) in zip(panels, SIZES[scale].items(), strict=True):
@@ -215,9 +215,9 @@ def draw(results: Results, scale: str, path: Path) -> None:
         axes.axvline(TRAIN_HOPS + 0.5, color="grey", lw=0.8)
         axes.text(TRAIN_HOPS + 0.7, 102, "never trained", fontsize=8, color="grey")
         axes.axhline(100 / entities, color="grey", lw=0.8, ls=":")
-        axes.set(title=f"{entities} entities, {relations} relations", xlabel="hops", ylim=(0, 106))
+        axes.set(title=f"{entities} entities, {relations} relations", xlabel="hops", ylim=(0, 106), xticks=range(2, TEST_HOPS + 1, 2))
     panels[0].set_ylabel("accuracy (%), mean and range of seeds")
-    panels[-1].legend(fontsize=7, loc="upper right")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=110)
 
 
