@@ -98,11 +98,7 @@ def _resolve(arguments: argparse.Namespace, world_size: int) -> Any:
 def _loops(resolved: Any, step: int) -> tuple[int, int]:
     from mythos_ds.model.depth import DepthSampler
 
-    model, training = resolved.config.model, resolved.config.training
-    sampler = DepthSampler(
-        training.depth_distribution, model.mean_recurrence, training.depth_sigma, model.max_loops, training.seed
-    )
-    n_loops = sampler.loops_at(step)
+    n_loops = DepthSampler.of(resolved.config).loops_at(step)
     return n_loops, min(n_loops, resolved.mean_backprop_depth)
 
 

@@ -13,10 +13,11 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
+from studies.registry import STUDIES
+
 from mythos_ds.data.command import INTERRUPTED_EXIT_CODE, run_tool
 from mythos_ds.errors import LabError
 from mythos_ds.lab.hardware import describe
-from mythos_ds.lab.registry import STUDIES
 from mythos_ds.lab.report import write_summary
 from mythos_ds.lab.study import Study, write_report
 from mythos_ds.lab.sweep import run_all, run_folder

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mythos_ds.checkpoint.model_folder import save_model
-from mythos_ds.lab.language import base, configuration
 from mythos_ds.model.generation import generate
 from mythos_ds.model.mythos import MythosModel
 from tests.helpers.text_data import make_tokenizer
+from tools.studies.language import base, configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 

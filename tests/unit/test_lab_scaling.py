@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mythos_ds.errors import LabError
-from mythos_ds.lab.scaling import best_depth, exponent, fit
+from tools.studies.scaling import best_depth, exponent, fit
 
 DEPTHS = (1, 2, 3, 4, 6, 8)
 

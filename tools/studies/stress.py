@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.lab import language
-from mythos_ds.lab.language import MEAN, finished, loss_at
 from mythos_ds.lab.spec import Arm, RunSpec
 from mythos_ds.lab.study import Report, Results, Study, by_arm, spread
+
+from . import language
+from .language import MEAN, finished, loss_at
 
 _INJECTIONS = [
     ("lti", "A h + B e, rho(A) < 1", {}, None),

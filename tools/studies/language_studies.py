@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.lab import language
-from mythos_ds.lab.language import BASELINE, MEAN, configuration, loss_at, unlooped
 from mythos_ds.lab.spec import Arm, RunSpec
 from mythos_ds.lab.study import Report, Results, Study, spread
 from mythos_ds.model.attention import Attention
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.plan.flops import cache_bytes_per_token
+
+from . import language
+from .language import BASELINE, MEAN, configuration, loss_at, unlooped
 
 LOOPS_ARMS = [
     BASELINE,

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from mythos_ds.errors import LabError
-from mythos_ds.lab import language
-from mythos_ds.lab.language import configuration, loss_at, step_flops
 from mythos_ds.lab.spec import Arm, RunSpec, make_spec
 from mythos_ds.lab.study import Report, Results, Study
+
+from . import language
+from .language import configuration, loss_at, step_flops
 
 BUDGETS = (0.125, 0.25, 0.5, 1.0)
 """In units of the baseline's training FLOPs."""

@@ -1,7 +1,8 @@
 """The studies by name."""
 
-from mythos_ds.lab import khop, language_studies, scaling, stress
 from mythos_ds.lab.study import Study
+
+from . import khop, language_studies, scaling, stress
 
 STUDIES: dict[str, Study] = {
     study.name: study
