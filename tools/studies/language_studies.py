@@ -40,6 +40,9 @@ COST_ARMS = [
     Arm("four_layers_steps", "the same, steps cut to equal training FLOPs", unlooped(MEAN)),
 ]
 
+_COST_LENGTH = 3.5
+"""Distinct layers take longer than the other studies' runs to show what they are worth."""
+
 _MLA = {
     "model.attn_type": "mla", "model.n_kv_heads": None, "model.qk_norm": False, "model.kv_lora_rank": 24,
     "model.qk_nope_head_dim": 12, "model.qk_rope_head_dim": 8, "model.v_head_dim": 16,
@@ -153,8 +156,8 @@ LOOPS = Study(
     _comparison(LOOPS_ARMS, "Held-out loss at equal training FLOPs", "loops.png", _DRAWN),
 )
 COST = Study("cost", "What does looping buy against distinct layers?", lambda scale, data_dir: {
-    **language.runs(COST_ARMS[:3], scale, data_dir),
-    **language.runs(COST_ARMS[3:], scale, data_dir, equal_flops=True),
+    **language.runs(COST_ARMS[:3], scale, data_dir, length=_COST_LENGTH),
+    **language.runs(COST_ARMS[3:], scale, data_dir, length=_COST_LENGTH, equal_flops=True),
 }, _analyse_cost)  # fmt: skip
 ATTENTION = Study("attention", "MLA or GQA?", _runs(ATTENTION_ARMS), _analyse_attention)
 ROUTING = Study("routing", "How is a router that runs in every loop balanced, and do loops choose different experts?",

@@ -20,7 +20,7 @@ from .language import configuration, loss_at, step_flops
 
 BUDGETS = (0.125, 0.25, 0.5, 1.0)
 """In units of the baseline's training FLOPs."""
-DEPTHS = (1, 2, 3, 4, 6, 8)
+DEPTHS = (1, 2, 4, 8)
 PUBLISHED = {"depth": 0.40, "tokens": 0.78}
 MIN_BUDGETS, MIN_DEPTHS = 4, 4
 _RESAMPLES = 2000
