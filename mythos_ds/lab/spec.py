@@ -43,7 +43,7 @@ class RunSpec:
     def key(self) -> str:
         """Names the run; the same for the same content. Where the data lie does not count."""
         content = json.loads(json.dumps({"format": FORMAT, **asdict(self)}))
-        del content["config"]["data"]["data_dir"]
+        content["config"]["data"].pop("data_dir", None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:

@@ -2,7 +2,7 @@
 
 from mythos_ds.lab.study import Study
 
-from . import khop, language_studies, scaling, stress
+from . import khop, language_studies, scaling, stress, width
 
 STUDIES: dict[str, Study] = {
     study.name: study
@@ -14,5 +14,6 @@ STUDIES: dict[str, Study] = {
         language_studies.ROUTING,
         stress.STUDY,
         scaling.STUDY,
+        width.STUDY,
     )
 }

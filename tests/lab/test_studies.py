@@ -1,0 +1,68 @@
+"""Every study's runs are valid configurations, and its analysis makes tables and pictures of any results."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from mythos_ds.config.resolve import resolve
+from mythos_ds.config.schema import RunConfig
+from mythos_ds.lab.controls import CONTROLS
+from mythos_ds.lab.report import write_summary
+from mythos_ds.lab.spec import RunSpec
+from mythos_ds.lab.study import write_report
+from tools.studies.registry import STUDIES
+
+CASES = [(name, scale) for name, study in STUDIES.items() for scale in study.scales]
+
+
+@pytest.mark.parametrize(("name", "scale"), CASES)
+def test_runs_resolve_and_differ(name: str, scale: str) -> None:
+    specs = STUDIES[name].runs(scale, "data")
+    assert len({spec.key for spec in specs.values()}) == len(specs)
+    for (_, seed), spec in specs.items():
+        resolved = resolve(RunConfig.model_validate(spec.config), 1)
+        assert resolved.config.training.seed == seed
+        assert spec.control is None or spec.control in CONTROLS
+
+
+def _made_up(spec: RunSpec, draw: random.Random) -> dict:
+    """A result of the right form."""
+    loops = max(2, RunConfig.model_validate(spec.config).model.mean_recurrence)
+    per_loop = [draw.uniform(1, 2) for _ in range(loops)]
+    result = {
+        "seconds": draw.uniform(50, 60),
+        "losses": {str(count): draw.uniform(4, 5) for count in {1, *spec.loops}},
+        "curve": [[step, draw.uniform(4, 8)] for step in range(10, 160, 10)],
+        "last": {
+            "router/load_max_mean": 1.5,
+            "router/load_max_mean_per_loop": per_loop,
+            "router/overlap_per_loop": per_loop[1:],
+            "router/prebias_max_share_per_loop": per_loop,
+            "router/entropy_per_loop": per_loop,
+            "state/rms_per_loop": per_loop,
+        },
+        "parameters": 1000,
+        "training_flops": 1e15,
+        "tokens": 1e6,
+    }
+    if spec.chains is not None:
+        hops = spec.chains["test_hops"]
+        result["accuracy"] = {str(count): [draw.random() for _ in range(hops)] for count in spec.loops}
+    return result
+
+
+@pytest.mark.parametrize(("name", "scale"), CASES)
+def test_analysis_makes_a_page(name: str, scale: str, tmp_path: Path) -> None:
+    study, draw = STUDIES[name], random.Random(0)
+    results = {key: _made_up(spec, draw) for key, spec in study.runs(scale, "data").items()}
+    diverged = next(iter(results))
+    if name == "stress":  # a run that diverged has no losses
+        results[diverged] = {"diverged": "step 9: loss is nan", "curve": [[1, 8.0]], "last": {}}
+    report = study.analyse(results, dict.fromkeys(results, tmp_path), scale)
+    write_report(study, report, tmp_path / name, {"command": "c"})
+    page = (tmp_path / name / "results.md").read_text()
+    assert page.count("| --- |") == len(report.tables)
+    pictures = list((tmp_path / name).glob("*.png"))
+    assert len(pictures) == len(report.pictures) > 0
+    assert "<table>" in write_summary(tmp_path).read_text()
