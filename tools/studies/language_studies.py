@@ -40,7 +40,7 @@ COST_ARMS = [
     Arm("four_layers_steps", "the same, steps cut to equal training FLOPs", unlooped(MEAN)),
 ]
 
-_COST_LENGTH = 3.5
+_COST_LENGTH = 2.0
 """Distinct layers take longer than the other studies' runs to show what they are worth."""
 
 _MLA = {

@@ -20,7 +20,7 @@ _INJECTIONS = [
     ("concat_raw", "W [h; e], prelude output not normed", {"model.prelude_norm": False}, "concat"),
 ]
 FACTORS = (1, 5)
-_STEPS = {"training.max_steps": 150, "training.warmup_steps": 8}
+_STEPS = {"training.max_steps": 100, "training.warmup_steps": 5}
 _LEARNING_RATE = 4e-3
 
 
