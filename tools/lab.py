@@ -8,10 +8,13 @@ A study trains its models through the project's trainer, a process each, and wri
 docs/lab/<study>/. Ctrl-C keeps what is done; the same command goes on.
 """
 
+import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from studies.registry import STUDIES
 
@@ -41,11 +44,17 @@ def work(arguments: Namespace) -> None:
     study = STUDIES[arguments.study]
     if arguments.scale not in study.scales:
         raise LabError(f"--scale: given {arguments.scale}; allowed for {study.name}: {', '.join(study.scales)}")
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         run_study(study, arguments)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command goes on from here\n")
         sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """A batch system's signal stops the runs in order, as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def run_study(study: Study, arguments: Namespace) -> None:
