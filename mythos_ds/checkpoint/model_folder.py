@@ -1,6 +1,7 @@
 """A model in one folder: config.json and model.safetensors, whole, in fp32 or bf16. What tools and studies read."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return _read(folder)["facts"]
 
 
-def load_model(folder: Path) -> MythosModel:
-    """The model in evaluation mode, on the CPU. Raises CheckpointError where a file is missing, damaged or does not fit
-    the configuration."""
+def load_model(folder: Path, adapt: Callable[[MythosModel], None] | None = None) -> MythosModel:
+    """The model in evaluation mode, on the CPU; `adapt` makes it the variant that was saved. Raises CheckpointError
+    where a file is missing, damaged or does not fit the configuration."""
     try:
         config = ModelConfig.model_validate(_read(folder)["model"])
     except ValidationError as error:
         raise CheckpointError(f"{folder / CONFIG}: not a model's configuration ({error})") from None
     model = MythosModel(config)
+    if adapt is not None:
+        adapt(model)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:

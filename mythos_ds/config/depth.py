@@ -2,29 +2,43 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 _NODES = 241
 _WIDTH = 6.0
 
 
-def depth_pmf(distribution: str, mean: int, sigma: float, max_loops: int) -> tuple[float, ...]:
+def depth_pmf(distribution: str, mean: float, sigma: float, max_loops: int) -> tuple[float, ...]:
     """Probabilities of T = 1 .. max_loops; entry i is P(T = i + 1).
 
     lognormal_poisson: T = clip(Poisson(r), 1, max_loops), log r ~ N(log mean - sigma^2/2, sigma) (the law of
-    Geiping et al. 2025, arXiv 2502.05171, unshifted); poisson: r = mean; uniform: on 1 .. 2 mean - 1; fixed:
-    mean.
+    Geiping et al. 2025, arXiv 2502.05171, unshifted); poisson: r = mean; uniform: on 1 .. 2 mean - 1, rounded; fixed:
+    mean, rounded.
     """
     if distribution == "fixed":
-        raw = {mean: 1.0}
+        raw = {round(mean): 1.0}
     elif distribution == "uniform":
-        raw = {loops: 1.0 / (2 * mean - 1) for loops in range(1, 2 * mean)}
+        end = round(2 * mean)
+        raw = {loops: 1.0 / (end - 1) for loops in range(1, end)}
     elif distribution == "poisson":
-        raw = _poisson_mixture([(float(mean), 1.0)], max_loops)
+        raw = _poisson_mixture([(mean, 1.0)], max_loops)
     elif distribution == "lognormal_poisson":
         raw = _poisson_mixture(_lognormal_rates(mean, sigma), max_loops)
     else:
         raise ValueError(f"unknown depth distribution {distribution!r}")
     return _clipped(raw, max_loops)
+
+
+def growing_mean(step: int, mean: int, curriculum_steps: int) -> float:
+    """The law's mean at optimizer step `step` (from 0): from 1 linearly to `mean` at step `curriculum_steps`, then held
+    (retrofitted recurrence, arXiv 2511.07384)."""
+    return mean if step >= curriculum_steps else 1.0 + (mean - 1) * step / curriculum_steps
+
+
+def largest_of(pmf: Sequence[float], draws: int) -> tuple[float, ...]:
+    """Probabilities of the largest of `draws` independent loop counts."""
+    below = [min(total, 1.0) ** draws for total in accumulate(pmf)]
+    return tuple(after - before for before, after in zip([0.0, *below], below, strict=False))
 
 
 def mean_depth(pmf: Sequence[float]) -> float:
@@ -37,7 +51,7 @@ def tail_probability(pmf: Sequence[float], loops: float) -> float:
     return sum(probability for index, probability in enumerate(pmf) if index + 1 > loops)
 
 
-def _lognormal_rates(mean: int, sigma: float) -> list[tuple[float, float]]:
+def _lognormal_rates(mean: float, sigma: float) -> list[tuple[float, float]]:
     """Rates and weights that integrate over the log-normal by the trapezoidal rule."""
     step = 2 * _WIDTH / (_NODES - 1)
     points = [-_WIDTH + index * step for index in range(_NODES)]

@@ -95,6 +95,16 @@ def mean_recurrence(model: ModelConfig) -> str | None:
     return f"{model.mean_recurrence} given; allowed: 1 to max_loops = {limit}; nearest: {limit}"
 
 
+def halting(model: ModelConfig) -> str | None:
+    """A gate learns from a model that does not change any more."""
+    if model.halting != "gate":
+        return None
+    return (
+        '"gate" given; allowed in training: "none", "act" or "act_openmythos" (train with "none", and the gate '
+        'afterwards with: python tools/train_gate.py --model FOLDER --output FOLDER); nearest: "none"'
+    )
+
+
 def routed_parameters(model: ModelConfig) -> int:
     """Parameters of all routed experts."""
     return model.recurrent_layers * model.n_experts * 3 * model.dim * model.expert_dim

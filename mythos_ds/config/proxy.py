@@ -139,6 +139,7 @@ def _training_changes(config: RunConfig, world_size: int, pp_size: PipelineSize)
         "max_steps": steps,
         "max_tokens": None,
         "warmup_steps": min(training.warmup_steps, steps // 10),
+        "depth_curriculum_steps": min(training.depth_curriculum_steps, steps // 2),
         "eval_interval": 0,
         "eval_batches": 1,
     }

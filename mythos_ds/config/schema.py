@@ -60,7 +60,9 @@ class ModelConfig(Section):
     lora_rank: int = Field(0, ge=0, description="Depth-wise LoRA rank; 0 = none.")
     lora_target: Literal["input", "output"] = Field("input", description="Where the loop's LoRA acts on the block.")
 
-    halting: Literal["none", "act", "act_openmythos"] = "none"
+    halting: Literal["none", "act", "act_openmythos", "gate"] = Field(
+        "none", description="Depth per position. 'gate' is made by tools/train_gate.py from a trained model."
+    )
     act_threshold: float = Field(0.99, gt=0, lt=1)
 
     tie_embeddings: bool = False
@@ -135,6 +137,14 @@ class TrainingConfig(Section):
 
     depth_distribution: Literal["lognormal_poisson", "poisson", "uniform", "fixed"] = "lognormal_poisson"
     depth_sigma: float = Field(0.5, gt=0, description="lognormal_poisson: spread of the log rate.")
+    depth_per: Literal["step", "sequence"] = Field(
+        "step",
+        description="What draws a loop count: a step for all its sequences, or each sequence its own; a step then runs "
+        "the largest of them.",
+    )
+    depth_curriculum_steps: int = Field(
+        0, ge=0, description="Steps over which the law's mean grows linearly from 1 to mean_recurrence; 0 = none."
+    )
     mean_backprop_depth: int | None = Field(None, ge=1, description="Loops with gradient; null = ceil(mean/2).")
 
     balance_loss: float = Field(1e-4, ge=0, description="Weight of the sequence-wise balance loss.")

@@ -75,6 +75,8 @@ def check_world(config: RunConfig, world_size: int) -> list[Problem]:
     problems: list[Problem] = []
     if (message := _warmup(config.training)) is not None:
         problems.append(("training.warmup_steps", message))
+    if (message := _curriculum(config.training)) is not None:
+        problems.append(("training.depth_curriculum_steps", message))
     if is_pipelined(config.parallel):
         return problems + pipeline_rules.world_problems(config, world_size)
     if (message := _batch_problem(config.training, world_size)) is not None:
@@ -215,6 +217,27 @@ def _warmup(training: TrainingConfig) -> str | None:
     return f"{training.warmup_steps} given; allowed: less than the run's {steps} steps; nearest: {steps - 1}"
 
 
+def _curriculum(training: TrainingConfig) -> str | None:
+    steps = steps_of(training)
+    if steps == 0 or training.depth_curriculum_steps <= steps:
+        return None
+    return f"{training.depth_curriculum_steps} given; allowed: at most the run's {steps} steps; nearest: {steps}"
+
+
+def _depth_per(config: RunConfig) -> str | None:
+    if config.training.depth_per == "step":
+        return None
+    if is_pipelined(config.parallel):
+        why = f"pp_size {config.parallel.pp_size}, whose stages visit whole micro-batches"
+    elif config.model.halting in ("act", "act_openmythos"):
+        why = f'halting "{config.model.halting}", which gives each position a depth'
+    elif config.training.depth_distribution == "fixed":
+        why = 'depth_distribution "fixed", where it has no effect'
+    else:
+        return None
+    return f'"sequence" given with {why}; nearest: "step"'
+
+
 def _micro_batch(training: TrainingConfig) -> str | None:
     if training.global_batch_size % training.micro_batch_size == 0:
         return None
@@ -303,6 +326,7 @@ def _is_muon(config: RunConfig) -> bool:
 
 RULES: tuple[Rule, ...] = (
     Rule("parallel.pp_size", pipeline_rules.form),
+    _model("halting", model_rules.halting),
     Rule("model.halting", pipeline_rules.halting),
     Rule("parallel.zero_stage", pipeline_rules.zero_stage),
     Rule("training.optimizer", pipeline_rules.optimizer),
@@ -360,6 +384,13 @@ RULES: tuple[Rule, ...] = (
         "training",
         'unless depth_distribution is "lognormal_poisson"',
         lambda c: c.training.depth_distribution != "lognormal_poisson",
+    ),
+    Rule("training.depth_per", _depth_per),
+    *_no_effect(
+        ("depth_curriculum_steps",),
+        "training",
+        "with mean_recurrence 1",
+        lambda c: c.model.mean_recurrence == 1,
     ),
     *_no_effect(("ponder_cost",), "training", 'unless halting is "act"', lambda c: c.model.halting != "act"),
     Rule("training.mean_backprop_depth", _backprop_depth),

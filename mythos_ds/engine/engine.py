@@ -78,12 +78,17 @@ class TrainingEngine:
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches; n_loops loops, the last n_grad_loops with gradient.
 
-        lr: the scheduled learning rate, before each group's own factor. statistics: also collect the costlier metrics
-        (shares before the bias, entropy, overlap, state). Errors: NumericsError on every rank where the loss or the
-        gradient norm is not finite, with the weights as they were for the loss; ValueError for a wrong batch count.
+        Where batches have `depths`, n_loops is their maximum over the global batch. lr: the scheduled learning rate,
+        before each group's own factor. statistics: also collect the costlier metrics (shares before the bias, entropy,
+        overlap, state). Errors: NumericsError on every rank where the loss or the gradient norm is not finite, with the
+        weights as they were for the loss; ValueError for a wrong batch count, and for depths outside of 1 .. n_loops or
+        with a pipeline.
         """
         if len(batches) != self.resolved.gradient_accumulation_steps:
             raise ValueError(f"{len(batches)} micro-batches, but {self.resolved.gradient_accumulation_steps} per step")
+        for depths in (batch["depths"] for batch in batches if "depths" in batch):
+            if self.groups.pipelined or depths.min() < 1 or depths.max() > n_loops:
+                raise ValueError(f"depths {depths.tolist()} with {n_loops} loops; allowed: 1 .. n_loops, no pipeline")
         self.deepspeed.train()
         set_learning_rate(self.deepspeed.optimizer, lr)
         run = self._micro_batches.train(

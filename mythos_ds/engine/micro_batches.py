@@ -13,7 +13,8 @@ from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.pipeline import PipelineRun
 
 Batch = dict[str, Tensor]
-"""tokens, labels, positions: int64 [rows, seq] on this process's device; labels are the next tokens."""
+"""tokens, labels, positions: int64 [rows, seq] on this process's device; labels are the next tokens. Where each
+sequence has its own depth, also depths: int64 [rows]."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ class SequentialMicroBatches:
         return self._deepspeed(batch["tokens"], n_loops=n_loops, positions=batch.get("positions"))
 
     def _forward(self, batch: Batch, n_loops: int, **options: Any) -> Tensor:
-        return self._deepspeed(
-            batch["tokens"], labels=batch["labels"], positions=batch["positions"], n_loops=n_loops, **options
-        )
+        inputs = {name: batch.get(name) for name in ("labels", "positions", "depths")}
+        return self._deepspeed(batch["tokens"], n_loops=n_loops, **inputs, **options)
 
     def _mean(self, losses: list[Tensor]) -> float:
         total = self._groups.all_reduce(torch.stack(losses).sum())

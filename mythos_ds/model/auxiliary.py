@@ -21,10 +21,11 @@ def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
     return _AttachLoss.apply(x, loss)
 
 
-def balance_loss(scores: Tensor, indices: Tensor, alive: Tensor | None) -> Tensor:
+def balance_loss(scores: Tensor, indices: Tensor, alive: Tensor | None, weights: Tensor | None = None) -> Tensor:
     """Sequence-wise balance loss sum_i f_i P_i, mean over sequences (DeepSeek-V3 report, eq. 17-20).
 
-    scores fp32 [batch, seq, n_experts] positive; indices [batch, seq, k]; alive fp32 [batch, seq] or None. Scalar.
+    scores fp32 [batch, seq, n_experts] positive; indices [batch, seq, k]; alive fp32 [batch, seq] or None;
+    weights fp32 [batch] of the sequences, or None. Scalar.
     """
     n_experts, k = scores.shape[-1], indices.shape[-1]
     share = scores / scores.sum(-1, keepdim=True)
@@ -33,13 +34,17 @@ def balance_loss(scores: Tensor, indices: Tensor, alive: Tensor | None) -> Tenso
     chosen = torch.zeros_like(scores).scatter_(-1, indices, 1.0)
     fraction = (chosen * alive[..., None]).sum(1) * (n_experts / k) / tokens
     probability = (share * alive[..., None]).sum(1) / tokens
-    return (fraction * probability).sum(-1).mean()
+    losses = (fraction * probability).sum(-1)
+    return losses.mean() if weights is None else (losses * weights).mean()
 
 
-def z_loss(logits: Tensor, alive: Tensor | None) -> Tensor:
+def z_loss(logits: Tensor, alive: Tensor | None, weights: Tensor | None = None) -> Tensor:
     """Router z-loss, mean over tokens of logsumexp(logits)^2 (ST-MoE, Zoph et al. 2022).
 
-    logits fp32 [batch, seq, n_experts], alive fp32 [batch, seq] or None; a scalar.
+    logits fp32 [batch, seq, n_experts], alive fp32 [batch, seq] or None; with weights fp32 [batch] of the sequences
+    instead, over all tokens. A scalar.
     """
     square = torch.logsumexp(logits, dim=-1).square()
+    if weights is not None:
+        return (square * weights[:, None]).mean()
     return square.mean() if alive is None else (square * alive).sum() / alive.sum().clamp_min(1.0)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mythos_ds.model.depth import SequenceDepths
 from mythos_ds.model.documents import DocumentBounds
 from mythos_ds.model.records import ForwardRecords
 from mythos_ds.model.rope import Rotary
@@ -32,6 +33,12 @@ class ForwardContext:
     aux: AuxLoss | None
     n_grad_loops: int
     records: ForwardRecords = field(default_factory=ForwardRecords)
+    depths: SequenceDepths | None = None
+    """None: all sequences run all loops."""
+
+    def index_at(self, loop: int) -> int | Tensor:
+        """The index that the model sees in loop `loop`: with a depth per sequence each one's own, int64 [batch]."""
+        return loop if self.depths is None else self.depths.index(loop)
 
 
 @dataclass(frozen=True)

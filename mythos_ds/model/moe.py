@@ -15,7 +15,7 @@ from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.feed_forward import Experts, FeedForward
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.permute import inverse_permutation, permute_rows, repeat_permute_rows
-from mythos_ds.model.records import ForwardRecords, RoutingRecord, jaccard_overlap
+from mythos_ds.model.records import ForwardRecords, RoutingRecord, jaccard_overlap, masked_mean
 from mythos_ds.model.router import Router, Routing, count_experts
 
 
@@ -61,9 +61,13 @@ class MoE(nn.Module):
         return dispatch_locally
 
     def forward(self, x: Tensor, loop: int, context: ForwardContext, alive: Tensor | None = None) -> Tensor:
-        """alive: bool [batch, seq], False where a halted position should not count in load and losses."""
+        """alive: bool [batch, seq], False where a halted position should not count in load and losses; so do sequences
+        that have not begun."""
         rows = x.flatten(0, -2)
-        routing: Routing = self.router(rows, loop)
+        index = context.index_at(loop)
+        if isinstance(index, Tensor):
+            index = _by_token(index, len(rows))
+        routing: Routing = self.router(rows, index)
         weights = self._note(routing, loop, context, alive, x.shape[:2])
         k = routing.indices.shape[-1]
         expert_of_row = routing.indices.flatten()
@@ -81,18 +85,21 @@ class MoE(nn.Module):
         """Writes the record, and returns the routing weights with the auxiliary losses attached."""
         mask = None if alive is None else alive.float()
         weights, balance, z = routing.weights, None, None
-        aux = context.aux
+        aux, depths = context.aux, context.depths
         if aux is not None and (aux.balance or aux.z):
-            balance = balance_loss(
-                routing.scores.unflatten(0, shape), routing.indices.unflatten(0, shape), mask
-            )
-            z = z_loss(routing.logits.unflatten(0, shape), mask)
+            shares = None if depths is None else depths.loss_weights(loop, context.n_grad_loops)
+            scores, indices = routing.scores.unflatten(0, shape), routing.indices.unflatten(0, shape)
+            balance = balance_loss(scores, indices, mask, shares)
+            z = z_loss(routing.logits.unflatten(0, shape), mask, shares)
             if torch.is_grad_enabled():
                 total = aux.balance * balance + aux.z * z
                 weights = attach_loss(weights, total * (aux.scale / context.n_grad_loops))
-            balance, z = balance.detach(), z.detach()
+            # As notes, means over the sequences that have begun.
+            whole = 1.0 if shares is None else shares.mean().clamp_min(1e-30)
+            balance, z = balance.detach() / whole, z.detach() / whole
         if context.records.open:
             with torch.no_grad():
+                mask = mask if depths is None else _by_token(depths.begun(loop), len(routing.indices))
                 self._record(context.records, loop, routing, mask, balance, z)
         return weights
 
@@ -105,8 +112,16 @@ class MoE(nn.Module):
         balance: Tensor | None,
         z: Tensor | None,
     ) -> None:
-        own = records.routing[self.layer]
-        counts = count_experts(routing.indices, self.n_experts, mask).float()
+        own, depths = records.routing[self.layer], records.depths
+
+        def count(indices: Tensor) -> Tensor:
+            if depths is None:
+                return count_experts(indices, self.n_experts, mask).float()
+            row = _by_token(depths.index(loop), len(indices))[:, None]
+            counted = count_experts(indices + self.n_experts * row, self.n_experts * depths.n_loops, mask)
+            return counted.view(depths.n_loops, -1).float()
+
+        counts = count(routing.indices)
         if not records.details:
             own[loop] = RoutingRecord(counts, balance, z)
             return
@@ -115,13 +130,19 @@ class MoE(nn.Module):
         unbiased = self.router.choose(routing.scores, None)
         overlap = None
         if before is not None and before.indices is not None:
-            overlap = jaccard_overlap(before.indices, routing.indices)
+            both = mask if depths is None else _by_token(depths.begun(loop - 1), len(share))
+            overlap = jaccard_overlap(before.indices, routing.indices, both)
         own[loop] = RoutingRecord(
             counts,
             balance,
             z,
-            prebias_counts=count_experts(unbiased, self.n_experts, mask).float(),
-            entropy=-torch.xlogy(share, share).sum(-1).mean(),
+            prebias_counts=count(unbiased),
+            entropy=masked_mean(-torch.xlogy(share, share).sum(-1), mask),
             indices=routing.indices,
             overlap_previous=overlap,
         )
+
+
+def _by_token(values: Tensor, n_tokens: int) -> Tensor:
+    """values [batch] of the sequences -> [n_tokens], for each of their tokens."""
+    return values.repeat_interleave(n_tokens // len(values))

@@ -1,5 +1,7 @@
 """The recurrent-depth transformer: embedding, prelude, looped block, coda, head."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.config.stages import Part, whole
 from mythos_ds.model.attention import rotary_width
 from mythos_ds.model.context import AuxLoss, ForwardContext
+from mythos_ds.model.depth import SequenceDepths
 from mythos_ds.model.documents import DocumentBounds
 from mythos_ds.model.initializer import Embedding, Initializer
 from mythos_ds.model.layers import DenseLayer, MoEFactory
@@ -62,16 +65,23 @@ class MythosModel(nn.Module):
         labels: Tensor | None = None,
         aux: AuxLoss | None = None,
         records: ForwardRecords | None = None,
+        depths: Tensor | None = None,
     ) -> Tensor:
         """tokens int64 [batch, seq] -> fp32 logits [batch, seq, vocab], or the scalar mean loss where labels are given.
 
         n_grad_loops: the last loops that get a gradient (None: all). positions int64 [batch, seq] restart at 0 where a
-        document starts (None: one document per sequence). `records` are filled and closed. Raises ValueError for a loop
-        count below 1.
+        document starts (None: one document per sequence). `records` are filled and closed. depths int64 [batch], each
+        1 .. n_loops: loops of each sequence, not with ACT (None: n_loops; see SequenceDepths). Raises ValueError for a
+        loop count below 1, or depths with ACT or of another shape.
         """
         if n_loops < 1 or (n_grad_loops is not None and n_grad_loops < 1):
             raise ValueError(f"n_loops ({n_loops}) and n_grad_loops ({n_grad_loops}) must be at least 1")
         context = self.make_context(tokens, positions, aux, min(n_grad_loops or n_loops, n_loops), records)
+        if depths is not None:
+            if depths.shape != tokens.shape[:1] or self.config.halting in ("act", "act_openmythos"):
+                raise ValueError(f"depths {list(depths.shape)} for tokens {list(tokens.shape)}, or with ACT")
+            context.records.depths = SequenceDepths(depths, n_loops)
+            context = replace(context, depths=context.records.depths)
         e = self.normed(self.run_prelude(self.embed(tokens), context))
         x = self.recurrent(e, n_loops, context).to(e.dtype)
         context.records.close()

@@ -9,19 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mythos_ds.model.depth import SequenceDepths
+
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """Routing of one MoE layer in one loop of one micro-batch. All tensors are detached."""
+    """Routing of one MoE layer in one loop of one micro-batch; means are over the tokens that count. All tensors are
+    detached."""
 
     counts: Tensor
-    """fp32 [n_experts]: tokens that chose each expert."""
+    """fp32 [n_experts]: tokens that chose each expert; with a depth per sequence [n_loops, n_experts], by the own loop
+    index of the sequences, whose bias they were chosen with."""
     balance: Tensor | None = None
     """Scalar balance loss, unweighted; only where auxiliary losses are on."""
     z: Tensor | None = None
     """Scalar router z-loss, unweighted."""
     prebias_counts: Tensor | None = None
-    """fp32 [n_experts]: what the scores alone would have chosen; only when details are asked for."""
+    """Like counts: what the scores alone would have chosen; only when details are asked for."""
     entropy: Tensor | None = None
     """Scalar: mean entropy of a token's normalised scores, in nats."""
     indices: Tensor | None = None
@@ -32,7 +36,7 @@ class RoutingRecord:
 
 @dataclass(frozen=True)
 class LoopRecord:
-    """The carried state after one loop."""
+    """The carried state after one loop, of the sequences that run in it."""
 
     state_rms: Tensor
     """Scalar root mean square of h."""
@@ -48,6 +52,7 @@ class ForwardRecords:
         routing: by recurrent layer (its index in the whole model) and loop.
         loops: the carried state by loop; only with details.
         decay_maximum: rho(A), a scalar; only with details.
+        depths: the sequences' own depths; None where all have the same.
     """
 
     def __init__(self, *, details: bool = False):
@@ -56,6 +61,7 @@ class ForwardRecords:
         self.routing: defaultdict[int, dict[int, RoutingRecord]] = defaultdict(dict)
         self.loops: dict[int, LoopRecord] = {}
         self.decay_maximum: Tensor | None = None
+        self.depths: SequenceDepths | None = None
         self._state: Tensor | None = None
 
     @property
@@ -74,8 +80,13 @@ class ForwardRecords:
         """The state [batch, seq, dim] after `loop`."""
         assert self._state is not None, "start comes first"
         before, after = self._state.float(), state.detach().float()
+        mean_square = after.square().mean()
+        if self.depths is not None:
+            begun = self.depths.begun(loop).float()
+            before, after = (x * begun[:, None, None] for x in (before, after))
+            mean_square = after.square().mean() / begun.mean().clamp_min(1e-30)
         norm = after.norm().clamp_min(1e-30)
-        self.loops[loop] = LoopRecord(after.square().mean().sqrt(), (after - before).norm() / norm)
+        self.loops[loop] = LoopRecord(mean_square.sqrt(), (after - before).norm() / norm)
         self._state = state.detach()
 
     def close(self) -> None:
@@ -84,11 +95,16 @@ class ForwardRecords:
         self._state = None
 
 
-def jaccard_overlap(first: Tensor, second: Tensor) -> Tensor:
-    """Mean over tokens of |a and b| / |a or b| for index sets [tokens, k]; a scalar."""
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of values [tokens] where the mask (any shape, or none) is nonzero; a scalar, 0 where it never is."""
+    return values.mean() if mask is None else (values * mask.flatten()).sum() / mask.sum().clamp_min(1)
+
+
+def jaccard_overlap(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over tokens, those of the mask, of |a and b| / |a or b| for index sets [tokens, k]; a scalar."""
     k = first.shape[-1]
     shared = (first[:, :, None] == second[:, None, :]).any(-1).sum(-1)
-    return (shared / (2 * k - shared)).float().mean()
+    return masked_mean((shared / (2 * k - shared)).float(), mask)
 
 
 def load_imbalance(counts: Tensor) -> Tensor:

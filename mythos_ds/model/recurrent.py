@@ -15,7 +15,7 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.config.stages import Part
 from mythos_ds.model.auxiliary import attach_loss
 from mythos_ds.model.context import ForwardContext
-from mythos_ds.model.halting import Halting, HaltingState
+from mythos_ds.model.halting import Gate, Halting, HaltingState
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.injection import Injection
 from mythos_ds.model.layers import MoEFactory, RecurrentLayer
@@ -31,7 +31,7 @@ class RecurrentBlock(nn.Module):
 
     `pre`: the layers' residual branches are evaluated at the injected state x = A h + B e. `post`: the layers run on
     norm(h + e) and their output is added. The state is carried in fp32 unless the config says otherwise. Holds the
-    layers of `part`, and the rest (injection, loop embedding, LoRA, halting) where part.loops.
+    layers of `part`, and the rest (injection, loop embedding, LoRA, halting, gate) where part.loops.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class RecurrentBlock(nn.Module):
         self.lora: DepthwiseLoRA | None = None
         self.norm: RMSNorm | None = None
         self.halting: Halting | None = None
+        self.gate: Gate | None = None
         if part.loops:
             self._add_own_parts(config, init)
         self.layers = nn.ModuleDict(
@@ -61,17 +62,22 @@ class RecurrentBlock(nn.Module):
             self.lora = DepthwiseLoRA(config, init.at("lora"))
         if self.post:
             self.norm = RMSNorm(config.dim, config.norm_eps)
-        if config.halting != "none":
+        if config.halting == "gate":
+            self.gate = Gate(config, init.at("gate"))
+        elif config.halting != "none":
             self.halting = Halting(config)
 
     def forward(self, e: Tensor, n_loops: int, context: ForwardContext) -> Tensor:
         """Runs n_loops loops, the first n_loops - context.n_grad_loops of them without gradient."""
-        h = self.start(e, context)
+        h = first = self.start(e, context)
         halting = None if self.halting is None else HaltingState.start(h)
         for loop in range(n_loops):
             with_gradient = torch.is_grad_enabled() and loop >= n_loops - context.n_grad_loops
             with torch.set_grad_enabled(with_gradient):
                 h, halting = self.run_loop(h, e, loop, loop == n_loops - 1, context, halting)
+            if context.depths is not None:
+                # Never without gradient: h_0 may be e, whose gradient a sequence that begins later needs.
+                h = torch.where(context.depths.begun(loop)[:, None, None], h, first)
             if context.records.wants_states:
                 context.records.note_state(loop, h)
         if halting is None:
@@ -86,8 +92,9 @@ class RecurrentBlock(nn.Module):
                 context.records.start(h, self.injection.decay())
         return h
 
-    def begin(self, h: Tensor, e: Tensor, loop: int) -> tuple[Tensor, Tensor]:
-        """What the first layer of a loop reads, and the injected state A h + B e, both fp32 [batch, seq, dim]."""
+    def begin(self, h: Tensor, e: Tensor, loop: int | Tensor) -> tuple[Tensor, Tensor]:
+        """What the first layer of a loop reads, and the injected state A h + B e, both fp32 [batch, seq, dim]. `loop`:
+        the index that the model sees, one or int64 [batch]."""
         injected = self.injection(h, e)
         x = h if self.post else injected
         if self.loop_embedding is not None:
@@ -108,7 +115,7 @@ class RecurrentBlock(nn.Module):
             keys_values.append(kept)
         return x, tuple(keys_values)
 
-    def end(self, x: Tensor, injected: Tensor | None, loop: int) -> Tensor:
+    def end(self, x: Tensor, injected: Tensor | None, loop: int | Tensor) -> Tensor:
         """The state after `loop` from the last layer's output x; `injected` is needed with `post` only."""
         if self.lora is not None and not self.lora_at_input:
             x = x + self.lora(x, loop)
@@ -126,9 +133,10 @@ class RecurrentBlock(nn.Module):
     def _loop(
         self, h: Tensor, e: Tensor, loop: int, last: bool, context: ForwardContext, halting: HaltingState | None
     ) -> tuple[Tensor, HaltingState | None]:
-        x, injected = self.begin(h, e, loop)
+        index = context.index_at(loop)
+        x, injected = self.begin(h, e, index)
         x, keys_values = self.run_layers(x, loop, context, halting)
-        new = self.end(x, injected, loop)
+        new = self.end(x, injected, index)
         if self.halting is None or halting is None:
             return new, None
         if self.halting.exact:

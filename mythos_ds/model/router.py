@@ -54,8 +54,8 @@ class Router(nn.Module):
         self.register_buffer("loop_bias", torch.zeros(config.max_loops, config.n_experts, dtype=torch.float32))
         self.register_buffer("loop_updates", torch.zeros(config.max_loops, dtype=torch.float32))
 
-    def forward(self, x: Tensor, loop: int) -> Routing:
-        """x [tokens, dim] in loop `loop` (from 0)."""
+    def forward(self, x: Tensor, loop: int | Tensor) -> Routing:
+        """x [tokens, dim] in loop `loop` (from 0), or in loops int64 [tokens]."""
         logits = nn.functional.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
@@ -64,11 +64,12 @@ class Router(nn.Module):
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20) * self.route_scale
         return Routing(weights, indices, logits, scores)
 
-    def selection_bias(self, loop: int) -> Tensor:
-        """fp32 [n_experts], added to the scores for the choice in loop `loop`."""
-        trusted = (self.loop_updates >= MIN_ROW_UPDATES).sum() - 1
-        row = trusted.clamp(min=0, max=loop).view(1)  # stays on the device: no wait for the host in each loop
-        return self.bias + self.loop_bias.index_select(0, row)[0]
+    def selection_bias(self, loop: int | Tensor) -> Tensor:
+        """fp32 [n_experts], or [tokens, n_experts], added to the scores for the choice in loop `loop`."""
+        trusted = ((self.loop_updates >= MIN_ROW_UPDATES).sum() - 1).clamp_min(0)
+        row = trusted.clamp(max=loop).view(-1)  # stays on the device: no wait for the host in each loop
+        biases = self.bias + self.loop_bias.index_select(0, row)
+        return biases if isinstance(loop, Tensor) else biases[0]
 
     def choose(self, scores: Tensor, bias: Tensor | None) -> Tensor:
         """Indices int64 [tokens, k] of the best biased scores; inside the best groups where routing is limited."""

@@ -30,7 +30,7 @@ class StepRecords:
         self.fields = (_AUXILIARY_FIELDS if auxiliary else ()) + (_DETAIL_FIELDS if details else ())
         self.details = details
         shapes: dict[str, tuple[int, ...]] = {"counts": (self.layers, n_loops, model.n_experts)}
-        shapes |= {field: (n_loops,) for field in self.fields}
+        shapes |= {field: (n_loops,) for field in (*self.fields, "begun")}
         if details:
             shapes |= {"prebias_counts": shapes["counts"], "state_rms": (n_loops,), "residual": (n_loops,), "rho_A": ()}
         self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
@@ -38,18 +38,24 @@ class StepRecords:
     def add(self, records: ForwardRecords) -> None:
         """Reads the notes of one micro-batch."""
         self.micro_batches += 1
+        begun = torch.ones_like(self.sums["begun"])  # part of the micro-batch's sequences that run in each loop
+        if records.depths is not None:
+            begun = torch.stack([records.depths.begun(loop).double().mean() for loop in range(len(begun))])
+        self.sums["begun"] += begun
         for layer, by_loop in records.routing.items():
             for loop, record in by_loop.items():
-                self.sums["counts"][layer, loop] += record.counts
+                loops = loop if record.counts.dim() == 1 else slice(None)
+                self.sums["counts"][layer, loops] += record.counts
                 if record.prebias_counts is not None:
-                    self.sums["prebias_counts"][layer, loop] += record.prebias_counts
+                    self.sums["prebias_counts"][layer, loops] += record.prebias_counts
                 for field in self.fields:
                     value = getattr(record, field)
                     if value is not None:  # loop 0 overlaps with nothing
-                        self.sums[field][loop] += value.double() / self.layers
+                        part = begun[loop - 1 if field == "overlap_previous" else loop]
+                        self.sums[field][loop] += value.double() / self.layers * part
         for loop, state in records.loops.items():
-            self.sums["state_rms"][loop] += state.state_rms
-            self.sums["residual"][loop] += state.residual
+            self.sums["state_rms"][loop] += state.state_rms * begun[loop]
+            self.sums["residual"][loop] += state.residual * begun[loop]
         if records.decay_maximum is not None:
             self.sums["rho_A"] += records.decay_maximum
 
@@ -58,6 +64,7 @@ class StepRecords:
         flat = groups.all_reduce(torch.cat([value.flatten() for value in self.sums.values()]))
         parts = flat.split([value.numel() for value in self.sums.values()])
         self.sums = {name: part.view_as(self.sums[name]) for name, part in zip(list(self.sums), parts, strict=True)}
+        self.sums["begun"] /= self.micro_batches * groups.world_size
 
     @property
     def counts(self) -> Tensor:
@@ -66,13 +73,15 @@ class StepRecords:
 
     def statistics(self, n_ranks: int) -> Statistics:
         """Metrics of the reduced sums; `n_ranks` processes hold each layer. Lists have one entry per loop; several
-        layers are averaged, imbalances are the worst layer's."""
+        layers are averaged, imbalances are the worst layer's. With a depth per sequence, expert loads are by the
+        sequences' own loop index, and the other lists by the step's, over the sequences that have begun."""
         samples = self.micro_batches * n_ranks
+        begun = self.sums["begun"]
         values: Statistics = {
             "router/load_max_mean": load_imbalance(self.counts.sum(1)).max().item(),
             "router/load_max_mean_per_loop": load_imbalance(self.counts).amax(0).tolist(),
         }
-        means = {name: (value / samples).tolist() for name, value in self.sums.items() if name in self.fields}
+        means = {field: (self.sums[field] / samples / begun).tolist() for field in self.fields}
         if "balance" in means:
             values["loss/balance"] = sum(means["balance"]) / len(means["balance"])
             values["loss/router_z"] = sum(means["z"]) / len(means["z"])
@@ -82,9 +91,9 @@ class StepRecords:
         shares = prebias / prebias.sum(-1, keepdim=True)
         values["router/prebias_max_share_per_loop"] = shares.amax((0, 2)).tolist()
         values["router/entropy_per_loop"] = means["entropy"]
-        values["router/overlap_per_loop"] = means["overlap_previous"][1:]
-        values["state/rms_per_loop"] = (self.sums["state_rms"] / samples).tolist()
-        values["state/residual_per_loop"] = (self.sums["residual"] / samples).tolist()
+        values["router/overlap_per_loop"] = (self.sums["overlap_previous"][1:] / samples / begun[:-1]).tolist()
+        values["state/rms_per_loop"] = (self.sums["state_rms"] / samples / begun).tolist()
+        values["state/residual_per_loop"] = (self.sums["residual"] / samples / begun).tolist()
         values["state/rho_A"] = (self.sums["rho_A"] / samples).item()
         return values
 

@@ -8,8 +8,9 @@ arXiv 2001.08361).
 
 from dataclasses import dataclass
 
-from mythos_ds.config.depth import depth_pmf, mean_depth
+from mythos_ds.config.depth import depth_pmf, growing_mean, largest_of, mean_depth
 from mythos_ds.config.schema import ModelConfig, RunConfig
+from mythos_ds.config.validation import steps_of
 from mythos_ds.plan.params import (
     attention_head_widths,
     attention_matmul,
@@ -17,6 +18,8 @@ from mythos_ds.plan.params import (
     expert_matmul,
     shared_matmul,
 )
+
+_CURRICULUM_POINTS = 32
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,29 @@ def expected_flops_per_token(config: RunConfig, mean_backprop_depth: int) -> Tok
 
 
 def training_depth_pmf(config: RunConfig) -> tuple[float, ...]:
-    """P(T = 1 .. max_loops) in training."""
+    """P(L = 1 .. max_loops) of the loops that a training step runs, over the whole run: those of its longest sequence
+    where each has a depth of its own, and with the steps of a curriculum in their share."""
     model, training = config.model, config.training
-    return depth_pmf(
-        training.depth_distribution, model.mean_recurrence, training.depth_sigma, model.max_loops
-    )
+    steps = steps_of(training)
+    growing = min(training.depth_curriculum_steps, steps)
+    # The mean at evenly spaced steps of its growth, and the final one.
+    weights = {growing_mean(steps, model.mean_recurrence, growing): 1.0 - (growing / steps if growing else 0.0)}
+    points = min(_CURRICULUM_POINTS, growing)
+    for point in range(points):
+        step = (2 * point + 1) * growing // (2 * points)
+        mean = growing_mean(step, model.mean_recurrence, training.depth_curriculum_steps)
+        weights[mean] = weights.get(mean, 0.0) + growing / steps / points
+    total = [0.0] * model.max_loops
+    for mean, weight in weights.items():
+        pmf = depth_pmf(training.depth_distribution, mean, training.depth_sigma, model.max_loops)
+        if training.depth_per == "sequence":
+            pmf = largest_of(pmf, training.global_batch_size)
+        total = [before + weight * probability for before, probability in zip(total, pmf, strict=True)]
+    return tuple(total)
 
 
 def mean_training_depth(config: RunConfig) -> float:
-    """Expected loop count of a training step."""
+    """Expected loop count that a training step runs."""
     return mean_depth(training_depth_pmf(config))
 
 

@@ -3,6 +3,7 @@
 import json
 
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.config.schema import TrainingConfig
 from mythos_ds.plan.flops import (
     cache_bytes_per_token,
     expected_flops_per_token,
@@ -45,9 +46,18 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
         ),
         ("schedule", f"{training.schedule}, {training.warmup_steps} warm-up steps"),
         ("loops", f"mean {mean_training_depth(config):.2f}, at most {model.max_loops}"),
-        ("drawn from", training.depth_distribution),
+        ("drawn from", _depth_law(training)),
         ("gradient", f"through the last {resolved.mean_backprop_depth} loops"),
     ]
+
+
+def _depth_law(training: TrainingConfig) -> str:
+    growing = training.depth_curriculum_steps
+    return (
+        training.depth_distribution
+        + (", for each sequence; a step runs the largest" if training.depth_per == "sequence" else "")
+        + (f"; its mean grows from 1 over {growing:,} steps" if growing else "")
+    )
 
 
 def _pipeline(resolved: ResolvedRun) -> list[tuple[str, str]]:

@@ -55,8 +55,8 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 class Throughput:
     """Tokens and model FLOPs since the last reading.
 
-    Model FLOPs are those of the drawn loop counts with truncated backpropagation, without recomputation, so that
-    utilisation does not reward recomputing.
+    Model FLOPs are those of the loops that each step ran with truncated backpropagation, without recomputation, so that
+    utilisation does not reward recomputing. With a depth per sequence they contain loops of sequences not yet begun.
     """
 
     resolved: ResolvedRun

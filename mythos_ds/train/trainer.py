@@ -65,13 +65,7 @@ class Trainer:
         self.resolved, self.config, self.groups, self.engine = resolved, config, groups, engine
         self.feed, self.run, self.manifest = feed, run, manifest
         self.step, self.first_loss = progress.step, progress.first_loss
-        self.sampler = DepthSampler(
-            config.training.depth_distribution,
-            config.model.mean_recurrence,
-            config.training.depth_sigma,
-            config.model.max_loops,
-            config.training.seed,
-        )
+        self.sampler = DepthSampler.of(config)
         peak = peak_flops(groups.device, _DTYPES[config.training.dtype])
         self.throughput = Throughput(resolved, peak)
         self.saved_step = progress.step if progress.step else -1
@@ -102,7 +96,10 @@ class Trainer:
 
     def _train_step(self, batches: list[Batch], recorder: Recorder) -> None:
         started = time.perf_counter()
-        n_loops = self.sampler.loops_at(self.step)
+        depths = self.sampler.depths_at(self.step)
+        n_loops = max(depths) if depths else self.sampler.loops_at(self.step)
+        if depths:
+            batches = with_depths(batches, depths, self.groups.dp_rank)
         lr = learning_rate(self.step, self.config.training, self.manifest.lengths)
         logged = self._is_logged(self.step + 1)
         try:
@@ -125,6 +122,7 @@ class Trainer:
                 "grad_norm": result.grad_norm,
                 "lr": lr,
                 "n_loops": n_loops,
+                **({"mean_depth": sum(depths) / len(depths)} if depths else {}),
                 **self.throughput.read(),
                 "peak_memory_bytes": peak_memory_bytes(),
                 **result.routing,
@@ -205,3 +203,9 @@ class Trainer:
             self.engine, self.groups, self.run.checkpoints, state, keep=self.config.checkpoint.keep
         )
         self.saved_step = self.step
+
+
+def with_depths(batches: list[Batch], depths: tuple[int, ...], dp_rank: int) -> list[Batch]:
+    """This rank's micro-batches with the loop counts of their rows, from those of the global batch in sample order."""
+    by_rank = torch.tensor(depths).view(len(batches), -1, len(batches[0]["tokens"]))
+    return [{**batch, "depths": by_rank[index, dp_rank]} for index, batch in enumerate(batches)]

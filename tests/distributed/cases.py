@@ -20,6 +20,7 @@ from mythos_ds.errors import NumericsError
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.records import ForwardRecords
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
+from mythos_ds.train.trainer import with_depths
 from tests.helpers.reference import ReferenceTrainer
 
 SEQ_LEN = 16
@@ -29,6 +30,8 @@ LEARNING_RATE = {"adamw": 3e-3, "sgd": 0.3}
 LOOPS = (3, 1, 4, 2)
 """T of each step; the last two loops carry gradient."""
 GRAD_LOOPS = 2
+DEPTHS = ((3, 1, 2, 2, 1, 1, 3, 2), (1,) * 8, (1, 4, 2, 1, 1, 3, 2, 2), (2, 1, 1, 2, 1, 1, 1, 1))
+"""Where each sequence of the global batch has its own T: those of each step, which runs as many loops as LOOPS says."""
 
 
 def toy_model(**changes: Any) -> ModelConfig:
@@ -170,9 +173,11 @@ def move_router_biases(biases: dict[str, Tensor], counts: dict[int, Tensor], rat
 
 
 @functools.cache
-def reference_run(optimizer: str, changes: tuple[tuple[str, Any], ...] = ()) -> dict[str, Any]:
+def reference_run(
+    optimizer: str, changes: tuple[tuple[str, Any], ...] = (), per_sequence: bool = False
+) -> dict[str, Any]:
     """Losses, gradient norms, final weights and router buffers of the independent single-process reference; `changes`
-    are the case's to the model."""
+    are the case's to the model. per_sequence: it runs each sequence alone, at its depth of DEPTHS."""
     resolved = resolve(toy_run({"ep": 1, "stage": 1, "optimizer": optimizer, "model": dict(changes)}, 1), 1)
     training, config = resolved.config.training, resolved.config.model
     model = MythosModel(config, seed=training.seed)
@@ -193,7 +198,9 @@ def reference_run(optimizer: str, changes: tuple[tuple[str, Any], ...] = ()) -> 
     )
     losses, norms = [], []
     for step, loops in enumerate(LOOPS):
-        loss, norm = trainer.step(global_batches(step, ACCUMULATION), loops, GRAD_LOOPS, LEARNING_RATE[optimizer])
+        parts = GLOBAL_BATCH if per_sequence else ACCUMULATION
+        own = list(DEPTHS[step]) if per_sequence else loops
+        loss, norm = trainer.step(global_batches(step, parts), own, GRAD_LOOPS, LEARNING_RATE[optimizer])
         move_router_biases(biases, trainer.counts, resolved.router_bias_rate)
         losses.append(loss)
         norms.append(norm)
@@ -213,16 +220,19 @@ def layouts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _layout(case: dict[str, Any]) -> dict[str, Any]:
     optimizer, accumulation = case["optimizer"], case.get("accumulation", ACCUMULATION)
+    per_sequence = case.get("per_sequence", False)
     with opened(case) as (engine, groups):
         results = []
         for step, loops in enumerate(LOOPS):
             batches = own_batches(step, accumulation, groups)
-            lr = LEARNING_RATE[optimizer]
+            held, lr = batches[:1], LEARNING_RATE[optimizer]
+            if per_sequence:
+                batches = with_depths(batches, DEPTHS[step], groups.dp_rank)
             results.append(engine.train_step(batches, n_loops=loops, n_grad_loops=GRAD_LOOPS, lr=lr))
-            engine.eval_loss(batches[:1], 5)  # another depth in between must not disturb the next step
+            engine.eval_loss(held, 5)  # another depth in between must not disturb the next step
         weights = full_weights(engine, groups)
         biases = everywhere({name: buffer.clone() for name, buffer in engine.module.named_buffers()})
-    expected = reference_run(optimizer, tuple(case.get("model", {}).items()))
+    expected = reference_run(optimizer, tuple(case.get("model", {}).items()), per_sequence)
     return {
         "loss": largest(abs(r.loss - x) / x for r, x in zip(results, expected["loss"], strict=True)),
         "norm": largest(abs(r.grad_norm - x) / x for r, x in zip(results, expected["norm"], strict=True)),

@@ -28,9 +28,7 @@ def _train(preset: str, environment: ProcessEnvironment) -> dict[str, Any]:
     groups = init_parallel(environment, resolved.ep_size)
     engine = build_engine(resolved, groups)
     model, training = config.model, config.training
-    sampler = DepthSampler(
-        training.depth_distribution, model.mean_recurrence, training.depth_sigma, model.max_loops, training.seed
-    )
+    sampler = DepthSampler.of(config)
     generator = torch.Generator().manual_seed(groups.dp_rank)
     shape = (training.micro_batch_size, training.seq_len + 1)
     text = torch.randint(0, model.vocab_size, shape, generator=generator)

@@ -1,6 +1,7 @@
 """A run that was stopped anywhere and resumed is bitwise the run that was never stopped (2 processes, EP 2, ZeRO-3)."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,24 @@ def test_a_torn_checkpoint_is_skipped_and_the_one_before_taken(killed_and_resume
     assert json.loads((killed_and_resumed / "starts.jsonl").read_text().splitlines()[-1])["step"] == 6
     assert steps_of(killed_and_resumed) == steps_of(uninterrupted)
     assert checkpoint_tensors(killed_and_resumed, STEPS).keys() == checkpoint_tensors(uninterrupted, STEPS).keys()
+
+
+def test_the_depths_of_sequences_resume(data, tmp_path):
+    """Each sequence with its own depth, from a law whose mean grows: the last steps once more, from a checkpoint."""
+    growing = ["training.depth_per=sequence", "training.depth_curriculum_steps=4", "training.max_steps=6"]
+    run = tmp_path / "run"
+    command = arguments(run, data, *growing, "checkpoint.interval=3")
+    run_pretrain(command, nprocs=2, folder=tmp_path).check()
+    expected, weights = steps_of(run), checkpoint_tensors(run, 6)
+    assert all(1 <= line["mean_depth"] <= line["n_loops"] for line in expected.values())
+    assert len({line["mean_depth"] for line in expected.values()}) > 1
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    run_pretrain(command, nprocs=2, folder=tmp_path).check()
+    starts = (run / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in starts] == [0, 3]
+    assert steps_of(run) == expected
+    again = checkpoint_tensors(run, 6)
+    assert [name for name, value in weights.items() if not torch.equal(value, again[name])] == []
 
 
 def test_a_finished_run_goes_on_with_a_new_phase(uninterrupted, data, tmp_path):

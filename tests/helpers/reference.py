@@ -253,18 +253,20 @@ class ReferenceTrainer:
             self._optimizer = torch.optim.SGD(groups, lr=0.0)
 
     def step(
-        self, micro_batches: list[dict[str, Tensor]], n_loops: int, n_grad_loops: int | None, lr: float
+        self, micro_batches: list[dict[str, Tensor]], n_loops: int | list[int], n_grad_loops: int | None, lr: float
     ) -> tuple[float, float]:
-        """Mean cross-entropy of the micro-batches, and the gradient's norm before clipping (0 = no clipping)."""
+        """Mean cross-entropy of the micro-batches, and the gradient's norm before clipping (0 = no clipping). n_loops:
+        one for all micro-batches, or one for each."""
+        depths = [n_loops] * len(micro_batches) if isinstance(n_loops, int) else n_loops
         self._optimizer.zero_grad(set_to_none=True)
         self.counts = {}
         loss = 0.0
-        for batch in micro_batches:
+        for batch, loops in zip(micro_batches, depths, strict=True):
             logits, out = forward(
                 self.params,
                 self.config,
                 batch["tokens"],
-                n_loops,
+                loops,
                 n_grad_loops,
                 batch.get("positions"),
                 self.router_bias,
@@ -273,7 +275,8 @@ class ReferenceTrainer:
             (total / len(micro_batches)).backward()
             loss += cross_entropy.item() / len(micro_batches)
             for layer, counts in out.counts.items():
-                self.counts[layer] = self.counts.get(layer, 0) + torch.stack(counts)
+                own = functional.pad(torch.stack(counts), (0, 0, 0, max(depths) - loops))
+                self.counts[layer] = self.counts.get(layer, 0) + own
         norm = self._clip_gradients()
         for group in self._optimizer.param_groups:
             group["lr"] = lr * self._lr_scale(group["name"])

@@ -4,15 +4,22 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from studies import inspections, trained
+from studies.registry import STUDIES
+from torch import Tensor
 
+from mythos_ds.checkpoint.model_folder import save_model
 from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.lab.controls import CONTROLS
 from mythos_ds.lab.report import write_summary
 from mythos_ds.lab.spec import RunSpec
 from mythos_ds.lab.study import write_report
-from tools.studies.registry import STUDIES
+from mythos_ds.lab.worker import MODEL, SPEC
+from mythos_ds.model.mythos import MythosModel
 
+INSPECTIONS = ("routing", "stability", "halting")
 CASES = [(name, scale) for name, study in STUDIES.items() for scale in study.scales]
 
 
@@ -52,14 +59,42 @@ def _made_up(spec: RunSpec, draw: random.Random) -> dict:
     return result
 
 
-@pytest.mark.parametrize(("name", "scale"), CASES)
-def test_analysis_makes_a_page(name: str, scale: str, tmp_path: Path) -> None:
+def _made_up_text(folder: Path, *, batches: int, training: bool = False) -> list[dict[str, Tensor]]:
+    tokens = torch.randint(4096, (batches, 2, 9), generator=torch.Generator().manual_seed(batches))
+    positions = torch.arange(8).expand(2, -1)
+    return [
+        {"tokens": rows[:, :-1], "labels": rows[:, 1:], "positions": positions, "classes": rows[:, 1:] % 5}
+        for rows in tokens
+    ]
+
+
+def _folder(spec: RunSpec, root: Path) -> Path:
+    """A run's folder with an untrained model."""
+    folder = root / spec.key
+    model = MythosModel(RunConfig.model_validate(spec.config).model)
+    if spec.control is not None:
+        CONTROLS[spec.control](model)
+    save_model(model, folder / MODEL, {})
+    (folder / SPEC).write_text(spec.to_json())
+    return folder
+
+
+@pytest.mark.parametrize(("name", "scale"), [case for case in CASES if case[0] not in INSPECTIONS or case[1] == "cpu"])
+def test_analysis_makes_a_page(name: str, scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, draw = STUDIES[name], random.Random(0)
-    results = {key: _made_up(spec, draw) for key, spec in study.runs(scale, "data").items()}
+    specs = study.runs(scale, "data")
+    folders = dict.fromkeys(specs, tmp_path)
+    if name in INSPECTIONS:
+        monkeypatch.setattr(trained, "text", _made_up_text)
+        monkeypatch.setattr(inspections, "text", _made_up_text)
+        monkeypatch.setattr(inspections, "_GATE_STEPS", 2)
+        specs = {key: spec for key, spec in specs.items() if key[1] < 2}
+        folders = {key: _folder(spec, tmp_path) for key, spec in specs.items()}
+    results = {key: _made_up(spec, draw) for key, spec in specs.items()}
     diverged = next(iter(results))
     if name == "stress":  # a run that diverged has no losses
         results[diverged] = {"diverged": "step 9: loss is nan", "curve": [[1, 8.0]], "last": {}}
-    report = study.analyse(results, dict.fromkeys(results, tmp_path), scale)
+    report = study.analyse(results, folders, scale)
     write_report(study, report, tmp_path / name, {"command": "c"})
     page = (tmp_path / name / "results.md").read_text()
     assert page.count("| --- |") == len(report.tables)

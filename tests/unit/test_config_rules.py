@@ -21,6 +21,7 @@ KEPT = ("recurrent_layers", "max_loops", "mean_recurrence", "attn_type", "n_shar
         "n_experts_per_tok")  # fmt: skip
 POISSON = ["training.depth_distribution=poisson"]
 SGD = ["training.optimizer=sgd"]
+PER_SEQUENCE = ["training.depth_per=sequence"]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,11 @@ SGD = ["training.optimizer=sgd"]
         ([*SGD, "training.eps=1"], "training.eps", "no effect"),
         ([*POISSON, "training.depth_sigma=0.3"], "training.depth_sigma", "no effect"),
         (["training.ponder_cost=0.1"], "training.ponder_cost", "no effect"),
+        ([*PER_SEQUENCE, "model.recurrent_layers=2", "parallel.pp_size=2"], "training.depth_per", 'nearest: "step"'),
+        ([*PER_SEQUENCE, "model.halting=act"], "training.depth_per", 'nearest: "step"'),
+        ([*PER_SEQUENCE, "training.depth_distribution=fixed"], "training.depth_per", "no effect"),
+        (["model.mean_recurrence=1", "model.max_loops=2", "training.depth_curriculum_steps=9"],
+         "training.depth_curriculum_steps", "no effect"),
         (["model.act_threshold=0.9"], "model.act_threshold", "no effect"),
         (["model.lora_rank=0", "model.lora_target=output"], "model.lora_target", "no effect"),
         (["model.kv_lora_rank=64"], "model.kv_lora_rank", 'no effect with attn_type "gqa"'),
@@ -81,6 +87,7 @@ def test_valid_variants_load():
     for overrides in (
         MLA,
         SGD,
+        [*PER_SEQUENCE, "training.depth_curriculum_steps=100"],
         ["model.halting=act", "training.ponder_cost=0.01", "model.act_threshold=0.9"],
     ):
         load_config("tiny", overrides)
@@ -93,6 +100,7 @@ def test_valid_variants_load():
         (["training.global_batch_size=20"], 2, "nearest: 16 or 24"),
         ([], 4, "nearest: 16"),
         (["training.warmup_steps=900"], 2, r"training\.warmup_steps.*nearest: 899"),
+        (["training.depth_curriculum_steps=901"], 2, r"training\.depth_curriculum_steps.*nearest: 900"),
     ],
 )
 def test_rules_that_depend_on_the_processes(overrides, world, expected):

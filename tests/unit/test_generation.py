@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import torch
+from studies.language import base, configuration
 from torch import Tensor
 
 from mythos_ds.checkpoint.model_folder import save_model
 from mythos_ds.model.generation import generate
 from mythos_ds.model.mythos import MythosModel
 from tests.helpers.text_data import make_tokenizer
-from tools.studies.language import base, configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 

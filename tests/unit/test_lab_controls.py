@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from studies.language import base, configuration
 
 from mythos_ds.lab.controls import CONTROLS
 from mythos_ds.model.mythos import MythosModel
-from tools.studies.language import base, configuration
 
 CONFIG = configuration(base("cpu")).model
 TOKENS = torch.arange(24).view(2, 12) * 7 % CONFIG.vocab_size

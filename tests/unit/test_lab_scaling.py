@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from studies.scaling import best_depth, exponent, fit
 
 from mythos_ds.errors import LabError
-from tools.studies.scaling import best_depth, exponent, fit
 
 DEPTHS = (1, 2, 3, 4, 6, 8)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from studies.language import base, configuration
 
 from mythos_ds.checkpoint.model_folder import CONFIG, WEIGHTS, load_model, read_facts, save_model
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
-from tools.studies.language import base, configuration
 
 MODEL = configuration({**base("cpu"), "model.lora_rank": 4}).model
 TOKENS = torch.arange(20).view(2, 10)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from inspection import depth_curve
+
 from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.lab.spec import Arm, RunSpec, make_spec
@@ -140,6 +142,24 @@ def table(results: Results, arms: Sequence[Arm], reference: str) -> list[list[st
             f"{own[0]['parameters']:,}",
             f"{own[0]['training_flops'] / 1e15:.3f}",
             spread([result["seconds"] for result in own], 0),
+        ])  # fmt: skip
+    return rows
+
+
+def depth_fits(results: Results, arms: Sequence[Arm]) -> list[list[str]]:
+    """A table of saturating-exponential fits to the losses over loop counts, seeds averaged."""
+    rows = [["arm", "L_inf", "Z", "z", "held-out error", "of the curve's spread", "spread of the curve (nats)"]]
+    for arm in arms:
+        own = finished(results, arm.name)
+        if not own or len(own[0]["losses"]) < depth_curve.MIN_POINTS:
+            continue
+        loops = sorted(map(int, own[0]["losses"]))
+        losses = [sum(result["losses"][str(n)] for result in own) / len(own) for n in loops]
+        law = depth_curve.fit(loops, losses)
+        rows.append([
+            arm.label, f"{law['L_inf']:.4f}", f"{law['Z']:.4f}",
+            f"{law['z']:.2f}" + (" (at the bound)" if law["rate_at_bound"] else ""),
+            f"{law['held_out_error']:.3%}", f"{law['held_out_share']:.0%}", f"{max(losses) - min(losses):.4f}",
         ])  # fmt: skip
     return rows
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from inspection import routing
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.lab.spec import Arm, RunSpec
@@ -13,9 +14,9 @@ from mythos_ds.lab.study import Report, Results, Study, spread
 from mythos_ds.model.attention import Attention
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.plan.flops import cache_bytes_per_token
-
-from . import language
-from .language import BASELINE, MEAN, configuration, loss_at, unlooped
+from studies import language
+from studies.language import BASELINE, MEAN, configuration, loss_at, unlooped
+from studies.trained import measured
 
 LOOPS_ARMS = [
     BASELINE,
@@ -77,6 +78,13 @@ def _comparison(arms: Sequence[Arm], caption: str, picture: str, drawn: Sequence
 
 def _runs(arms: Sequence[Arm], *, equal_flops: bool = False) -> Callable[[str, str], dict[tuple[str, int], RunSpec]]:
     return lambda scale, data_dir: language.runs(arms, scale, data_dir, equal_flops=equal_flops)
+
+
+def _analyse_loops(results: Results, folders: Mapping[tuple[str, int], Path], scale: str) -> Report:
+    analyse = _comparison(LOOPS_ARMS, "Held-out loss at equal training FLOPs", "loops.png", _DRAWN)
+    report = analyse(results, folders, scale)
+    report.tables.append(("Fits of L(T) = L_inf + Z exp(-z T)", language.depth_fits(results, LOOPS_ARMS)))
+    return report
 
 
 def _analyse_cost(results: Results, folders: Mapping[tuple[str, int], Path], scale: str) -> Report:
@@ -146,14 +154,39 @@ def _analyse_routing(results: Results, folders: Mapping[tuple[str, int], Path], 
         ])  # fmt: skip
         report.numbers[f"last_step/{arm.name}"] = notes
     report.tables.append(("Routers at the last training step", rows))
+    found = measured(results, folders, BALANCING_ARMS, routing.measure)
+    report.tables.append((f"Loops 1 to {MEAN} of the trained models on held-out text", _overlaps(found)))
+    report.numbers |= {f"measured/{name}": own for name, own in found.items()}
+    first = {arm.label: found[arm.name][0] for arm in BALANCING_ARMS if arm.name in found}
+    report.pictures.append(("routing.png", lambda path: routing.draw(first, path)))
     return report
+
+
+def _overlaps(found: Mapping[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """How far a token's experts in the first loop are those of the last, and how they are used."""
+    rows = [["arm", "overlap of loops 1 and T", "with another token", "random sets", "same experts in 1 and T (%)",
+             "no common expert (%)", "dead experts, worst loop", "entropy of mean (nats)",
+             "load moved by bias"]]  # fmt: skip
+    for arm in BALANCING_ARMS:
+        layers = [own["layers"][0] for own in found.get(arm.name, [])]
+        rows.append([
+            arm.label,
+            *(spread([layer[name][0][-1] for layer in layers], 2)
+              for name in ("overlap", "overlap_other_token", "overlap_random")),
+            spread([100 * layer["same_set"] for layer in layers], 0),
+            spread([100 * layer["disjoint_set"] for layer in layers], 0),
+            spread([max(layer["dead_experts"]) for layer in layers], 1),
+            spread([layer["entropy_of_mean"][-1] for layer in layers], 2),
+            spread([layer["moved_by_bias"][-1] for layer in layers], 2),
+        ])  # fmt: skip
+    return rows
 
 
 LOOPS = Study(
     "loops",
     "What depth does the model need, and how should it be trained?",
     _runs(LOOPS_ARMS, equal_flops=True),
-    _comparison(LOOPS_ARMS, "Held-out loss at equal training FLOPs", "loops.png", _DRAWN),
+    _analyse_loops,
 )
 COST = Study("cost", "What does looping buy against distinct layers?", lambda scale, data_dir: {
     **language.runs(COST_ARMS[:3], scale, data_dir, length=_COST_LENGTH),

@@ -1,8 +1,7 @@
 """The studies by name."""
 
 from mythos_ds.lab.study import Study
-
-from . import khop, language_studies, scaling, stress, width
+from studies import inspections, khop, language_studies, scaling, stress, width
 
 STUDIES: dict[str, Study] = {
     study.name: study
@@ -13,6 +12,8 @@ STUDIES: dict[str, Study] = {
         language_studies.ATTENTION,
         language_studies.ROUTING,
         stress.STUDY,
+        inspections.STABILITY,
+        inspections.HALTING,
         scaling.STUDY,
         width.STUDY,
     )

@@ -14,9 +14,8 @@ import numpy as np
 from mythos_ds.errors import LabError
 from mythos_ds.lab.spec import Arm, RunSpec, make_spec
 from mythos_ds.lab.study import Report, Results, Study
-
-from . import language
-from .language import configuration, loss_at, step_flops
+from studies import language
+from studies.language import configuration, loss_at, step_flops
 
 BUDGETS = (0.125, 0.25, 0.5, 1.0)
 """In units of the baseline's training FLOPs."""

@@ -7,9 +7,8 @@ from typing import Any
 
 from mythos_ds.lab.spec import Arm, RunSpec
 from mythos_ds.lab.study import Report, Results, Study, by_arm, spread
-
-from . import language
-from .language import MEAN, finished, loss_at
+from studies import language
+from studies.language import MEAN, finished, loss_at
 
 _INJECTIONS = [
     ("lti", "A h + B e, rho(A) < 1", {}, None),

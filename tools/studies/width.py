@@ -10,9 +10,8 @@ from typing import Any
 
 from mythos_ds.lab.spec import Arm, RunSpec, make_spec
 from mythos_ds.lab.study import Report, Results, Study, by_arm, spread
-
-from . import language
-from .language import MEAN, finished, loss_at
+from studies import language
+from studies.language import MEAN, finished, loss_at
 
 WIDTHS = (128, 512)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
