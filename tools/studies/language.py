@@ -49,13 +49,12 @@ def base(scale: str) -> dict[str, Any]:
 
 
 def runs(
-    arms: Sequence[Arm], scale: str, data_dir: str, *, length: float = 1.0, equal_flops: bool = False
+    arms: Sequence[Arm], scale: str, data_dir: str, *, equal_flops: bool = False
 ) -> dict[tuple[str, int], RunSpec]:
-    """The runs of `arms`, `length` times as long as the base's; with equal_flops their steps are such that each costs
-    what the baseline does."""
+    """The runs of `arms`; with equal_flops their steps are such that each costs what the baseline does."""
     specs = {}
     for arm in arms:
-        fitted = _fitted(arm, scale, length, equal_flops)
+        fitted = _fitted(arm, scale) if equal_flops else arm
         loops = UNLOOPED if arm.overrides.get("model.mean_recurrence") == 1 else LOOPS
         for seed in SEEDS:
             specs[arm.name, seed] = make_spec(base(scale), fitted, seed, loops=loops, data_dir=data_dir)
@@ -74,17 +73,11 @@ def step_flops(config: RunConfig) -> float:
     return expected_flops_per_token(config, resolved.mean_backprop_depth).training * resolved.tokens_per_step
 
 
-def _fitted(arm: Arm, scale: str, length: float, equal_flops: bool) -> Arm:
-    """The arm with its number of steps, where that is not the base's or its own."""
-    if length == 1.0 and not equal_flops:
-        return arm
-    steps = length * base(scale)["training.max_steps"]
-    if equal_flops:
-        own = step_flops(configuration({**base(scale), **arm.overrides}))
-        steps *= step_flops(configuration(base(scale))) / own
-    warmup = round(length * base(scale)["training.warmup_steps"])
-    lengths = {"training.max_steps": round(steps), "training.warmup_steps": warmup}
-    return Arm(arm.name, arm.label, {**arm.overrides, **lengths}, arm.control)
+def _fitted(arm: Arm, scale: str) -> Arm:
+    own = step_flops(configuration({**base(scale), **arm.overrides}))
+    reference = step_flops(configuration(base(scale)))
+    steps = round(base(scale)["training.max_steps"] * reference / own)
+    return Arm(arm.name, arm.label, {**arm.overrides, "training.max_steps": steps}, arm.control)
 
 
 def unlooped(layers: int) -> dict[str, Any]:

@@ -23,6 +23,8 @@ LOOPS_ARMS = [
     Arm("poisson", "Poisson depth", {"training.depth_distribution": "poisson"}),
     Arm("uniform", "uniform depth (1 to 7)", {"training.depth_distribution": "uniform"}),
     Arm("fixed", "fixed depth", {"training.depth_distribution": "fixed", "model.max_loops": MEAN}),
+    Arm("sequence", "a depth per sequence", {"training.depth_per": "sequence"}),
+    Arm("curriculum", "mean depth grows over the first half", {"training.depth_curriculum_steps": 150}),
     Arm("full_gradient", "gradient through all loops", {"training.mean_backprop_depth": 12}),
     Arm("last_gradient", "gradient through the last loop", {"training.mean_backprop_depth": 1}),
     Arm("act", "ACT", {"model.halting": "act", "training.ponder_cost": 1e-3}),
@@ -40,9 +42,6 @@ COST_ARMS = [
     Arm("four_layers", "4 distinct MoE layers (equal forward FLOPs)", unlooped(MEAN)),
     Arm("four_layers_steps", "the same, steps cut to equal training FLOPs", unlooped(MEAN)),
 ]
-
-_COST_LENGTH = 2.0
-"""Distinct layers take longer than the other studies' runs to show what they are worth."""
 
 _MLA = {
     "model.attn_type": "mla", "model.n_kv_heads": None, "model.qk_norm": False, "model.kv_lora_rank": 24,
@@ -189,8 +188,8 @@ LOOPS = Study(
     _analyse_loops,
 )
 COST = Study("cost", "What does looping buy against distinct layers?", lambda scale, data_dir: {
-    **language.runs(COST_ARMS[:3], scale, data_dir, length=_COST_LENGTH),
-    **language.runs(COST_ARMS[3:], scale, data_dir, length=_COST_LENGTH, equal_flops=True),
+    **language.runs(COST_ARMS[:3], scale, data_dir),
+    **language.runs(COST_ARMS[3:], scale, data_dir, equal_flops=True),
 }, _analyse_cost)  # fmt: skip
 ATTENTION = Study("attention", "MLA or GQA?", _runs(ATTENTION_ARMS), _analyse_attention)
 ROUTING = Study("routing", "How is a router that runs in every loop balanced, and do loops choose different experts?",

@@ -11,12 +11,10 @@ from studies import language
 from studies.language import MEAN, finished, loss_at
 
 _INJECTIONS = [
-    ("lti", "A h + B e, rho(A) < 1", {}, None),
-    ("penalty", "the same with a Jacobian penalty", {}, "jacobian_penalty"),
-    ("addition", "h + e", {}, "addition"),
-    ("concat", "W [h; e]", {}, "concat"),
-    ("addition_raw", "h + e, prelude output not normed", {"model.prelude_norm": False}, "addition"),
-    ("concat_raw", "W [h; e], prelude output not normed", {"model.prelude_norm": False}, "concat"),
+    ("lti", "A h + B e, rho(A) < 1", None),
+    ("penalty", "the same with a Jacobian penalty", "jacobian_penalty"),
+    ("addition", "h + e", "addition"),
+    ("concat", "W [h; e]", "concat"),
 ]
 FACTORS = (1, 5)
 _STEPS = {"training.max_steps": 100, "training.warmup_steps": 5}
@@ -27,8 +25,8 @@ def arms() -> list[Arm]:
     """Every injection at every factor."""
     return [
         Arm(f"{name}/{factor}", f"{label}, lr x{factor}",
-            {**overrides, **_STEPS, "training.lr": factor * _LEARNING_RATE}, control)
-        for name, label, overrides, control in _INJECTIONS
+            {**_STEPS, "training.lr": factor * _LEARNING_RATE}, control)
+        for name, label, control in _INJECTIONS
         for factor in FACTORS
     ]  # fmt: skip
 
