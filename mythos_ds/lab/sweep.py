@@ -32,10 +32,10 @@ def run_folder(output: Path, spec: RunSpec) -> Path:
 
 
 def run_all(specs: Mapping[Any, RunSpec], output: Path, *, jobs: int, limit_s: float) -> dict[Any, Result]:
-    """The results by the same keys. At most `jobs` processes at once, `limit_s` seconds each.
+    """The results by the same keys, with the mean recurrence as `trained_depth`.
 
-    Ctrl-C stops the processes, which save where they are; the same call goes on from there. Raises LabError for a run
-    that fails or takes too long, with the end of its log.
+    At most `jobs` processes at once, `limit_s` seconds each. Ctrl-C stops them, and they save where they are; the same
+    call goes on from there. Raises LabError for a run that fails or takes too long, with the end of its log.
     """
     waiting = {spec.key: spec for spec in specs.values() if _result(run_folder(output, spec)) is None}
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
@@ -60,7 +60,7 @@ def run_all(specs: Mapping[Any, RunSpec], output: Path, *, jobs: int, limit_s: f
     for key, spec in specs.items():
         result = _result(run_folder(output, spec))
         assert result is not None, "every run has finished"
-        results[key] = result
+        results[key] = {**result, "trained_depth": spec.config["model"]["mean_recurrence"]}
     return results
 
 

@@ -50,6 +50,7 @@ def _made_up(spec: RunSpec, draw: random.Random) -> dict:
             "state/rms_per_loop": per_loop,
         },
         "parameters": 1000,
+        "trained_depth": spec.config["model"]["mean_recurrence"],
         "training_flops": 1e15,
         "tokens": 1e6,
     }
@@ -93,7 +94,7 @@ def test_analysis_makes_a_page(name: str, scale: str, tmp_path: Path, monkeypatc
     results = {key: _made_up(spec, draw) for key, spec in specs.items()}
     diverged = next(iter(results))
     if name == "stress":  # a run that diverged has no losses
-        results[diverged] = {"diverged": "step 9: loss is nan", "curve": [[1, 8.0]], "last": {}}
+        results[diverged] = {"diverged": "step 9: loss is nan", "curve": [[1, 8.0]], "last": {}, "trained_depth": 4}
     report = study.analyse(results, folders, scale)
     write_report(study, report, tmp_path / name, {"command": "c"})
     page = (tmp_path / name / "results.md").read_text()

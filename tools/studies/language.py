@@ -91,9 +91,8 @@ def unlooped(layers: int) -> dict[str, Any]:
 
 
 def loss_at(result: Result, loops: int) -> float:
-    """Held-out loss in nats per token; that of the one depth where there is no loop."""
-    losses = result["losses"]
-    return losses[str(loops)] if str(loops) in losses else losses["1"]
+    """Held-out loss in nats per token; that of the one trained depth where there is no loop."""
+    return result["losses"]["1" if result["trained_depth"] == 1 else str(loops)]
 
 
 def finished(results: Results, arm: str) -> list[Result]:
@@ -114,7 +113,7 @@ def paired_difference(results: Results, arm: str, reference: str, loops: int = M
 def table(results: Results, arms: Sequence[Arm], reference: str) -> list[list[str]]:
     """One line per arm: losses at T, differences to `reference` seed by seed, what other depths do, and cost."""
     rows = [["arm", "loss at T", "minus reference", "PPL(2T)/PPL(T)", "PPL(8T)/PPL(T)", "PPL(T)/PPL(1)", "best T",
-             "parameters", "training PFLOPs", "seconds"]]  # fmt: skip
+             "parameters", "training TFLOPs", "seconds"]]  # fmt: skip
     for arm in arms:
         own = finished(results, arm.name)
         if not own:
@@ -122,18 +121,19 @@ def table(results: Results, arms: Sequence[Arm], reference: str) -> list[list[st
             continue
 
         def ratio(loops: int, to: int, own: list[Result] = own) -> str:
-            if str(loops) not in own[0]["losses"]:
+            if own[0]["trained_depth"] == 1:
                 return ""
             return spread([math.exp(loss_at(result, loops) - loss_at(result, to)) for result in own], 4)
 
+        looped = own[0]["trained_depth"] > 1
         best = sorted({min(result["losses"].items(), key=lambda item: item[1])[0] for result in own}, key=int)
         rows.append([
             arm.label,
             spread([loss_at(result, MEAN) for result in own], 4),
             paired_difference(results, arm.name, reference),
-            ratio(2 * MEAN, MEAN), ratio(8 * MEAN, MEAN), ratio(MEAN, 1), ", ".join(best),
+            ratio(2 * MEAN, MEAN), ratio(8 * MEAN, MEAN), ratio(MEAN, 1), ", ".join(best) if looped else "",
             f"{own[0]['parameters']:,}",
-            f"{own[0]['training_flops'] / 1e15:.3f}",
+            f"{own[0]['training_flops'] / 1e12:.2f}",
             spread([result["seconds"] for result in own], 0),
         ])  # fmt: skip
     return rows
@@ -144,7 +144,7 @@ def depth_fits(results: Results, arms: Sequence[Arm]) -> list[list[str]]:
     rows = [["arm", "L_inf", "Z", "z", "held-out error", "of the curve's spread", "spread of the curve (nats)"]]
     for arm in arms:
         own = finished(results, arm.name)
-        if not own or len(own[0]["losses"]) < depth_curve.MIN_POINTS:
+        if not own or own[0]["trained_depth"] == 1:
             continue
         loops = sorted(map(int, own[0]["losses"]))
         losses = [sum(result["losses"][str(n)] for result in own) / len(own) for n in loops]
@@ -177,7 +177,7 @@ def draw_depth(results: Results, arms: Sequence[Arm], path: Path) -> None:
         curves = [{int(loops): loss for loops, loss in result["losses"].items()} for result in own]
         if not curves:
             continue
-        loops = sorted(curves[0])
+        loops = sorted(curves[0]) if own[0]["trained_depth"] > 1 else [1]
         columns = [[curve[count] for curve in curves] for count in loops]
         means = [sum(column) / len(column) for column in columns]
         if len(loops) == 1:
