@@ -73,10 +73,11 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     if not values:
         return ""
     mean = sum(values) / len(values)
+    form = f".{digits}f" if abs(mean) < 1e5 else ".1e"
     if len(values) == 1:
-        return f"{mean:.{digits}f}"
+        return f"{mean:{form}}"
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    return f"{mean:{form}} ± {deviation:{form}}"
 
 
 def by_arm(results: Results, name: str) -> list[Result]:
