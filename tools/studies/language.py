@@ -167,27 +167,31 @@ def numbers(results: Results, arms: Sequence[Arm]) -> dict[str, Any]:
 
 
 def draw_depth(results: Results, arms: Sequence[Arm], path: Path) -> None:
-    """Held-out loss against the loop count, mean and range over seeds."""
+    """Held-out loss against the loop count, less what the first arm has at T with the same seed (seeds differ by more
+    than arms do): mean and range over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
-    for arm in arms:
-        own = finished(results, arm.name)
-        curves = [{int(loops): loss for loops, loss in result["losses"].items()} for result in own]
+    for index, arm in enumerate(arms):
+        curves = [
+            {int(loops): loss - loss_at(results[arms[0].name, seed], MEAN) for loops, loss in result["losses"].items()}
+            for (name, seed), result in sorted(results.items())
+            if name == arm.name and "diverged" not in result
+        ]
         if not curves:
             continue
-        loops = sorted(curves[0]) if own[0]["trained_depth"] > 1 else [1]
+        looped, colour = finished(results, arm.name)[0]["trained_depth"] > 1, f"C{index % 10}"
+        loops = sorted(curves[0]) if looped else [1]
         columns = [[curve[count] for curve in curves] for count in loops]
         means = [sum(column) / len(column) for column in columns]
-        if len(loops) == 1:
-            axes.axhline(means[0], ls="--", lw=1, label=f"{arm.label} (no loop)", color=f"C{arms.index(arm) % 10}")
+        if not looped:
+            axes.axhline(means[0], ls="--", lw=1, label=f"{arm.label} (no loop)", color=colour)
             continue
-        colour = f"C{arms.index(arm) % 10}"
         axes.fill_between(loops, [min(c) for c in columns], [max(c) for c in columns], alpha=0.12, lw=0, color=colour)
         axes.plot(loops, means, "o-", ms=3, lw=1.2, label=arm.label, color=colour)
     axes.axvline(MEAN, color="grey", lw=0.8, ls=":")
-    axes.set(xlabel="loops at evaluation (dotted: mean of training)", ylabel="held-out loss (nats per token)")
+    axes.set(xlabel="loops at evaluation (dotted: mean of training)", ylabel=f"loss - {arms[0].label} at T (nats)")
     axes.set_xscale("log", base=2)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)

@@ -34,7 +34,7 @@ LOOPS_ARMS = [
     Arm("embedding", "loop embedding", {"model.loop_embedding": "scaled"}),
     Arm("lora", "loop embedding and LoRA (rank 4)", {"model.loop_embedding": "scaled", "model.lora_rank": 4}),
 ]
-_DRAWN = ("looped", "fixed", "uniform", "last_gradient", "act", "post", "streams_2")
+_DRAWN = ("looped", "fixed", "curriculum", "sequence", "full_gradient", "post", "streams_2", "zoh")
 
 COST_ARMS = [
     BASELINE,
