@@ -85,6 +85,8 @@ class ResidualStreams(nn.Module):
 
     def forward(self, e: Tensor, n_loops: int, context: ForwardContext) -> Tensor:
         """See RecurrentBlock."""
+        if context.depths is not None:
+            raise ValueError("residual streams do not know a depth per sequence")
         streams = torch.stack([self.block.start(e, context)] * self.n)
         for loop in range(n_loops):
             with torch.set_grad_enabled(torch.is_grad_enabled() and loop >= n_loops - context.n_grad_loops):
