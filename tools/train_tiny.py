@@ -12,7 +12,8 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.checkpoint.model_folder import TOKENIZER, WEIGHTS, save_model
+from mythos_ds.checkpoint.model_folder import TOKENIZER, save_model
+from mythos_ds.checkpoint.tensor_files import SINGLE
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
 from mythos_ds.data.command import run_tool
@@ -85,7 +86,7 @@ Try it: `python tools/generate.py "def main("`.
   code and English documentation, PSF licence), {time.strftime("%Y-%m-%d", time.gmtime())}.
 * Hardware: {describe()}.
 * Made by `{command}`, commit {git_commit() or "unknown"}.
-* {WEIGHTS}: fp32 weights; {TOKENIZER}: sentencepiece, 4096 pieces. Another Python installation has other text, and
+* {SINGLE}: fp32 weights; {TOKENIZER}: sentencepiece, 4096 pieces. Another Python installation has other text, and
   losses then differ by some percent.
 * Trained at random depth with mean 4; context {facts["seq_len"]} tokens. One seed. Evaluated for loss alone:
 

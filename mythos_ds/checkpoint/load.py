@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.checkpoint import files, random_state
-from mythos_ds.checkpoint.save import TrainingState, random_state_file, shards_of
+from mythos_ds.checkpoint.reshard import load_resharded
+from mythos_ds.checkpoint.save import TrainingState, layout_of, random_state_file, shards_of
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.errors import CheckpointError
 from mythos_ds.log import get_logger
@@ -41,28 +42,32 @@ def read_state(tag: Path) -> TrainingState:
         raise CheckpointError(f"{tag / files.STATE}: not a training state ({error})") from error
 
 
-def check_layout(tag: Path, layout: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the checkpoint was written by the same layout."""
-    stored = {"pp_size": 1, **read_state(tag).layout}
-    differing = [f"{name}: {layout.get(name)} now, {value} in the checkpoint" for name, value in stored.items()
-                 if layout.get(name) != value]
-    if differing:
-        raise CheckpointError(
-            f"{tag}: written by another layout, which its sharded files only fit:\n" + "\n".join(differing)
-        )
-
-
 def load_checkpoint(engine: TrainingEngine, groups: ParallelGroups, tag: Path) -> TrainingState:
-    """Bring a freshly built engine and this process's random states to where `tag` was saved.
+    """Bring a freshly built engine and this process's random states to where `tag` was saved, by any layout.
 
-    Raises CheckpointError when DeepSpeed's files and the training state disagree.
+    Raises CheckpointError when DeepSpeed's files and the training state disagree, or are of another model.
     """
     state = read_state(tag)
+    layout = layout_of(engine.resolved)
+    if {"pp_size": 1, **state.layout} != layout:
+        _logger.info("%s was written by the layout %s; resharding to %s", tag.name, state.layout, layout)
+        load_resharded(engine, groups, tag, state.step)
+        _restore_random_states(tag, groups, state)
+        return state
     shards = shards_of(tag, groups)
     path, client_state = engine.deepspeed.load_checkpoint(str(shards.parent), tag=shards.name)
     saved: dict[str, Any] = client_state or {}
     if path is None or saved.get("step") != state.step:
         raise CheckpointError(f"{tag}: the model files are of step {saved.get('step')}, expected {state.step}")
-    random_state.restore(files.read_json(tag / random_state_file(groups.rank)), groups.device)
+    _restore_random_states(tag, groups, state)
     _logger.info("resumed from %s", tag)
     return state
+
+
+def _restore_random_states(tag: Path, groups: ParallelGroups, state: TrainingState) -> None:
+    """Those of this rank; a rank that the checkpoint does not know starts from the run's seed."""
+    path = tag / random_state_file(groups.rank)
+    if path.is_file():
+        random_state.restore(files.read_json(path), groups.device)
+    else:
+        random_state.seed((state.config["training"]["seed"], state.step, groups.rank))

@@ -1,20 +1,20 @@
-"""A model in one folder: config.json and model.safetensors, whole, in fp32 or bf16. What tools and studies read."""
+"""A model in one folder: config.json and safetensors, whole, in fp32 or bf16. What tools and studies read."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from mythos_ds.checkpoint.tensor_files import SINGLE, TensorFolder
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.durable import sync, write_atomic
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 _FORMAT = 1
 
 
@@ -25,10 +25,10 @@ def save_model(model: MythosModel, folder: Path, facts: dict[str, Any]) -> None:
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
-    temporary = folder / f".{WEIGHTS}.tmp"
+    temporary = folder / f".{SINGLE}.tmp"
     save_file(tensors, temporary)
     sync(temporary)
-    temporary.replace(folder / WEIGHTS)
+    temporary.replace(folder / SINGLE)
     content = {"format": _FORMAT, "model": model.config.model_dump(mode="json"), "facts": facts}
     write_atomic(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
@@ -48,16 +48,14 @@ def load_model(folder: Path, adapt: Callable[[MythosModel], None] | None = None)
     model = MythosModel(config)
     if adapt is not None:
         adapt(model)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: not readable ({error})") from None
+    files = TensorFolder(folder)
+    tensors = {name: files.read(name) for name in files.specs()}
     if config.tie_embeddings:
         tensors["lm_head.weight"] = tensors["embed.weight"]
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from None
+        raise CheckpointError(f"{folder / SINGLE}: {error}") from None
     return model.eval()
 
 

@@ -40,6 +40,14 @@ def restore(states: dict[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(_decode(states["device"]), device)
 
 
+def seed(key: tuple[int, ...]) -> None:
+    """Start every generator from `key`."""
+    python, numpy, torch_seed = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(python)
+    np.random.seed(numpy)  # noqa: NPY002
+    torch.manual_seed(torch_seed)
+
+
 def _encode(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 

@@ -11,7 +11,6 @@ from mythos_ds import log
 from mythos_ds.checkpoint import files
 from mythos_ds.checkpoint.agreement import on_rank_zero, together
 from mythos_ds.checkpoint.load import load_checkpoint
-from mythos_ds.checkpoint.save import layout_of
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.build import Adapt, build_engine
 from mythos_ds.engine.engine import TrainingEngine
@@ -70,7 +69,7 @@ def train(request: RunRequest, environment: ProcessEnvironment, extension: Exten
 def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals, extension: Extension) -> None:
     resolved, run = request.resolved, RunDirectory(request.run_dir)
     claimed = together(groups, lambda: run.lock() if groups.rank == 0 else None)
-    tag = choose_checkpoint(groups, run, request.resume, layout_of(resolved))
+    tag = choose_checkpoint(groups, run, request.resume)
     manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
     step = 0 if tag is None else files.tag_step(tag)
     feed = extension.open_feed(resolved, manifest, groups, step)

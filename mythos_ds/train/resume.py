@@ -1,11 +1,10 @@
 """Where a start begins: afresh, from the run directory's newest checkpoint, or from another run's."""
 
 from pathlib import Path
-from typing import Any
 
 from mythos_ds.checkpoint import files
 from mythos_ds.checkpoint.agreement import together
-from mythos_ds.checkpoint.load import check_layout, find_checkpoint, verified_everywhere
+from mythos_ds.checkpoint.load import find_checkpoint, verified_everywhere
 from mythos_ds.errors import CheckpointError
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.run_directory import RunDirectory, RunManifest, continue_manifest
@@ -14,14 +13,12 @@ AUTO = "auto"
 NEVER = "never"
 
 
-def choose_checkpoint(
-    groups: ParallelGroups, run: RunDirectory, resume: str, layout: dict[str, Any]
-) -> Path | None:
+def choose_checkpoint(groups: ParallelGroups, run: RunDirectory, resume: str) -> Path | None:
     """The checkpoint to go on from, verified on all ranks; None for a fresh start.
 
     resume: "auto" (the newest complete one of `run`), "never", or a path to a checkpoint or a run. Raises
-    CheckpointError on every rank for a path without a complete checkpoint, one of another layout, or a start that
-    would leave `run` with checkpoints of two histories.
+    CheckpointError on every rank for a path without a complete checkpoint, or a start that would leave `run` with
+    checkpoints of two histories.
     """
     existing = files.list_tags(run.checkpoints)
     if resume == NEVER:
@@ -33,8 +30,6 @@ def choose_checkpoint(
     else:
         tag = _checkpoint_at(groups, Path(resume))
         together(groups, lambda: _require_one_history(run, existing, tag))
-    if tag is not None:
-        together(groups, lambda: check_layout(tag, layout))
     return tag
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from studies.language import base, configuration
 
-from mythos_ds.checkpoint.model_folder import CONFIG, WEIGHTS, load_model, read_facts, save_model
+from mythos_ds.checkpoint.model_folder import CONFIG, load_model, read_facts, save_model
+from mythos_ds.checkpoint.tensor_files import SINGLE
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
 
@@ -44,7 +45,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="dim"):
         load_model(folder)
     (folder / CONFIG).write_text(json.dumps(content))
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
+    (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="not readable"):
         load_model(folder)
 
@@ -54,8 +55,8 @@ def test_a_missing_weight_is_refused_not_initialised(tmp_path: Path) -> None:
 
     folder = tmp_path / "m"
     save_model(MythosModel(MODEL), folder, {})
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / SINGLE)
     tensors.pop("recurrent.layers.0.moe.experts.w1")
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / SINGLE)
     with pytest.raises(CheckpointError, match=r"experts\.w1"):
         load_model(folder)

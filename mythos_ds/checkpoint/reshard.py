@@ -1,0 +1,138 @@
+"""Bringing an engine of any layout to the state of a checkpoint that another layout wrote.
+
+Every rank reads only the elements that it holds, from whatever files have them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mythos_ds.checkpoint.portable import StateTensors, open_state
+from mythos_ds.checkpoint.shards import STEP, WEIGHTS, is_expert
+from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.errors import CheckpointError
+from mythos_ds.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank's optimizer holds of a parameter: `numel` elements of `flat` from `start` on are those of the
+    local tensor from `offset` on. `flat` is what the optimizer keys its state by."""
+
+    name: str
+    flat: Tensor
+    start: int
+    offset: int
+    numel: int
+
+
+def load_resharded(engine: TrainingEngine, groups: ParallelGroups, tag: Path, step: int) -> None:
+    """Fill a freshly built engine with weights, optimizer state, buffers and counters of `tag`, saved after `step`
+    steps. Raises CheckpointError where the checkpoint is of another model or another optimizer."""
+    tensors, updates = open_state(tag)
+    zero, module = engine.deepspeed.optimizer, engine.module
+    partitioned = hasattr(zero, "fp16_groups")
+    weights = tensors.pop(WEIGHTS)
+    _check_names(tag, module, weights)
+    if partitioned:
+        zero.checkpoint_event_prologue()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if not partitioned:
+                base, numel = _base(name, parameter, groups), parameter.numel()
+                parameter.copy_(weights.elements(name, base, base + numel).view_as(parameter))
+        for name, buffer in module.named_buffers():
+            if name in weights.specs():
+                buffer.copy_(weights.read(name))
+        parameters = dict(module.named_parameters())
+        for part in _parts(zero, module):
+            _fill(part, parameters[part.name], groups, zero, weights, tensors, updates)
+    if partitioned:
+        zero.checkpoint_event_epilogue()
+    deepspeed = engine.deepspeed
+    deepspeed.global_steps = step
+    deepspeed.global_samples = step * deepspeed.train_batch_size()
+    deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
+
+
+def _check_names(tag: Path, module: nn.Module, weights: StateTensors) -> None:
+    stored = weights.specs()
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    persistent = set(module.state_dict(keep_vars=True)) & set(own)
+    if missing := sorted(persistent - set(stored)):
+        raise CheckpointError(f"{tag}: has no {missing[0]} ({len(missing)} tensors of the model are missing)")
+
+
+def _base(name: str, parameter: nn.Parameter, groups: ParallelGroups) -> int:
+    """Where the local tensor begins in the logical one: experts are cut over the expert-parallel ranks."""
+    return groups.ep_rank * prod(_shape(parameter)) if is_expert(name) else 0
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _parts(zero: Any, module: nn.Module) -> Iterator[_Part]:
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    if hasattr(zero, "fp16_groups"):
+        for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            start = 0
+            for parameter in group:
+                size, numel = parameter.partition_numel(), prod(_shape(parameter))
+                offset = min(zero._get_param_partition_rank(parameter) * size, numel)
+                yield _Part(names[parameter], flat, start, offset, min(size, numel - offset))
+                start += size
+    elif hasattr(zero, "bit16_groups") or hasattr(zero, "bf16_groups"):
+        flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+        groups = getattr(zero, "bit16_groups", None) or zero.bf16_groups
+        for group, flat in zip(groups, flats, strict=True):
+            for parameter in group:
+                if parameter._hp_mapping is not None:
+                    local, held = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.hp_fragment_address
+                    yield _Part(names[parameter], flat, held.start, local.start, local.numel)
+    else:
+        for parameter, name in names.items():
+            yield _Part(name, parameter, 0, 0, parameter.numel())
+
+
+def _fill(
+    part: _Part,
+    parameter: nn.Parameter,
+    groups: ParallelGroups,
+    zero: Any,
+    weights: StateTensors,
+    tensors: dict[str, StateTensors],
+    updates: float,
+) -> None:
+    first = _base(part.name, parameter, groups) + part.offset
+    held = slice(part.start, part.start + part.numel)
+    values = weights.elements(part.name, first, first + part.numel)
+    part.flat.view(-1)[held].copy_(values)
+    if hasattr(parameter, "ds_tensor"):
+        parameter.ds_tensor.data.view(-1)[: part.numel].copy_(values)
+    state = getattr(zero, "optimizer", zero).state[part.flat]
+    for kind, source in tensors.items():
+        if part.name in source.specs():
+            if kind not in state:
+                state[kind] = torch.zeros_like(part.flat)
+            state[kind].view(-1)[held].copy_(source.elements(part.name, first, first + part.numel))
+    _count(state, updates, part.flat)
+
+
+def _count(state: dict[str, Any], updates: float, flat: Tensor) -> None:
+    """Set Adam's number of updates, as the optimizer keeps it: a tensor (torch, on the device where it is fused) or a
+    number (DeepSpeed's)."""
+    if "exp_avg" not in state:
+        return
+    if isinstance(state.get(STEP), Tensor):
+        state[STEP].fill_(updates)
+    elif STEP in state:
+        state[STEP] = int(updates)
+    else:
+        device = flat.device if flat.is_cuda else torch.device("cpu")
+        state[STEP] = torch.tensor(updates, dtype=torch.float32, device=device)
