@@ -7,6 +7,7 @@ Every layout loads it, as it loads the checkpoints of other layouts (`reshard`).
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from shutil import copyfile
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -78,6 +79,8 @@ def write_portable(
     partial.mkdir(parents=True, exist_ok=True)
     for kind, source in sources.items():
         write_tensors(source, partial, stem=kind, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
+    for path in tag.glob("random_state_rank_*.json"):
+        copyfile(path, partial / path.name)
     state = files.read_json(tag / files.STATE)
     kinds = [WEIGHTS, *sorted(set(sources) - {WEIGHTS})]
     files.write_json(partial / files.STATE, {**state, "layout": {PORTABLE: kinds, _STEPS: steps}})

@@ -295,12 +295,14 @@ def _rank_file(reader: ShardReader, path: Path, ep_size: int) -> RankFile:
     model_states = own if own.is_file() else path.with_name("mp_rank_00_model_states.pt")
     shapes = reader.content(str(model_states.relative_to(reader.tag)))["param_shapes"]
     groups = []
+    places = states.get("ds_zero_partition_groups")  # None where no weight is expert-parallel
     for index, names in enumerate(shapes):
-        places = states.get("ds_zero_partition_groups")
         slices = None
         if "param_slice_mappings" in states:
             slices = {name: (part.start, part.numel) for name, part in states["param_slice_mappings"][index].items()}
             place = 0, 0
+        elif places is None:
+            place = rank, states["partition_count"]
         else:
             place = places[index]["partition_rank"], places[index]["partition_count"]
         local = {name: tuple(shape) for name, shape in names.items()}

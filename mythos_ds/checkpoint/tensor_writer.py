@@ -28,6 +28,7 @@ MAX_FILE_BYTES = 5_000_000_000
 PIECE_BYTES = 1 << 25
 """Rows are read in pieces of about this size; a single row (an expert) may be larger."""
 
+_CHECKED_AT_ONCE = 1 << 20
 _RECORDS = ".written"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -220,6 +221,6 @@ def _pieces(source: TensorSource, name: str, spec: TensorSpec) -> Iterator[Tenso
 
 
 def _finite(piece: Tensor) -> bool:
-    # The sum of absolute values would do with less memory, but may overflow.
-    wide = piece if piece.dtype.itemsize > 1 else piece.float()
-    return bool(torch.isfinite(wide).all())
+    # In parts: the check takes several times the memory of what it looks at, and fp8 has to be widened first.
+    parts = piece.reshape(-1).split(_CHECKED_AT_ONCE)
+    return all(bool(torch.isfinite(part if part.dtype.itemsize > 1 else part.float()).all()) for part in parts)

@@ -1,0 +1,141 @@
+"""Say what a checkpoint or a model folder holds: step, layout, sizes by part, and whether its values are healthy.
+
+    python tools/inspect_checkpoint.py runs/quickstart
+    python tools/inspect_checkpoint.py runs/quickstart/checkpoints/step_00000400 --tensors
+    python tools/inspect_checkpoint.py models/tiny --json
+
+Reads every value once, a few rows at a time. Whether the files are those that were written is another question:
+tools/verify_checkpoint.py answers it.
+"""
+
+import json
+import math
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from conversion.estimate import readable
+from conversion.merging import newest_tag
+from conversion.progress import byte_progress
+from rich.console import Console
+from rich.table import Table
+
+from mythos_ds.checkpoint import files
+from mythos_ds.checkpoint.model_folder import CONFIG
+from mythos_ds.checkpoint.portable import open_state, read_layout
+from mythos_ds.checkpoint.tensor_files import TensorFolder, TensorSource
+from mythos_ds.checkpoint.tensor_writer import row_pieces
+from mythos_ds.data.command import run_tool
+from mythos_ds.errors import CheckpointError
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("path", type=Path, help="a run's directory, a checkpoint (step_<n>) or a model folder")
+    made.add_argument("--tensors", action="store_true", help="list every tensor, not parts only")
+    made.add_argument("--json", action="store_true", help="everything as JSON")
+    return made
+
+
+def work(arguments: Namespace) -> None:
+    facts, sources = read(arguments.path)
+    total = sum(spec.nbytes for source in sources.values() for spec in source.specs().values())
+    with byte_progress("reading", total) as progress:
+        health = {
+            kind: {name: measure(source, name, progress) for name in source.specs()} for kind, source in sources.items()
+        }
+    if arguments.json:
+        sys.stdout.write(json.dumps({**facts, "tensors": health}, indent=1) + "\n")
+        return
+    console = Console(soft_wrap=True)
+    for name, value in facts.items():
+        console.print(f"{name}: {value}", highlight=False)
+    for kind, tensors in health.items():
+        console.print(table(kind, tensors, arguments.tensors))
+    odd = [f"{kind} of {name}" for kind, tensors in health.items() for name, m in tensors.items() if m["not_finite"]]
+    console.print(f"not finite: {', '.join(odd)}" if odd else "all values are finite", highlight=False)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
+    """Facts about what is at `path`, and its tensors by kind. Raises CheckpointError where it is neither."""
+    if (path / CONFIG).is_file():
+        content = files.read_json(path / CONFIG)
+        if not isinstance(content, dict) or "model" not in content:
+            raise CheckpointError(f"{path / CONFIG}: not a model folder's configuration")
+        return {"model folder": str(path), "facts": content.get("facts", {})}, {"weights": TensorFolder(path)}
+    tag = newest_tag(path)
+    state = files.read_json(tag / files.STATE)
+    sources, updates = open_state(tag)
+    facts = {
+        "checkpoint": str(tag),
+        "step": state["step"],
+        "optimizer updates": int(updates),
+        "sequences read": state["consumed_samples"],
+        "layout": read_layout(tag),
+        "bytes on disk": sum(record.size for record in files.read_manifest(tag).values()),
+    }
+    return facts, dict(sources)
+
+
+def measure(source: TensorSource, name: str, progress: Any) -> dict[str, Any]:
+    """Shape, norm, largest magnitude, and how many values are zero or not finite."""
+    spec = source.specs()[name]
+    squares, largest, zeros, odd, count = 0.0, 0.0, 0, 0, 0
+    for rows in row_pieces(spec):
+        values = source.read(name, rows)
+        progress(values.nbytes)
+        values = values.double()
+        finite = torch.isfinite(values)
+        odd += int((~finite).sum())
+        values = values[finite]
+        count += values.numel()
+        squares += float(values.square().sum())
+        zeros += int((values == 0).sum())
+        largest = max(largest, float(values.abs().max()) if values.numel() else 0.0)
+    return {
+        "shape": list(spec.shape),
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "bytes": spec.nbytes,
+        "rms": math.sqrt(squares / count) if count else 0.0,
+        "largest": largest,
+        "zeros": zeros,
+        "not_finite": odd,
+    }
+
+
+def table(kind: str, tensors: Mapping[str, Mapping[str, Any]], every: bool) -> Table:
+    """A row per tensor, or per part of the model."""
+    made = Table(title=kind)
+    for heading in ("part" if not every else "tensor", "numbers", "bytes", "rms", "largest", "zeros"):
+        made.add_column(heading, justify="left" if heading in ("part", "tensor") else "right")
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for name, measured in tensors.items():
+        groups.setdefault(name if every else part_of(name), []).append(measured)
+    for name, members in groups.items():
+        counts = [math.prod(m["shape"]) for m in members]
+        total = sum(counts)
+        rms = math.sqrt(sum(m["rms"] ** 2 * n for m, n in zip(members, counts, strict=True)) / max(1, total))
+        zeros = sum(m["zeros"] for m in members) / max(1, total)
+        size = readable(sum(m["bytes"] for m in members))
+        largest = max(m["largest"] for m in members)
+        made.add_row(name, f"{total:,}", size, f"{rms:.3g}", f"{largest:.3g}", f"{zeros:.1%}")
+    return made
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to."""
+    for mark, part in (
+        (".experts.", "routed experts"), (".shared_experts.", "shared experts"), (".router.", "routers"),
+        ("embed.", "embedding"), ("lm_head.", "head"), ("prelude.", "prelude"), ("coda.", "coda"),
+        ("recurrent.layers.", "recurrent layers"), ("recurrent.", "loop"), ("prelude_norm", "loop"),
+    ):  # fmt: skip
+        if mark in name and not (mark == ".experts." and ".shared_experts." in name):
+            return part
+    return "final norm"
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(parser(), work, None))

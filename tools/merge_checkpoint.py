@@ -1,0 +1,112 @@
+"""Merge a training checkpoint into one model: config.json, safetensors, tokenizer.
+
+    python tools/merge_checkpoint.py runs/quickstart --output merged
+    python tools/merge_checkpoint.py runs/big/checkpoints/step_00010000 --output merged --dtype bfloat16 --jobs 16
+    python tools/merge_checkpoint.py --config 1t.json --processes 1024 --dry-run
+
+Works for every layout (expert parallelism, ZeRO 0 to 3, pipeline), reads a few rows at a time, and goes on after an
+interruption when it is started again. --dry-run says what will be written and what it takes; with --config it needs no
+checkpoint at all.
+"""
+
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+from conversion.estimate import estimate, print_estimate
+from conversion.merging import merge, merged_source, model_of, newest_tag
+from conversion.mythos_folder import expected_specs, folder_dtype
+from conversion.planned import planned_tensors
+from conversion.progress import byte_progress
+
+from mythos_ds.checkpoint import files
+from mythos_ds.checkpoint.tensor_files import TensorSpec
+from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES, plan_files
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import resolve
+from mythos_ds.data.command import run_tool
+from mythos_ds.errors import CheckpointError, ConfigError
+
+_FP32_BYTES = 4
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("checkpoint", type=Path, nargs="?", help="a checkpoint (step_<n>) or a run's directory")
+    made.add_argument("--output", type=Path, help="folder of the merged model")
+    made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrices")
+    made.add_argument("--tokenizer", type=Path, help="default: the run's, where it is at hand")
+    made.add_argument("--jobs", type=int, default=1, help="files written at once")
+    made.add_argument("--max-file-bytes", type=int, default=MAX_FILE_BYTES)
+    made.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    made.add_argument("--config", help="with --dry-run: plan for a configuration instead of a checkpoint")
+    made.add_argument("--processes", type=int, help="with --config; default: those of its cluster")
+    made.add_argument("--bandwidth", type=float, default=2e9, help="bytes per second, for the time of --dry-run")
+    made.add_argument("--json", action="store_true", help="print the plan or the result as JSON")
+    return made
+
+
+def work(arguments: Namespace) -> None:
+    for name in ("jobs", "max_file_bytes", "bandwidth"):
+        if getattr(arguments, name) <= 0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag}: given {getattr(arguments, name)}; allowed: more than 0; nearest: 1")
+    if arguments.config is not None:
+        plan_for_configuration(arguments)
+        return
+    if arguments.checkpoint is None or arguments.processes is not None:
+        raise ConfigError("give a checkpoint, or --config (and --processes) with --dry-run")
+    tag = newest_tag(arguments.checkpoint)
+    state = files.read_json(tag / files.STATE)
+    specs = merged_source(tag, model_of(state), arguments.dtype).specs()
+    planned = plan_files(specs, arguments.max_file_bytes)
+    made = estimate(planned, _read_bytes(specs), arguments.bandwidth)
+    if arguments.dry_run:
+        print_estimate(f"{tag}", made, arguments.json)
+        return
+    if arguments.output is None:
+        raise ConfigError("--output: not given; the folder to write the model to")
+    if arguments.tokenizer is not None and not arguments.tokenizer.is_file():
+        raise CheckpointError(f"--tokenizer: {arguments.tokenizer} is not a file")
+    with byte_progress("merging", made.bytes) as progress:
+        merge(
+            tag,
+            arguments.output,
+            dtype=arguments.dtype,
+            jobs=arguments.jobs,
+            max_file_bytes=arguments.max_file_bytes,
+            tokenizer=arguments.tokenizer,
+            progress=progress,
+        )
+    print_estimate(f"{arguments.output}", made, arguments.json)
+
+
+def plan_for_configuration(arguments: Namespace) -> None:
+    """--config: the plan for a checkpoint that does not exist."""
+    if not arguments.dry_run or arguments.checkpoint is not None or arguments.output is not None:
+        raise ConfigError("--config: goes with --dry-run only, without a checkpoint and --output")
+    config = load_config(arguments.config, []).config
+    cluster = config.cluster
+    processes = arguments.processes or (cluster.nodes * cluster.gpus_per_node if cluster else None)
+    if processes is None:
+        raise ConfigError("--processes: not given, and the configuration names no cluster")
+    tensors = planned_tensors(resolve(config, processes))
+    dtype = torch.float32 if arguments.dtype == "float32" else torch.bfloat16
+    specs = {n: TensorSpec(folder_dtype(n, s, dtype), s.shape) for n, s in expected_specs(config.model).items()}
+    missing = set(specs) - set(tensors)
+    if odd := sorted(name for name in missing if ".router." not in name):
+        raise CheckpointError(f"{odd[0]}: in no file of the plan")
+    pieces = sum(len(tiling) for tensor in tensors.values() for tiling in tensor.tilings)
+    made = estimate(plan_files(specs, arguments.max_file_bytes), _read_bytes(specs), arguments.bandwidth)
+    if not arguments.json:
+        sys.stdout.write(f"{pieces:,} pieces in the files of {processes:,} processes\n")
+    print_estimate(arguments.config, made, arguments.json)
+
+
+def _read_bytes(specs: dict[str, TensorSpec]) -> int:
+    return sum(spec.nbytes // spec.dtype.itemsize * _FP32_BYTES for spec in specs.values())
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(parser(), work, None))
