@@ -154,7 +154,7 @@ class ShardReader:
 
     def elements(self, piece: Piece, name: str, kind: str) -> Tensor:
         """The flat elements of a piece of the tensor `name`."""
-        return self.flat(piece.file, piece.group, name, kind)[piece.start : piece.start + piece.numel]
+        return self.flat(piece.file, piece.group, name, kind).detach()[piece.start : piece.start + piece.numel]
 
     def flat(self, file: str, group: int | None, name: str, kind: str) -> Tensor:
         """The flat tensor that a piece is cut from. Raises CheckpointError where there is none of that kind."""
