@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from conversion.openmythos import convert_openmythos, openmythos_config
 from inspection import depth_curve, halting, routing, stability
 from pydantic import ValidationError
 from rich.console import Console
@@ -35,7 +36,6 @@ from mythos_ds.lab.gate import open_text
 from mythos_ds.lab.hardware import describe
 from mythos_ds.lab.study import markdown
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.model.openmythos import convert_openmythos, openmythos_config
 
 ROWS = 4
 _SEQ_LEN = 256

@@ -27,7 +27,7 @@ def run_tool(parser: ArgumentParser, work: Callable[[Namespace], None], argv: Se
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
-        sys.stderr.write(f"{parser.prog}: stopped; nothing was written\n")
+        sys.stderr.write(f"{parser.prog}: stopped; what was finished is kept, nothing unfinished is published\n")
         return INTERRUPTED_EXIT_CODE
     return 0
 

@@ -1,0 +1,119 @@
+"""Average models: the weighted mean of the weights of several model folders (mythos, or Hugging Face).
+
+    python tools/average_checkpoints.py step_900 step_1000 step_1100 --output averaged
+    python tools/average_checkpoints.py base tuned --output mixed --weights 1 3 --dry-run
+
+Summed in fp32 and cast once, a few rows at a time. Router biases and counters are not averaged but taken from the last
+folder. Refused: another configuration, tokenizer or set of tensors, and models that do not share a start, which is
+judged from the weights themselves (docs/convert.md); --force averages those nevertheless.
+"""
+
+import json
+import math
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conversion.average import SAME_LINEAGE, Mean, Member, check_members, likeness, lineage_facts, write_companions
+from conversion.estimate import Estimate, estimate, print_estimate
+from conversion.progress import byte_progress
+
+from mythos_ds.checkpoint.tensor_files import TensorFolder
+from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES, plan_files, write_tensors
+from mythos_ds.data.command import run_tool
+from mythos_ds.errors import CheckpointError, ConfigError
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("models", type=Path, nargs="+", metavar="FOLDER", help="two or more model folders")
+    made.add_argument("--output", type=Path, required=True, help="folder of the mean")
+    made.add_argument("--weights", type=float, nargs="+", help="one for each folder; default: equal")
+    made.add_argument("--force", action="store_true", help="average models that do not share a start")
+    made.add_argument("--jobs", type=int, default=1, help="files written at once")
+    made.add_argument("--max-file-bytes", type=int, default=MAX_FILE_BYTES)
+    made.add_argument("--dry-run", action="store_true", help="check, print the plan and write nothing")
+    made.add_argument("--bandwidth", type=float, default=2e9, help="bytes per second, for the time of --dry-run")
+    made.add_argument("--json", action="store_true", help="print the result as JSON")
+    return made
+
+
+def work(arguments: Namespace) -> None:
+    weights = checked_weights(arguments)
+    members = [Member.open(folder) for folder in arguments.models]
+    check_members(members)
+    sources = [TensorFolder(member.folder) for member in members]
+    mean = Mean(sources, weights)
+    alike = [likeness(source, sources[-1]) for source in sources[:-1]]
+    check_lineage(arguments, alike)
+    specs = mean.specs()
+    read = len(members) * sum(spec.nbytes for spec in specs.values())
+    made = estimate(plan_files(specs, arguments.max_file_bytes), read, arguments.bandwidth)
+    if not arguments.dry_run:
+        with byte_progress("averaging", made.bytes) as progress:
+            write_tensors(
+                mean, arguments.output, jobs=arguments.jobs, max_file_bytes=arguments.max_file_bytes, progress=progress
+            )
+        write_companions(members, mean.weights, arguments.output)
+    report(arguments, members, mean, alike, made)
+
+
+def checked_weights(arguments: Namespace) -> list[float]:
+    """One weight for each folder. Raises ConfigError for arguments that do not fit."""
+    models = arguments.models
+    if len(models) < 2:
+        raise ConfigError(f"models: given {len(models)}; allowed: at least 2; nearest: 2")
+    if arguments.output in models:
+        raise ConfigError(f"--output: given {arguments.output}, which is averaged; allowed: a new folder")
+    for name in ("jobs", "max_file_bytes", "bandwidth"):
+        if getattr(arguments, name) <= 0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag}: given {getattr(arguments, name)}; allowed: more than 0; nearest: 1")
+    weights: list[float] = arguments.weights or [1.0] * len(models)
+    if len(weights) != len(models) or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
+        given = " ".join(f"{weight:g}" for weight in weights)
+        raise ConfigError(
+            f"--weights: given {given}; allowed: {len(models)} numbers that are not negative, one for each folder"
+        )
+    return weights
+
+
+def check_lineage(arguments: Namespace, alike: list[float]) -> None:
+    """Raises CheckpointError where a model and the last one do not share a start, unless forced."""
+    strangers = [i for i, value in enumerate(alike) if value < SAME_LINEAGE]
+    if strangers and not arguments.force:
+        first = strangers[0]
+        raise CheckpointError(
+            f"{arguments.models[first]}: its matrices have a cosine of {alike[first]:.2f} with those of "
+            f"{arguments.models[-1]}; allowed: at least {SAME_LINEAGE:g}, as models of one start have (a mean of "
+            "others is no model); nearest: --force"
+        )
+
+
+def report(arguments: Namespace, members: list[Member], mean: Mean, alike: list[float], made: Estimate) -> None:
+    """What was averaged, how alike the models are, and what was not averaged."""
+    if arguments.json:
+        result: dict[str, Any] = {
+            "models": [str(member.folder) for member in members],
+            "weights": mean.weights,
+            "cosine_with_last": alike,
+            "recorded": lineage_facts(members),
+            "not_averaged": mean.kept,
+            "written": not arguments.dry_run,
+            "estimate": asdict(made),
+        }
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    recorded = lineage_facts(members)
+    for i, member in enumerate(members):
+        cosine = f"cosine with the last {alike[i]:.4f}" if i < len(alike) else "the last"
+        facts = ", ".join(f"{name} {values[i]}" for name, values in recorded.items() if values[i] is not None)
+        sys.stdout.write(f"{member.folder}: weight {mean.weights[i]:.4g}, {cosine}; {facts or 'nothing recorded'}\n")
+    sys.stdout.write(f"not averaged, from {members[-1].folder}: {', '.join(mean.kept) or 'nothing'}\n")
+    print_estimate(f"{arguments.output}{' (nothing written)' if arguments.dry_run else ''}", made, False)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(parser(), work, None))

@@ -1,0 +1,159 @@
+"""From one format to another: the tensors to be written, what is written beside them, and what must be said."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.mythos_folder import WholeModel, write_config
+from conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmythos_fields, read_openmythos
+from conversion.pickled import has_safetensors, open_weights
+from conversion.retrofit import FAMILIES, Cut, Retrofitted, describe, retrofit_config
+from mythos_ds.checkpoint.files import read_json
+from mythos_ds.checkpoint.model_folder import CONFIG, TOKENIZER, read_facts
+from mythos_ds.checkpoint.tensor_files import TensorFolder, TensorSource
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.durable import write_atomic
+from mythos_ds.errors import ConfigError, DataError
+
+SOURCES, TARGETS = ("mythos", "hf", "openmythos"), ("mythos", "openmythos")
+DTYPES = ("bfloat16", "float32")
+CUT_FLAGS = {
+    "prelude": "first source layers, run once",
+    "recurrent": "source layers of the looped block",
+    "coda": "last source layers, run once",
+    "recurrent_from": "first source layer of the block; default: so that it ends where the coda begins",
+    "experts": f"routed experts of a layer, a multiple of the granularity (default {Cut.n_experts})",
+    "granularity": f"parts into which a feed-forward is split (default {Cut.granularity})",
+    "experts_per_token": f"experts used by a token, whole copies (default {Cut.experts_per_token})",
+    "mean_recurrence": f"mean loop count of the training to come (default {Cut.mean_recurrence})",
+    "max_loops": f"largest loop count of the training to come (default {Cut.max_loops})",
+    "seed": "draws the router (default 0)",
+}
+_TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. cut: values by name in CUT_FLAGS, only those that were given."""
+
+    source: str
+    target: str
+    folder: Path
+    dtype: str | None
+    allow_pickle: bool = False
+    cut: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Route:
+    """A planned conversion. `finish` writes what stands beside the weights."""
+
+    source: TensorSource
+    dtype: str
+    read_bytes: int
+    finish: Callable[[Path], None]
+    notes: list[str]
+
+
+def plan_route(request: Request) -> Route:
+    """The conversion that is asked for. Raises ConfigError for one that there is not, or with options that have no
+    effect in it, and CheckpointError for an input that does not fit."""
+    routes = {
+        ("hf", "mythos"): _retrofit,
+        ("openmythos", "mythos"): _from_openmythos,
+        ("mythos", "openmythos"): _to_openmythos,
+    }
+    pair = request.source, request.target
+    if pair not in routes:
+        allowed = ", ".join(f"{source} to {target}" for source, target in routes)
+        raise ConfigError(f"--from {pair[0]} --to {pair[1]}: given; allowed: {allowed}; others go through mythos")
+    _refuse_without_effect(request)
+    return routes[pair](request)
+
+
+def _refuse_without_effect(request: Request) -> None:
+    if request.dtype is not None and request.target == "openmythos":
+        raise ConfigError("--dtype: given with --to openmythos; allowed: none (its code runs in fp32 only)")
+    if request.cut and (request.source, request.target) != ("hf", "mythos"):
+        flag = next(iter(request.cut)).replace("_", "-")
+        raise ConfigError(f"--{flag}: given with --from {request.source} --to {request.target}; allowed: hf to mythos")
+    pickled = request.folder.is_file() or not has_safetensors(request.folder)
+    if request.allow_pickle and (request.source == "mythos" or not pickled):
+        raise ConfigError(f"--allow-pickle: given for {request.folder}, whose weights are not pickled")
+
+
+def _from_openmythos(request: Request) -> Route:
+    tensors, config, facts = read_openmythos(request.folder, allow_pickle=request.allow_pickle)
+    return _to_mythos(request, tensors, config, facts, [])
+
+
+def _to_openmythos(request: Request) -> Route:
+    config, facts = _read_model(request.folder)
+    fields = openmythos_fields(config, facts.get("seq_len", SEQ_LEN))
+    weights = TensorFolder(request.folder)
+    source = OpenMythosTensors(weights, config)
+
+    def finish(output: Path) -> None:
+        tokenizer = request.folder / TOKENIZER
+        if tokenizer.is_file():
+            (output / TOKENIZER).write_bytes(tokenizer.read_bytes())
+        write_atomic(output / CONFIG, json.dumps(fields, indent=2) + "\n")
+
+    return Route(source, "as in the input", _size(weights), finish, [])
+
+
+def _retrofit(request: Request) -> Route:
+    hf = read_json(request.folder / CONFIG)
+    kind = hf.get("model_type") if isinstance(hf, dict) else None
+    if kind not in FAMILIES:
+        raise ConfigError(f"{request.folder / CONFIG}: given model_type {kind!r}; allowed: {', '.join(FAMILIES)}")
+    missing = [name for name in ("prelude", "recurrent", "coda") if name not in request.cut]
+    if missing:
+        raise ConfigError(f"--{missing[0]}: not given; needed for a dense model ({kind})")
+    given = {"n_experts" if name == "experts" else name: value for name, value in request.cut.items()}
+    cut = Cut(**given)
+    config = retrofit_config(hf, cut)
+    weights = open_weights(request.folder, allow_pickle=request.allow_pickle)
+    notes = describe(cut, int(hf["num_hidden_layers"]))
+    tokenizer = request.folder / TOKENIZER
+    try:
+        usable = Tokenizer.load(tokenizer).vocab_size <= config.vocab_size
+    except DataError:
+        usable = False
+    if not usable:
+        notes.append(f"no tokenizer is written: {request.folder} has no sentencepiece {TOKENIZER} that fits")
+    facts = {"source": kind, "layers": cut.layers(int(hf["num_hidden_layers"]))}
+    tensors = Retrofitted(weights, hf, cut)
+    return _to_mythos(request, tensors, config, facts, notes, tokenizer if usable else None)
+
+
+def _to_mythos(
+    request: Request,
+    tensors: TensorSource,
+    config: ModelConfig,
+    facts: dict[str, Any],
+    notes: list[str],
+    tokenizer: Path | None = None,
+) -> Route:
+    source = WholeModel(tensors, config, _TORCH.get(request.dtype or ""))
+    beside = request.folder if request.folder.is_dir() else request.folder.parent
+    own = tokenizer or beside / TOKENIZER
+
+    def finish(output: Path) -> None:
+        write_config(output, config, facts, own)
+
+    return Route(source, request.dtype or "as in the input", _size(tensors), finish, notes)
+
+
+def _read_model(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    facts = read_facts(folder)
+    return ModelConfig.model_validate(read_json(folder / CONFIG)["model"]), facts
+
+
+def _size(source: TensorSource) -> int:
+    return sum(spec.nbytes for spec in source.specs().values())
