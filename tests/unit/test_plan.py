@@ -1,0 +1,152 @@
+"""The planner: presets fit what they name, costs agree with hand calculations, and what it writes runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from planning.gpus import GPUS, read_gpu
+from planning.layouts import examine, first_remedy, remedies
+from planning.memory import held_elements, memory, states
+from planning.report import as_numbers, draw
+from planning.timing import checkpoint, costs, timing
+from planning.trace import Workload, trace
+from planning.traffic import traffic
+
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import planned_world_size, resolve
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.errors import ConfigError
+from mythos_ds.plan.flops import flops_per_token
+from tests.distributed.cases import toy_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESETS = ("1b", "3b", "10b", "50b", "100b", "500b", "1t")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fits_the_cluster_it_names(name):
+    config = load_config(name, []).config
+    found = memory(resolve(config, planned_world_size(config)))
+    assert found.total <= GPUS[config.cluster.gpu].memory_bytes
+    assert found.total >= 0.2 * GPUS[config.cluster.gpu].memory_bytes, "a layout that leaves most of the GPU empty"
+
+
+def test_the_largest_preset_does_not_fit_smaller_gpus_and_the_plan_says_what_helps():
+    config = load_config("1t", []).config
+    h100 = GPUS["h100"]
+    layout = examine(config, 1024, h100, {})
+    assert not layout.fits(h100)
+    remedy = first_remedy(config, 1024, h100)
+    assert remedy is not None
+    assert remedy.fits(h100)
+    assert any(remedy.changes.items() >= changes.items() for changes in remedies(config))
+    numbers = as_numbers(layout, h100, 1e12, remedy, [])
+    assert numbers["fits"] is False
+    assert numbers["binding"] == "activations"
+    assert numbers["remedy"] == remedy.changes
+    json.dumps(numbers)
+
+
+def peer(shared_width: int) -> ModelConfig:
+    """The one-trillion preset of OpenMythos."""
+    return ModelConfig(
+        vocab_size=100_000, dim=16384, prelude_layers=6, recurrent_layers=1, coda_layers=6, max_loops=64,
+        mean_recurrence=64, attn_type="mla", n_heads=128, q_lora_rank=3072, kv_lora_rank=1024,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, ffn_dim=65536 // 3 * 2, n_experts=512,
+        n_experts_per_tok=8, expert_dim=34560, n_shared_experts=8, shared_expert_dim=shared_width,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("shared_width", "teraflops"), [(8 * 34560, 47.3), (34560, 10.7)])
+def test_the_peers_cost_agrees_with_the_hand_calculation(shared_width, teraflops):
+    """6 (T P_loop + P_once) FLOPs per trained token, without attention scores: 47.3 TFLOP with shared experts as wide
+    as OpenMythos makes them, 10.7 with narrow ones; 1,336 and 304 days per trillion tokens on 1,024 GPUs at 400
+    TFLOP/s."""
+    cost = flops_per_token(peer(shared_width), context=1, n_loops=64)
+    trained = 3 * cost.forward
+    assert trained / 1e12 == pytest.approx(teraflops, rel=0.02)
+    days = 1e12 * trained / (1024 * 400e12) / 86400
+    assert days == pytest.approx({47.3: 1336, 10.7: 304}[teraflops], rel=0.02)
+
+
+def test_states_are_counted_with_padding():
+    shapes = (("a.weight", (5, 3)), ("recurrent.layers.0.moe.experts.w1", (4, 3, 1)))
+    assert held_elements(shapes, 4, 2) == (4 + 3, 4 + 3)
+    resolved = resolve(load_config("1t", []).config, 1024)
+    kept = states(resolved)
+    assert kept.masters == 2 * kept.weights == kept.gradients == kept.optimizer // 2
+    assert kept.masters * 1024 / 4 == pytest.approx(998.6e9, rel=1e-3)
+
+
+def test_a_longer_loop_costs_its_state_and_no_more():
+    model = toy_model()
+    loads = [Workload(model, 2, 32, loops, 2, torch.bfloat16, "loop") for loops in (3, 4, 9)]
+    three, four, nine = (trace(load).peak for load in loads)
+    assert nine - four == 5 * (four - three)
+    assert four - three == pytest.approx(2 * 32 * model.dim * 4, rel=0.1)
+    everything = Workload(model, 2, 32, 9, 2, torch.bfloat16, "none")
+    assert trace(everything).peak > 2 * nine
+
+
+def test_traffic_grows_with_loops_only_where_tokens_travel():
+    config = load_config("10b", []).config
+    resolved = resolve(config, planned_world_size(config))
+    one, two = traffic(resolved, 8), traffic(resolved, 16)
+    assert (one.gather, one.reduce, one.gather_experts) == (two.gather, two.reduce, two.gather_experts)
+    assert 1.3 < two.exchange / one.exchange < 2.0
+
+
+def test_costs_and_checkpoints_are_consistent():
+    config = load_config("1t", []).config
+    resolved, gpu = resolve(config, 1024), GPUS["h200"]
+    step = timing(resolved, gpu)
+    assert step.serial_s > step.bound_s >= step.compute_s
+    for cost in costs(step, 1024, gpu, 15e12):
+        assert cost.days == pytest.approx(15 * cost.days_per_trillion)
+        assert cost.dollars == pytest.approx(cost.days * 24 * 1024 * gpu.price_per_hour)
+    saved = checkpoint(resolved, 1024, gpu)
+    assert saved.bytes == pytest.approx(12e12, rel=0.01)
+    assert saved.hours_between_failures == pytest.approx(49.6, rel=0.01)
+
+
+def test_a_gpu_from_a_file_and_what_is_wrong_with_one(tmp_path):
+    path = tmp_path / "gpu.json"
+    fields = {"name": "mine", "memory_bytes": 48e9, "peak_flops": 181e12, "kernel_share": 0.7}
+    path.write_text(json.dumps({**fields, "node_bandwidth": 32e9, "network_bandwidth": 12e9}))
+    assert read_gpu(str(path)).memory_bytes == 48e9
+    for content in ('{"memory": 1}', "[]", "no json", json.dumps({**fields, "peak_flops": -1})):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match="--gpu"):
+            read_gpu(str(path))
+    with pytest.raises(ConfigError, match="h100"):
+        read_gpu("h999")
+
+
+def test_the_command_writes_a_configuration_that_loads_and_a_picture(tmp_path):
+    chosen, picture = tmp_path / "chosen.json", tmp_path / "plan.png"
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config", "1b.json", "--json", "--compare"]
+    command += ["--write", str(chosen), "--picture", str(picture), "--objective", "memory", "--layouts", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(result.stdout)
+    assert numbers["fits"] is True
+    assert len(numbers["layouts"]) == 2
+    assert numbers["layouts"][0]["memory_total_bytes"] <= numbers["layouts"][1]["memory_total_bytes"]
+    assert {row["model"] for row in numbers["comparison"]} >= {"looped, 8 loops", "looped, 16 loops"}
+    written = load_config(str(chosen), []).config
+    resolve(written, planned_world_size(written))
+    assert picture.stat().st_size > 10_000
+    for wrong in (["--tokens", "many"], ["--gpu", "h999"], ["--gpus", "0"]):
+        refused = subprocess.run([*command[:4], *wrong], capture_output=True, text=True, timeout=120)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+
+
+def test_the_picture_shows_a_plan_that_does_not_fit(tmp_path):
+    config = load_config("10b", []).config
+    small = GPUS["h100"]
+    layout = examine(config, 64, small, {"training.micro_batch_size": 4})
+    draw("10b", as_numbers(layout, small, 1e12, None, []), tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000

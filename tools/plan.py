@@ -1,0 +1,124 @@
+"""Plan a run before renting the machines: memory, traffic, time and cost per GPU, and which layouts fit.
+
+    python tools/plan.py --config 1t.json
+    python tools/plan.py --config 1t.json --gpus 1024 --gpu h100 --tokens 10T --picture plan.png
+    python tools/plan.py --config 100b.json --objective memory --write chosen.json
+    python tools/plan.py --config 10b.json --compare
+    python tools/plan.py --config 1t.json --json parallel.ep_size=512
+
+Memory comes from the model's own code, run without data on the meta device; docs/calibration.md says how close that is.
+Times are bounds from data-sheet rates, not measurements. --gpu also takes a JSON file with the fields of a GPU.
+"""
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any
+
+from planning.compare import comparison, print_comparison
+from planning.gpus import Gpu, read_gpu
+from planning.layouts import Layout, examine, first_remedy, ranked, with_changes
+from planning.report import as_numbers, draw, print_plan
+from rich.console import Console
+
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.validation import steps_of
+from mythos_ds.data.command import run_tool
+from mythos_ds.durable import write_atomic
+from mythos_ds.errors import ConfigError
+
+_SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("--config", required=True)
+    made.add_argument("--gpus", type=int, help="default: those of the configuration's cluster")
+    made.add_argument("--gpu", help="h100, h200, b200, mi300x or a JSON file; default: the cluster's")
+    made.add_argument("--tokens", help="of the run, such as 10T; default: the configuration's")
+    made.add_argument("--objective", choices=("time", "memory"), help="also rank layouts, by this")
+    made.add_argument("--layouts", type=int, default=4, help="how many to rank (with --objective)")
+    made.add_argument("--compare", action="store_true", help="set it beside a dense and a plain MoE model")
+    made.add_argument("--write", type=Path, help="write a runnable configuration with the best layout")
+    made.add_argument("--picture", type=Path, help="write a PNG")
+    made.add_argument("--json", action="store_true", help="print everything as JSON")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return made
+
+
+def work(arguments: Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides).config
+    gpus, gpu = machine(config, arguments)
+    layout = examine(config, gpus, gpu, {})
+    remedy = None if layout.fits(gpu) else first_remedy(config, gpus, gpu)
+    others: list[Layout] = []
+    if arguments.objective is not None:
+        console = Console(stderr=True)
+        with console.status("looking at layouts"):
+            others = ranked(config, gpus, gpu, arguments.objective, most=arguments.layouts)
+    tokens = read_tokens(arguments.tokens) if arguments.tokens else float(tokens_of(config))
+    numbers: dict[str, Any] = as_numbers(layout, gpu, tokens, remedy, others)
+    if arguments.compare:
+        numbers["comparison"] = comparison(layout.resolved)
+    if arguments.json:
+        sys.stdout.write(json.dumps(numbers, indent=1) + "\n")
+    else:
+        console = Console()
+        print_plan(console, arguments.config, numbers)
+        if arguments.compare:
+            print_comparison(console, numbers["comparison"])
+    if arguments.picture is not None:
+        draw(arguments.config, numbers, arguments.picture)
+    if arguments.write is not None:
+        write(arguments.write, config, layout, remedy, others, gpus, gpu)
+
+
+def machine(config: RunConfig, arguments: Namespace) -> tuple[int, Gpu]:
+    """Number and kind of GPUs. Raises ConfigError where neither the arguments nor the configuration say."""
+    cluster = config.cluster
+    if arguments.layouts < 1:
+        raise ConfigError(f"--layouts: given {arguments.layouts}; allowed: 1 or more; nearest: 1")
+    if cluster is None and (arguments.gpus is None or arguments.gpu is None):
+        raise ConfigError("--gpus and --gpu: not given, and the configuration names no cluster")
+    planned = cluster.nodes * cluster.gpus_per_node if cluster else 0
+    gpus = planned if arguments.gpus is None else arguments.gpus
+    if gpus < 1:
+        raise ConfigError(f"--gpus: given {gpus}; allowed: 1 or more; nearest: 1")
+    return gpus, read_gpu(arguments.gpu if cluster is None or arguments.gpu else cluster.gpu)
+
+
+def read_tokens(text: str) -> float:
+    """'10T' -> 1e13. Raises ConfigError for anything else than a number above 0 and a suffix."""
+    number, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1.0)
+    try:
+        value = float(number) * factor
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"--tokens: given {text}; allowed: a number above 0 with {', '.join(_SUFFIXES)} or nothing")
+    return value
+
+
+def tokens_of(config: RunConfig) -> int:
+    """Tokens of the configured run."""
+    training = config.training
+    return steps_of(training) * training.global_batch_size * training.seq_len
+
+
+def write(
+    path: Path, config: RunConfig, layout: Layout, remedy: Layout | None, others: list[Layout], gpus: int, gpu: Gpu
+) -> None:
+    """The configuration with the best layout of those that were looked at. Raises ConfigError where none fits."""
+    chosen = others[0] if others else layout if layout.fits(gpu) else remedy
+    if chosen is None:
+        raise ConfigError(f"--write: nothing that was looked at fits {gpus} {gpu.name}; give --objective")
+    made = with_changes(config, chosen.changes).model_dump(mode="json", exclude_unset=True)
+    if gpus % gpu.gpus_per_node == 0 and gpu.name:
+        made["cluster"] = {"gpu": gpu.name, "nodes": gpus // gpu.gpus_per_node, "gpus_per_node": gpu.gpus_per_node}
+    write_atomic(path, json.dumps(made, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(parser(), work, None))

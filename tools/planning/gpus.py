@@ -1,0 +1,69 @@
+"""What a GPU holds and moves. Peak rates are those of the makers' data sheets; what is an assumption says so."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from mythos_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of a node. Bandwidths are bytes per second, per GPU and direction.
+
+    Attributes:
+        memory_bytes: of the device.
+        peak_flops: dense bf16.
+        kernel_share: share of the peak that large matrix products reach (assumption; an H200 was seen at 0.8).
+        node_bandwidth: to the other GPUs of the node.
+        network_bandwidth: to other nodes.
+        gpus_per_node: GPUs that share a node.
+        price_per_hour: in dollars (assumption).
+        disk_bandwidth: of a node to its file system (assumption).
+        failures_per_hour: of a GPU with all that belongs to it (Llama 3, arXiv 2407.21783: 419 in 54 days of 16,384).
+    """
+
+    name: str
+    memory_bytes: float
+    peak_flops: float
+    kernel_share: float
+    node_bandwidth: float
+    network_bandwidth: float
+    gpus_per_node: int = 8
+    price_per_hour: float = 2.5
+    disk_bandwidth: float = 2e9
+    failures_per_hour: float = 1.97e-5
+
+
+GPUS = {
+    "h100": Gpu("h100", 80e9, 989e12, 0.75, 450e9, 50e9, price_per_hour=2.5),
+    "h200": Gpu("h200", 141e9, 989e12, 0.75, 450e9, 50e9, price_per_hour=3.0),
+    "b200": Gpu("b200", 180e9, 2250e12, 0.7, 900e9, 50e9, price_per_hour=5.0),
+    "mi300x": Gpu("mi300x", 192e9, 1307e12, 0.6, 448e9, 50e9, price_per_hour=2.5),
+}
+
+
+def read_gpu(name: str) -> Gpu:
+    """A GPU by name, or from a JSON file with the fields of `Gpu`. Raises ConfigError for anything else."""
+    if name in GPUS:
+        return GPUS[name]
+    if not name.endswith(".json"):
+        raise ConfigError(f"--gpu: given {name}; allowed: {', '.join(GPUS)}, or a JSON file")
+    try:
+        content = json.loads(Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--gpu: {name}: not readable as JSON ({error})") from None
+    known = {field.name: field for field in fields(Gpu)}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--gpu: {name}: not a JSON object")
+    if unknown := sorted(set(content) - set(known)):
+        raise ConfigError(f"--gpu: {name}: unknown {unknown[0]!r}; allowed: {', '.join(known)}")
+    try:
+        made = Gpu(**content)
+    except TypeError as error:
+        raise ConfigError(f"--gpu: {name}: {error}") from None
+    numbers = {field: getattr(made, field) for field in known if field != "name"}
+    for field, value in numbers.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+            raise ConfigError(f"--gpu: {name}: {field}: given {value!r}; allowed: a number above 0")
+    return made
