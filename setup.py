@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # The presets travel in a wheel as package data; in a checkout they are found beside the package.
-    packages=[*find_packages(include=["mythos_ds", "mythos_ds.*"]), "mythos_ds.presets"],
+    packages=[*find_packages(include=["mythos_ds", "mythos_ds.*", "mythos_hf"]), "mythos_ds.presets"],
     package_dir={"mythos_ds.presets": "ds_configs"},
     package_data={"mythos_ds": ["py.typed"], "mythos_ds.presets": ["*.json"]},
     install_requires=[
@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.6"],
-        "hf": ["datasets>=3", "pyarrow>=15"],
+        "hf": ["transformers>=5.16,<6", "datasets>=3", "pyarrow>=15"],
         "lab": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
@@ -43,7 +43,7 @@ setup(
             "matplotlib>=3.8",
             "pyarrow>=15",
             "datasets>=3",
-            "transformers>=4.50",  # open-mythos, the oracle of the parity tests, imports it
+            "transformers>=5.16,<6",  # also imported by open-mythos, the oracle of the parity tests
         ],
     },
 )

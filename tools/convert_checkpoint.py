@@ -1,7 +1,8 @@
-"""Convert a model: OpenMythos to mythos and back, or a dense Hugging Face model to mythos.
+"""Convert a model between mythos, Hugging Face and OpenMythos.
 
+    python tools/convert_checkpoint.py --from mythos --to hf --input models/tiny --output hf
+    python tools/convert_checkpoint.py --from mythos --to hf --input models/tiny --output fp8 --dtype fp8 --evaluate
     python tools/convert_checkpoint.py --from openmythos --to mythos --input weights --output imported
-    python tools/convert_checkpoint.py --from mythos --to openmythos --input imported --output back
     python tools/convert_checkpoint.py --from hf --to mythos --input llama --output looped \\
         --prelude 4 --recurrent 6 --coda 4
 
@@ -13,13 +14,14 @@ feed-forwards. docs/convert.md says what is exact. --dry-run prints what would b
 import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from conversion.estimate import Estimate, estimate, print_estimate
 from conversion.progress import byte_progress
-from conversion.routes import CUT_FLAGS, DTYPES, SOURCES, TARGETS, Request, Route, plan_route
+from conversion.routes import CUT_FLAGS, DTYPES, FORMATS, Request, Route, plan_route
 
 from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES, plan_files, write_tensors
 from mythos_ds.data.command import run_tool
@@ -30,11 +32,14 @@ _BANDWIDTH = 2e9
 
 def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("--from", dest="source", choices=SOURCES, required=True, help="format of the input")
-    made.add_argument("--to", dest="target", choices=TARGETS, required=True, help="format of the output")
+    made.add_argument("--from", dest="source", choices=FORMATS, required=True, help="format of the input")
+    made.add_argument("--to", dest="target", choices=FORMATS, required=True, help="format of the output")
     made.add_argument("--input", type=Path, required=True, help="model folder; of OpenMythos also a file")
     made.add_argument("--output", type=Path, required=True, help="a new folder")
-    made.add_argument("--dtype", choices=DTYPES, help="of matrices; default: as in the input")
+    made.add_argument("--dtype", choices=DTYPES, help="of matrices; default: bfloat16 to hf, else as in the input")
+    made.add_argument("--with-remote-code", action="store_true", help="to hf: add the model's code and auto_map")
+    made.add_argument("--evaluate", action="store_true", help="to hf: measure what the conversion costs in perplexity")
+    made.add_argument("--data-dir", type=Path, help="with --evaluate: where the built-in corpus is, or is made (data)")
     made.add_argument("--allow-pickle", action="store_true", help="let a pickled input run the code it names")
     made.add_argument("--jobs", type=int, default=1, help="files written at once")
     made.add_argument("--max-file-bytes", type=int, default=MAX_FILE_BYTES)
@@ -55,12 +60,14 @@ def work(arguments: Namespace) -> None:
         arguments.target,
         arguments.input,
         arguments.dtype,
+        with_remote_code=arguments.with_remote_code,
         allow_pickle=arguments.allow_pickle,
         cut=given,
     )
     route = plan_route(request)
     files = plan_files(route.source.specs(), arguments.max_file_bytes)
     made = estimate(files, route.read_bytes, arguments.bandwidth or _BANDWIDTH)
+    rows = None
     if not arguments.dry_run:
         with byte_progress("converting", made.bytes) as progress:
             write_tensors(
@@ -71,7 +78,9 @@ def work(arguments: Namespace) -> None:
                 progress=progress,
             )
         route.finish(arguments.output)
-    report(arguments, route, made)
+        if arguments.evaluate and route.evaluate is not None:
+            rows = route.evaluate(arguments.output, arguments.data_dir or Path("data"))
+    report(arguments, route, made, rows)
 
 
 def check(arguments: Namespace) -> None:
@@ -82,14 +91,18 @@ def check(arguments: Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: given {value:g}; allowed: more than 0; nearest: 1")
     if arguments.bandwidth is not None and not arguments.dry_run:
         raise ConfigError("--bandwidth: given without --dry-run; allowed: with it, for the time it prints")
+    if arguments.data_dir is not None and not arguments.evaluate:
+        raise ConfigError("--data-dir: given without --evaluate; allowed: with it")
+    if arguments.evaluate and arguments.target != "hf":
+        raise ConfigError(f"--evaluate: given with --to {arguments.target}; allowed: with --to hf")
     if arguments.output.resolve() == arguments.input.resolve():
         raise ConfigError(f"--output: given {arguments.output}, which is the input; allowed: a new folder")
     if arguments.output.exists() and not arguments.output.is_dir():
         raise ConfigError(f"--output: given {arguments.output}, which is a file; allowed: a new folder")
 
 
-def report(arguments: Namespace, route: Route, made: Estimate) -> None:
-    """What was, or would be, written."""
+def report(arguments: Namespace, route: Route, made: Estimate, rows: Sequence[dict[str, float]] | None) -> None:
+    """What was, or would be, written, and what it costs."""
     if arguments.json:
         result: dict[str, Any] = {
             "from": arguments.source,
@@ -98,11 +111,15 @@ def report(arguments: Namespace, route: Route, made: Estimate) -> None:
             "notes": route.notes,
             "written": not arguments.dry_run,
             "estimate": asdict(made),
+            "evaluation": rows,
         }
         sys.stdout.write(json.dumps(result) + "\n")
         return
     sys.stdout.write("".join(f"{note}\n" for note in route.notes))
     print_estimate(f"{arguments.output}{' (nothing written)' if arguments.dry_run else ''}", made, False)
+    for row in rows or ():
+        before, after, change = row["before"], row["after"], row["change"]
+        sys.stdout.write(f"{row['loops']} loops: perplexity {before:.4f} before, {after:.4f} after ({change:+.3%})\n")
 
 
 if __name__ == "__main__":

@@ -116,12 +116,16 @@ def test_what_has_no_effect_or_does_not_fit_is_one_message(
     cases = [
         (("mythos", "mythos", TINY, out), "--from mythos --to mythos: given"),
         (("hf", "openmythos", llama, out), "others go through mythos"),
+        (("openmythos", "mythos", openmythos, out, "--with-remote-code"), "--with-remote-code: given with --to mythos"),
+        (("openmythos", "mythos", openmythos, out, "--dtype", "fp8"), "--dtype: given fp8"),
         (("mythos", "openmythos", TINY, out, "--dtype", "float32"), "--dtype: given with --to openmythos"),
         (("mythos", "openmythos", TINY, out), 'model.injection: given "pre"'),
         (("openmythos", "mythos", openmythos, out, "--prelude", 1), "--prelude: given with --from openmythos"),
-        (("mythos", "openmythos", TINY, out, "--allow-pickle"), "--allow-pickle: given for"),
+        (("mythos", "hf", TINY, out, "--allow-pickle"), "--allow-pickle: given for"),
         (("hf", "mythos", llama, out, *cut, "--allow-pickle"), "whose weights are not pickled"),
         (("openmythos", "mythos", openmythos, out, "--bandwidth", 1), "--bandwidth: given without --dry-run"),
+        (("openmythos", "mythos", openmythos, out, "--data-dir", out), "--data-dir: given without --evaluate"),
+        (("openmythos", "mythos", openmythos, out, "--evaluate"), "--evaluate: given with --to mythos"),
         (("openmythos", "mythos", openmythos, openmythos), "which is the input"),
         (("openmythos", "mythos", openmythos, llama / "config.json"), "which is a file"),
         (("hf", "mythos", llama, out), "--prelude: not given; needed"),
@@ -129,7 +133,7 @@ def test_what_has_no_effect_or_does_not_fit_is_one_message(
         (("hf", "mythos", openmythos, out), "model_type None"),
         (("openmythos", "mythos", tmp_path / "none", out), "not readable"),
         (("openmythos", "mythos", openmythos, out, "--jobs", 0), "--jobs: given 0"),
-        (("mythos", "openmythos", llama, out), "not a model folder"),
+        (("mythos", "hf", llama, out), "not a model folder"),
     ]
     for arguments, message in cases:
         assert _run(*arguments) == 2, message

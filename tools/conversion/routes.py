@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from conversion.evaluation import comparison, evaluated_loops, held_out_text, losses
+from conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
+from conversion.huggingface import hf_config, hf_source, mythos_source, write_companions
 from conversion.mythos_folder import WholeModel, write_config
 from conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmythos_fields, read_openmythos
 from conversion.pickled import has_safetensors, open_weights
@@ -20,8 +23,8 @@ from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.durable import write_atomic
 from mythos_ds.errors import ConfigError, DataError
 
-SOURCES, TARGETS = ("mythos", "hf", "openmythos"), ("mythos", "openmythos")
-DTYPES = ("bfloat16", "float32")
+FORMATS = ("mythos", "hf", "openmythos")
+DTYPES = ("bfloat16", "float32", "fp8")
 CUT_FLAGS = {
     "prelude": "first source layers, run once",
     "recurrent": "source layers of the looped block",
@@ -45,26 +48,30 @@ class Request:
     target: str
     folder: Path
     dtype: str | None
+    with_remote_code: bool = False
     allow_pickle: bool = False
     cut: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Route:
-    """A planned conversion. `finish` writes what stands beside the weights."""
+    """A planned conversion. `finish` writes what stands beside the weights, `evaluate` (output, data folder) gives the
+    perplexities before and after."""
 
     source: TensorSource
     dtype: str
     read_bytes: int
     finish: Callable[[Path], None]
     notes: list[str]
+    evaluate: Callable[[Path, Path], list[dict[str, float]]] | None = None
 
 
 def plan_route(request: Request) -> Route:
     """The conversion that is asked for. Raises ConfigError for one that there is not, or with options that have no
     effect in it, and CheckpointError for an input that does not fit."""
     routes = {
-        ("hf", "mythos"): _retrofit,
+        ("mythos", "hf"): _to_hf,
+        ("hf", "mythos"): _from_hf,
         ("openmythos", "mythos"): _from_openmythos,
         ("mythos", "openmythos"): _to_openmythos,
     }
@@ -77,6 +84,10 @@ def plan_route(request: Request) -> Route:
 
 
 def _refuse_without_effect(request: Request) -> None:
+    if request.with_remote_code and request.target != "hf":
+        raise ConfigError(f"--with-remote-code: given with --to {request.target}; allowed: with --to hf")
+    if request.dtype == "fp8" and request.target != "hf":
+        raise ConfigError(f"--dtype: given fp8 with --to {request.target}; allowed: with --to hf; nearest: bfloat16")
     if request.dtype is not None and request.target == "openmythos":
         raise ConfigError("--dtype: given with --to openmythos; allowed: none (its code runs in fp32 only)")
     if request.cut and (request.source, request.target) != ("hf", "mythos"):
@@ -85,6 +96,52 @@ def _refuse_without_effect(request: Request) -> None:
     pickled = request.folder.is_file() or not has_safetensors(request.folder)
     if request.allow_pickle and (request.source == "mythos" or not pickled):
         raise ConfigError(f"--allow-pickle: given for {request.folder}, whose weights are not pickled")
+
+
+def _from_hf(request: Request) -> Route:
+    hf = read_json(request.folder / CONFIG)
+    kind = hf.get("model_type") if isinstance(hf, dict) else None
+    if kind in FAMILIES:
+        return _retrofit(request, hf)
+    if kind != "mythos":
+        allowed = ", ".join(("mythos", *FAMILIES))
+        raise ConfigError(f"{request.folder / CONFIG}: given model_type {kind!r}; allowed: {allowed}")
+    if request.cut:
+        flag = next(iter(request.cut)).replace("_", "-")
+        raise ConfigError(f"--{flag}: given for a mythos model; allowed: for a dense one ({', '.join(FAMILIES)})")
+    weights = TensorFolder(request.folder)
+    given = Dequantised(weights) if "quantization_config" in hf else weights
+    tensors, config = mythos_source(given, hf)
+    notes = ["the matrices were fp8: what quantisation took away does not come back"] if given is not weights else []
+    return _to_mythos(request, tensors, config, {"source": "hf"}, notes)
+
+
+def _to_hf(request: Request) -> Route:
+    config, _ = _read_model(request.folder)
+    dtype = request.dtype or "bfloat16"
+    kept = "bfloat16" if dtype == "fp8" else dtype
+    source, hf, notes = hf_source(request.folder, kept), hf_config(request.folder, kept), []
+    if dtype == "fp8":
+        source = Fp8Tensors(hf_source(request.folder, "float32"), source)
+        specs = source.specs()
+        hf = {**hf, "quantization_config": quantization_config(specs)}
+        if odd := unaligned(specs):
+            notes.append(
+                f"{odd[0]} and {len(odd) - 1} others: their heights are not multiples of {BLOCK}; servers that join "
+                "query, key and value, or gate and up, cannot use these scales"
+            )
+
+    def finish(output: Path) -> None:
+        write_companions(request.folder, output, hf, with_remote_code=request.with_remote_code)
+
+    def evaluate(output: Path, data_dir: Path) -> list[dict[str, float]]:
+        batches = held_out_text(request.folder, config, data_dir)
+        loops = evaluated_loops(config)
+        written = dequantised(output) if dtype == "fp8" else TensorFolder(output)
+        after = losses(mythos_source(written, hf)[0], config, batches, loops)
+        return comparison(loops, losses(TensorFolder(request.folder), config, batches, loops), after)
+
+    return Route(source, dtype, _size(TensorFolder(request.folder)), finish, notes, evaluate)
 
 
 def _from_openmythos(request: Request) -> Route:
@@ -107,14 +164,10 @@ def _to_openmythos(request: Request) -> Route:
     return Route(source, "as in the input", _size(weights), finish, [])
 
 
-def _retrofit(request: Request) -> Route:
-    hf = read_json(request.folder / CONFIG)
-    kind = hf.get("model_type") if isinstance(hf, dict) else None
-    if kind not in FAMILIES:
-        raise ConfigError(f"{request.folder / CONFIG}: given model_type {kind!r}; allowed: {', '.join(FAMILIES)}")
+def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
     missing = [name for name in ("prelude", "recurrent", "coda") if name not in request.cut]
     if missing:
-        raise ConfigError(f"--{missing[0]}: not given; needed for a dense model ({kind})")
+        raise ConfigError(f"--{missing[0]}: not given; needed for a dense model ({hf['model_type']})")
     given = {"n_experts" if name == "experts" else name: value for name, value in request.cut.items()}
     cut = Cut(**given)
     config = retrofit_config(hf, cut)
@@ -127,7 +180,7 @@ def _retrofit(request: Request) -> Route:
         usable = False
     if not usable:
         notes.append(f"no tokenizer is written: {request.folder} has no sentencepiece {TOKENIZER} that fits")
-    facts = {"source": kind, "layers": cut.layers(int(hf["num_hidden_layers"]))}
+    facts = {"source": hf["model_type"], "layers": cut.layers(int(hf["num_hidden_layers"]))}
     tensors = Retrofitted(weights, hf, cut)
     return _to_mythos(request, tensors, config, facts, notes, tokenizer if usable else None)
 

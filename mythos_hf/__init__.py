@@ -1,0 +1,12 @@
+"""The looped model for Hugging Face transformers. `import mythos_hf` makes the Auto classes know it; no remote code."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from mythos_hf.configuration_mythos import MythosConfig
+from mythos_hf.modeling_mythos import MythosForCausalLM, MythosModel
+
+AutoConfig.register("mythos", MythosConfig, exist_ok=True)
+AutoModel.register(MythosConfig, MythosModel, exist_ok=True)
+AutoModelForCausalLM.register(MythosConfig, MythosForCausalLM, exist_ok=True)
+
+__all__ = ["MythosConfig", "MythosForCausalLM", "MythosModel"]

@@ -1,0 +1,91 @@
+"""Configuration of the recurrent-depth mixture-of-experts model for Hugging Face transformers."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class MythosConfig(PreTrainedConfig):
+    """A prelude of dense layers, a block of mixture-of-experts layers that runs n_loops times, and a coda.
+
+    `num_hidden_layers` is the effective depth, num_prelude_layers + n_loops * num_recurrent_layers + num_coda_layers:
+    one cache entry for each. It follows n_loops. Entries are ordered prelude, coda, loop by loop, so that more loops
+    only append.
+    """
+
+    model_type = "mythos"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_prelude_layers: int = 1
+    num_recurrent_layers: int = 1
+    num_coda_layers: int = 1
+    n_loops: int = 4
+    max_loops: int = 16
+    mean_recurrence: int = 4
+    num_hidden_layers: int | None = None
+
+    attention_type: str = "gqa"
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: bool = False
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    rope_parameters: dict | None = None
+    rope_interleaved: bool = False
+    max_position_embeddings: int = 4096
+
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 64
+    n_shared_experts: int = 1
+    shared_expert_intermediate_size: int | None = None
+    scoring_func: str = "sigmoid"
+    routed_scaling_factor: float = 1.0
+    n_group: int | None = None
+    topk_group: int | None = None
+
+    injection: str = "pre"
+    discretisation: str = "euler"
+    state_dtype: str = "float32"
+    initial_state: str = "zeros"
+    prelude_norm: bool = True
+    loop_embedding: str = "scaled"
+    lora_rank: int = 0
+    lora_target: str = "input"
+
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.attention_type not in ("gqa", "mla"):
+            raise ValueError(f"attention_type: given {self.attention_type!r}; allowed: 'gqa', 'mla'")
+        if self.n_loops < 1:
+            raise ValueError(f"n_loops: given {self.n_loops}; allowed: 1 or more")
+        if self.attention_type == "mla":
+            # Keys and values are kept per head; values are padded to the keys' width.
+            self.head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.shared_expert_intermediate_size is None:
+            self.shared_expert_intermediate_size = self.moe_intermediate_size
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        looped = self.n_loops * self.num_recurrent_layers
+        self.num_hidden_layers = self.num_prelude_layers + looped + self.num_coda_layers
+        super().__post_init__(**kwargs)
