@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 from conversion.openmythos import convert_openmythos, openmythos_config
+from experiments.gate import open_text
+from experiments.hardware import describe
+from experiments.study import markdown
 from inspection import depth_curve, halting, routing, stability
 from pydantic import ValidationError
 from rich.console import Console
@@ -32,9 +35,6 @@ from mythos_ds.data.stream import BatchStream
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.durable import write_atomic
 from mythos_ds.errors import CheckpointError, ConfigError
-from mythos_ds.lab.gate import open_text
-from mythos_ds.lab.hardware import describe
-from mythos_ds.lab.study import markdown
 from mythos_ds.model.mythos import MythosModel
 
 ROWS = 4

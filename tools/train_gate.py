@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from experiments.gate import explained_share, open_text, train_gate, with_gate
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -22,7 +23,6 @@ from mythos_ds.data.command import run_tool
 from mythos_ds.data.datasets import TokenDataset
 from mythos_ds.data.stream import BatchStream
 from mythos_ds.errors import ConfigError
-from mythos_ds.lab.gate import explained_share, open_text, train_gate, with_gate
 from mythos_ds.train.feed import Batch
 
 _HELD_OUT_BATCHES = 8

@@ -12,6 +12,8 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
+from experiments.hardware import describe
+
 from mythos_ds.checkpoint.model_folder import TOKENIZER, save_model
 from mythos_ds.checkpoint.tensor_files import SINGLE
 from mythos_ds.config.loader import load_config
@@ -21,7 +23,6 @@ from mythos_ds.durable import write_atomic
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError
-from mythos_ds.lab.hardware import describe
 from mythos_ds.train.evaluation import perplexity
 from mythos_ds.train.feed import Feed
 from mythos_ds.train.main import Extension, RunRequest, train

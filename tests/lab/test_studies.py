@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.controls import CONTROLS
+from experiments.report import write_summary
+from experiments.spec import RunSpec
+from experiments.study import write_report
+from experiments.worker import MODEL, SPEC
 from studies import inspections, trained
 from studies.registry import STUDIES
 from torch import Tensor
@@ -12,11 +17,6 @@ from torch import Tensor
 from mythos_ds.checkpoint.model_folder import save_model
 from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import RunConfig
-from mythos_ds.lab.controls import CONTROLS
-from mythos_ds.lab.report import write_summary
-from mythos_ds.lab.spec import RunSpec
-from mythos_ds.lab.study import write_report
-from mythos_ds.lab.worker import MODEL, SPEC
 from mythos_ds.model.mythos import MythosModel
 
 INSPECTIONS = ("routing", "stability", "halting")

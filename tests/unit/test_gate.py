@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from experiments.gate import explained_share, open_text, train_gate, with_gate
 from inspection.halting import CLASSES, ORACLE, draw, exits_by_score, measure, oracle_exits, token_classes
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from mythos_ds.checkpoint.model_folder import load_model, read_facts, save_model
 from mythos_ds.config.loader import load_config
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError
-from mythos_ds.lab.gate import explained_share, open_text, train_gate, with_gate
 from mythos_ds.model.mythos import MythosModel
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
 from tests.helpers.toy_model import randomise, toy_batch, toy_config

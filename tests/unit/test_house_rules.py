@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mythos_ds"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-CHAIN = ("config", "model", "parallel", "engine", "checkpoint", "train", "lab")
+CHAIN = ("config", "model", "parallel", "engine", "checkpoint", "train")
 """Each may import what stands before it."""
 BESIDE = {
     "data": {"config", "data"},
@@ -18,10 +18,10 @@ BESIDE = {
     "monitor": {"config", "monitor", "plan"},
 }
 EVERYWHERE = {"errors", "log", "environment", "durable"}
-SIDE_USERS = {"train", "checkpoint", "lab"}
+SIDE_USERS = {"train", "checkpoint"}
 """Who may import the packages that stand beside the chain."""
 
-MAY_EXIT = {"data/prepare.py", "train/failure.py", "lab/worker.py"}
+MAY_EXIT = {"data/prepare.py", "train/failure.py"}
 MAX_FILE_LINES = 600
 MAX_PACKAGE_LINES = 12_000
 
@@ -71,7 +71,7 @@ def test_imports_point_one_way(path: Path) -> None:
     [
         ("deepspeed", {"parallel", "engine", "checkpoint"}),
         ("torch.distributed", {"parallel", "engine", "checkpoint"}),
-        ("torch", {"model", "parallel", "engine", "checkpoint", "train", "data", "monitor", "lab"}),
+        ("torch", {"model", "parallel", "engine", "checkpoint", "train", "data", "monitor"}),
         ("megatron", {"data"}),
     ],
 )
@@ -88,7 +88,8 @@ def test_megatron_is_imported_when_it_is_needed() -> None:
 
 
 def test_files_and_the_package_stay_small() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in [*FILES, *(ROOT / "tests").rglob("*.py")]}
+    others = [path for folder in ("tests", "tools", "launch", "mythos_hf") for path in (ROOT / folder).rglob("*.py")]
+    lengths = {path: len(path.read_text().splitlines()) for path in [*FILES, *others]}
     assert {str(path): length for path, length in lengths.items() if length > MAX_FILE_LINES} == {}
     assert sum(length for path, length in lengths.items() if path in FILES) < MAX_PACKAGE_LINES
 
@@ -116,11 +117,19 @@ def test_one_place_initialises_deepspeed() -> None:
     assert [path.relative_to(PACKAGE).as_posix() for path in places] == ["engine/build.py"]
 
 
+def test_the_package_knows_nothing_of_the_tools_and_the_export_nothing_of_the_package() -> None:
+    tools = {path.name for path in (ROOT / "tools").iterdir() if path.is_dir()}
+    for path in FILES:
+        assert not tools & {name.split(".")[0] for name in _imports(path)}, path
+    for path in (ROOT / "mythos_hf").rglob("*.py"):
+        assert not any(name.startswith(("mythos_ds", "deepspeed")) for name in _imports(path)), path
+
+
 def test_nothing_needs_a_file_outside_the_project() -> None:
     suffixes = {".py", ".md", ".json", ".toml", ".sh", ".sbatch", ""}
     tracked = [
         path
-        for folder in ("mythos_ds", "ds_configs", "launch", "tools", "tests", "docs", ".ci")
+        for folder in ("mythos_ds", "mythos_hf", "ds_configs", "launch", "tools", "tests", "docs", ".ci")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix in suffixes and "__pycache__" not in path.parts
     ]

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-from mythos_ds.lab.chains import _TEST, _TRAIN, Chains, ChainTask, frontier, slope
+from experiments.chains import _TEST, _TRAIN, Chains, ChainTask, frontier, slope
 
 TASK = ChainTask(entities=8, relations=6, train_hops=5, test_hops=20, table_seed=3)
 

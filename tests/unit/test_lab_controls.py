@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from experiments.controls import CONTROLS
 from studies.language import base, configuration
 
-from mythos_ds.lab.controls import CONTROLS
 from mythos_ds.model.mythos import MythosModel
 
 CONFIG = configuration(base("cpu")).model

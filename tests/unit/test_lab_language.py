@@ -3,9 +3,8 @@
 import math
 
 import pytest
+from experiments.spec import Arm
 from studies.language import BASELINE, loss_at, paired_difference, table, unlooped
-
-from mythos_ds.lab.spec import Arm
 
 LOOPED = {"losses": {"1": 5.0, "4": 4.0, "8": 4.1, "32": 4.2}, "trained_depth": 4}
 # The trainer evaluates at 1, 2, 4 and 8 times the trained depth of 1: the latter three mean nothing here.

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from experiments.gate import open_text
 from torch import Tensor
 
 from mythos_ds.checkpoint.model_folder import TOKENIZER, read_facts
@@ -13,7 +14,6 @@ from mythos_ds.checkpoint.tensor_files import TensorSource
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.data.stream import BatchStream
 from mythos_ds.errors import DataError
-from mythos_ds.lab.gate import open_text
 from mythos_ds.model.mythos import MythosModel
 
 ROWS = 4

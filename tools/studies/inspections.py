@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from experiments.gate import train_gate, with_gate
+from experiments.spec import RunSpec
+from experiments.study import Report, Results, Study, spread
 from inspection import halting, stability
 
-from mythos_ds.lab.gate import train_gate, with_gate
-from mythos_ds.lab.spec import RunSpec
-from mythos_ds.lab.study import Report, Results, Study, spread
 from studies import language, stress
 from studies.language import BASELINE, MEAN
 from studies.language_studies import LOOPS_ARMS

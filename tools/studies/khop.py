@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.lab.chains import ChainTask, frontier, slope
-from mythos_ds.lab.spec import Arm, RunSpec, make_spec
-from mythos_ds.lab.study import Report, Results, Study, by_arm, spread
+from experiments.chains import ChainTask, frontier, slope
+from experiments.spec import Arm, RunSpec, make_spec
+from experiments.study import Report, Results, Study, by_arm, spread
 
 LOOPS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 24, 32, 48)
 SEEDS = (0, 1, 2)

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.spec import Arm, RunSpec, make_spec
+from experiments.study import Results, by_arm, spread
+from experiments.sweep import Result
 from inspection import depth_curve
 
 from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import RunConfig
-from mythos_ds.lab.spec import Arm, RunSpec, make_spec
-from mythos_ds.lab.study import Results, by_arm, spread
-from mythos_ds.lab.sweep import Result
 from mythos_ds.plan.flops import expected_flops_per_token
 
 SEEDS = (0, 1, 2)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.spec import Arm, RunSpec
+from experiments.study import Report, Results, Study, spread
 from inspection import routing
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.lab.spec import Arm, RunSpec
-from mythos_ds.lab.study import Report, Results, Study, spread
 from mythos_ds.model.attention import Attention
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.plan.flops import cache_bytes_per_token

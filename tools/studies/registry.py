@@ -1,6 +1,7 @@
 """The studies by name."""
 
-from mythos_ds.lab.study import Study
+from experiments.study import Study
+
 from studies import inspections, khop, language_studies, scaling, stress, width
 
 STUDIES: dict[str, Study] = {

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from experiments.spec import Arm, RunSpec, make_spec
+from experiments.study import Report, Results, Study
 
 from mythos_ds.errors import LabError
-from mythos_ds.lab.spec import Arm, RunSpec, make_spec
-from mythos_ds.lab.study import Report, Results, Study
 from studies import language
 from studies.language import configuration, loss_at, step_flops
 

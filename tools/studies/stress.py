@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.lab.spec import Arm, RunSpec
-from mythos_ds.lab.study import Report, Results, Study, by_arm, spread
+from experiments.spec import Arm, RunSpec
+from experiments.study import Report, Results, Study, by_arm, spread
+
 from studies import language
 from studies.language import MEAN, finished, loss_at
 

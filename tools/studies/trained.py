@@ -5,17 +5,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from experiments.controls import CONTROLS, JacobianPenalty
+from experiments.gate import open_text
+from experiments.spec import Arm, RunSpec
+from experiments.study import Results
+from experiments.worker import MODEL, SPEC
 from inspection import halting
 from torch import Tensor
 
 from mythos_ds.checkpoint.model_folder import load_model
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.data.stream import BatchStream
-from mythos_ds.lab.controls import CONTROLS, JacobianPenalty
-from mythos_ds.lab.gate import open_text
-from mythos_ds.lab.spec import Arm, RunSpec
-from mythos_ds.lab.study import Results
-from mythos_ds.lab.worker import MODEL, SPEC
 from mythos_ds.model.mythos import MythosModel
 
 Folders = Mapping[tuple[str, int], Path]

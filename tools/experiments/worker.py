@@ -1,4 +1,4 @@
-"""Runs one RunSpec in this process, through the project's trainer: python -m mythos_ds.lab.worker FOLDER
+"""Runs one RunSpec in this process, through the project's trainer: python -m experiments.worker FOLDER
 
 FOLDER holds spec.json; what comes out is result.json and the trained model. Started again it goes on, and a finished
 run is not repeated.
@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.chains import ChainFeed, accuracy, task_from
+from experiments.controls import CONTROLS
+from experiments.spec import RunSpec
 from mythos_ds.checkpoint.model_folder import save_model
 from mythos_ds.config.resolve import ResolvedRun, resolve
 from mythos_ds.config.schema import RunConfig
@@ -19,9 +22,6 @@ from mythos_ds.durable import write_atomic
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import MythosError, NumericsError
-from mythos_ds.lab.chains import ChainFeed, accuracy, task_from
-from mythos_ds.lab.controls import CONTROLS
-from mythos_ds.lab.spec import RunSpec
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.plan.flops import expected_flops_per_token
 from mythos_ds.train.failure import fail

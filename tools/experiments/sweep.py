@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments.spec import RunSpec
+from experiments.worker import RESULT, SPEC
 from mythos_ds.durable import write_atomic
 from mythos_ds.errors import LabError
-from mythos_ds.lab.spec import RunSpec
-from mythos_ds.lab.worker import RESULT, SPEC
 
 Result = dict[str, Any]
 
@@ -75,9 +75,12 @@ def start_run(folder: Path, spec: RunSpec) -> subprocess.Popen[bytes]:
     """A process that runs `spec` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / SPEC, spec.to_json())
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    tools = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(part for part in (tools, str(Path(tools).parent), os.environ.get("PYTHONPATH")) if part)
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": path}
     with (folder / "log.txt").open("ab") as log:
-        command = [sys.executable, "-m", "mythos_ds.lab.worker", str(folder)]
+        command = [sys.executable, "-m", "experiments.worker", str(folder)]
         # A session of its own: Ctrl-C reaches the sweep, which then stops the runs in order.
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.spec import RunSpec
+from experiments.sweep import Result
 from mythos_ds.durable import write_atomic
-from mythos_ds.lab.spec import RunSpec
-from mythos_ds.lab.sweep import Result
 
 Results = Mapping[tuple[str, int], Result]
 """By arm and seed."""
