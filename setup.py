@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # The presets travel in a wheel as package data; in a checkout they are found beside the package.
-    packages=[*find_packages(include=["mythos_ds", "mythos_ds.*", "mythos_hf"]), "mythos_ds.presets"],
+    packages=[*find_packages(include=["mythos_ds", "mythos_ds.*", "mythos_hf", "mythos_vllm"]), "mythos_ds.presets"],
     package_dir={"mythos_ds.presets": "ds_configs"},
     package_data={"mythos_ds": ["py.typed"], "mythos_ds.presets": ["*.json"]},
     install_requires=[
@@ -32,9 +32,11 @@ setup(
         "safetensors>=0.4.3",
         "setuptools",  # tensorboard and deepspeed need it at run time on Python 3.12 and later
     ],
+    entry_points={"vllm.general_plugins": ["mythos = mythos_vllm:register"]},
     extras_require={
         "flash": ["flash-attn>=2.6"],
         "hf": ["transformers>=5.16,<6", "datasets>=3", "pyarrow>=15"],
+        "vllm": ["vllm>=0.32,<0.33", "transformers>=5.16,<5.20"],
         "lab": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",

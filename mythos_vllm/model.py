@@ -1,0 +1,268 @@
+"""The looped model on vLLM: the modules of the Hugging Face export around vLLM's attention, cache and experts.
+
+Each (loop, layer) has an Attention of its own, because vLLM keeps one cache per Attention: loops that shared one would
+overwrite each other's keys. The loop count is the configuration's and holds for a server;
+`--hf-overrides '{"n_loops": 8}'` changes it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from mythos_hf.configuration_mythos import MythosConfig
+from mythos_hf.modeling_mythos import (
+    MythosAttention,
+    MythosInjection,
+    MythosLoopEmbedding,
+    MythosLoRA,
+    MythosMLP,
+    MythosRMSNorm,
+    MythosRouter,
+    rotary_tables,
+)
+
+
+def routed(
+    hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool, **unused: Any
+) -> tuple[Tensor, Tensor]:
+    """What the router decided, unpacked from where vLLM expects logits (see LoopedExperts)."""
+    return gating_output[:, :topk].contiguous(), gating_output[:, topk : 2 * topk].to(torch.int32)
+
+
+class LoopedAttention(MythosAttention):
+    """Attention of one layer, with a cache for each loop it runs in."""
+
+    def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str, slots: list[int]):
+        super().__init__(config)
+        above = prefix.rsplit("model.", 1)[0]
+        self.attn = nn.ModuleList(
+            Attention(
+                config.num_attention_heads,
+                self.head_dim,
+                self.scaling,
+                num_kv_heads=config.num_key_value_heads,
+                cache_config=vllm_config.cache_config,
+                quant_config=None,
+                prefix=f"{above}model.layers.{slot}.self_attn.attn",
+            )
+            for slot in slots
+        )
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], loop: int = 0) -> Tensor:  # type: ignore[override]
+        """x [tokens, dim] -> the same."""
+        q, k, v = self._latent(x[None], tables) if self.latent else self._grouped(x[None], tables)
+        out = self.attn[loop](q[0].flatten(1), k[0].flatten(1), v[0].flatten(1))
+        if self.latent:
+            out = out.unflatten(-1, (-1, self.head_dim))[..., : self.value].flatten(1)
+        return self.o_proj(out)
+
+
+class LoopedExperts(nn.Module):
+    """Router, routed and shared experts.
+
+    The router's biases differ by loop, which vLLM's own cannot express: it decides here, and its weights and choices
+    travel to the fused experts in the columns where logits would be.
+    """
+
+    def __init__(self, config: MythosConfig, prefix: str):
+        super().__init__()
+        self.columns, self.k = config.n_routed_experts, config.num_experts_per_tok
+        if 2 * self.k > self.columns:
+            raise ValueError(f"num_experts_per_tok: given {self.k}; allowed: at most half of {self.columns} experts")
+        self.router = MythosRouter(config)
+        self.experts = FusedMoEFactory(
+            num_experts=config.n_routed_experts,
+            top_k=self.k,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            renormalize=False,
+            custom_routing_function=routed,
+            router_logits_dtype=torch.float32,
+            prefix=f"{prefix}.experts",
+        )
+        self.shared_experts = None
+        if config.n_shared_experts:
+            width = config.n_shared_experts * config.shared_expert_intermediate_size
+            self.shared_experts = MythosMLP(config.hidden_size, width)
+
+    def forward(self, x: Tensor, loop: int) -> Tensor:
+        """x [tokens, dim] -> the same."""
+        indices, weights = self.router(x, loop)
+        packed = weights.new_zeros(len(x), self.columns)
+        packed[:, : self.k], packed[:, self.k : 2 * self.k] = weights, indices.to(weights.dtype)
+        out = self.experts(x, packed)
+        return out if self.shared_experts is None else out + self.shared_experts(x)
+
+
+class Layer(nn.Module):
+    """A dense layer with one slot, or a looped one with a slot per loop."""
+
+    def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str, slots: list[int], looped: bool):
+        super().__init__()
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = MythosRMSNorm(dim, eps)
+        self.self_attn = LoopedAttention(config, vllm_config, prefix, slots)
+        self.post_attention_layernorm = MythosRMSNorm(dim, eps)
+        self.looped = looped
+        self.mlp = LoopedExperts(config, f"{prefix}.mlp") if looped else MythosMLP(dim, config.intermediate_size)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], loop: int = 0) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), tables, loop)
+        normed = self.post_attention_layernorm(x)
+        return x + (self.mlp(normed, loop) if self.looped else self.mlp(normed))
+
+
+class RecurrentBlock(nn.Module):
+    """The looped layers: h' = A h + B e + Transformer(h, e), n_loops times."""
+
+    def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str):
+        super().__init__()
+        self.config = config
+        self.injection = MythosInjection(config)
+        self.loop_embedding = MythosLoopEmbedding(config) if config.loop_embedding != "none" else None
+        self.lora = MythosLoRA(config) if config.lora_rank else None
+        self.norm = MythosRMSNorm(config.hidden_size, config.rms_norm_eps) if config.injection == "post" else None
+        first, layers = config.num_prelude_layers + config.num_coda_layers, config.num_recurrent_layers
+        self.layers = nn.ModuleList(
+            Layer(
+                config,
+                vllm_config,
+                f"{prefix}.layers.{index}",
+                [first + loop * layers + index for loop in range(config.n_loops)],
+                looped=True,
+            )
+            for index in range(layers)
+        )
+
+    def forward(self, e: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """e [tokens, dim] -> h, fp32."""
+        config, dtype = self.config, getattr(torch, self.config.state_dtype)
+        h = e.to(dtype) if config.initial_state == "embedding" else torch.zeros_like(e, dtype=dtype)
+        for loop in range(config.n_loops):
+            injected = self.injection(h, e)
+            x = h if self.norm is not None else injected
+            if self.loop_embedding is not None:
+                x = x + self.loop_embedding(loop, x.device)
+            if self.norm is not None:
+                x = self.norm(x + e).float()
+            if self.lora is not None and config.lora_target == "input":
+                x = x + self.lora(x, loop)
+            for layer in self.layers:
+                x = layer(x, tables, loop)
+            if self.lora is not None and config.lora_target == "output":
+                x = x + self.lora(x, loop)
+            h = (x if self.norm is None else injected + x).to(dtype)
+        return h.float()
+
+
+class Model(nn.Module):
+    """The model without its head."""
+
+    def __init__(self, config: MythosConfig, vllm_config: VllmConfig):
+        super().__init__()
+        self.config = config
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, dim, prefix="model.embed_tokens")
+        self.prelude = self._dense(vllm_config, "prelude", config.num_prelude_layers, 0)
+        self.prelude_norm = MythosRMSNorm(dim, eps) if config.prelude_norm else None
+        self.recurrent = RecurrentBlock(config, vllm_config, "model.recurrent")
+        self.coda = self._dense(vllm_config, "coda", config.num_coda_layers, config.num_prelude_layers)
+        self.norm = MythosRMSNorm(dim, eps)
+
+    def _dense(self, vllm_config: VllmConfig, name: str, count: int, first: int) -> nn.ModuleList:
+        return nn.ModuleList(
+            Layer(self.config, vllm_config, f"model.{name}.{i}", [first + i], looped=False) for i in range(count)
+        )
+
+    def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:
+        """Tokens and positions [tokens] -> [tokens, dim]."""
+        config = self.config
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        width = config.qk_rope_head_dim if config.attention_type == "mla" else config.head_dim
+        tables = rotary_tables(positions[None], width, config.rope_parameters["rope_theta"])
+        for layer in self.prelude:
+            x = layer(x, tables)
+        e = x if self.prelude_norm is None else self.prelude_norm(x)
+        x = self.recurrent(e, tables).to(e.dtype)
+        for layer in self.coda:
+            x = layer(x, tables)
+        return self.norm(x)
+
+
+class MythosForCausalLM(nn.Module):
+    """What vLLM runs. Raises ValueError at start for what it cannot: tensor, pipeline or expert parallelism."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config: MythosConfig = vllm_config.model_config.hf_config
+        parallel = vllm_config.parallel_config
+        sizes = {name: getattr(parallel, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+        if wrong := {name: size for name, size in sizes.items() if size > 1}:
+            raise ValueError(f"{wrong}: the looped model runs on one device here; allowed: 1 (data parallelism works)")
+        if vllm_config.quant_config is not None:
+            raise ValueError("quantization: the looped model runs in float32 and bfloat16 here; export without fp8")
+        self.config = config
+        self.model = Model(config, vllm_config)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix="lm_head")
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        for module in self.modules():
+            # As in the training model, whatever the server's type.
+            if isinstance(module, (MythosRouter, MythosInjection, MythosLoopEmbedding)):
+                module.float()
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Rows of the embedding."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Hidden states of the tokens, [tokens, dim]."""
+        return self.model(input_ids, positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Logits [tokens, vocab]."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """The tensors of an exported folder. Raises ValueError unless each is known and none is missing."""
+        # Attention keeps scales of its own, and experts load themselves.
+        places = {
+            name: tensor
+            for name, tensor in (*self.named_parameters(), *self.named_buffers())
+            if ".self_attn.attn." not in name and ".mlp.experts." not in name
+        }
+        experts: dict[str, list[tuple[str, Tensor]]] = {}
+        loaded: set[str] = set()
+        for name, value in weights:
+            stack, mark, rest = name.partition(".mlp.experts.")
+            if mark:
+                experts.setdefault(f"{stack}.mlp.experts", []).append((rest, value))
+                continue
+            if name not in places:
+                raise ValueError(f"{name}: not a tensor of this model")
+            place = places[name]
+            getattr(place, "weight_loader", default_weight_loader)(place, value)
+            loaded.add(name)
+        for name, own in experts.items():
+            found = set(self.get_submodule(name).load_weights(own))
+            loaded |= {f"{name}.{part}" for part in found}
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        if missing := sorted(set(places) - loaded - tied):
+            raise ValueError(f"{missing[0]}: not in the folder ({len(missing)} tensors are missing)")
+        return loaded | {name for name, _ in self.named_parameters() if ".mlp.experts." in name}

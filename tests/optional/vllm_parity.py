@@ -1,0 +1,121 @@
+"""vLLM against transformers, in an environment that has vLLM: the same greedy tokens, and an OpenAI server.
+
+    make vllm-parity
+
+makes that environment, exports models/tiny and a small latent-attention model, and runs this script on both folders.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+PROMPT_LENGTHS = (5, 12, 20, 9)
+NEW_TOKENS = 32
+SERVER_SECONDS = 300
+_QUIET = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}  # fmt: skip
+
+
+def say(line: str) -> None:
+    """A line of the result."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def compare(folder: str, n_loops: int | None) -> bool:
+    """Greedy tokens of both engines for each prompt; printed, and whether all are equal."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    import mythos_hf
+
+    overrides = {} if n_loops is None else {"hf_overrides": {"n_loops": n_loops}}
+    sizes = {"max_model_len": 64, "max_num_seqs": 8}
+    engine = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **sizes, **overrides)
+    config = engine.llm_engine.model_config.hf_config
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, config.vocab_size, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+    settings = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    results = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings)
+    model = mythos_hf.MythosForCausalLM.from_pretrained(folder).eval()
+    equal = []
+    for prompt, result in zip(prompts, results, strict=True):
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "n_loops": config.n_loops}
+        expected = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        equal.append(list(result.outputs[0].token_ids) == expected)
+    name = f"{Path(folder).name}, {config.n_loops} loops"
+    say(f"PARITY {name}: {sum(equal)} of {len(equal)} prompts x {NEW_TOKENS} tokens")
+    return all(equal)
+
+
+def serve(folder: str) -> bool:
+    """`vllm serve` on the loopback interface answers a completion as transformers does."""
+    from transformers import AutoTokenizer
+
+    import mythos_hf
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("vllm")), "serve", folder, "--served-model-name", "mythos",
+        "--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + SERVER_SECONDS
+        while not _healthy(port):
+            if server.poll() is not None or time.monotonic() > deadline:
+                say("SERVE: the server did not come up")
+                return False
+            time.sleep(1)
+        from openai import OpenAI
+
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        answer = client.completions.create(model="mythos", prompt="def main(", max_tokens=16, temperature=0)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = mythos_hf.MythosForCausalLM.from_pretrained(folder).eval()
+        tokens = tokenizer("def main(", return_tensors="pt", add_special_tokens=False).input_ids
+        made = model.generate(tokens, max_new_tokens=16, do_sample=False)[0, tokens.shape[1] :]
+        expected = tokenizer.decode(made, skip_special_tokens=True)
+        say(f"SERVE: {json.dumps(answer.choices[0].text)}")
+        return answer.choices[0].text == expected
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
+
+
+def main() -> int:
+    """Each comparison in a process of its own: vLLM starts once per process."""
+    os.environ.update(_QUIET)
+    if len(sys.argv) > 2 and sys.argv[1] == "--one":
+        loops = int(sys.argv[3]) if len(sys.argv) > 3 else None
+        return 0 if compare(sys.argv[2], loops) else 1
+    folders = sys.argv[1:]
+    runs = [[folder] for folder in folders] + [[folders[0], "7"]]
+    codes = [subprocess.run([sys.executable, __file__, "--one", *run], timeout=900).returncode for run in runs]
+    served = serve(folders[0])
+    say(f"vLLM parity: {'equal' if not any(codes) and served else 'DIFFERENT'}")
+    return int(any(codes) or not served)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
