@@ -26,6 +26,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a path, or a preset such as tiny or 1t.json")
     parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="execute what the checkpoint contains; only for files you trust"
+    )
     parser.add_argument("--proxy", action="store_true", help="the same structure at laptop size")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit; needs no torch")
     parser.add_argument("--print-config", action="store_true", help="print the full configuration as JSON and exit")
@@ -61,7 +64,8 @@ def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: li
 
     stem = loaded.path.stem + ("-proxy" if arguments.proxy else "")
     run_dir = arguments.run_dir or Path("runs") / stem
-    train(RunRequest(resolved, loaded.text, run_dir, arguments.resume, tuple(argv)), environment)
+    request = RunRequest(resolved, loaded.text, run_dir, arguments.resume, tuple(argv), arguments.allow_pickle)
+    train(request, environment)
 
 
 def plan(

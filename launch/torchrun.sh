@@ -4,16 +4,34 @@
 #   launch/torchrun.sh --config 1b.json                                             # one node, all its GPUs
 #   NNODES=4 MASTER_ADDR=node0 launch/torchrun.sh --config 10b.json                 # on each of four nodes
 #   NPROC=2 DS_ACCELERATOR=cpu launch/torchrun.sh --config tiny.json                # two CPU processes
+#   NNODES=4 MASTER_ADDR=node0 PROGRAM=launch/preflight.py launch/torchrun.sh --config 10b.json
 #
 # NPROC processes per node (default: one per GPU), NNODES nodes, MASTER_ADDR:MASTER_PORT a host and a free port of one of
-# them, RUN_ID a name all nodes share. The run directory and data.data_dir must lie on shared storage.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "${PYTHON:-python}" -m torch.distributed.run \
-  --nnodes "${NNODES:-1}" \
-  --nproc_per_node "${NPROC:-gpu}" \
-  --rdzv_backend c10d \
-  --rdzv_endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-29400}" \
-  --rdzv_id "${RUN_ID:-mythos}" \
-  launch/pretrain.py "$@"
+# them, RUN_ID a name all nodes share. NODE_RANK (a Kubernetes Job's JOB_COMPLETION_INDEX) fixes the order of the nodes;
+# MASTER_ADDR is then node 0. The run directory and data.data_dir must lie on shared storage.
+#
+# Exit code 0: trained to the end; 75: stopped by a signal with a checkpoint, start it again; 2: wrong configuration.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+. launch/environment.sh
+. launch/supervise.sh
+python="${PYTHON:-python}" program="${PROGRAM:-launch/pretrain.py}"
+node="${NODE_RANK:-${JOB_COMPLETION_INDEX:-}}"
+
+if [[ "$program" == launch/pretrain.py && "${NPROC:-gpu}" != gpu ]]; then
+  # torchrun turns every failure into exit code 1; a wrong configuration is told before it starts.
+  "$python" "$program" "$@" --dry-run --world-size "$((${NNODES:-1} * NPROC))" > /dev/null || exit $?
+fi
+if [[ -n "$node" ]]; then
+  meet=(--node_rank "$node" --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29400}")
+else
+  meet=(--rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-29400}" --rdzv_id "${RUN_ID:-mythos}")
+fi
+# torchrun passes SIGTERM on to its processes, and no other signal.
+supervise 'kill -TERM $child' "$python" -m torch.distributed.run \
+  --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-gpu}" "${meet[@]}" "$program" "$@"
+code=$?
+if [[ "$program" == launch/pretrain.py && ( "$code" == 0 || "$stopped" == 1 ) ]]; then
+  exec "$python" launch/finished.py "$@"
+fi
+exit "$code"

@@ -3,14 +3,29 @@
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+_ALLOWED = {
+    "attention_type": ("gqa", "mla"),
+    "scoring_func": ("sigmoid", "softmax"),
+    "injection": ("pre", "post"),
+    "discretisation": ("euler", "zoh", "direct"),
+    "state_dtype": ("float32", "bfloat16"),
+    "initial_state": ("zeros", "embedding"),
+    "loop_embedding": ("scaled", "raw", "none"),
+    "lora_target": ("input", "output"),
+    "hidden_act": ("silu",),
+}
+_DEPTH = ("num_prelude_layers", "num_recurrent_layers", "num_coda_layers", "n_loops")
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
 
 @strict
 class MythosConfig(PreTrainedConfig):
     """A prelude of dense layers, a block of mixture-of-experts layers that runs n_loops times, and a coda.
 
     `num_hidden_layers` is the effective depth, num_prelude_layers + n_loops * num_recurrent_layers + num_coda_layers:
-    one cache entry for each. It follows n_loops. Entries are ordered prelude, coda, loop by loop, so that more loops
-    only append.
+    one cache entry for each. It follows n_loops, also where that is set later. Entries are ordered prelude, coda, loop
+    by loop, so that more loops only append. n_loops is mean_recurrence unless given. Raises ValueError for a value that
+    the model does not have.
     """
 
     model_type = "mythos"
@@ -22,7 +37,7 @@ class MythosConfig(PreTrainedConfig):
     num_prelude_layers: int = 1
     num_recurrent_layers: int = 1
     num_coda_layers: int = 1
-    n_loops: int = 4
+    n_loops: int | None = None
     max_loops: int = 16
     mean_recurrence: int = 4
     num_hidden_layers: int | None = None
@@ -70,12 +85,16 @@ class MythosConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.attention_type not in ("gqa", "mla"):
-            raise ValueError(f"attention_type: given {self.attention_type!r}; allowed: 'gqa', 'mla'")
-        if self.n_loops < 1:
-            raise ValueError(f"n_loops: given {self.n_loops}; allowed: 1 or more")
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: given {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if self.n_loops is None:
+            self.n_loops = self.mean_recurrence
         if self.attention_type == "mla":
-            # Keys and values are kept per head; values are padded to the keys' width.
+            missing = [name for name in _LATENT if getattr(self, name) is None]
+            if missing:
+                raise ValueError(f"{missing[0]}: not given; attention_type 'mla' needs it")
+            # Keys and values are cached per head; values are padded to the keys' width.
             self.head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -86,6 +105,19 @@ class MythosConfig(PreTrainedConfig):
             self.shared_expert_intermediate_size = self.moe_intermediate_size
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.rope_parameters.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters: given {self.rope_parameters}; allowed: rope_type 'default' only")
+        self._follow_loops()
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        # Loading with n_loops=8, or an engine's override, sets it after __post_init__.
+        if name in _DEPTH and getattr(self, "n_loops", None) is not None:
+            self._follow_loops()
+
+    def _follow_loops(self):
+        if self.n_loops < 1:
+            raise ValueError(f"n_loops: given {self.n_loops}; allowed: 1 or more")
         looped = self.n_loops * self.num_recurrent_layers
         self.num_hidden_layers = self.num_prelude_layers + looped + self.num_coda_layers
-        super().__post_init__(**kwargs)

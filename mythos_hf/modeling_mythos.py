@@ -186,7 +186,7 @@ class MythosRouter(nn.Module):
         trusted = ((self.loop_updates >= _MIN_ROW_UPDATES).sum() - 1).clamp_min(0).clamp_max(loop)
         bias = self.e_score_correction_bias + self.loop_correction_bias.index_select(0, trusted.view(-1))[0]
         choice = scores + bias.float()
-        if self.config.n_group is not None:
+        if self.config.n_group is not None and self.config.topk_group is not None:
             grouped = choice.unflatten(-1, (self.config.n_group, -1))
             best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
             kept = best.topk(self.config.topk_group, dim=-1).indices
@@ -369,6 +369,8 @@ class MythosPreTrainedModel(PreTrainedModel):
 class MythosModel(MythosPreTrainedModel):
     """The model without its head."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: MythosConfig):
         super().__init__(config)
         dim, eps = config.hidden_size, config.rms_norm_eps
@@ -391,12 +393,16 @@ class MythosModel(MythosPreTrainedModel):
         n_loops: int | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """n_loops: how often the block runs (None: the configuration's)."""
+        """input_ids int64 [batch, seq], or inputs_embeds [batch, seq, dim] -> the last hidden state [batch, seq, dim].
+
+        n_loops: how often the block runs (None: the configuration's). Raises ValueError where it is below 1.
+        """
         config = self.config
         n_loops = config.n_loops if n_loops is None else int(n_loops)
         if n_loops < 1:
             raise ValueError(f"n_loops: given {n_loops}; allowed: 1 or more")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()  # made without the configuration, it grows with the loops
         if position_ids is None:
@@ -449,7 +455,8 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
         n_loops: int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """fp32 logits [batch, seq, vocab]."""
+        """fp32 logits [batch, seq, vocab], or those of logits_to_keep; with labels int64 [batch, seq] also the mean
+        loss of the next tokens."""
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -468,10 +475,12 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
     def generate(self, *args, n_loops: int | None = None, **kwargs):
-        """As in transformers, at any loop count."""
+        """As in transformers, at any loop count: one prompt's cache holds what n_loops loops need."""
         if n_loops is None:
             return super().generate(*args, **kwargs)
-        if n_loops > self.config.n_loops and kwargs.get("use_cache", True) and "past_key_values" not in kwargs:
+        settings = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        use_cache = kwargs.get("use_cache", (settings or self.generation_config).use_cache)
+        if n_loops > self.config.n_loops and use_cache is not False and kwargs.get("past_key_values") is None:
             # A cache made from the configuration has as many entries as that has loops.
             kwargs["past_key_values"] = DynamicCache()
         return super().generate(*args, n_loops=n_loops, **kwargs)

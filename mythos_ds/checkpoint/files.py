@@ -3,6 +3,7 @@
 import json
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ STATE = "training_state.json"
 TAG_PREFIX = "step_"
 PARTIAL_PREFIX = ".partial_"
 _CHUNK_BYTES = 1 << 22
+_THREADS = 4
+"""Files that a process checksums at once."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,11 @@ def verify(tag: Path, rank: int, world_size: int) -> None:
         if size != record.size:
             found = "missing" if size is None else f"{size} bytes"
             raise CheckpointError(f"{path}: {found}, the manifest says {record.size} bytes")
-    for path in share_of([tag / name for name in sorted(records)], rank, world_size):
-        if digest(path) != records[str(path.relative_to(tag))]:
-            raise CheckpointError(f"{path}: the checksum differs from the manifest's")
+    own = share_of([tag / name for name in sorted(records)], rank, world_size)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for path, digested in zip(own, pool.map(digest, own), strict=True):
+            if digested != records[str(path.relative_to(tag))]:
+                raise CheckpointError(f"{path}: the checksum differs from the manifest's")
 
 
 def point_latest(directory: Path, tag: Path) -> None:
@@ -110,13 +115,16 @@ def point_latest(directory: Path, tag: Path) -> None:
     write_atomic(directory / LATEST, tag.name)
 
 
-def prune(directory: Path, keep: int, newest: int) -> None:
+def prune(directory: Path, keep: int, newest: int, keep_every: int = 0) -> None:
     """Remove all but the newest `keep` checkpoints up to step `newest`, and what interrupted saves left over.
 
-    `newest` was just saved: a tag of a later step is a damaged one that the run went back behind.
+    Those of every `keep_every`-th step stay for good (0: none do). `newest` was just saved: a tag of a later step is a
+    damaged one that the run went back behind.
     """
     tags = list_tags(directory)
     kept = [tag for tag in tags if tag_step(tag) <= newest][:keep]
+    if keep_every:
+        kept += [tag for tag in tags if tag_step(tag) % keep_every == 0 and tag_step(tag) <= newest]
     for path in [*(tag for tag in tags if tag not in kept), *directory.glob(f"{PARTIAL_PREFIX}*")]:
         # Renamed first: a removal that is interrupted must not leave something that looks like a checkpoint.
         doomed = path.with_name(f"{PARTIAL_PREFIX}removed_{path.name.lstrip('.')}")

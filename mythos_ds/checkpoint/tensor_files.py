@@ -17,7 +17,8 @@ SINGLE = "model.safetensors"
 _INDEX_ENDING = ".safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "C64": torch.complex64, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "C64": torch.complex64, "I64": torch.int64, "I32": torch.int32,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """Name in a safetensors header -> dtype."""
 

@@ -13,15 +13,29 @@ from mythos_ds.errors import CheckpointError
 
 ALLOWED = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 """What DeepSpeed's files hold beside tensors and plain values."""
+_REFUSAL = "holds more than tensors and plain values, not loaded; --allow-pickle executes it"
 
 
-def load_trusted(path: Path) -> Any:
-    """What torch saved in `path`, on the CPU, tensors mapped into memory. Classes other than those in ALLOWED are
-    refused, so that nothing in the file is executed. Raises CheckpointError for those and for damaged files."""
+def require_trusted(path: Path) -> None:
+    """Raises CheckpointError where `load_trusted` would refuse what torch saved in `path`. Reads no tensors."""
+    try:
+        named = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable ({error})") from None
+    if unknown := sorted(named - {f"{kind.__module__}.{kind.__name__}" for kind in ALLOWED}):
+        raise CheckpointError(f"{path}: {_REFUSAL} ({unknown[0]})")
+
+
+def load_trusted(path: Path, *, mapped: bool = True, allow_pickle: bool = False) -> Any:
+    """What torch saved in `path`, on the CPU, tensors mapped into memory or (mapped=False) read.
+
+    Classes other than those in ALLOWED are refused, so that nothing in the file is executed, unless `allow_pickle`.
+    Raises CheckpointError for those and for damaged files.
+    """
     try:
         with torch.serialization.safe_globals(list(ALLOWED)):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: holds more than tensors and plain values, not loaded ({error})") from None
+        raise CheckpointError(f"{path}: {_REFUSAL} ({str(error).splitlines()[0]})") from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from None

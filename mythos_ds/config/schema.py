@@ -180,6 +180,10 @@ class CheckpointConfig(Section):
 
     interval: int = Field(1000, ge=0, description="Steps between saves; 0 = only at the end and on SIGTERM.")
     keep: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+    keep_every: int = Field(0, ge=0, description="Checkpoints of multiples of this step stay for good; 0 = none.")
+    asynchronous: bool = Field(
+        False, description="Training waits for a copy in host memory only; the files are written beside it."
+    )
 
 
 class MonitorConfig(Section):
@@ -192,7 +196,7 @@ class MonitorConfig(Section):
 
 
 class ClusterConfig(Section):
-    """The cluster a preset is laid out for. Read by planning and launch tools only."""
+    """The cluster a file is laid out for. Planning and launch tools read it; ep_size must fit its nodes."""
 
     gpu: str
     nodes: int = Field(ge=1)

@@ -118,6 +118,22 @@ def _ep_divides_experts(config: RunConfig) -> str | None:
     return f'{ep_size} given; allowed: "auto" or a divisor of n_experts = {n_experts}; nearest: {nearest}'
 
 
+def _ep_fits_nodes(config: RunConfig) -> str | None:
+    """Expert groups are consecutive ranks: a group inside a node, or of whole nodes, shares no node's network card."""
+    ep_size, cluster, n_experts = config.parallel.ep_size, config.cluster, config.model.n_experts
+    if cluster is None or ep_size == "auto" or ep_size < 1:
+        return None
+    gpus = cluster.gpus_per_node
+    if gpus % ep_size == 0 or ep_size % gpus == 0:
+        return None
+    fitting = [n for n in range(1, n_experts + 1) if n_experts % n == 0 and (gpus % n == 0 or n % gpus == 0)]
+    nearest = min(fitting, key=lambda n: abs(n - ep_size))
+    return (
+        f"{ep_size} given with cluster.gpus_per_node = {gpus}: some groups would hold parts of nodes; allowed: "
+        f"divisors and multiples of {gpus}; nearest: {nearest}"
+    )
+
+
 def _no_effect(
     fields: tuple[str, ...], section: str, why: str, when: Callable[[RunConfig], bool]
 ) -> list[Rule]:
@@ -395,6 +411,7 @@ RULES: tuple[Rule, ...] = (
     *_no_effect(("ponder_cost",), "training", 'unless halting is "act"', lambda c: c.model.halting != "act"),
     Rule("training.mean_backprop_depth", _backprop_depth),
     Rule("parallel.ep_size", _ep_divides_experts),
+    Rule("parallel.ep_size", _ep_fits_nodes),
     Rule("parallel.zero_stage", _zero_stage),
     _parallel(
         "offload_params",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from itertools import accumulate
+from typing import Any
 
 import deepspeed
 import torch
@@ -96,6 +97,12 @@ class ParallelGroups:
         """True on every rank where `flag` is true on at least one."""
         return bool(self.all_reduce(torch.tensor(int(flag), device=self.device), "max").item())
 
+    def from_rank_zero(self, value: Any) -> Any:
+        """Rank 0's value, which must be plain, on every rank."""
+        held = [value]
+        torch_distributed.broadcast_object_list(held, src=0)
+        return held[0]
+
     def close(self) -> None:
         """Ends the process group."""
         deepspeed.comm.destroy_process_group()
@@ -167,6 +174,9 @@ def init_parallel(
         auto_mpi_discovery=False,
         verbose=False,
     )
+    if deepspeed_groups._WORLD_GROUP is None:
+        # DeepSpeed would make this copy of the world itself, and its collectives would wait torch's 30 minutes.
+        deepspeed_groups._WORLD_GROUP = torch_distributed.new_group(timeout=timeout)
     stage = bisect_right(list(accumulate(sizes)), env.rank)
     groups = ParallelGroups(device, env.rank, env.world_size, stage, sizes, 0, 1, None)
     if groups.pipelined:

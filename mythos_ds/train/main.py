@@ -28,13 +28,15 @@ from mythos_ds.train.trainer import Progress, RunSummary, Trainer
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a command line asks for. `resume`: "auto", "never" or a path; `source_text`: the file as it was read."""
+    """What a command line asks for. `resume`: "auto", "never" or a path; `source_text`: the file as it was read;
+    `allow_pickle`: execute what a checkpoint's files contain."""
 
     resolved: ResolvedRun
     source_text: str
     run_dir: Path
     resume: str
     argv: tuple[str, ...]
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals, exten
     engine = build_engine(resolved, groups, extension.adapt)
     progress = Progress()
     if tag is not None:
-        state = load_checkpoint(engine, groups, tag)
+        state = load_checkpoint(engine, groups, tag, allow_pickle=request.allow_pickle)
         progress = Progress(state.step, state.first_validation_loss)
     summary = Trainer(resolved, groups, engine, feed, run, manifest, progress).train(stop)
     if extension.finish is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mythos_ds.checkpoint.save import TrainingState, layout_of, save_checkpoint
+from mythos_ds.checkpoint.save import CheckpointWriter, TrainingState, layout_of
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.engine import StepResult, TrainingEngine
 from mythos_ds.errors import NumericsError
@@ -69,6 +69,7 @@ class Trainer:
         peak = peak_flops(groups.device, _DTYPES[config.training.dtype])
         self.throughput = Throughput(resolved, peak)
         self.saved_step = progress.step if progress.step else -1
+        self.writer = CheckpointWriter(engine, groups, run.checkpoints, config.checkpoint)
 
     def train(self, stop: StopSignals) -> RunSummary:
         """Run to the end. Raises NumericsError, with the step, when a loss or gradient norm is not finite."""
@@ -83,6 +84,7 @@ class Trainer:
                 self._train_step(batches, recorder)
                 self._after_step(recorder, total)
             self._save()
+            self.writer.finish()
             if self.step < total:
                 return RunSummary(self.step, False, self.first_loss, {}, [])
             losses = self._evaluate(recorder, depth_counts(mean))
@@ -199,9 +201,7 @@ class Trainer:
             layout=layout_of(self.resolved),
             config=self.config.model_dump(mode="json"),
         )
-        save_checkpoint(
-            self.engine, self.groups, self.run.checkpoints, state, keep=self.config.checkpoint.keep
-        )
+        self.writer.save(state)
         self.saved_step = self.step
 
 

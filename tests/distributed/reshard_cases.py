@@ -7,8 +7,9 @@ import torch
 
 from mythos_ds.checkpoint.load import load_checkpoint
 from mythos_ds.checkpoint.portable import open_state
-from mythos_ds.checkpoint.save import TrainingState, layout_of, save_checkpoint
+from mythos_ds.checkpoint.save import CheckpointWriter, TrainingState, layout_of
 from mythos_ds.checkpoint.shards import WEIGHTS
+from mythos_ds.config.schema import CheckpointConfig
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.parallel.groups import ParallelGroups
 from tests.distributed.cases import (
@@ -77,7 +78,7 @@ def compare(first: Path, second: Path) -> list[str]:
 def _save(engine: TrainingEngine, groups: ParallelGroups, folder: Path) -> Path:
     config = engine.resolved.config.model_dump(mode="json")
     state = TrainingState(BEFORE, 8 * BEFORE, None, layout_of(engine.resolved), config)
-    return save_checkpoint(engine, groups, folder, state, keep=9)
+    return CheckpointWriter(engine, groups, folder, CheckpointConfig(keep=9)).save(state)
 
 
 def _steps(

@@ -75,6 +75,7 @@ def test_training_goes_on_in_another_layout(name, uninterrupted):
     _check(uninterrupted, folder, found)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_portable_checkpoint(uninterrupted):
     root, data, _ = uninterrupted
     portable = root / "portable"

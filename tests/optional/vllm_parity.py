@@ -66,7 +66,8 @@ def serve(folder: str) -> bool:
         port = probe.getsockname()[1]
     command = [
         str(Path(sys.executable).with_name("vllm")), "serve", folder, "--served-model-name", "mythos",
-        "--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "float32",
+        "--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

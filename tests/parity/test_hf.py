@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conversion.huggingface import export, hf_config, import_hf
+from conversion.huggingface import export, hf_config, hf_notes, import_hf
 from safetensors.torch import load_file, save_file
 
-from mythos_ds.checkpoint.model_folder import load_model, save_model
+from mythos_ds.checkpoint.model_folder import load_model, read_facts, save_model
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
@@ -117,12 +117,48 @@ def test_continuous_batching_gives_the_same_tokens(tiny):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa").eval()
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(10, 4000, (n,), generator=generator).tolist() for n in (5, 17, 9)]
-    settings = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, use_cuda_graph=False)
-    results = model.generate_batch(prompts, generation_config=settings, progress_bar=False)
-    produced = {tuple(result.prompt_ids): result.generated_tokens for result in results.values()}
-    for prompt in prompts:
-        alone = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
-        assert produced[tuple(prompt)] == alone[0, len(prompt) :].tolist()
+    settings = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1)
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64, use_cuda_graph=False)
+    for loops in (4, 6):
+        model.config.n_loops = loops
+        results = model.generate_batch(prompts, settings, small, warmup=False)
+        produced = {tuple(result.prompt_ids): result.generated_tokens for result in results.values()}
+        for prompt in prompts:
+            alone = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+            assert produced[tuple(prompt)] == alone[0, len(prompt) :].tolist(), loops
+
+
+def test_loops_can_be_set_when_loading_and_caching_turned_off(tiny):
+    tokens = torch.tensor([[5, 77, 312, 2044]])
+    model = mythos_hf.MythosForCausalLM.from_pretrained(tiny).eval()
+    expected = model.generate(tokens, max_new_tokens=12, do_sample=False, n_loops=8)
+    settings = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(tokens, generation_config=settings, n_loops=8), expected)
+    assert torch.equal(model.generate(tokens, settings, n_loops=8), expected)
+    deeper = mythos_hf.MythosForCausalLM.from_pretrained(tiny, n_loops=8).eval()
+    assert torch.equal(deeper.generate(tokens, max_new_tokens=12, do_sample=False), expected)
+    eager = mythos_hf.MythosForCausalLM.from_pretrained(tiny, attn_implementation="eager").eval()
+    assert torch.equal(eager.generate(tokens, max_new_tokens=12, do_sample=False, n_loops=8), expected)
+
+
+def test_what_transformers_saves_comes_back_as_a_model_folder(tiny, tmp_path):
+    model = mythos_hf.MythosForCausalLM.from_pretrained(tiny)
+    model.save_pretrained(tmp_path / "saved")
+    given, saved = load_file(tiny / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    assert given.keys() == saved.keys()
+    import_hf(tmp_path / "saved", tmp_path / "back")
+    before, after = load_model(TINY).state_dict(), load_model(tmp_path / "back").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_facts(tmp_path / "back") == read_facts(TINY)
+    base = transformers.AutoModel.from_pretrained(tiny)
+    tokens = torch.tensor([[5, 77, 312]])
+    assert torch.equal(model.lm_head(base(tokens).last_hidden_state), model(tokens).logits)
+
+
+def test_a_gate_is_left_out_and_said(tmp_path):
+    make_folder(tmp_path / "ours", {"halting": "gate"})
+    assert "gate is left out" in hf_notes(tmp_path / "ours")[0]
+    assert hf_notes(TINY) == []
 
 
 FRESH = """
@@ -181,7 +217,8 @@ def test_there_and_back_is_bit_equal(tmp_path):
         export(tmp_path / f"{name}_back", tmp_path / f"{name}_again", dtype="float32", max_file_bytes=50_000)
         before, after = load_model(tmp_path / name).state_dict(), load_model(tmp_path / f"{name}_back").state_dict()
         assert all(torch.equal(before[key], after[key]) for key in before)
-        for path in (tmp_path / f"{name}_hf").glob("*.safetensors*"):
+        written = [*(tmp_path / f"{name}_hf").glob("*.safetensors*"), tmp_path / f"{name}_hf" / "config.json"]
+        for path in written:
             assert path.read_bytes() == (tmp_path / f"{name}_again" / path.name).read_bytes(), path.name
     assert len(list((tmp_path / "a_hf").glob("*.safetensors"))) > 1
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -105,3 +106,32 @@ def test_two_gigabytes_are_merged_in_less_than_half_a_gigabyte(tmp_path):
     name = "recurrent.layers.3.moe.experts.w3"
     rows = slice(60, 64)
     assert torch.equal(TensorFolder(tmp_path / "merged").read(name, rows), weights.read(name, rows).bfloat16())
+
+
+def test_verification_names_every_fault(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoints" / checkpoint.name)
+    tag = tmp_path / "run" / "checkpoints" / checkpoint.name
+    (tag.parent / "latest").write_text(tag.name)
+    assert "whole" in finish(start("verify_checkpoint.py", tmp_path / "run"))
+    first, second, third = sorted(tag.glob("*optim_states.pt"))[:3]
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 4
+    first.write_bytes(content)
+    second.write_bytes(second.read_bytes()[:-1])
+    third.unlink()
+    (tag.parent / "latest").write_text("")
+    process = start("verify_checkpoint.py", tmp_path / "run", "--json")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    found = json.loads(output)
+    named = " ".join(found[str(tag)])
+    assert len(found[str(tag)]) == 3
+    assert all(path.name in named for path in (first, second, third))
+    assert found[str(tag.parent / "latest")] == ["names '', which is no checkpoint"]
+    finish(start("merge_checkpoint.py", checkpoint, "--output", tmp_path / "merged"))
+    assert "whole" in finish(start("verify_checkpoint.py", tmp_path / "merged"))
+    weights = tmp_path / "merged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    process = start("verify_checkpoint.py", tmp_path / "merged")
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, "not what was written" in output) == (1, True)

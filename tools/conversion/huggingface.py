@@ -7,12 +7,13 @@ from shutil import copyfile
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from conversion.mythos_folder import WholeModel, folder_dtype, write_config
 from conversion.names import LEFT_OUT, Names
 from mythos_ds.checkpoint.files import read_json
-from mythos_ds.checkpoint.model_folder import CONFIG, TOKENIZER
+from mythos_ds.checkpoint.model_folder import CONFIG, TOKENIZER, read_facts
 from mythos_ds.checkpoint.tensor_files import TensorFolder, TensorSource, TensorSpec
 from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES, write_tensors
 from mythos_ds.config.schema import ModelConfig
@@ -36,6 +37,8 @@ FIELDS = {
     "norm_eps": "rms_norm_eps",
 }  # fmt: skip
 """Our fields and those of the Hugging Face configuration that say the same."""
+_NEVER = -1e6
+"""Log-probability of pieces that no text gives, such as </s>."""
 _CARD = "README.md"
 _SAMPLE = "def f(x):\n\t  return  x ** 2  # naïve “quotes” 漢字 🙂 ▁ 1234567\n\n"
 
@@ -87,8 +90,12 @@ class _MythosTensors:
             if None in parts:
                 specs[ours] = given[parts[None]]
                 continue
-            if set(parts) != set(range(len(parts))):
-                raise CheckpointError(f"{ours}: experts {sorted(map(int, filter(None, parts)))} only")
+            missing = [expert for expert in range(len(parts)) if expert not in parts]
+            if missing:
+                raise CheckpointError(f"{ours}: expert {missing[0]} is not in the given weights")
+            shapes = {given[name].shape for name in parts.values()}
+            if len(shapes) > 1:
+                raise CheckpointError(f"{ours}: experts of different shapes, {sorted(shapes)}")
             first = given[parts[0]]
             specs[ours] = TensorSpec(first.dtype, (len(parts), *first.shape))
         return specs
@@ -112,7 +119,7 @@ def hf_config(model_folder: Path, dtype: str) -> dict[str, Any]:
     """config.json of the Hugging Face folder."""
     config = _model_config(model_folder)
     content = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
-    facts = read_json(model_folder / CONFIG).get("facts", {})
+    facts = read_facts(model_folder)
     grouped = config.attn_type == "gqa"
     content |= {
         "model_type": "mythos",
@@ -130,12 +137,31 @@ def hf_config(model_folder: Path, dtype: str) -> dict[str, Any]:
     return {name: value for name, value in sorted(content.items()) if value is not None}
 
 
+def hf_notes(model_folder: Path) -> list[str]:
+    """What is lost on the way, for people to read."""
+    if _model_config(model_folder).halting == "gate":
+        return ["the trained gate is left out: every token runs n_loops loops"]
+    return []
+
+
+def hf_facts(hf: dict[str, Any]) -> dict[str, Any]:
+    """The facts of the mythos folder from which a Hugging Face folder with this config.json was made."""
+    return dict((hf.get("mythos") or {}).get("facts") or {})
+
+
 def _model_config(folder: Path) -> ModelConfig:
-    content = read_json(folder / CONFIG)
-    config = ModelConfig.model_validate(content["model"])
+    read_facts(folder)  # refuses what is not a mythos folder
+    config = _validated(read_json(folder / CONFIG).get("model"), folder)
     if config.halting not in ("none", "gate"):
         raise CheckpointError(f"{folder}: model.halting: given {config.halting}; transformers runs none and gate only")
     return config
+
+
+def _validated(values: Any, where: Path | str) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: not a configuration of this model ({error})") from None
 
 
 def mythos_source(source: TensorSource, hf: dict[str, Any]) -> tuple[TensorSource, ModelConfig]:
@@ -143,20 +169,20 @@ def mythos_source(source: TensorSource, hf: dict[str, Any]) -> tuple[TensorSourc
     if hf.get("model_type") != "mythos":
         raise CheckpointError(f"config.json: model_type {hf.get('model_type')!r}, expected 'mythos'")
     values = {ours: hf[theirs] for ours, theirs in FIELDS.items() if hf.get(theirs) is not None}
-    values["rope_theta"] = float(hf["rope_parameters"]["rope_theta"])
-    if hf["attention_type"] == "gqa":
-        values |= {"n_kv_heads": hf["num_key_value_heads"], "head_dim": hf["head_dim"]}
-    values["shared_expert_dim"] = hf["shared_expert_intermediate_size"]
-    own = hf.get("mythos", {})
+    values["rope_theta"] = (hf.get("rope_parameters") or {}).get("rope_theta")
+    if hf.get("attention_type") == "gqa":
+        values |= {"n_kv_heads": hf.get("num_key_value_heads"), "head_dim": hf.get("head_dim")}
+    values["shared_expert_dim"] = hf.get("shared_expert_intermediate_size")
+    own = hf.get("mythos") or {}
     values |= {name: own[name] for name in ("init_std", "embedding_std") if own.get(name) is not None}
-    config = ModelConfig.model_validate(values)
+    config = _validated(values, "config.json")
     renamed = _MythosTensors(source, config.attn_type == "mla")
     return WholeModel(renamed, config, None), config
 
 
 def write_companions(model_folder: Path, output: Path, config: dict[str, Any], *, with_remote_code: bool) -> None:
     """Everything beside the weights; config.json last, since a folder without it is not a model."""
-    facts = read_json(model_folder / CONFIG).get("facts", {})
+    facts = read_facts(model_folder)
     end: dict[str, Any] = {}
     if (model_folder / TOKENIZER).is_file():
         end = write_tokenizer(model_folder / TOKENIZER, output)
@@ -193,8 +219,10 @@ def write_tokenizer(model: Path, output: Path) -> dict[str, int]:
     scores = {pieces.IdToPiece(i): pieces.GetScore(i) for i in range(size)}
     plain = [p for p, i in vocabulary.items() if not (pieces.IsControl(i) or pieces.IsUnknown(i) or pieces.IsByte(i))]
     unknown = pieces.IdToPiece(pieces.unk_id())
-    if any(score != 0 and score != int(score) for score in scores.values()):
-        ordered = [(pieces.IdToPiece(i), pieces.GetScore(i)) for i in range(size)]
+    core: models.Model
+    if any(score != int(score) for score in scores.values()):  # log-probabilities; those of BPE are minus a rank
+        known = set(plain)
+        ordered = [(p, scores[p] if p in known else _NEVER) for p in vocabulary]
         core = models.Unigram(ordered, pieces.unk_id(), byte_fallback=True)
     else:
         core = models.BPE(vocabulary, _merges(plain, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -210,7 +238,11 @@ def write_tokenizer(model: Path, output: Path) -> dict[str, int]:
         if number >= 0:
             special[f"{name}_token"], ids[f"{name}_token_id"] = pieces.IdToPiece(number), number
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=made, clean_up_tokenization_spaces=False, padding_side="left", **special
+        tokenizer_object=made,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        split_special_tokens=True,  # "</s>" in a text is text, as in training
+        **special,
     )
     fast.save_pretrained(str(output))
     copyfile(model, output / TOKENIZER)
@@ -244,7 +276,7 @@ tags: [mythos, recurrent-depth, mixture-of-experts]
 T = {depth} unless `n_loops` says otherwise (trained with up to {config["max_loops"]}).
 
 ```python
-import mythos_hf  # pip install mythos_ds; makes the Auto classes know the model
+import mythos_hf  # from the mythos_ds repository; makes the Auto classes know the model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
@@ -284,4 +316,4 @@ def import_hf(
     hf = read_json(folder / CONFIG)
     source, config = mythos_source(TensorFolder(folder), hf)
     write_tensors(source, output, jobs=jobs, progress=progress)
-    write_config(output, config, hf.get("mythos", {}).get("facts", {}), folder / TOKENIZER)
+    write_config(output, config, hf_facts(hf), folder / TOKENIZER)

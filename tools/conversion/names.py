@@ -5,20 +5,26 @@ from collections.abc import Iterator
 
 from mythos_ds.errors import CheckpointError
 
-_ATTENTION = (
+_LAYER = (
     ("attn_norm.weight", "input_layernorm.weight"),
     ("ffn_norm.weight", "post_attention_layernorm.weight"),
+    ("attn.o.weight", "self_attn.o_proj.weight"),
+)
+_GROUPED = (
     ("attn.q.weight", "self_attn.q_proj.weight"),
     ("attn.k.weight", "self_attn.k_proj.weight"),
     ("attn.v.weight", "self_attn.v_proj.weight"),
-    ("attn.o.weight", "self_attn.o_proj.weight"),
+    ("attn.q_norm.weight", "self_attn.q_norm.weight"),
+    ("attn.k_norm.weight", "self_attn.k_norm.weight"),
+)
+_LATENT = (
     ("attn.q_proj.weight", "self_attn.q_proj.weight"),
     ("attn.q_down.weight", "self_attn.q_a_proj.weight"),
+    ("attn.q_norm.weight", "self_attn.q_a_layernorm.weight"),
     ("attn.q_up.weight", "self_attn.q_b_proj.weight"),
     ("attn.kv_down.weight", "self_attn.kv_a_proj_with_mqa.weight"),
-    ("attn.kv_up.weight", "self_attn.kv_b_proj.weight"),
     ("attn.kv_norm.weight", "self_attn.kv_a_layernorm.weight"),
-    ("attn.k_norm.weight", "self_attn.k_norm.weight"),
+    ("attn.kv_up.weight", "self_attn.kv_b_proj.weight"),
 )
 _SWIGLU = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
 _ROUTER = (
@@ -43,13 +49,12 @@ def _pairs(latent: bool) -> Iterator[tuple[str, str]]:
         ("lm_head.weight", "lm_head.weight"),
     )
     yield from ((f"recurrent.{name}", f"model.recurrent.{name}") for name in _LOOP)
-    # A latent attention's query norm has the name that a grouped one's has.
-    norm = ("attn.q_norm.weight", "self_attn.q_a_layernorm.weight" if latent else "self_attn.q_norm.weight")
-    for ours, theirs in (("prelude.#", "model.prelude.#"), ("coda.#", "model.coda.#")):
-        yield from ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in (*_ATTENTION, norm))
-        yield from ((f"{ours}.ffn.{a}.weight", f"{theirs}.mlp.{b}.weight") for a, b in _SWIGLU)
+    layer = (*_LAYER, *(_LATENT if latent else _GROUPED))
+    for part in ("prelude", "coda", "recurrent.layers"):
+        yield from ((f"{part}.#.{a}", f"model.{part}.#.{b}") for a, b in layer)
+    for part in ("prelude", "coda"):
+        yield from ((f"{part}.#.ffn.{a}.weight", f"model.{part}.#.mlp.{b}.weight") for a, b in _SWIGLU)
     ours, theirs = "recurrent.layers.#", "model.recurrent.layers.#"
-    yield from ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in (*_ATTENTION, norm))
     yield from ((f"{ours}.moe.router.{a}", f"{theirs}.mlp.router.{b}") for a, b in _ROUTER)
     yield from (
         (f"{ours}.moe.shared_experts.{a}.weight", f"{theirs}.mlp.shared_experts.{b}.weight") for a, b in _SWIGLU
@@ -58,29 +63,28 @@ def _pairs(latent: bool) -> Iterator[tuple[str, str]]:
 
 
 class Names:
-    """The rules for a model with grouped-query (latent=False) or latent attention."""
+    """The rules for a model with grouped-query (latent=False) or latent attention. Both directions raise
+    CheckpointError for a name that no rule knows."""
 
     def __init__(self, latent: bool):
-        self._rules = list(_pairs(latent))
-        # Both kinds of attention call their query matrix the same there.
-        absent = (".attn.q.weight", ".attn.k_norm.weight") if latent else (".attn.q_proj.weight",)
-        self._rules = [rule for rule in self._rules if not rule[0].endswith(absent)]
+        rules = list(_pairs(latent))
+        self._to_hf, self._from_hf = dict(rules), {theirs: ours for ours, theirs in rules}
 
     def to_hf(self, name: str) -> str:
-        """The name in files; `*` stands for the number of an expert. Raises CheckpointError for an unknown name."""
-        return self._translate(name, 0, 1)
+        """The name in Hugging Face files; `*` stands for the number of an expert."""
+        return _translate(name, self._to_hf)
 
     def from_hf(self, name: str) -> tuple[str, int | None]:
         """Our name, and the expert's number where it is one of a stack."""
         found = re.search(r"\.mlp\.experts\.(\d+)\.", name)
         if found is None:
-            return self._translate(name, 1, 0), None
-        return self._translate(name.replace(found.group(0), ".mlp.experts.*."), 1, 0), int(found.group(1))
+            return _translate(name, self._from_hf), None
+        return _translate(name.replace(found.group(0), ".mlp.experts.*."), self._from_hf), int(found.group(1))
 
-    def _translate(self, name: str, source: int, target: int) -> str:
-        number = re.search(r"(?<=\.)\d+(?=\.)", name)
-        pattern = name if number is None else name.replace(f".{number.group(0)}.", ".#.", 1)
-        for rule in self._rules:
-            if rule[source] == pattern:
-                return rule[target] if number is None else rule[target].replace("#", number.group(0), 1)
+
+def _translate(name: str, rules: dict[str, str]) -> str:
+    number = re.search(r"(?<=\.)\d+(?=\.)", name)
+    pattern = name if number is None else f"{name[: number.start()]}#{name[number.end() :]}"
+    if pattern not in rules:
         raise CheckpointError(f"{name}: a tensor that has no counterpart in the other format")
+    return rules[pattern] if number is None else rules[pattern].replace("#", number.group(0))

@@ -10,7 +10,7 @@ import torch
 
 from conversion.evaluation import comparison, evaluated_loops, held_out_text, losses
 from conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
-from conversion.huggingface import hf_config, hf_source, mythos_source, write_companions
+from conversion.huggingface import hf_config, hf_facts, hf_notes, hf_source, mythos_source, write_companions
 from conversion.mythos_folder import WholeModel, write_config
 from conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmythos_fields, read_openmythos
 from conversion.pickled import has_safetensors, open_weights
@@ -113,14 +113,14 @@ def _from_hf(request: Request) -> Route:
     given = Dequantised(weights) if "quantization_config" in hf else weights
     tensors, config = mythos_source(given, hf)
     notes = ["the matrices were fp8: what quantisation took away does not come back"] if given is not weights else []
-    return _to_mythos(request, tensors, config, {"source": "hf"}, notes)
+    return _to_mythos(request, tensors, config, hf_facts(hf) or {"source": "hf"}, notes)
 
 
 def _to_hf(request: Request) -> Route:
     config, _ = _read_model(request.folder)
     dtype = request.dtype or "bfloat16"
     kept = "bfloat16" if dtype == "fp8" else dtype
-    source, hf, notes = hf_source(request.folder, kept), hf_config(request.folder, kept), []
+    source, hf, notes = hf_source(request.folder, kept), hf_config(request.folder, kept), hf_notes(request.folder)
     if dtype == "fp8":
         source = Fp8Tensors(hf_source(request.folder, "float32"), source)
         specs = source.specs()

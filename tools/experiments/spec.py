@@ -30,7 +30,7 @@ class RunSpec:
 
     Attributes:
         config: a configuration, as a file has it, without what equals the defaults.
-        chains: the chain task; None for text.
+        chains: the task whose samples are made; None for text.
         loops: loop counts at which the trained model is evaluated.
     """
 
@@ -38,6 +38,11 @@ class RunSpec:
     control: str | None
     chains: dict[str, Any] | None
     loops: tuple[int, ...]
+
+    @property
+    def worker(self) -> str:
+        """The module that runs it; a task may name its own."""
+        return (self.chains or {}).get("worker", "experiments.worker")
 
     @property
     def key(self) -> str:

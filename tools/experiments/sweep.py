@@ -80,7 +80,7 @@ def start_run(folder: Path, spec: RunSpec) -> subprocess.Popen[bytes]:
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": path}
     with (folder / "log.txt").open("ab") as log:
-        command = [sys.executable, "-m", "experiments.worker", str(folder)]
+        command = [sys.executable, "-m", spec.worker, str(folder)]
         # A session of its own: Ctrl-C reaches the sweep, which then stops the runs in order.
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

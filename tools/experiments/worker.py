@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from experiments.chains import ChainFeed, accuracy, task_from
 from experiments.controls import CONTROLS
@@ -19,6 +19,7 @@ from mythos_ds.checkpoint.model_folder import save_model
 from mythos_ds.config.resolve import ResolvedRun, resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.durable import write_atomic
+from mythos_ds.engine.build import Adapt
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import MythosError, NumericsError
@@ -47,14 +48,17 @@ class Worker:
     def run(self, environment: ProcessEnvironment) -> None:
         """Train to the end and write the result; a run whose numbers stop being finite is a result too."""
         request = RunRequest(self.resolved, self.spec.to_json(), self.folder / "run", "auto", ())
-        adapt = None if self.spec.control is None else CONTROLS[self.spec.control]
         try:
-            train(request, environment, Extension(self.open_feed, adapt, self.finish))
+            train(request, environment, Extension(self.open_feed, self.adapt(), self.finish))
         except NumericsError as error:
             self.result = {"finished": True, "diverged": str(error).splitlines()[0]}
         if self.result["finished"]:
             self.result |= self.facts()
             write_atomic(self.folder / RESULT, json.dumps(self.result, indent=2) + "\n")
+
+    def adapt(self) -> Adapt | None:
+        """What makes the spec's variant of a new model."""
+        return None if self.spec.control is None else CONTROLS[self.spec.control]
 
     def open_feed(self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> Feed:
         """The data of the run's task."""
@@ -71,17 +75,21 @@ class Worker:
             return
         self.result = {"finished": True, "seconds": time.perf_counter() - self.started}
         losses = dict(summary.losses)
-        if self.spec.chains is not None:
-            task = task_from(self.spec.chains)
-            seed = self.resolved.config.training.seed
-            self.result["accuracy"] = accuracy(engine, task, self.spec.loops, chains=_TEST_CHAINS, seed=seed)
-        else:
-            for n_loops in set(self.spec.loops) - set(losses):
-                values = [engine.eval_loss(batches, n_loops) for batches in feed.validation()]
-                losses[n_loops] = sum(values) / len(values)
+        self.result |= self.evaluate(engine, feed, losses)
         self.result["losses"] = dict(sorted(losses.items()))
         self.result["parameters"] = sum(parameter.numel() for parameter in engine.module.parameters())
         save_model(engine.module, self.folder / MODEL, {"control": self.spec.control, "losses": self.result["losses"]})
+
+    def evaluate(self, engine: TrainingEngine, feed: Feed, losses: dict[int, float]) -> dict[str, Any]:
+        """What else the trained model is judged by; for text, the spec's loop counts are added to `losses`."""
+        if self.spec.chains is not None:
+            task = task_from(self.spec.chains)
+            seed = self.resolved.config.training.seed
+            return {"accuracy": accuracy(engine, task, self.spec.loops, chains=_TEST_CHAINS, seed=seed)}
+        for n_loops in set(self.spec.loops) - set(losses):
+            values = [engine.eval_loss(batches, n_loops) for batches in feed.validation()]
+            losses[n_loops] = sum(values) / len(values)
+        return {}
 
     def facts(self) -> dict[str, Any]:
         """What else a table shows: the training curve, cost, and where it ran."""
@@ -100,19 +108,23 @@ class Worker:
         }
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], kind: type[Worker] = Worker) -> int:
     """Exit code 0, or 2 with the message on stderr."""
     environment: ProcessEnvironment | None = None
     try:
         environment = ProcessEnvironment.detect(os.environ)
-        Worker(Path(arguments[0])).run(environment)
+        kind(Path(arguments[0])).run(environment)
     except MythosError as error:
         return fail(error, environment)
     return 0
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
+def leave(code: int) -> NoReturn:
+    """End the process: threads of a process group now and then abort the interpreter's own way out."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads of a process group now and then abort the interpreter's own way out
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

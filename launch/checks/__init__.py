@@ -1,0 +1,1 @@
+"""What launch/preflight.py looks at before a run starts."""

@@ -1,0 +1,139 @@
+"""Writes the file that starts a configuration on its cluster: nodes and GPUs are those of its `cluster` section.
+
+The files in launch/ are the templates, and run as they are; here some of their lines get other values. A comment
+"#= name" marks such a line; options of #SBATCH are found by their name.
+"""
+
+import json
+import re
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import planned_world_size, resolve
+from mythos_ds.config.schema import ClusterConfig
+from mythos_ds.data.command import run_tool, tool_parser
+from mythos_ds.errors import ConfigError
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+SHUTDOWN_S = 30
+"""What is left of the time to go after torchrun's processes have had theirs."""
+_MARKED = re.compile(r"^(?P<head>\s*(?:- )?[\w./-]+(?:: |=))(?P<old>.*?) #= (?P<name>\w+)$")
+_DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
+_TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
+
+
+def render_slurm(cluster: ClusterConfig, options: Namespace) -> str:
+    """launch/slurm.sbatch for the cluster."""
+    if not _TIME.fullmatch(options.time):
+        raise ConfigError(f"--time: given {options.time!r}; allowed: HH:MM:SS or D-HH:MM:SS; nearest: 24:00:00")
+    wanted = {
+        "job-name": options.name,
+        "nodes": cluster.nodes,
+        "ntasks-per-node": cluster.gpus_per_node,
+        "gpus-per-node": cluster.gpus_per_node,
+        "cpus-per-task": options.cpus,
+        "time": options.time,
+        "signal": f"B:USR1@{options.grace}",
+    }
+    text = (LAUNCH / "slurm.sbatch").read_text(encoding="utf-8")
+    for name, value in wanted.items():
+        text, found = re.subn(rf"(?m)^#SBATCH --{name}=.*$", f"#SBATCH --{name}={value}", text)
+        assert found == 1, name
+    if options.partition:
+        text = text.replace("#SBATCH --requeue\n", f"#SBATCH --requeue\n#SBATCH --partition={options.partition}\n")
+    return _fill(text, {"arguments": f"({shlex.join(_arguments(options))})"})
+
+
+def render_kubernetes(cluster: ClusterConfig, options: Namespace) -> str:
+    """launch/kubernetes.yaml for the cluster."""
+    if options.grace <= SHUTDOWN_S:
+        raise ConfigError(f"--grace: given {options.grace}; allowed: more than {SHUTDOWN_S} s; nearest: 300")
+    values = {
+        "name": options.name,
+        "nodes": cluster.nodes,
+        "nodes_text": str(cluster.nodes),
+        "gpus": cluster.gpus_per_node,
+        "gpus_text": str(cluster.gpus_per_node),
+        # When one pod fails, all others do.
+        "failures": options.restarts * cluster.nodes,
+        "grace": options.grace,
+        "shutdown_text": str(options.grace - SHUTDOWN_S),
+        "image": options.image,
+        "arguments": _arguments(options, f"{options.mount}/runs/{Path(options.config).stem}"),
+        "master": f"{options.name}-0.{options.name}",
+        "mount": options.mount,
+        "claim": options.claim,
+    }
+    # JSON values are YAML values.
+    text = (LAUNCH / "kubernetes.yaml").read_text(encoding="utf-8")
+    return _fill(text, {name: json.dumps(value) for name, value in values.items()})
+
+
+def _fill(text: str, values: dict[str, str]) -> str:
+    """Every marked line with its value; values and marks must match exactly."""
+    used = set()
+
+    def line(match: re.Match[str]) -> str:
+        used.add(match["name"])
+        return match["head"] + values[match["name"]]
+
+    lines = [_MARKED.sub(line, one) for one in text.splitlines()]
+    assert used == set(values), used ^ set(values)
+    return "\n".join(lines) + "\n"
+
+
+def _arguments(options: Namespace, default_run_dir: str | None = None) -> list[str]:
+    """Those of launch/pretrain.py."""
+    run_dir = options.run_dir or default_run_dir
+    return ["--config", options.config, *(["--run-dir", run_dir] if run_dir else []), *options.overrides]
+
+
+def _cluster(options: Namespace) -> ClusterConfig:
+    config = load_config(options.config, options.overrides).config
+    if config.cluster is None:
+        raise ConfigError('cluster: missing; needed: {"gpu": "h100", "nodes": 16, "gpus_per_node": 8} or the like')
+    resolve(config, planned_world_size(config))
+    return config.cluster
+
+
+def work(options: Namespace) -> None:
+    """Render and write. Raises ConfigError for a configuration or option that does not fit."""
+    if not _DNS_LABEL.fullmatch(options.name):
+        raise ConfigError(f"--name: given {options.name!r}; allowed: small letters, digits and '-'; nearest: mythos")
+    text = options.render(_cluster(options), options)
+    if options.output is None:
+        sys.stdout.write(text)
+    else:
+        options.output.write_text(text, encoding="utf-8")
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    main = tool_parser(__doc__ or "", "python tools/render_launch.py slurm --config 1t.json > 1t.sbatch")
+    kinds = main.add_subparsers(required=True, metavar="slurm|kubernetes")
+    slurm = kinds.add_parser("slurm", help="a batch script")
+    slurm.add_argument("--time", default="24:00:00", help="of one job; the run goes on in the next")
+    slurm.add_argument("--partition", help="where to queue")
+    slurm.add_argument("--cpus", type=int, default=12, help="cores per GPU")
+    slurm.set_defaults(render=render_slurm)
+    kubernetes = kinds.add_parser("kubernetes", help="a headless service and an Indexed Job")
+    kubernetes.add_argument("--image", required=True, help="with this repository as its working folder")
+    kubernetes.add_argument("--claim", required=True, help="persistent volume claim that all pods share")
+    kubernetes.add_argument("--mount", default="/shared", help="where the claim appears")
+    kubernetes.add_argument("--restarts", type=int, default=3, help="failures of the run until the Job fails")
+    kubernetes.set_defaults(render=render_kubernetes)
+    for kind in (slurm, kubernetes):
+        kind.add_argument("--config", required=True, help="as the nodes find it: a path, or a preset such as 1t.json")
+        kind.add_argument("--run-dir", help="default: runs/<config name>, in Kubernetes below --mount")
+        kind.add_argument("--name", default="mythos", help="of the job")
+        kind.add_argument("--grace", type=int, default=300, help="seconds for the last step and its checkpoint")
+        kind.add_argument("--output", type=Path, help="default: standard output")
+        kind.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return main
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(parser(), work, None))
