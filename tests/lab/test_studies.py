@@ -11,6 +11,7 @@ from experiments.spec import RunSpec
 from experiments.study import write_report
 from experiments.worker import MODEL, SPEC
 from studies import inspections, trained
+from studies.grokking import WORKER
 from studies.grokking_task import SPLITS
 from studies.registry import STUDIES
 from torch import Tensor
@@ -55,7 +56,7 @@ def _made_up(spec: RunSpec, draw: random.Random) -> dict:
         "training_flops": 1e15,
         "tokens": 1e6,
     }
-    if spec.chains is not None and spec.worker == "studies.grokking_task":
+    if spec.worker == WORKER:
         result["history"] = [[step, {name: draw.random() for name in SPLITS}] for step in (10, 30, 100)]
         result["final"] = {str(count): {name: draw.random() for name in SPLITS} for count in spec.loops}
     elif spec.chains is not None:

@@ -2,12 +2,13 @@
 
 from experiments.study import Study
 
-from studies import inspections, khop, language_studies, scaling, stress, width
+from studies import grokking, inspections, khop, language_studies, scaling, stress, width
 
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
         khop.STUDY,
+        grokking.STUDY,
         language_studies.LOOPS,
         language_studies.COST,
         language_studies.ATTENTION,

@@ -1,0 +1,32 @@
+"""What runs inside the processes of test_planned_states.py."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch.distributed as torch_distributed
+from planning.measured import held_states
+from planning.memory import states
+
+from mythos_ds.parallel.groups import require_expert_group
+from tests.distributed.cases import opened
+
+
+def work(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each layout what DeepSpeed keeps, what the planner says, and the ranks of the expert group."""
+    found = []
+    for case in cases:
+        with opened(case) as (engine, groups):
+            ranks = []
+            if groups.ep_size > 1:
+                ranks = torch_distributed.get_process_group_ranks(require_expert_group(groups.ep_size))
+            shapes = {name: tuple(p.ds_shape) for name, p in engine.module.named_parameters()}
+            found.append(
+                {
+                    "kept": held_states(engine),
+                    "planned": asdict(states(engine.resolved, groups.stage)),
+                    "expert_group": ranks,
+                    "parameters": sum(p.ds_numel for p in engine.module.parameters()),
+                    "experts": [list(shape) for name, shape in shapes.items() if name.endswith("experts.w1")],
+                }
+            )
+    return found
