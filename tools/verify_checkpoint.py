@@ -73,9 +73,12 @@ def manifest_faults(tag: Path) -> list[str]:
 def checksum_faults(folder: Path) -> list[str]:
     """What differs from a model folder's checksums."""
     content = files.read_json(folder / CHECKSUMS)
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        return [f"{CHECKSUMS}: not a list of files"]
-    return _differences(folder, content["files"], lambda path: {"sha256": _sha256(path)})
+    records = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(records, dict) or not all(
+        isinstance(record, dict) and {"size", "sha256"} <= set(record) for record in records.values()
+    ):
+        return [f"{CHECKSUMS}: not a list of files with size and sha256"]
+    return _differences(folder, records, lambda path: {"sha256": _sha256(path)})
 
 
 def _differences(folder: Path, wanted: dict[str, dict[str, Any]], read: Any) -> list[str]:

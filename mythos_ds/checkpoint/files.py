@@ -3,6 +3,7 @@
 import json
 import shutil
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ def list_tags(directory: Path) -> list[Path]:
 
 def is_tag(name: str) -> bool:
     """Whether a directory name is that of a published checkpoint."""
-    return name.startswith(TAG_PREFIX) and name.removeprefix(TAG_PREFIX).isdigit()
+    number = name.removeprefix(TAG_PREFIX)
+    return number.isdecimal() and name == tag_name(int(number))
 
 
 def data_files(directory: Path) -> list[Path]:
@@ -94,25 +96,41 @@ def read_manifest(tag: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"{tag / MANIFEST}: not a checkpoint manifest ({error!r})") from error
 
 
-def verify(tag: Path, rank: int, world_size: int) -> None:
-    """Check all sizes and this rank's share of the checksums. Raises CheckpointError at the first fault."""
+def faults(tag: Path, rank: int = 0, world_size: int = 1) -> Iterator[str]:
+    """What is wrong with a checkpoint: all sizes, and this rank's share of the checksums. Raises CheckpointError where
+    the manifest cannot be read."""
     records = read_manifest(tag)
-    for name, record in records.items():
+    whole = []
+    for name, record in sorted(records.items()):
         path = tag / name
         size = path.stat().st_size if path.is_file() else None
-        if size != record.size:
-            found = "missing" if size is None else f"{size} bytes"
-            raise CheckpointError(f"{path}: {found}, the manifest says {record.size} bytes")
-    own = share_of([tag / name for name in sorted(records)], rank, world_size)
+        if size == record.size:
+            whole.append(path)
+        else:
+            there = "missing" if size is None else f"{size} bytes"
+            yield f"{path}: {there}, the manifest says {record.size} bytes"
+    own = share_of(whole, rank, world_size)
     with ThreadPoolExecutor(_THREADS) as pool:
-        for path, digested in zip(own, pool.map(digest, own), strict=True):
-            if digested != records[str(path.relative_to(tag))]:
-                raise CheckpointError(f"{path}: the checksum differs from the manifest's")
+        for path, found in zip(own, pool.map(digest, own), strict=True):
+            if found != records[str(path.relative_to(tag))]:
+                yield f"{path}: the checksum differs from the manifest's"
+
+
+def verify(tag: Path, rank: int, world_size: int) -> None:
+    """Raises CheckpointError at the first of a checkpoint's `faults`."""
+    for fault in faults(tag, rank, world_size):
+        raise CheckpointError(fault)
 
 
 def point_latest(directory: Path, tag: Path) -> None:
     """Let the file `latest` name `tag`, atomically."""
     write_atomic(directory / LATEST, tag.name)
+
+
+def read_latest(directory: Path) -> str:
+    """What `latest` says, or in words that it does not."""
+    path = directory / LATEST
+    return (path.read_text(encoding="utf-8").strip() or "nothing") if path.is_file() else "nothing, it is missing"
 
 
 def prune(directory: Path, keep: int, newest: int, keep_every: int = 0) -> None:
@@ -122,9 +140,8 @@ def prune(directory: Path, keep: int, newest: int, keep_every: int = 0) -> None:
     damaged one that the run went back behind.
     """
     tags = list_tags(directory)
-    kept = [tag for tag in tags if tag_step(tag) <= newest][:keep]
-    if keep_every:
-        kept += [tag for tag in tags if tag_step(tag) % keep_every == 0 and tag_step(tag) <= newest]
+    up_to_now = [tag for tag in tags if tag_step(tag) <= newest]
+    kept = [*up_to_now[:keep], *(tag for tag in up_to_now if keep_every and tag_step(tag) % keep_every == 0)]
     for path in [*(tag for tag in tags if tag not in kept), *directory.glob(f"{PARTIAL_PREFIX}*")]:
         # Renamed first: a removal that is interrupted must not leave something that looks like a checkpoint.
         doomed = path.with_name(f"{PARTIAL_PREFIX}removed_{path.name.lstrip('.')}")

@@ -5,10 +5,11 @@ from typing import Any
 
 from mythos_ds.checkpoint import files, random_state
 from mythos_ds.checkpoint.agreement import together
+from mythos_ds.checkpoint.rank_errors import RankError, ReportedElsewhere
 from mythos_ds.checkpoint.reshard import load_resharded
 from mythos_ds.checkpoint.save import TrainingState, layout_of, random_state_file, shards_of
 from mythos_ds.checkpoint.torch_files import torch_files
-from mythos_ds.checkpoint.trusted import require_trusted
+from mythos_ds.checkpoint.trusted import executing_pickles, load_trusted
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.errors import CheckpointError
 from mythos_ds.log import get_logger
@@ -17,26 +18,30 @@ from mythos_ds.parallel.groups import ParallelGroups
 _logger = get_logger(__name__)
 
 
+def list_checkpoints(groups: ParallelGroups, directory: Path) -> list[Path]:
+    """Published checkpoints, newest first, as rank 0 sees them: ranks with other disks cannot disagree on the order."""
+    steps = [files.tag_step(tag) for tag in files.list_tags(directory)] if groups.rank == 0 else []
+    return [directory / files.tag_name(step) for step in groups.from_rank_zero(steps)]
+
+
 def find_checkpoint(groups: ParallelGroups, directory: Path) -> Path | None:
-    """The newest checkpoint below `directory` that is complete for all ranks; damaged ones are skipped aloud. Rank 0
-    says which there are, so that ranks with other disks cannot disagree."""
-    steps = groups.from_rank_zero([files.tag_step(tag) for tag in files.list_tags(directory)])
-    for step in steps:
-        tag = directory / files.tag_name(step)
-        if verified_everywhere(groups, tag):
-            return tag
-    return None
+    """The newest checkpoint below `directory` that is complete for all ranks; damaged ones are skipped aloud."""
+    tags = list_checkpoints(groups, directory)
+    if tags and groups.rank == 0 and (named := files.read_latest(directory)) != tags[0].name:
+        _logger.warning("%s says %s; the newest checkpoint is %s", directory / files.LATEST, named, tags[0].name)
+    return next((tag for tag in tags if verified_everywhere(groups, tag)), None)
 
 
 def verified_everywhere(groups: ParallelGroups, tag: Path) -> bool:
     """Whether all ranks find `tag` complete. The ranks share the work of reading the checksums."""
-    fault: CheckpointError | None = None
     try:
-        files.verify(tag, groups.rank, groups.world_size)
-    except CheckpointError as error:
-        fault = error
+        together(groups, lambda: files.verify(tag, groups.rank, groups.world_size))
+    except ReportedElsewhere:
+        return False
+    except RankError as error:
         _logger.warning("skipping checkpoint %s: %s", tag.name, error)
-    return not groups.any(fault is not None)
+        return False
+    return True
 
 
 def read_state(tag: Path) -> TrainingState:
@@ -57,30 +62,35 @@ def load_checkpoint(
     training state disagree, are of another model, or hold more than tensors and plain values.
     """
     state = read_state(tag)
-    if not allow_pickle:
-        # Before DeepSpeed's loads, whose ranks wait for each other.
-        own = files.share_of(sorted(tag.rglob("*.pt")), groups.rank, groups.world_size)
-        together(groups, lambda: _require_all_trusted(own))
     layout = layout_of(engine.resolved)
-    if {"pp_size": 1, **state.layout} != layout:
+    same = {"pp_size": 1, **state.layout} == layout
+    if not same:
         _logger.info("%s was written by the layout %s; resharding to %s", tag.name, state.layout, layout)
-        load_resharded(engine, groups, tag, state.step)
-        _restore_random_states(tag, groups, state)
-        return state
-    shards = shards_of(tag, groups)
-    torch_files(engine.deepspeed).allow_pickle = allow_pickle
-    path, client_state = engine.deepspeed.load_checkpoint(str(shards.parent), tag=shards.name)
-    saved: dict[str, Any] = client_state or {}
-    if path is None or saved.get("step") != state.step:
-        raise CheckpointError(f"{tag}: the model files are of step {saved.get('step')}, expected {state.step}")
+    if not allow_pickle:
+        together(groups, lambda: _require_trusted(tag, groups))
+    with executing_pickles(allow_pickle):
+        if same:
+            _load_shards(engine, groups, tag, state.step)
+        else:
+            load_resharded(engine, groups, tag, state.step)
     _restore_random_states(tag, groups, state)
     _logger.info("resumed from %s", tag)
     return state
 
 
-def _require_all_trusted(paths: list[Path]) -> None:
-    for path in paths:
-        require_trusted(path)
+def _require_trusted(tag: Path, groups: ParallelGroups) -> None:
+    """Every file once, by one of the ranks, without its tensors: inside DeepSpeed's load a rank cannot fail alone."""
+    for path in files.share_of(sorted(tag.rglob("*.pt")), groups.rank, groups.world_size):
+        load_trusted(path)
+
+
+def _load_shards(engine: TrainingEngine, groups: ParallelGroups, tag: Path, step: int) -> None:
+    shards = shards_of(tag, groups)
+    torch_files(engine.deepspeed)
+    path, client_state = engine.deepspeed.load_checkpoint(str(shards.parent), tag=shards.name)
+    saved: dict[str, Any] = client_state or {}
+    if path is None or saved.get("step") != step:
+        raise CheckpointError(f"{tag}: the model files are of step {saved.get('step')}, expected {step}")
 
 
 def _restore_random_states(tag: Path, groups: ParallelGroups, state: TrainingState) -> None:

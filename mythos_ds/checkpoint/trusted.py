@@ -1,6 +1,9 @@
 """Reading torch's files without executing what they contain."""
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +16,34 @@ from mythos_ds.errors import CheckpointError
 
 ALLOWED = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 """What DeepSpeed's files hold beside tensors and plain values."""
-_REFUSAL = "holds more than tensors and plain values, not loaded; --allow-pickle executes it"
+
+_executing = ContextVar("executing", default=False)
 
 
-def require_trusted(path: Path) -> None:
-    """Raises CheckpointError where `load_trusted` would refuse what torch saved in `path`. Reads no tensors."""
+@contextmanager
+def executing_pickles(allowed: bool) -> Iterator[None]:
+    """Whether files read meanwhile may run code of theirs: --allow-pickle, for files of one's own."""
+    token = _executing.set(allowed)
     try:
-        named = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error})") from None
-    if unknown := sorted(named - {f"{kind.__module__}.{kind.__name__}" for kind in ALLOWED}):
-        raise CheckpointError(f"{path}: {_REFUSAL} ({unknown[0]})")
+        yield
+    finally:
+        _executing.reset(token)
 
 
-def load_trusted(path: Path, *, mapped: bool = True, allow_pickle: bool = False) -> Any:
+def load_trusted(path: Path, *, mapped: bool = True) -> Any:
     """What torch saved in `path`, on the CPU, tensors mapped into memory or (mapped=False) read.
 
-    Classes other than those in ALLOWED are refused, so that nothing in the file is executed, unless `allow_pickle`.
-    Raises CheckpointError for those and for damaged files.
+    Classes other than those in ALLOWED are refused, so that nothing in the file is executed, except inside
+    `executing_pickles`. Raises CheckpointError for those and for damaged files.
     """
     try:
         with torch.serialization.safe_globals(list(ALLOWED)):
-            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=not allow_pickle)
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=not _executing.get())
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: {_REFUSAL} ({str(error).splitlines()[0]})") from None
+        found = str(error).partition("Unsupported global: ")[2].split(" was not")[0] or "other objects"
+        raise CheckpointError(
+            f"{path}: holds {found} beside tensors and plain values; nothing was executed. If you trust the file: "
+            "--allow-pickle"
+        ) from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from None

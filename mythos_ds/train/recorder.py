@@ -47,6 +47,11 @@ class Recorder:
         """Validation losses by loop count."""
         self._write(step, {f"validation/loss_at_{n_loops}": loss for n_loops, loss in losses.items()})
 
+    def checkpoint(self, step: int, seconds: dict[str, float]) -> None:
+        """How long the save took that has come to its end, if one has."""
+        if seconds and self._tensorboard is not None:
+            self._tensorboard.write(step, seconds)
+
     def samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Generated text, as (prompt, continuation)."""
         if self._tensorboard is not None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mythos_ds.checkpoint import files
 from mythos_ds.checkpoint.agreement import together
-from mythos_ds.checkpoint.load import find_checkpoint, verified_everywhere
+from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints, verified_everywhere
 from mythos_ds.errors import CheckpointError
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.run_directory import RunDirectory, RunManifest, continue_manifest
@@ -20,7 +20,7 @@ def choose_checkpoint(groups: ParallelGroups, run: RunDirectory, resume: str) ->
     CheckpointError on every rank for a path without a complete checkpoint, or a start that would leave `run` with
     checkpoints of two histories.
     """
-    existing = files.list_tags(run.checkpoints)
+    existing = list_checkpoints(groups, run.checkpoints)
     if resume == NEVER:
         together(groups, lambda: _require_empty(run, existing, "--resume never"))
         return None

@@ -83,8 +83,10 @@ class Trainer:
                     break
                 self._train_step(batches, recorder)
                 self._after_step(recorder, total)
+                recorder.checkpoint(self.step, self.writer.advance())
             self._save()
             self.writer.finish()
+            recorder.checkpoint(self.step, self.writer.advance())
             if self.step < total:
                 return RunSummary(self.step, False, self.first_loss, {}, [])
             losses = self._evaluate(recorder, depth_counts(mean))
@@ -113,6 +115,7 @@ class Trainer:
                 statistics=logged,
             )
         except NumericsError as error:
+            self.writer.finish()
             advice = "earlier checkpoints are intact: resume with a lower training.lr or a longer warm-up"
             raise NumericsError(f"step {self.step + 1}: {error}\n{advice}") from error
         self.step += 1

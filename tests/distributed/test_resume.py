@@ -56,9 +56,11 @@ def uninterrupted(tmp_path_factory, data) -> Path:
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(tmp_path_factory, data) -> Path:
-    """SIGKILL some time after the checkpoint of step 3 of 8; metrics of later steps may already be written."""
+    """SIGKILL some time after the checkpoint of step 3 of 8, which was written beside training; metrics of later steps
+    may already be there."""
     folder = tmp_path_factory.mktemp("killed")
-    command = arguments(folder / "run", data, f"training.max_steps={STEPS}", "checkpoint.interval=3")
+    saves = ["checkpoint.interval=3", "checkpoint.asynchronous=true"]
+    command = arguments(folder / "run", data, f"training.max_steps={STEPS}", *saves)
     with Pretrain(command, nprocs=2, folder=folder) as run:
         run.wait_until(lambda: (folder / "run" / "checkpoints" / "latest").is_file(), 240)
         run.kill()

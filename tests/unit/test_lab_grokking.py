@@ -9,7 +9,7 @@ import pytest
 from experiments.spec import RunSpec
 from experiments.sweep import run_all, run_folder, start_run
 from studies.grokking import ARMS, SIZES, WORKER, reached, runs
-from studies.grokking_task import SPLITS, FactTask, Repeated, measured_steps
+from studies.grokking_task import SPLITS, FactTask, Repeated, guesses, measured_steps
 
 TASK = FactTask(entities=30, relations=8, degree=5, ood_share=0.3, held_out_share=0.2, graph_seed=1)
 
@@ -80,6 +80,17 @@ def test_training_data_are_the_facts_and_the_training_queries_once_an_epoch() ->
     assert epochs[0] != epochs[1]
     late = 3 * len(seen) + 7
     assert tuple(Repeated((splits["atomic"], splits["train"]), 0, 10**6)[late]["tokens"]) == epochs[1][7]
+
+
+def test_the_guesses_know_the_last_relation_only() -> None:
+    facts, splits = _facts(TASK), TASK.splits()
+    tails = {relation: [t for (_, r), t in facts.items() if r == relation] for _, relation in facts}
+    at_random, best = (guesses(splits, commonest=flag) for flag in (False, True))
+    assert best["atomic"] == pytest.approx(sum(max(map(own.count, own)) for own in tails.values()) / len(facts))
+    asked = zip(*(part[:, 2].tolist() for part in splits["ood"]), strict=True)
+    chances = [tails[r].count(t) / len(tails[r]) for r, t in asked]
+    assert at_random["ood"] == pytest.approx(sum(chances) / len(chances))
+    assert at_random["atomic"] < best["atomic"] < 1
 
 
 def test_a_stage_is_reached_at_the_first_step_over_the_line() -> None:

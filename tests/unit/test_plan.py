@@ -140,7 +140,8 @@ def test_the_command_writes_a_configuration_that_loads_and_a_picture(tmp_path):
     written = load_config(str(chosen), []).config
     resolve(written, planned_world_size(written))
     assert picture.stat().st_size > 10_000
-    for wrong in (["--tokens", "many"], ["--gpu", "h999"], ["--gpus", "0"]):
+    stage_one = ["parallel.zero_stage=1"]
+    for wrong in (stage_one, ["--tokens", "many"], ["--gpu", "h999"], ["--gpus", "0"]):
         refused = subprocess.run([*command[:4], *wrong], capture_output=True, text=True, timeout=120)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
 

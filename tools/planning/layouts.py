@@ -31,7 +31,9 @@ class Layout:
 
 
 def examine(config: RunConfig, gpus: int, gpu: Gpu, changes: dict[str, Any]) -> Layout:
-    """A configuration with changes. Raises ConfigError where it contradicts itself."""
+    """A configuration with changes. Raises ConfigError where it contradicts itself, or is not of ZeRO-3."""
+    if config.parallel.zero_stage != 3:
+        raise ConfigError(f"parallel.zero_stage: given {config.parallel.zero_stage}; allowed: 3, as in all presets")
     resolved = resolve(with_changes(config, changes), gpus)
     return Layout(changes, resolved, memory(resolved), timing(resolved, gpu))
 

@@ -21,7 +21,8 @@ CONTEXT_BYTES = 2.5e9
 """The device's context, kernels and communication buffers (assumption)."""
 DEFAULT_REDUCE_BUCKET = 500_000_000
 """Elements that DeepSpeed averages at once unless `reduce_bucket_size` says otherwise."""
-_SUB_GROUP = 1_000_000_000
+_SUB_GROUP = _LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's defaults, in elements."""
 _BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -169,10 +170,20 @@ def _step_items(resolved: ResolvedRun, on_gpu: bool) -> list[Item]:
     kept = checkpoint_bytes(load) if load.checkpointing == "loop" else 0
     live = "one recomputed loop with its gradients" if load.checkpointing == "loop" else "of all loops with gradient"
     return [
+        Item("weights kept for reuse", _kept_for_reuse(resolved), "DeepSpeed's stage3_max_live_parameters"),
         Item("gathered weights and gradients", found.peak - found.without_weights, "the looped block, held as one"),
         Item("state per loop", kept, f"fp32 state of {load.grad_loops} loops with gradient"),
         Item("activations", found.without_weights - kept, live),
     ]
+
+
+def _kept_for_reuse(resolved: ResolvedRun) -> int:
+    """Weights outside of the loop that DeepSpeed does not release, because their next use is near."""
+    zero = resolved.deepspeed.get("zero_optimization", {})
+    most = int(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS))
+    shapes = parameter_shapes(resolved.config.model, resolved.stages[0].part)
+    outside = sum(prod(shape) for name, shape in shapes if not name.startswith("recurrent."))
+    return min(most, outside) * _BYTES[resolved.config.training.dtype]
 
 
 def checkpoint_bytes(load: Workload) -> int:

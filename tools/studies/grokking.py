@@ -14,7 +14,7 @@ from typing import Any
 from experiments.spec import Arm, RunSpec, make_spec
 from experiments.study import Report, Results, Study, by_arm, spread
 
-from studies.grokking_task import LENGTH, FactTask
+from studies.grokking_task import LENGTH, FactTask, guesses
 
 WORKER = "studies.grokking_task"
 MEAN = 4
@@ -122,12 +122,19 @@ def analyse(results: Results, folders: Mapping[tuple[str, int], Path], scale: st
             finals = [result["final"][n_loops] for result in own]
             cells = [spread([100 * final[split] for final in finals], 1) for split in ("atomic", *STAGES)]
             ends.append([arm.label, n_loops, *cells])
+    graphs = [FactTask(*SIZES[scale][0], graph_seed=seed).splits() for seed in SEEDS[scale]]
+    for name, commonest in (("a random", False), ("the commonest", True)):
+        blind = [guesses(splits, commonest=commonest) for splits in graphs]
+        numbers[f"guess: {name} tail"] = blind
+        cells = [spread([100 * shares[split] for shares in blind], 1) for split in ("atomic", *STAGES)]
+        ends.append([f"guess: {name} tail of the last relation", "", *cells])
+    guess = sum(shares["ood"] for shares in blind) / len(blind)
     count = len(SEEDS[scale])
     tables = [
         (f"First measured step with at least {LEARNED:.0%} right answers, by seed", stages),
         (f"Accuracy in % after the last step, mean and standard deviation over {count} seeds", ends),
     ]
-    return Report(numbers, tables, [("grokking.png", lambda path: draw(results, scale, path))])
+    return Report(numbers, tables, [("grokking.png", lambda path: draw(results, scale, guess, path))])
 
 
 def _step(step: int | None) -> str:
@@ -146,14 +153,15 @@ def _summary(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def draw(results: Results, scale: str, path: Path) -> None:
-    """Accuracy against steps: a panel for each arm, a thin line for each seed, a mark where a stage is reached."""
+def draw(results: Results, scale: str, guess: float, path: Path) -> None:
+    """Accuracy against steps: a panel for each arm, a line for each seed, dashes where a stage is reached (geometric
+    mean of the seeds), dots at the share that a `guess` gets, grey where the learning rate falls."""
     from matplotlib.figure import Figure
 
     arms = ARMS_OF[scale]
     figure = Figure(figsize=(4.6 * len(arms) + 1.8, 4.0), layout="constrained")
     panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
-    chance = 100 / SIZES[scale][0][0]
+    total = SIZES[scale][-1]
     for axes, arm in zip(panels, arms, strict=True):
         for split, name in STAGES.items():
             for number, result in enumerate(by_arm(results, arm.name)):
@@ -164,7 +172,8 @@ def draw(results: Results, scale: str, path: Path) -> None:
             if known := [when for when in whens if when is not None]:
                 mean = math.exp(sum(map(math.log, known)) / len(known))
                 axes.axvline(mean, color=_COLORS[split], lw=0.9, ls="--")
-        axes.axhline(chance, color="black", lw=0.8, ls=":")
+        axes.axhline(100 * guess, color="black", lw=0.8, ls=":", label="guess: last relation's\ncommonest tail")
+        axes.axvspan(total * (1 - _BASE["training.decay_fraction"]), total, color="black", alpha=0.07, lw=0)
         axes.set(title=arm.label, xlabel="optimizer steps", xscale="log", ylim=(-2, 104))
     panels[0].set_ylabel("right answers (%), a line for each seed")
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")

@@ -85,6 +85,30 @@ class FactTask:
         return {"atomic": atomic} | {name: (tokens[rows], labels[rows]) for name, rows in chosen.items()}
 
 
+def _answer(split: str) -> int:
+    """The position that asks."""
+    return 1 if split == "atomic" else 2
+
+
+def guesses(splits: dict[str, Queries], *, commonest: bool) -> dict[str, float]:
+    """Expected share of right answers by split for who knows the last relation's facts but not which entity it follows,
+    and says one of their tails at random, or the commonest (any of the commonest, where several are).
+
+    A model gets as much without composing anything; one in S asks too little.
+    """
+    (_, relations, _), (_, tails, _) = (part.T for part in splits["atomic"])
+    counts = np.zeros((relations.max() + 1, relations.max() + 1))
+    np.add.at(counts, (relations, tails), 1.0)
+    if commonest:
+        counts = (counts == counts.max(1, keepdims=True)).astype(float)
+    chances = counts / counts.sum(1, keepdims=True).clip(min=1.0)
+    shares = {}
+    for name in SPLITS:
+        tokens, labels = (part[:, _answer(name)] for part in splits[name])
+        shares[name] = float(chances[tokens, labels].mean())
+    return shares
+
+
 class Repeated:
     """Samples by number, over and over: each row once in each epoch, in an order drawn from (seed, epoch)."""
 
@@ -163,8 +187,7 @@ def accuracies(model: MythosModel, splits: dict[str, Queries], n_loops: int) -> 
         for name in SPLITS:
             tokens, labels = (torch.from_numpy(part[:_TESTED]).to(device) for part in splits[name])
             predicted = torch.cat([model(rows, n_loops=n_loops).argmax(-1) for rows in tokens.split(500)])
-            answer = 1 if name == "atomic" else 2
-            shares[name] = (predicted == labels)[:, answer].float().mean().item()
+            shares[name] = (predicted == labels)[:, _answer(name)].float().mean().item()
     model.train(was_training)
     return shares
 
