@@ -4,7 +4,7 @@
     python tools/calibrate.py --only "EP 2, ZeRO-3" --output /tmp/calibration
 
 Each layout trains a small model for three steps with 2 to 4 processes; in the third, every tensor and every byte handed
-to a collective is counted on each rank.
+to a collective is counted on each rank. For pipelines another third step measures how long the processes wait.
 """
 
 import json
@@ -21,6 +21,7 @@ from typing import Any
 
 from experiments.hardware import describe
 from planning.memory import stage_memory, states
+from planning.paced import idle_share
 from planning.traffic import traffic
 
 from mythos_ds.config.loader import load_config
@@ -28,6 +29,7 @@ from mythos_ds.config.resolve import ResolvedRun, resolve
 from mythos_ds.data.command import run_tool
 from mythos_ds.durable import write_atomic
 from mythos_ds.errors import ConfigError
+from mythos_ds.plan.pipeline import predict
 
 _BASE = (
     "model.dim=128", "model.ffn_dim=384", "model.expert_dim=64", "model.n_experts=16", "model.recurrent_layers=2",
@@ -75,6 +77,26 @@ CASES = (
     ),
 )  # fmt: skip
 
+PIPELINES = (
+    Case("ring of 2, 2 micro-batches", 2, (*_RING, "parallel.pp_size=2", "training.global_batch_size=8")),
+    Case("ring of 2, 4 micro-batches, 7 loops", 2, (*_RING, "parallel.pp_size=2", "training.global_batch_size=16"), 7),
+    Case(
+        "ring of 2, EP 2, gradient through all loops", 4,
+        (
+            *_RING, "parallel.pp_size=2", "parallel.ep_size=2", "training.global_batch_size=16",
+            "training.mean_backprop_depth=4",
+        ),
+    ),
+    Case(
+        "ring of 4, 4 micro-batches", 4,
+        (*_RING, "parallel.pp_size=4", "model.recurrent_layers=4", "training.global_batch_size=16"),
+    ),
+    Case(
+        "stages of 1, 2 and 1 processes, 4 micro-batches", 4,
+        (*_RING, "parallel.pp_size=[1,2,1]", "training.global_batch_size=32"),
+    ),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Row:
@@ -101,6 +123,17 @@ class Row:
         return self.memory_predicted / self.memory_counted - 1
 
 
+@dataclass(frozen=True)
+class Idle:
+    """A pipeline's idle share in a step whose computations take their predicted time. `overrun`: seconds by
+    which the slowest took longer."""
+
+    layout: str
+    predicted: float
+    measured: float
+    overrun: float
+
+
 def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("--output", type=Path, default=Path("docs"), help="folder of calibration.md and calibration.json")
@@ -109,26 +142,44 @@ def parser() -> ArgumentParser:
 
 
 def work(arguments: Namespace) -> None:
-    names = [case.name for case in CASES]
+    names = [case.name for case in (*CASES, *PIPELINES)]
     if unknown := [name for name in arguments.only or () if name not in names]:
         raise ConfigError(f"--only: given {unknown[0]!r}; allowed: {', '.join(names)}")
-    chosen = [case for case in CASES if not arguments.only or case.name in arguments.only]
-    rows = []
-    for case in chosen:
-        rows.append(measure(case))
-        sys.stderr.write(f"{case.name}: memory {rows[-1].memory_error:+.1%}\n")
-    write(arguments.output, rows)
+    rows, pipelines = [], []
+    for case in CASES:
+        if not arguments.only or case.name in arguments.only:
+            rows.append(measure(case))
+            sys.stderr.write(f"{case.name}: memory {rows[-1].memory_error:+.1%}\n")
+    for case in PIPELINES:
+        if not arguments.only or case.name in arguments.only:
+            pipelines.append(measure_idle(case))
+            idle = pipelines[-1]
+            sys.stderr.write(f"{case.name}: idle {idle.measured:.2%}, predicted {idle.predicted:.2%}\n")
+    write(arguments.output, rows, pipelines)
 
 
 def measure(case: Case) -> Row:
     """Run a case and compare, on the process whose memory is predicted worst."""
-    overrides = [*_BASE, *case.settings]
-    resolved = resolve(load_config("tiny", overrides).config, case.processes)
-    counted = run_processes({"config": "tiny", "overrides": overrides, "n_loops": case.n_loops}, case.processes)
+    resolved, counted = run_case(case, paced=False)
     # Routing decides how much a process sends; together they send what the formula says.
     exchanged = [found["traffic"].get("all_to_all_single", 0) for found in counted]
     rows = [compare(case, resolved, found, sum(exchanged) / len(exchanged)) for found in counted]
     return max(rows, key=lambda row: abs(row.memory_error))
+
+
+def measure_idle(case: Case) -> Idle:
+    """Run a pipeline at the pace of its prediction."""
+    resolved, found = run_case(case, paced=True)
+    overrun = max(own["overrun"] for own in found)
+    return Idle(case.name, predict(resolved, case.n_loops).bubble, idle_share(found), overrun)
+
+
+def run_case(case: Case, *, paced: bool) -> tuple[ResolvedRun, list[dict[str, Any]]]:
+    """The case's run as resolved, and what each of its processes found."""
+    overrides = [*_BASE, *case.settings]
+    resolved = resolve(load_config("tiny", overrides).config, case.processes)
+    task = {"config": "tiny", "overrides": overrides, "n_loops": case.n_loops, "paced": paced}
+    return resolved, run_processes(task, case.processes)
 
 
 def compare(case: Case, resolved: ResolvedRun, found: dict[str, Any], exchanged: float) -> Row:
@@ -188,10 +239,14 @@ def run_processes(case: dict[str, Any], processes: int) -> list[dict[str, Any]]:
         return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(processes)]
 
 
-def write(output: Path, rows: list[Row]) -> None:
+def write(output: Path, rows: list[Row], pipelines: list[Idle]) -> None:
     """The page and its numbers."""
     facts = {"date": date.today().isoformat(), "hardware": describe(), "command": "python tools/calibrate.py"}
-    content = {**facts, "rows": [{**asdict(row), "memory_error": row.memory_error} for row in rows]}
+    content = {
+        **facts,
+        "rows": [{**asdict(row), "memory_error": row.memory_error} for row in rows],
+        "pipelines": [asdict(idle) for idle in pipelines],
+    }
     write_atomic(output / "calibration.json", json.dumps(content, indent=1) + "\n")
     lines = [
         "| layout | weights, masters, optimizer, gradients | peak memory, counted | predicted | gathered | reduced | "
@@ -207,7 +262,13 @@ def write(output: Path, rows: list[Row]) -> None:
         same = "equal" if row.states_equal else "**different**"
         memory = f"{row.memory_counted:,} | {row.memory_error:+.1%}"
         lines.append(f"| {row.layout} | {same} | {memory} | {' | '.join(_pair(*pair) for pair in pairs)} |")
-    write_atomic(output / "calibration.md", _PAGE.format(**facts, table="\n".join(lines)))
+    idles = ["| pipeline | idle share, measured | predicted | prediction over measurement |", "|---|---:|---:|---:|"]
+    for idle in pipelines:
+        error = f"{idle.predicted / idle.measured - 1:+.1%}"
+        idles.append(f"| {idle.layout} | {idle.measured:.2%} | {idle.predicted:.2%} | {error} |")
+    overrun = max((idle.overrun for idle in pipelines), default=0.0)
+    page = _PAGE.format(**facts, table="\n".join(lines), pipelines="\n".join(idles), overrun=f"{overrun:.2f}")
+    write_atomic(output / "calibration.md", page)
 
 
 def _pair(predicted: float, counted: float) -> str:
@@ -233,6 +294,16 @@ percentage is equal to the prediction; a percentage is prediction over count.
 * Exchanged rows are the mean over the processes: routing decides how they share them, not how many there are.
 * `deepspeed.zero_optimization` is set so that DeepSpeed gathers the small model as it would a large one, and the reduce
   bucket is small: its default of 500 million numbers would be most of the memory here.
+
+## Waiting in a pipeline
+
+{pipelines}
+
+A step of the real pipeline, its messages and gathers included. Four processes on two cores wait for cores, which a
+cluster's do not; so each forward and backward is computed and then slept out to the time that the prediction gives it
+(0.15 s for the shortest; the slowest took {overrun} s longer). What is measured is the schedule: who waits for
+whom. Idle is what is left between the first start and the last end, over all processes. Whether computations take times
+in proportion to their FLOPs, this does not show.
 
 Not calibrated: allocator fragmentation (5 % allowed), device context (2.5 GB allowed), kernels that differ on a GPU,
 and every time: those are bounds from data sheets.

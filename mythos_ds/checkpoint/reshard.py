@@ -18,6 +18,9 @@ from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.errors import CheckpointError
 from mythos_ds.parallel.groups import ParallelGroups
 
+_PARTITIONED = "fp32_partitioned_groups_flat"
+"""What only DeepSpeed's ZeRO-3 optimizer has."""
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -36,7 +39,7 @@ def load_resharded(engine: TrainingEngine, groups: ParallelGroups, tag: Path, st
     steps. Raises CheckpointError where the checkpoint is of another model or another optimizer."""
     tensors, updates = open_state(tag)
     zero, module = engine.deepspeed.optimizer, engine.module
-    partitioned = hasattr(zero, "fp16_groups")
+    partitioned = hasattr(zero, _PARTITIONED)
     weights = tensors.pop(WEIGHTS)
     _check_names(tag, module, weights)
     if partitioned:
@@ -79,7 +82,7 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 def _parts(zero: Any, module: nn.Module) -> Iterator[_Part]:
     names = {parameter: name for name, parameter in module.named_parameters()}
-    if hasattr(zero, "fp16_groups"):
+    if hasattr(zero, _PARTITIONED):
         for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
             start = 0
             for parameter in group:
@@ -87,6 +90,10 @@ def _parts(zero: Any, module: nn.Module) -> Iterator[_Part]:
                 offset = min(zero._get_param_partition_rank(parameter) * size, numel)
                 yield _Part(names[parameter], flat, start, offset, min(size, numel - offset))
                 start += size
+    elif hasattr(zero, "fp32_groups"):  # mixed precision without ZeRO
+        for group, masters in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
+            for parameter, master in zip(group, masters, strict=True):
+                yield _Part(names[parameter], master, 0, 0, master.numel())
     elif hasattr(zero, "bit16_groups") or hasattr(zero, "bf16_groups"):
         flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
         groups = getattr(zero, "bit16_groups", None) or zero.bf16_groups

@@ -161,9 +161,10 @@ class ShardReader:
         content = self.content(file)
         try:
             if group is None:
-                if kind == WEIGHTS:
-                    return content["module"][name].reshape(-1)
-                return content["optimizer"]["state"][_order(content)[name]][kind].reshape(-1)
+                masters, states = _whole_states(content)
+                if kind != WEIGHTS:
+                    return states[_order(content)[name]][kind].reshape(-1)
+                return (masters[_order(content)[name]] if masters else content["module"][name]).reshape(-1)
             state = content["optimizer_state_dict"]
             if kind == WEIGHTS:
                 return _first(state, "fp32_flat_groups", "single_partition_of_fp32_groups")[group].reshape(-1)
@@ -175,7 +176,7 @@ class ShardReader:
         """Optimizer states kept for a parameter; for `step`, its value."""
         content = self.content(file)
         if group is None:
-            state = content["optimizer"]["state"].get(_order(content).get(name), {})
+            state = _whole_states(content)[1].get(_order(content).get(name, -1), {})
         else:
             state = _first(content["optimizer_state_dict"], "optimizer_state_dict", "base_optimizer_state")
             state = state["state"].get(group, {})
@@ -187,6 +188,13 @@ def _first(state: Mapping[str, Any], *names: str) -> Any:
         if name in state:
             return state[name]
     raise KeyError(names[0])
+
+
+def _whole_states(content: Mapping[str, Any]) -> tuple[list[Tensor], Mapping[int, Any]]:
+    """fp32 weights, where the module's are not, and states of an unpartitioned optimizer, in `_order`."""
+    optimizer = content["optimizer"]
+    masters = [master for group in optimizer.get("fp32_groups", ()) for master in group]
+    return masters, optimizer.get("optimizer_state_dict", optimizer)["state"]
 
 
 def _order(content: Mapping[str, Any]) -> dict[str, int]:

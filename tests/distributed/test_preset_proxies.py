@@ -3,16 +3,24 @@
 import math
 from pathlib import Path
 
+import pytest
+
 from mythos_ds.config.loader import load_config
 from tests.helpers.distributed import ROOT, run_distributed
 
 PRESETS = sorted(path.name for path in Path(ROOT, "ds_configs").glob("*.json") if path.name != "schema.json")
+ENDS = ["1b.json", "1t.json"]
 
 
-def test_every_proxy_trains_three_steps() -> None:
-    ranks = run_distributed("tests.distributed.preset_cases:train_proxies", 2, 600, presets=PRESETS)
+@pytest.mark.parametrize(
+    "presets",
+    [ENDS, pytest.param([name for name in PRESETS if name not in ENDS], marks=pytest.mark.slow)],
+    ids=["ends", "others"],
+)
+def test_every_proxy_trains_three_steps(presets: list[str]) -> None:
+    ranks = run_distributed("tests.distributed.preset_cases:train_proxies", 2, 600, presets=presets)
     assert ranks[0] == ranks[1], "all ranks report the same numbers"
-    for preset, result in zip(PRESETS, ranks[0], strict=True):
+    for preset, result in zip(presets, ranks[0], strict=True):
         config = load_config(preset).config
         assert len(result["losses"]) == 3, preset
         assert all(math.isfinite(value) for value in [*result["losses"], *result["norms"]]), preset

@@ -16,6 +16,7 @@ TAG = "step_00000003"
 SOURCES: dict[str, dict[str, Any]] = {
     "ep2": {"ep": 2, "stage": 3},
     "bf16": {"ep": 2, "stage": 3, "dtype": "bfloat16"},
+    "whole": {"ep": 1, "stage": 0, "dtype": "bfloat16"},
     "muon": {"ep": 2, "stage": 3, "training": {"optimizer": "muon", "muon_lr": 0.02, "grad_clip": 0.0}},
     "sgd": {"ep": 2, "stage": 2, "optimizer": "sgd"},
     "ring": {"ep": 2, "stage": 3, **RING, "model": {"tie_embeddings": True}},
@@ -41,6 +42,8 @@ TARGETS: list[tuple[str, int, dict[str, Any]]] = [
     ("ring", 1, _with("ring", ep=1, stage=2)),
     ("bf16", 2, _with("bf16", ep=1, stage=3)),
     ("bf16", 1, _with("bf16", ep=1, stage=1)),
+    ("bf16", 1, _with("bf16", ep=1, stage=0)),
+    ("whole", 2, _with("whole", ep=1, stage=3)),
     ("muon", 2, _with("muon", ep=1, stage=3)),
     ("sgd", 2, _with("sgd", ep=2, stage=3)),
     ("ep2", 4, _with("ep2", ep=2, stage=3, **RING)),

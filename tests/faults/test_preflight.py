@@ -166,6 +166,7 @@ def test_a_rank_that_hangs_is_named_in_time(tmp_path):
     assert took < 40
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_starts_is_named(tmp_path):
     data = [*small_data(tmp_path), "training.global_batch_size=12"]
     ended = _Ranks(tmp_path, [*data, "--timeout", "6"], nprocs=3, absent=[1]).wait()

@@ -242,6 +242,7 @@ def test_a_slurm_job_that_is_told_to_go_saves_and_requeues_until_the_run_has_its
     assert 0 < starts[1] < 60
 
 
+@pytest.mark.slow
 def test_torchrun_that_is_told_to_go_ends_with_75_and_then_with_0(tmp_path):
     run_dir = tmp_path / "run"
     command = [str(LAUNCH / "torchrun.sh"), "--config", "tiny.json", "--run-dir", str(run_dir), *SMALL]

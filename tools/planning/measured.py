@@ -1,4 +1,5 @@
-"""One process of a real engine that counts what it holds and sends; started by tools/calibrate.py, one per rank."""
+"""One process of a real engine that counts what it holds and sends, or measures how long it waits; started by
+tools/calibrate.py, one per rank."""
 
 import gc
 import json
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from planning.counting import Traffic
 from planning.live_bytes import LiveBytes
+from planning.paced import paced_step
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve
@@ -20,7 +22,7 @@ from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Two steps to get going, then one that is counted; the loop count of the counted step is case["n_loops"]."""
+    """Two steps to get going, then one that is counted, or paced where case["paced"]; of case["n_loops"] loops."""
     traffic = Traffic()
     environment = ProcessEnvironment.detect(os.environ)
     resolved = resolve(load_config(case["config"], case["overrides"]).config, environment.world_size)
@@ -29,6 +31,11 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     n_loops, grad_loops = case["n_loops"], min(resolved.mean_backprop_depth, case["n_loops"])
     for step in range(2):
         _step(engine, resolved, groups, step, 2, min(2, grad_loops))
+    if case["paced"]:
+        batches = _batches(resolved, groups, 2)
+        waited = paced_step(engine, resolved, groups.stage, batches, n_loops)
+        groups.barrier()
+        return waited
     found: dict[str, Any] = {"states": held_states(engine), "stage": groups.stage}
     traffic.take()
     gc.collect()
@@ -56,6 +63,10 @@ def held_states(engine: TrainingEngine) -> dict[str, int]:
 def _step(
     engine: TrainingEngine, resolved: ResolvedRun, groups: ParallelGroups, step: int, n_loops: int, grad_loops: int
 ) -> Any:
+    return engine.train_step(_batches(resolved, groups, step), n_loops=n_loops, n_grad_loops=grad_loops, lr=1e-3)
+
+
+def _batches(resolved: ResolvedRun, groups: ParallelGroups, step: int) -> list[dict[str, torch.Tensor]]:
     stage = resolved.stages[groups.stage]
     training = resolved.config.training
     generator = torch.Generator().manual_seed(1000 * step + groups.dp_rank)
@@ -65,7 +76,7 @@ def _step(
             0, resolved.config.model.vocab_size, (stage.rows, training.seq_len + 1), generator=generator
         )
         batches.append({"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()})
-    return engine.train_step(batches, n_loops=n_loops, n_grad_loops=grad_loops, lr=1e-3)
+    return batches
 
 
 def main() -> None:

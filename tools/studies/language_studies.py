@@ -33,6 +33,10 @@ LOOPS_ARMS = [
     Arm("zoh", "zero-order hold for B", {"model.discretisation": "zoh"}),
     Arm("embedding", "loop embedding", {"model.loop_embedding": "scaled"}),
     Arm("lora", "loop embedding and LoRA (rank 4)", {"model.loop_embedding": "scaled", "model.lora_rank": 4}),
+    Arm("lora_16", "loop embedding and LoRA (rank 16)", {"model.loop_embedding": "scaled", "model.lora_rank": 16}),
+    Arm("h0", "h_0 = e instead of zeros", {"model.initial_state": "embedding"}),
+    Arm("no_prelude_norm", "no norm on e", {"model.prelude_norm": False}),
+    Arm("no_qk_norm", "no norm on queries and keys", {"model.qk_norm": False}),
 ]
 _DRAWN = ("looped", "fixed", "curriculum", "sequence", "full_gradient", "post", "streams_2", "zoh")
 
