@@ -456,7 +456,8 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """fp32 logits [batch, seq, vocab], or those of logits_to_keep; with labels int64 [batch, seq] also the mean
-        loss of the next tokens."""
+        loss of the next tokens, or their sum over num_items_in_batch, with which trainers accumulate."""
+        items = kwargs.pop("num_items_in_batch", None)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -471,7 +472,8 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
         logits = self.lm_head(out.last_hidden_state[:, kept, :]).float()
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            vocabulary = self.config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, num_items_in_batch=items)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
     def generate(self, *args, n_loops: int | None = None, **kwargs):

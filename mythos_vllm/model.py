@@ -29,6 +29,8 @@ from mythos_hf.modeling_mythos import (
     rotary_tables,
 )
 
+_EXPERT_PARTS = ("gate", "up", "down")
+
 
 def routed(
     hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool, **unused: Any
@@ -259,6 +261,11 @@ class MythosForCausalLM(nn.Module):
             place = places[name]
             getattr(place, "weight_loader", default_weight_loader)(place, value)
             loaded.add(name)
+        parts = [f"{e}.{part}_proj.weight" for e in range(self.config.n_routed_experts) for part in _EXPERT_PARTS]
+        for layer in range(self.config.num_recurrent_layers):
+            stack = f"model.recurrent.layers.{layer}.mlp.experts"
+            if odd := set(parts).symmetric_difference(rest for rest, _ in experts.get(stack, [])):
+                raise ValueError(f"{stack}.{min(odd)}: not in the folder, or not in the model ({len(odd)} such)")
         for name, own in experts.items():
             found = set(self.get_submodule(name).load_weights(own))
             loaded |= {f"{name}.{part}" for part in found}

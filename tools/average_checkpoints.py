@@ -16,12 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conversion.arguments import BANDWIDTH, add_writing, check_writing
 from conversion.average import SAME_LINEAGE, Mean, Member, check_members, likeness, lineage_facts, write_companions
 from conversion.estimate import Estimate, estimate, print_estimate
 from conversion.progress import byte_progress
+from conversion.verified import require_whole
 
 from mythos_ds.checkpoint.tensor_files import TensorFolder
-from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES, plan_files, write_tensors
+from mythos_ds.checkpoint.tensor_writer import plan_files, write_tensors
 from mythos_ds.data.command import run_tool
 from mythos_ds.errors import CheckpointError, ConfigError
 
@@ -32,11 +34,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--output", type=Path, required=True, help="folder of the mean")
     made.add_argument("--weights", type=float, nargs="+", help="one for each folder; default: equal")
     made.add_argument("--force", action="store_true", help="average models that do not share a start")
-    made.add_argument("--jobs", type=int, default=1, help="files written at once")
-    made.add_argument("--max-file-bytes", type=int, default=MAX_FILE_BYTES)
-    made.add_argument("--dry-run", action="store_true", help="check, print the plan and write nothing")
-    made.add_argument("--bandwidth", type=float, default=2e9, help="bytes per second, for the time of --dry-run")
-    made.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_writing(made)
     return made
 
 
@@ -50,8 +48,10 @@ def work(arguments: Namespace) -> None:
     check_lineage(arguments, alike)
     specs = mean.specs()
     read = len(members) * sum(spec.nbytes for spec in specs.values())
-    made = estimate(plan_files(specs, arguments.max_file_bytes), read, arguments.bandwidth)
+    made = estimate(plan_files(specs, arguments.max_file_bytes), read, arguments.bandwidth or BANDWIDTH)
     if not arguments.dry_run:
+        for member in members:
+            require_whole(member.folder)
         with byte_progress("averaging", made.bytes) as progress:
             write_tensors(
                 mean, arguments.output, jobs=arguments.jobs, max_file_bytes=arguments.max_file_bytes, progress=progress
@@ -65,12 +65,9 @@ def checked_weights(arguments: Namespace) -> list[float]:
     models = arguments.models
     if len(models) < 2:
         raise ConfigError(f"models: given {len(models)}; allowed: at least 2; nearest: 2")
-    if arguments.output in models:
+    if arguments.output.resolve() in [model.resolve() for model in models]:
         raise ConfigError(f"--output: given {arguments.output}, which is averaged; allowed: a new folder")
-    for name in ("jobs", "max_file_bytes", "bandwidth"):
-        if getattr(arguments, name) <= 0:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag}: given {getattr(arguments, name)}; allowed: more than 0; nearest: 1")
+    check_writing(arguments)
     weights: list[float] = arguments.weights or [1.0] * len(models)
     if len(weights) != len(models) or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
         given = " ".join(f"{weight:g}" for weight in weights)

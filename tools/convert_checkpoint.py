@@ -19,15 +19,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conversion.arguments import BANDWIDTH, add_writing, check_writing
 from conversion.estimate import Estimate, estimate, print_estimate
 from conversion.progress import byte_progress
 from conversion.routes import CUT_FLAGS, DTYPES, FORMATS, Request, Route, plan_route
+from conversion.verified import require_whole
 
-from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES, plan_files, write_tensors
+from mythos_ds.checkpoint.tensor_writer import plan_files, write_tensors
 from mythos_ds.data.command import run_tool
 from mythos_ds.errors import ConfigError
-
-_BANDWIDTH = 2e9
 
 
 def parser() -> ArgumentParser:
@@ -41,11 +41,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--evaluate", action="store_true", help="to hf: measure what the conversion costs in perplexity")
     made.add_argument("--data-dir", type=Path, help="with --evaluate: where the built-in corpus is, or is made (data)")
     made.add_argument("--allow-pickle", action="store_true", help="let a pickled input run the code it names")
-    made.add_argument("--jobs", type=int, default=1, help="files written at once")
-    made.add_argument("--max-file-bytes", type=int, default=MAX_FILE_BYTES)
-    made.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    made.add_argument("--bandwidth", type=float, help=f"with --dry-run: bytes per second (default {_BANDWIDTH:.0e})")
-    made.add_argument("--json", action="store_true", help="print the plan or the result as JSON")
+    add_writing(made)
     cut = made.add_argument_group("cutting a dense model (--from hf --to mythos)")
     for name, text in CUT_FLAGS.items():
         cut.add_argument("--" + name.replace("_", "-"), type=int, help=text)
@@ -66,9 +62,11 @@ def work(arguments: Namespace) -> None:
     )
     route = plan_route(request)
     files = plan_files(route.source.specs(), arguments.max_file_bytes)
-    made = estimate(files, route.read_bytes, arguments.bandwidth or _BANDWIDTH)
+    made = estimate(files, route.read_bytes, arguments.bandwidth or BANDWIDTH)
     rows = None
     if not arguments.dry_run:
+        if arguments.input.is_dir():
+            require_whole(arguments.input)
         with byte_progress("converting", made.bytes) as progress:
             write_tensors(
                 route.source,
@@ -85,20 +83,15 @@ def work(arguments: Namespace) -> None:
 
 def check(arguments: Namespace) -> None:
     """Raises ConfigError for arguments that do not fit together, or without effect."""
-    for name in ("jobs", "max_file_bytes", "bandwidth"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')}: given {value:g}; allowed: more than 0; nearest: 1")
-    if arguments.bandwidth is not None and not arguments.dry_run:
-        raise ConfigError("--bandwidth: given without --dry-run; allowed: with it, for the time it prints")
+    check_writing(arguments)
     if arguments.data_dir is not None and not arguments.evaluate:
         raise ConfigError("--data-dir: given without --evaluate; allowed: with it")
     if arguments.evaluate and arguments.target != "hf":
         raise ConfigError(f"--evaluate: given with --to {arguments.target}; allowed: with --to hf")
+    if arguments.evaluate and arguments.dry_run:
+        raise ConfigError("--evaluate: given with --dry-run, which writes nothing to measure; allowed: without it")
     if arguments.output.resolve() == arguments.input.resolve():
         raise ConfigError(f"--output: given {arguments.output}, which is the input; allowed: a new folder")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise ConfigError(f"--output: given {arguments.output}, which is a file; allowed: a new folder")
 
 
 def report(arguments: Namespace, route: Route, made: Estimate, rows: Sequence[dict[str, float]] | None) -> None:

@@ -28,19 +28,27 @@ from mythos_ds.checkpoint.model_folder import CONFIG
 from mythos_ds.checkpoint.portable import open_state, read_layout
 from mythos_ds.checkpoint.tensor_files import TensorFolder, TensorSource
 from mythos_ds.checkpoint.tensor_writer import row_pieces
+from mythos_ds.checkpoint.trusted import executes_pickles, executing_pickles
 from mythos_ds.data.command import run_tool
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import CheckpointError, ConfigError
 
 
 def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("path", type=Path, help="a run's directory, a checkpoint (step_<n>) or a model folder")
     made.add_argument("--tensors", action="store_true", help="list every tensor, not parts only")
+    made.add_argument("--allow-pickle", action="store_true", help="let a checkpoint's files run the code they name")
     made.add_argument("--json", action="store_true", help="everything as JSON")
     return made
 
 
 def work(arguments: Namespace) -> None:
+    with executing_pickles(arguments.allow_pickle):
+        inspect(arguments)
+
+
+def inspect(arguments: Namespace) -> None:
+    """Read everything and print what was found."""
     facts, sources = read(arguments.path)
     total = sum(spec.nbytes for source in sources.values() for spec in source.specs().values())
     with byte_progress("reading", total) as progress:
@@ -65,6 +73,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
         content = files.read_json(path / CONFIG)
         if not isinstance(content, dict) or "model" not in content:
             raise CheckpointError(f"{path / CONFIG}: not a model folder's configuration")
+        if executes_pickles():
+            raise ConfigError(f"--allow-pickle: given for {path}, whose weights are not pickled")
         return {"model folder": str(path), "facts": content.get("facts", {})}, {"weights": TensorFolder(path)}
     tag = newest_tag(path)
     state = files.read_json(tag / files.STATE)

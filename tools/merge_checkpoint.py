@@ -14,6 +14,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
+from conversion.arguments import BANDWIDTH, add_writing, check_writing, refuse_output_in
 from conversion.estimate import estimate, print_estimate
 from conversion.merging import merge, merged_source, model_of, newest_tag
 from conversion.mythos_folder import expected_specs, folder_dtype
@@ -22,7 +23,8 @@ from conversion.progress import byte_progress
 
 from mythos_ds.checkpoint import files
 from mythos_ds.checkpoint.tensor_files import TensorSpec
-from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES, plan_files
+from mythos_ds.checkpoint.tensor_writer import plan_files
+from mythos_ds.checkpoint.trusted import executing_pickles
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
 from mythos_ds.data.command import run_tool
@@ -37,36 +39,37 @@ def parser() -> ArgumentParser:
     made.add_argument("--output", type=Path, help="folder of the merged model")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrices")
     made.add_argument("--tokenizer", type=Path, help="default: the run's, where it is at hand")
-    made.add_argument("--jobs", type=int, default=1, help="files written at once")
-    made.add_argument("--max-file-bytes", type=int, default=MAX_FILE_BYTES)
-    made.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    made.add_argument("--allow-pickle", action="store_true", help="let the checkpoint's files run the code they name")
     made.add_argument("--config", help="with --dry-run: plan for a configuration instead of a checkpoint")
     made.add_argument("--processes", type=int, help="with --config; default: those of its cluster")
-    made.add_argument("--bandwidth", type=float, default=2e9, help="bytes per second, for the time of --dry-run")
-    made.add_argument("--json", action="store_true", help="print the plan or the result as JSON")
+    add_writing(made)
     return made
 
 
 def work(arguments: Namespace) -> None:
-    for name in ("jobs", "max_file_bytes", "bandwidth"):
-        if getattr(arguments, name) <= 0:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag}: given {getattr(arguments, name)}; allowed: more than 0; nearest: 1")
+    check_writing(arguments)
     if arguments.config is not None:
         plan_for_configuration(arguments)
         return
     if arguments.checkpoint is None or arguments.processes is not None:
         raise ConfigError("give a checkpoint, or --config (and --processes) with --dry-run")
+    with executing_pickles(arguments.allow_pickle):
+        merge_newest(arguments)
+
+
+def merge_newest(arguments: Namespace) -> None:
+    """Merge the checkpoint that the arguments name, or say what that takes."""
     tag = newest_tag(arguments.checkpoint)
     state = files.read_json(tag / files.STATE)
     specs = merged_source(tag, model_of(state), arguments.dtype).specs()
     planned = plan_files(specs, arguments.max_file_bytes)
-    made = estimate(planned, _read_bytes(specs), arguments.bandwidth)
+    made = estimate(planned, _read_bytes(specs), arguments.bandwidth or BANDWIDTH)
     if arguments.dry_run:
         print_estimate(f"{tag}", made, arguments.json)
         return
     if arguments.output is None:
         raise ConfigError("--output: not given; the folder to write the model to")
+    refuse_output_in(arguments.checkpoint, arguments.output)
     if arguments.tokenizer is not None and not arguments.tokenizer.is_file():
         raise CheckpointError(f"--tokenizer: {arguments.tokenizer} is not a file")
     with byte_progress("merging", made.bytes) as progress:
@@ -86,9 +89,15 @@ def plan_for_configuration(arguments: Namespace) -> None:
     """--config: the plan for a checkpoint that does not exist."""
     if not arguments.dry_run or arguments.checkpoint is not None or arguments.output is not None:
         raise ConfigError("--config: goes with --dry-run only, without a checkpoint and --output")
+    if arguments.allow_pickle:
+        raise ConfigError("--allow-pickle: given with --config; allowed: with a checkpoint")
     config = load_config(arguments.config, []).config
     cluster = config.cluster
-    processes = arguments.processes or (cluster.nodes * cluster.gpus_per_node if cluster else None)
+    processes = arguments.processes
+    if processes is None and cluster is not None:
+        processes = cluster.nodes * cluster.gpus_per_node
+    if processes is not None and processes < 1:
+        raise ConfigError(f"--processes: given {processes}; allowed: at least 1; nearest: 1")
     if processes is None:
         raise ConfigError("--processes: not given, and the configuration names no cluster")
     tensors = planned_tensors(resolve(config, processes))
@@ -98,7 +107,7 @@ def plan_for_configuration(arguments: Namespace) -> None:
     if odd := sorted(name for name in missing if ".router." not in name):
         raise CheckpointError(f"{odd[0]}: in no file of the plan")
     pieces = sum(len(tiling) for tensor in tensors.values() for tiling in tensor.tilings)
-    made = estimate(plan_files(specs, arguments.max_file_bytes), _read_bytes(specs), arguments.bandwidth)
+    made = estimate(plan_files(specs, arguments.max_file_bytes), _read_bytes(specs), arguments.bandwidth or BANDWIDTH)
     if not arguments.json:
         sys.stdout.write(f"{pieces:,} pieces in the files of {processes:,} processes\n")
     print_estimate(arguments.config, made, arguments.json)

@@ -13,15 +13,18 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
-from shutil import copyfile
 
+from conversion.arguments import BANDWIDTH, add_writing, check_writing
 from conversion.estimate import estimate, print_estimate
 from conversion.merging import newest_tag
 from conversion.progress import byte_progress
 
+from mythos_ds.checkpoint import files
 from mythos_ds.checkpoint.portable import PORTABLE, open_state, read_layout, write_portable
-from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES, plan_files
+from mythos_ds.checkpoint.tensor_writer import plan_files
+from mythos_ds.checkpoint.trusted import executing_pickles
 from mythos_ds.data.command import run_tool
+from mythos_ds.durable import write_atomic
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.train.run_directory import RunDirectory
 
@@ -30,35 +33,33 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("checkpoint", type=Path, help="a checkpoint (step_<n>) or a run's directory")
     made.add_argument("--output", type=Path, help="a new run directory; its checkpoints/ gets the portable one")
-    made.add_argument("--jobs", type=int, default=1, help="files written at once")
-    made.add_argument("--max-file-bytes", type=int, default=MAX_FILE_BYTES)
-    made.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    made.add_argument("--bandwidth", type=float, default=2e9, help="bytes per second, for the time of --dry-run")
-    made.add_argument("--json", action="store_true", help="print the plan or the result as JSON")
+    made.add_argument("--allow-pickle", action="store_true", help="let the checkpoint's files run the code they name")
+    add_writing(made)
     return made
 
 
 def work(arguments: Namespace) -> None:
-    for name in ("jobs", "max_file_bytes", "bandwidth"):
-        if getattr(arguments, name) <= 0:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag}: given {getattr(arguments, name)}; allowed: more than 0; nearest: 1")
+    check_writing(arguments)
+    with executing_pickles(arguments.allow_pickle):
+        reshard(arguments)
+
+
+def reshard(arguments: Namespace) -> None:
+    """Rewrite the checkpoint that the arguments name, or say what that takes."""
     tag = newest_tag(arguments.checkpoint)
     if PORTABLE in read_layout(tag):
         raise CheckpointError(f"{tag}: is portable already; training resumes from it in any layout")
     sources, _ = open_state(tag)
     planned = [file for kind, s in sources.items() for file in plan_files(s.specs(), arguments.max_file_bytes, kind)]
     total = sum(file.nbytes for file in planned)
-    made = estimate(planned, total, arguments.bandwidth)
+    made = estimate(planned, total, arguments.bandwidth or BANDWIDTH)
     if arguments.dry_run:
         print_estimate(f"{tag}", made, arguments.json)
         return
     if arguments.output is None:
         raise ConfigError("--output: not given; the run directory to write the checkpoint to")
     target = RunDirectory(arguments.output)
-    # The run's plan of its data: who resumes from here reads on where the run stopped.
-    target.root.mkdir(parents=True, exist_ok=True)
-    copyfile(RunDirectory(tag.resolve().parent.parent).manifest, target.manifest)
+    take_manifest(tag, target)
     with byte_progress("resharding", made.bytes) as progress:
         written = write_portable(
             tag,
@@ -71,6 +72,20 @@ def work(arguments: Namespace) -> None:
         sys.stdout.write(json.dumps({"checkpoint": str(written), "bytes": made.bytes, "files": made.files}) + "\n")
     else:
         print_estimate(f"{written}", made, as_json=False)
+
+
+def take_manifest(tag: Path, target: RunDirectory) -> None:
+    """Give the new run the plan of its data: who resumes from there reads on where the run stopped. Raises
+    CheckpointError where there is no such plan, or `target` is another run."""
+    manifest = RunDirectory(tag.resolve().parent.parent).manifest
+    if not manifest.is_file():
+        raise CheckpointError(f"{manifest}: not found; the run's must lie two folders above the checkpoint")
+    text = manifest.read_text(encoding="utf-8")
+    if files.list_tags(target.checkpoints):
+        raise CheckpointError(f"{target.checkpoints}: holds checkpoints; choose another output")
+    if target.manifest.is_file() and target.manifest.read_text(encoding="utf-8") != text:
+        raise CheckpointError(f"{target.manifest}: is another run's; choose another output")
+    write_atomic(target.manifest, text)
 
 
 if __name__ == "__main__":

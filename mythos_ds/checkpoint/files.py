@@ -111,9 +111,18 @@ def faults(tag: Path, rank: int = 0, world_size: int = 1) -> Iterator[str]:
             yield f"{path}: {there}, the manifest says {record.size} bytes"
     own = share_of(whole, rank, world_size)
     with ThreadPoolExecutor(_THREADS) as pool:
-        for path, found in zip(own, pool.map(digest, own), strict=True):
-            if found != records[str(path.relative_to(tag))]:
+        for path, found in zip(own, pool.map(_readable_digest, own), strict=True):
+            if isinstance(found, str):
+                yield found
+            elif found != records[str(path.relative_to(tag))]:
                 yield f"{path}: the checksum differs from the manifest's"
+
+
+def _readable_digest(path: Path) -> FileRecord | str:
+    try:
+        return digest(path)
+    except OSError as error:
+        return f"{path}: not readable ({error.strerror})"
 
 
 def verify(tag: Path, rank: int, world_size: int) -> None:
@@ -129,8 +138,12 @@ def point_latest(directory: Path, tag: Path) -> None:
 
 def read_latest(directory: Path) -> str:
     """What `latest` says, or in words that it does not."""
-    path = directory / LATEST
-    return (path.read_text(encoding="utf-8").strip() or "nothing") if path.is_file() else "nothing, it is missing"
+    try:
+        return (directory / LATEST).read_text(encoding="utf-8", errors="replace").strip() or "nothing"
+    except FileNotFoundError:
+        return "nothing, it is missing"
+    except OSError as error:
+        return f"nothing, it is not readable ({error.strerror})"
 
 
 def prune(directory: Path, keep: int, newest: int, keep_every: int = 0) -> None:

@@ -38,13 +38,20 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return _read(folder)["facts"]
 
 
+def read_config(folder: Path) -> ModelConfig:
+    """The model's configuration. Raises CheckpointError where `folder` is not a model."""
+    try:
+        return ModelConfig.model_validate(_read(folder)["model"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("model", *first["loc"])))
+        raise CheckpointError(f"{folder / CONFIG}: {place}: {first['msg']}, given {first['input']!r}") from None
+
+
 def load_model(folder: Path, adapt: Callable[[MythosModel], None] | None = None) -> MythosModel:
     """The model in evaluation mode, on the CPU; `adapt` makes it the variant that was saved. Raises CheckpointError
     where a file is missing, damaged or does not fit the configuration."""
-    try:
-        config = ModelConfig.model_validate(_read(folder)["model"])
-    except ValidationError as error:
-        raise CheckpointError(f"{folder / CONFIG}: not a model's configuration ({error})") from None
+    config = read_config(folder)
     model = MythosModel(config)
     if adapt is not None:
         adapt(model)
@@ -65,6 +72,7 @@ def _read(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as a model's configuration ({error})") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    parts = (content.get("model"), content.get("facts")) if isinstance(content, dict) else ()
+    if not parts or content.get("format") != _FORMAT or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{path}: not a model folder of format {_FORMAT}")
     return content

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mythos_ds.checkpoint.files import MANIFEST
 from mythos_ds.checkpoint.tensor_files import TensorSpec
-from mythos_ds.checkpoint.trusted import load_trusted
+from mythos_ds.checkpoint.trusted import executes_pickles, executing_pickles, load_trusted
 from mythos_ds.engine.optimizer import role_of
 from mythos_ds.errors import CheckpointError
 
@@ -140,16 +141,19 @@ def _tile(name: str, numel: int, pieces: list[Piece]) -> tuple[Piece, ...]:
 
 
 class ShardReader:
-    """The contents of a checkpoint's files, mapped into memory; nothing is executed (see `load_trusted`)."""
+    """The contents of a checkpoint's files, mapped into memory; nothing is executed (see `load_trusted`), unless
+    `trusting`."""
 
-    def __init__(self, tag: Path):
+    def __init__(self, tag: Path, *, trusting: bool | None = None):
         self.tag = tag
+        self.trusting = executes_pickles() if trusting is None else trusting
         self._open: dict[str, Any] = {}
 
     def content(self, file: str) -> Any:
         """What torch saved in `file`."""
         if file not in self._open:
-            self._open[file] = load_trusted(self.tag / file)
+            with executing_pickles(self.trusting):
+                self._open[file] = load_trusted(self.tag / file)
         return self._open[file]
 
     def elements(self, piece: Piece, name: str, kind: str) -> Tensor:
@@ -222,10 +226,17 @@ class CheckpointTensors:
         self._reader = ShardReader(tag)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tag": self.tag, "kind": self.kind, "tensors": self.tensors, "buffers": self.buffers}
+        # With the manifest, two checkpoints of one name are not taken for each other when a conversion goes on.
+        manifest = self.tag / MANIFEST
+        own = {"tag": self.tag, "kind": self.kind, "tensors": self.tensors, "buffers": self.buffers}
+        content = manifest.read_bytes() if manifest.is_file() else None
+        return {**own, "trusting": self._reader.trusting, "manifest": content}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.tag, self.kind, self.tensors, self.buffers = (
+            state[name] for name in ("tag", "kind", "tensors", "buffers")
+        )
+        self._reader = ShardReader(self.tag, trusting=state["trusting"])
 
     def specs(self) -> dict[str, TensorSpec]:
         """Every tensor of the kind."""

@@ -78,7 +78,8 @@ class TensorFolder:
     def _names(self) -> list[str]:
         if not self._index.is_file():
             return [f"{self.stem}.safetensors"]
-        weight_map = read_json(self._index).get("weight_map")
+        content = read_json(self._index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{self._index}: has no weight_map")
         names = sorted(set(weight_map.values()))

@@ -9,6 +9,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +30,7 @@ PIECE_BYTES = 1 << 25
 """Rows are read in pieces of about this size; a single row (an expert) may be larger."""
 
 _CHECKED_AT_ONCE = 1 << 20
+_CHUNK_BYTES = 1 << 22
 _RECORDS = ".written"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -133,7 +135,8 @@ def _start(folder: Path, job: str, names: set[str], stem: str) -> dict[str, File
     """Make the folder ready and say what an earlier call for the same job finished."""
     records, checksums = folder / _RECORDS, folder / _checksums(stem)
     if checksums.is_file() and read_json(checksums).get("job") == job:
-        found = {name: FileChecksum(**record) for name, record in read_json(checksums)["files"].items()}
+        listed = {name: FileChecksum(**record) for name, record in read_json(checksums)["files"].items()}
+        found = {name: record for name, record in listed.items() if name in names and _is_whole(folder / name, record)}
     elif (records / "job.json").is_file() and read_json(records / "job.json") == job:
         paths = [path for path in records.glob("*.json") if path.name != "job.json"]
         found = {path.name.removesuffix(".json"): FileChecksum(**read_json(path)) for path in paths}
@@ -145,6 +148,20 @@ def _start(folder: Path, job: str, names: set[str], stem: str) -> dict[str, File
     write_json(records / "job.json", job)
     whole = {n: r for n, r in found.items() if (folder / n).is_file() and (folder / n).stat().st_size == r.size}
     return {name: record for name, record in whole.items() if name in names}
+
+
+def checksum(path: Path) -> FileChecksum:
+    """Of a file, read in chunks."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileChecksum(size, digest.hexdigest())
+
+
+def _is_whole(path: Path, record: FileChecksum) -> bool:
+    return path.is_file() and path.stat().st_size == record.size and checksum(path) == record
 
 
 def _run(
@@ -187,7 +204,7 @@ def write_file(
     text += b" " * (-len(text) % 8)
     temporary = folder / f".{file.name}.tmp"
     digest = hashlib.sha256()
-    with temporary.open("wb") as output:
+    with _named(temporary), temporary.open("wb") as output:
 
         def write(data: Any) -> None:
             digest.update(data)
@@ -199,13 +216,24 @@ def write_file(
             for piece in _pieces(source, name, spec):
                 write(piece.reshape(-1).view(torch.uint8).numpy())
                 report(piece.nbytes)
-    sync(temporary)
+        output.flush()
+        sync(temporary)
     size = temporary.stat().st_size
     if size != 8 + len(text) + end:
         raise CheckpointError(f"{temporary}: {size} bytes written, {8 + len(text) + end} planned")
     temporary.replace(folder / file.name)
     sync(folder)
     return FileChecksum(size, digest.hexdigest())
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the disk name the file, which those of a write do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _pieces(source: TensorSource, name: str, spec: TensorSpec) -> Iterator[Tensor]:

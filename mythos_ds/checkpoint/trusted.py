@@ -20,6 +20,11 @@ ALLOWED = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 _executing = ContextVar("executing", default=False)
 
 
+def executes_pickles() -> bool:
+    """Whether `executing_pickles` allows it now."""
+    return _executing.get()
+
+
 @contextmanager
 def executing_pickles(allowed: bool) -> Iterator[None]:
     """Whether files read meanwhile may run code of theirs: --allow-pickle, for files of one's own."""
@@ -40,10 +45,14 @@ def load_trusted(path: Path, *, mapped: bool = True) -> Any:
         with torch.serialization.safe_globals(list(ALLOWED)):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=not _executing.get())
     except pickle.UnpicklingError as error:
+        if "unsupported operand" in str(error).lower():
+            raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote") from None
         found = str(error).partition("Unsupported global: ")[2].split(" was not")[0] or "other objects"
         raise CheckpointError(
             f"{path}: holds {found} beside tensors and plain values; nothing was executed. If you trust the file: "
             "--allow-pickle"
         ) from None
+    except (LookupError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote") from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from None

@@ -26,6 +26,11 @@ def run_tool(parser: ArgumentParser, work: Callable[[Namespace], None], argv: Se
     except MythosError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return USER_ERROR_EXIT_CODE
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):
+            raise
+        sys.stderr.write(f"{parser.prog}: {error.filename or 'a file'}: {error.strerror}\n")
+        return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         sys.stderr.write(f"{parser.prog}: stopped; what was finished is kept, nothing unfinished is published\n")
         return INTERRUPTED_EXIT_CODE

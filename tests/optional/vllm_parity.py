@@ -1,4 +1,5 @@
-"""vLLM against transformers, in an environment that has vLLM: the same greedy tokens, and an OpenAI server.
+"""vLLM against transformers, in an environment that has vLLM: the same greedy tokens, an OpenAI server, and
+no model with a hole.
 
     make vllm-parity
 
@@ -7,9 +8,11 @@ makes that environment, exports models/tiny and a small latent-attention model, 
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -53,6 +56,26 @@ def compare(folder: str, n_loops: int | None) -> bool:
     name = f"{Path(folder).name}, {config.n_loops} loops"
     say(f"PARITY {name}: {sum(equal)} of {len(equal)} prompts x {NEW_TOKENS} tokens")
     return all(equal)
+
+
+def refuses_missing_expert(folder: str) -> bool:
+    """Whether a folder that lacks one expert's matrix is refused rather than served with what memory holds."""
+    from safetensors.torch import load_file, save_file
+    from vllm import LLM
+
+    with tempfile.TemporaryDirectory() as name:
+        shutil.copytree(folder, name, dirs_exist_ok=True)
+        weights = Path(name) / "model.safetensors"
+        tensors = load_file(weights)
+        del tensors[next(key for key in tensors if ".mlp.experts.1.down_proj" in key)]
+        save_file(tensors, weights, {"format": "pt"})
+        try:
+            LLM(name, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=64)
+        except Exception as error:
+            say(f"MISSING EXPERT: {str(error).splitlines()[0][:120]}")
+            return "experts.1.down_proj" in str(error)
+    say("MISSING EXPERT: loaded")
+    return False
 
 
 def serve(folder: str) -> bool:
@@ -107,12 +130,14 @@ def _healthy(port: int) -> bool:
 def main() -> int:
     """Each comparison in a process of its own: vLLM starts once per process."""
     os.environ.update(_QUIET)
+    if len(sys.argv) > 2 and sys.argv[1] == "--missing":
+        return 0 if refuses_missing_expert(sys.argv[2]) else 1
     if len(sys.argv) > 2 and sys.argv[1] == "--one":
         loops = int(sys.argv[3]) if len(sys.argv) > 3 else None
         return 0 if compare(sys.argv[2], loops) else 1
     folders = sys.argv[1:]
-    runs = [[folder] for folder in folders] + [[folders[0], "7"]]
-    codes = [subprocess.run([sys.executable, __file__, "--one", *run], timeout=900).returncode for run in runs]
+    runs = [["--one", folder] for folder in folders] + [["--one", folders[0], "7"], ["--missing", folders[0]]]
+    codes = [subprocess.run([sys.executable, __file__, *run], timeout=900).returncode for run in runs]
     served = serve(folders[0])
     say(f"vLLM parity: {'equal' if not any(codes) and served else 'DIFFERENT'}")
     return int(any(codes) or not served)

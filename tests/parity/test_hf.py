@@ -277,3 +277,14 @@ def test_loop_counts_below_one_are_refused(tiny):
     model = mythos_hf.MythosForCausalLM.from_pretrained(tiny)
     with pytest.raises(ValueError, match="n_loops"):
         model(torch.tensor([[1]]), n_loops=0)
+
+
+def test_the_loss_is_a_mean_or_what_a_trainer_that_accumulates_asks_for(tmp_path):
+    _, model = exported(tmp_path, {})
+    tokens = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = model(tokens, labels=tokens)
+        part = model(tokens, labels=tokens, num_items_in_batch=torch.tensor(64))
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert part.loss.item() == pytest.approx(expected.item() * 16 / 64, rel=1e-5)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversion.mythos_folder import WholeModel, write_config
+from conversion.mythos_folder import ROUTER_BUFFERS, WholeModel, write_config
 from conversion.pickled import open_weights
 from conversion.retrofit import Cut, Retrofitted, describe, retrofit_config
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def _source(folder: Path, kind: str = "llama", **options: Any) -> Any:
 def _retrofit(folder: Path, output: Path, cut: Cut = CUT) -> MythosModel:
     hf = json.loads((folder / "config.json").read_text())
     config = retrofit_config(hf, cut)
-    write_tensors(WholeModel(Retrofitted(open_weights(folder), hf, cut), config, None), output)
+    write_tensors(WholeModel(Retrofitted(open_weights(folder), hf, cut), config, None, ROUTER_BUFFERS), output)
     write_config(output, config, {}, folder / "tokenizer.model")
     return load_model(output)
 

@@ -127,7 +127,7 @@ def test_verification_names_every_fault(checkpoint, tmp_path):
     named = " ".join(found[str(tag)])
     assert len(found[str(tag)]) == 3
     assert all(path.name in named for path in (first, second, third))
-    assert found[str(tag.parent / "latest")] == ["names '', which is no checkpoint"]
+    assert found[str(tag.parent / "latest")] == ["names 'nothing', which is no checkpoint"]
     finish(start("merge_checkpoint.py", checkpoint, "--output", tmp_path / "merged"))
     assert "whole" in finish(start("verify_checkpoint.py", tmp_path / "merged"))
     weights = tmp_path / "merged" / "model.safetensors"

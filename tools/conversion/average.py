@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from conversion.mythos_folder import ROUTER_BUFFERS
+from conversion.verified import seal
 from mythos_ds.checkpoint.files import read_json
 from mythos_ds.checkpoint.model_folder import CONFIG, TOKENIZER
 from mythos_ds.checkpoint.tensor_files import TensorSource, TensorSpec
-from mythos_ds.durable import write_atomic
 from mythos_ds.errors import CheckpointError
 
 SAME_LINEAGE = 0.2
@@ -29,6 +29,7 @@ _STATE = (*ROUTER_BUFFERS, "gate.scale", "e_score_correction_bias", "loop_correc
 _TOKENIZERS = (TOKENIZER, "tokenizer.json", "vocab.json")
 _NOT_CONFIGURATION = {"transformers_version", "dtype", "torch_dtype", "_name_or_path"}
 _SAMPLE_ROWS = 64
+_SAMPLE_BYTES = 1 << 25
 _WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", "checksums.json", ".pt", ".bin")
 
 
@@ -109,8 +110,8 @@ def check_members(members: Sequence[Member]) -> None:
 
 
 def likeness(first: TensorSource, second: TensorSource) -> float:
-    """Cosine between the matrices of two models, each less its mean, over up to 64 rows (or experts) of each matrix but
-    embedding and head.
+    """Cosine between the matrices of two models, each less its mean, over up to 64 rows (or experts, at least one and
+    else no more than 32 MiB) of each matrix but embedding and head.
 
     This is how lineage is judged: hidden units and experts of models that started from different initial values stand
     in no relation, so the cosine is near 0 and a mean of them is no model; of models that share a start it is high.
@@ -119,7 +120,8 @@ def likeness(first: TensorSource, second: TensorSource) -> float:
     for name, spec in second.specs().items():
         if len(spec.shape) < 2 or _is_state(name, spec) or "embed" in name or "lm_head" in name:
             continue
-        rows = slice(0, min(spec.shape[0], _SAMPLE_ROWS))
+        per_row = max(1, spec.nbytes // max(1, spec.shape[0]))
+        rows = slice(0, max(1, min(spec.shape[0], _SAMPLE_ROWS, _SAMPLE_BYTES // per_row)))
         a, b = (source.read(name, rows).double().flatten() for source in (first, second))
         a, b = a - a.mean(), b - b.mean()
         product, norms, other = product + float(a @ b), norms + float(a @ a), other + float(b @ b)
@@ -140,11 +142,14 @@ def write_companions(members: Sequence[Member], weights: Sequence[float], output
     for file in sorted(last.iterdir()):
         if file.is_file() and file.name not in (CONFIG, "README.md") and not file.name.endswith(_WEIGHT_ENDINGS):
             (output / file.name).write_bytes(file.read_bytes())
+    averaged = [{"folder": m.folder.name, "weight": w} for m, w in zip(members, weights, strict=True)]
     if members[-1].facts is not None:
         facts = {key: value for key, value in members[-1].facts.items() if key != "losses"}
-        averaged = [{"folder": m.folder.name, "weight": w} for m, w in zip(members, weights, strict=True)]
         content["facts"] = {**facts, "averaged": averaged}
-    write_atomic(output / CONFIG, json.dumps(content, indent=2) + "\n")
+    elif isinstance(content.get("mythos"), dict):
+        facts = {key: value for key, value in (content["mythos"].get("facts") or {}).items() if key != "losses"}
+        content["mythos"] = {**content["mythos"], "facts": {**facts, "averaged": averaged}}
+    seal(output, content)
 
 
 def _is_state(name: str, spec: TensorSpec) -> bool:

@@ -3,11 +3,10 @@
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from mythos_ds.checkpoint.tensor_files import TensorSpec
-from mythos_ds.checkpoint.tensor_writer import OutputFile, peak_bytes, plan_files
+from mythos_ds.checkpoint.tensor_writer import OutputFile, peak_bytes
 
 LIBRARY_BYTES = 300_000_000
 """Anonymous memory of a Python process with torch; measured 230-300 MB on Linux."""
@@ -54,11 +53,6 @@ def print_estimate(label: str, made: Estimate, as_json: bool) -> None:
         f"{readable(made.largest_file)}; up to {readable(made.peak_bytes_per_worker)} of memory per worker; "
         f"{_duration(made.hours)} at {made.bandwidth / 1e9:g} GB/s\n"
     )
-
-
-def plan(specs: Mapping[str, TensorSpec], max_file_bytes: int) -> list[OutputFile]:
-    """The files that would be written."""
-    return plan_files(specs, max_file_bytes)
 
 
 def readable(size: float) -> str:

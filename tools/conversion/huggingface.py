@@ -12,8 +12,9 @@ from torch import Tensor
 
 from conversion.mythos_folder import WholeModel, folder_dtype, write_config
 from conversion.names import LEFT_OUT, Names
+from conversion.verified import seal
 from mythos_ds.checkpoint.files import read_json
-from mythos_ds.checkpoint.model_folder import CONFIG, TOKENIZER, read_facts
+from mythos_ds.checkpoint.model_folder import CONFIG, TOKENIZER, read_config, read_facts
 from mythos_ds.checkpoint.tensor_files import TensorFolder, TensorSource, TensorSpec
 from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES, write_tensors
 from mythos_ds.config.schema import ModelConfig
@@ -150,18 +151,10 @@ def hf_facts(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model_config(folder: Path) -> ModelConfig:
-    read_facts(folder)  # refuses what is not a mythos folder
-    config = _validated(read_json(folder / CONFIG).get("model"), folder)
+    config = read_config(folder)
     if config.halting not in ("none", "gate"):
         raise CheckpointError(f"{folder}: model.halting: given {config.halting}; transformers runs none and gate only")
     return config
-
-
-def _validated(values: Any, where: Path | str) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate(values)
-    except ValidationError as error:
-        raise CheckpointError(f"{where}: not a configuration of this model ({error})") from None
 
 
 def mythos_source(source: TensorSource, hf: dict[str, Any]) -> tuple[TensorSource, ModelConfig]:
@@ -175,7 +168,10 @@ def mythos_source(source: TensorSource, hf: dict[str, Any]) -> tuple[TensorSourc
     values["shared_expert_dim"] = hf.get("shared_expert_intermediate_size")
     own = hf.get("mythos") or {}
     values |= {name: own[name] for name in ("init_std", "embedding_std") if own.get(name) is not None}
-    config = _validated(values, "config.json")
+    try:
+        config = ModelConfig.model_validate(values)
+    except ValidationError as error:
+        raise CheckpointError(f"config.json: not a configuration of this model ({error})") from None
     renamed = _MythosTensors(source, config.attn_type == "mla")
     return WholeModel(renamed, config, None), config
 
@@ -200,7 +196,7 @@ def write_companions(model_folder: Path, output: Path, config: dict[str, Any], *
             "AutoModel": "modeling_mythos.MythosModel",
             "AutoModelForCausalLM": "modeling_mythos.MythosForCausalLM",
         }
-    write_atomic(output / CONFIG, json.dumps(config, indent=2) + "\n")
+    seal(output, config)
 
 
 def write_tokenizer(model: Path, output: Path) -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from conversion.mythos_folder import WholeModel, write_config
+from conversion.mythos_folder import WholeModel, check_tokenizer, write_config
 from mythos_ds.checkpoint import files
 from mythos_ds.checkpoint.portable import open_state
 from mythos_ds.checkpoint.shards import WEIGHTS
@@ -56,9 +56,10 @@ def merge(
     """Write the model of the verified checkpoint `tag` to `output`; its configuration comes last."""
     state = files.read_json(tag / files.STATE)
     model = model_of(state)
-    source = merged_source(tag, model, dtype)
+    source, own = merged_source(tag, model, dtype), tokenizer or tokenizer_of(state["config"])
+    check_tokenizer(own, model)
     write_tensors(source, output, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
-    write_config(output, model, facts_of(state), tokenizer or tokenizer_of(state["config"]))
+    write_config(output, model, facts_of(state), own)
 
 
 def model_of(state: dict[str, Any]) -> ModelConfig:

@@ -1,16 +1,16 @@
 """A mythos model folder as the target of a conversion: which tensors it must hold, in which type, and its config."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mythos_ds.checkpoint.model_folder import CONFIG, TOKENIZER
+from conversion.verified import seal
+from mythos_ds.checkpoint.model_folder import TOKENIZER
 from mythos_ds.checkpoint.tensor_files import TensorSource, TensorSpec
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.durable import write_atomic
+from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
 
@@ -35,11 +35,13 @@ def folder_dtype(name: str, spec: TensorSpec, dtype: torch.dtype) -> torch.dtype
 class WholeModel:
     """`source`'s tensors as all of a model's, in its order and cast once; None keeps the source's types.
 
-    Router biases and counters that the source lacks are zero. Raises CheckpointError for a tensor that is missing, of
-    another shape or unknown.
+    Tensors that the source `may_lack`, by the ends of their names, are zero. Raises CheckpointError for a tensor that
+    is missing, of another shape or unknown.
     """
 
-    def __init__(self, source: TensorSource, config: ModelConfig, dtype: torch.dtype | None):
+    def __init__(
+        self, source: TensorSource, config: ModelConfig, dtype: torch.dtype | None, may_lack: tuple[str, ...] = ()
+    ):
         self.source = source
         given, wanted = source.specs(), expected_specs(config)
         unknown = sorted(set(given) - set(wanted))
@@ -49,7 +51,7 @@ class WholeModel:
         self._zero: list[str] = []
         for name, spec in wanted.items():
             if name not in given:
-                if not name.endswith(ROUTER_BUFFERS):
+                if not name.endswith(may_lack):
                     raise CheckpointError(f"{name}: not in the given weights")
                 self._zero.append(name)
             elif given[name].shape != spec.shape:
@@ -70,9 +72,15 @@ class WholeModel:
         return self.source.read(name, rows).to(spec.dtype)
 
 
+def check_tokenizer(tokenizer: Path, config: ModelConfig) -> None:
+    """Raises CheckpointError for a file that is no tokenizer, or one of more pieces than the model has."""
+    if tokenizer.is_file() and (size := Tokenizer.load(tokenizer).vocab_size) > config.vocab_size:
+        raise CheckpointError(f"{tokenizer}: has {size} pieces; allowed: at most the model's {config.vocab_size}")
+
+
 def write_config(folder: Path, config: ModelConfig, facts: dict[str, Any], tokenizer: Path) -> None:
     """The tokenizer, where `tokenizer` is a file, and config.json last: a folder without it is not a model."""
     if tokenizer.is_file():
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
     content = {"format": 1, "model": config.model_dump(mode="json"), "facts": facts}
-    write_atomic(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+    seal(folder, content)

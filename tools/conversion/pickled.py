@@ -69,11 +69,15 @@ def _load(path: Path, allow_pickle: bool) -> dict[str, Any]:
         with torch.serialization.safe_globals(_STAND_INS):
             content = torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
+        if "unsupported operand" in str(error).lower():
+            raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote") from None
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
         raise CheckpointError(
             f"{path}: not readable as a state_dict without running code it names ({reason.strip()[:160]}); allowed: "
             "files of tensors and plain values, or --allow-pickle for a file whose origin you trust"
         ) from None
+    except (LookupError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote") from None
     except (OSError, RuntimeError, EOFError, AttributeError, ImportError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path}: not readable as a state_dict ({reason})") from None
@@ -97,6 +101,9 @@ def open_weights(path: Path, *, allow_pickle: bool = False) -> TensorSource:
     CheckpointError where there are none, or where which is not clear."""
     if path.is_file() and path.suffix in PICKLES:
         return PickledTensors(path, allow_pickle=allow_pickle)
+    if path.is_file():
+        allowed = ", ".join(PICKLES)
+        raise CheckpointError(f"{path}: is a file; allowed: a folder with {SINGLE}, or a file that ends in {allowed}")
     if not path.is_dir() or has_safetensors(path):
         return TensorFolder(path)
     found = sorted(file for file in path.iterdir() if file.suffix in PICKLES)

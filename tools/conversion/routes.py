@@ -1,6 +1,5 @@
 """From one format to another: the tensors to be written, what is written beside them, and what must be said."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +10,16 @@ import torch
 from conversion.evaluation import comparison, evaluated_loops, held_out_text, losses
 from conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
 from conversion.huggingface import hf_config, hf_facts, hf_notes, hf_source, mythos_source, write_companions
-from conversion.mythos_folder import WholeModel, write_config
+from conversion.mythos_folder import ROUTER_BUFFERS, WholeModel, check_tokenizer, write_config
 from conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmythos_fields, read_openmythos
 from conversion.pickled import has_safetensors, open_weights
 from conversion.retrofit import FAMILIES, Cut, Retrofitted, describe, retrofit_config
+from conversion.verified import seal
 from mythos_ds.checkpoint.files import read_json
-from mythos_ds.checkpoint.model_folder import CONFIG, TOKENIZER, read_facts
+from mythos_ds.checkpoint.model_folder import CONFIG, TOKENIZER, read_config, read_facts
 from mythos_ds.checkpoint.tensor_files import TensorFolder, TensorSource
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.durable import write_atomic
 from mythos_ds.errors import ConfigError, DataError
 
 FORMATS = ("mythos", "hf", "openmythos")
@@ -118,6 +117,7 @@ def _from_hf(request: Request) -> Route:
 
 def _to_hf(request: Request) -> Route:
     config, _ = _read_model(request.folder)
+    check_tokenizer(request.folder / TOKENIZER, config)
     dtype = request.dtype or "bfloat16"
     kept = "bfloat16" if dtype == "fp8" else dtype
     source, hf, notes = hf_source(request.folder, kept), hf_config(request.folder, kept), hf_notes(request.folder)
@@ -146,11 +146,12 @@ def _to_hf(request: Request) -> Route:
 
 def _from_openmythos(request: Request) -> Route:
     tensors, config, facts = read_openmythos(request.folder, allow_pickle=request.allow_pickle)
-    return _to_mythos(request, tensors, config, facts, [])
+    return _to_mythos(request, tensors, config, facts, [], may_lack=ROUTER_BUFFERS)
 
 
 def _to_openmythos(request: Request) -> Route:
     config, facts = _read_model(request.folder)
+    check_tokenizer(request.folder / TOKENIZER, config)
     fields = openmythos_fields(config, facts.get("seq_len", SEQ_LEN))
     weights = TensorFolder(request.folder)
     source = OpenMythosTensors(weights, config)
@@ -159,7 +160,7 @@ def _to_openmythos(request: Request) -> Route:
         tokenizer = request.folder / TOKENIZER
         if tokenizer.is_file():
             (output / TOKENIZER).write_bytes(tokenizer.read_bytes())
-        write_atomic(output / CONFIG, json.dumps(fields, indent=2) + "\n")
+        seal(output, fields)
 
     return Route(source, "as in the input", _size(weights), finish, [])
 
@@ -182,7 +183,7 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
         notes.append(f"no tokenizer is written: {request.folder} has no sentencepiece {TOKENIZER} that fits")
     facts = {"source": hf["model_type"], "layers": cut.layers(int(hf["num_hidden_layers"]))}
     tensors = Retrofitted(weights, hf, cut)
-    return _to_mythos(request, tensors, config, facts, notes, tokenizer if usable else None)
+    return _to_mythos(request, tensors, config, facts, notes, tokenizer if usable else None, may_lack=ROUTER_BUFFERS)
 
 
 def _to_mythos(
@@ -192,10 +193,12 @@ def _to_mythos(
     facts: dict[str, Any],
     notes: list[str],
     tokenizer: Path | None = None,
+    may_lack: tuple[str, ...] = (),
 ) -> Route:
-    source = WholeModel(tensors, config, _TORCH.get(request.dtype or ""))
+    source = WholeModel(tensors, config, _TORCH.get(request.dtype or ""), may_lack)
     beside = request.folder if request.folder.is_dir() else request.folder.parent
     own = tokenizer or beside / TOKENIZER
+    check_tokenizer(own, config)
 
     def finish(output: Path) -> None:
         write_config(output, config, facts, own)
@@ -204,8 +207,7 @@ def _to_mythos(
 
 
 def _read_model(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    facts = read_facts(folder)
-    return ModelConfig.model_validate(read_json(folder / CONFIG)["model"]), facts
+    return read_config(folder), read_facts(folder)
 
 
 def _size(source: TensorSource) -> int:
