@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from planning.gpus import GPUS, read_gpu
-from planning.layouts import examine, first_remedy, remedies
+from planning.layouts import examine, first_remedy, remedies, with_changes
 from planning.memory import held_elements, memory, states
 from planning.report import as_numbers, draw
 from planning.timing import checkpoint, costs, timing
 from planning.trace import Workload, trace
-from planning.traffic import traffic
+from planning.traffic import node_limit, traffic
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve
@@ -97,6 +97,24 @@ def test_traffic_grows_with_loops_only_where_tokens_travel():
     one, two = traffic(resolved, 8), traffic(resolved, 16)
     assert (one.gather, one.reduce, one.gather_experts) == (two.gather, two.reduce, two.gather_experts)
     assert 1.3 < two.exchange / one.exchange < 2.0
+
+
+def test_node_limited_routing_saves_only_where_a_token_is_sent_once_to_a_node():
+    config = load_config("1t", []).config
+    found = node_limit(resolve(config, 1024), 8)
+    nodes, used, experts = 32, config.model.n_experts_per_tok, config.model.n_experts
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(4000, experts, generator=generator).topk(used).indices // (experts // nodes)
+    away = drawn[drawn != 0].numel() / len(drawn)
+    distinct = sum(len(set(row) - {0}) for row in drawn.tolist()) / len(drawn)
+    assert found.nodes == nodes
+    assert found.sent == pytest.approx(away, rel=0.02)
+    assert found.once_per_node == pytest.approx(distinct, rel=0.02)
+    assert found.limited == pytest.approx(4 * 31 / 32)
+    limited = {"model.n_expert_groups": 32, "model.n_limited_groups": 2}
+    again = node_limit(resolve(with_changes(config, limited), 1024), 8)
+    assert (again.limit, again.sent, again.limited) == (2, found.sent, pytest.approx(2 * 31 / 32))
+    assert node_limit(resolve(load_config("1b", []).config, 8), 8) is None
 
 
 def test_costs_and_checkpoints_are_consistent():

@@ -7,6 +7,7 @@ from conversion.estimate import readable
 from planning.gpus import Gpu
 from planning.layouts import Layout
 from planning.timing import checkpoint, costs, serving
+from planning.traffic import node_limit
 from rich.console import Console
 from rich.table import Table
 
@@ -48,6 +49,7 @@ def as_numbers(layout: Layout, gpu: Gpu, tokens: float, remedy: Layout | None, o
             }
             for cost in costs(step, world, gpu, tokens)
         ],
+        "node_limited_routing": None if (reach := node_limit(resolved, gpu.gpus_per_node)) is None else vars(reach),
         "checkpoint": vars(checkpoint(resolved, world, gpu)),
         "serving": vars(serving(resolved, gpu)),
         "layouts": [
@@ -137,6 +139,13 @@ def print_plan(console: Console, name: str, numbers: dict[str, Any]) -> None:
         f"{served['batch_at_training_length']} sequences of the training length",
         highlight=False,
     )
+    if reach := numbers["node_limited_routing"]:
+        console.print(
+            f"expert groups span {reach['nodes']} nodes: {reach['sent']:.3g} copies of a token leave its node for each "
+            "looped layer, one per expert; node-limited routing does not change that and does not pay. Sent once per "
+            f"node it would be {reach['once_per_node']:.3g}, limited to {reach['limit']} nodes {reach['limited']:.3g}",
+            highlight=False,
+        )
     if numbers["layouts"]:
         console.print(_layout_table(numbers))
 

@@ -35,6 +35,40 @@ class Traffic:
     counts: float
     ring: float
 
+LIMITED_NODES = 4
+"""Nodes that a token's experts are limited to, where a configuration sets no limit (DeepSeek-V3, arXiv 2412.19437)."""
+
+
+@dataclass(frozen=True)
+class NodeLimit:
+    """What node-limited routing would do for a run whose expert groups span `nodes` nodes; copies of a token that leave
+    its node, per looped layer, with even routing.
+
+    Attributes:
+        limit: nodes that a token's experts would lie on.
+        sent: as it is: a copy for each expert on another node, limited or not.
+        once_per_node: were a token sent once to each node that has experts of its, and handed on there.
+        limited: the same, with the limit. Only there does the limit save anything.
+    """
+
+    nodes: int
+    limit: int
+    sent: float
+    once_per_node: float
+    limited: float
+
+
+def node_limit(resolved: ResolvedRun, gpus_per_node: int) -> NodeLimit | None:
+    """None where expert groups fit a node."""
+    nodes, model = resolved.ep_size // gpus_per_node, resolved.config.model
+    if nodes < 2:
+        return None
+    used = model.n_experts_per_tok
+    limit = min(model.n_limited_groups if model.n_expert_groups == nodes else LIMITED_NODES, nodes, used)
+    elsewhere = 1 - 1 / nodes
+    reached = nodes * (1 - prod(1 - (model.n_experts // nodes) / (model.n_experts - i) for i in range(used)))
+    return NodeLimit(nodes, limit, used * elsewhere, reached * elsewhere, min(limit, reached) * elsewhere)
+
 
 def traffic(resolved: ResolvedRun, n_loops: float, index: int = 0, *, persistent: bool = True) -> Traffic:
     """The traffic of a process of stage `index` in a step of n_loops loops. A mean loop count gives the mean.
