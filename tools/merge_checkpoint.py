@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
-from conversion.arguments import BANDWIDTH, add_writing, check_writing, refuse_output_in
+from conversion.arguments import BANDWIDTH, add_writing, check_writing, refuse_output_in_run
 from conversion.estimate import estimate, print_estimate
 from conversion.merging import merge, merged_source, model_of, newest_tag
 from conversion.mythos_folder import expected_specs, folder_dtype
@@ -69,7 +69,7 @@ def merge_newest(arguments: Namespace) -> None:
         return
     if arguments.output is None:
         raise ConfigError("--output: not given; the folder to write the model to")
-    refuse_output_in(arguments.checkpoint, arguments.output)
+    refuse_output_in_run(arguments.output)
     if arguments.tokenizer is not None and not arguments.tokenizer.is_file():
         raise CheckpointError(f"--tokenizer: {arguments.tokenizer} is not a file")
     with byte_progress("merging", made.bytes) as progress:

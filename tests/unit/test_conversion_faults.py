@@ -199,8 +199,9 @@ def test_disk_errors_are_one_line(run: Path, capsys: Capture) -> None:
         assert "which is a file" in refused(capsys, tool, run, "--output", run.parent / "file")
         assert "/proc" in refused(capsys, tool, run, "--output", "/proc/nothing/here")
     inside = run / "checkpoints" / "merged"
-    assert "in a run" in refused(capsys, merge_checkpoint, run, "--output", inside)
-    assert "in a run" in refused(capsys, merge_checkpoint, run, "--output", run)
+    for wrong in (run, run / "checkpoints", inside, newest(run)):
+        assert "is a run or lies in its checkpoints" in refused(capsys, merge_checkpoint, run, "--output", wrong)
+    assert call(merge_checkpoint, run, "--output", run / "merged") == 0
     same = TINY.parent / "." / "tiny"
     assert "which is averaged" in refused(capsys, average_checkpoints, TINY, TINY, "--output", same)
 

@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from mythos_ds.checkpoint.files import list_tags
 from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES
 from mythos_ds.errors import ConfigError
 
@@ -30,8 +31,8 @@ def check_writing(arguments: Namespace) -> None:
         raise ConfigError(f"--output: given {arguments.output}, which is a file; allowed: a new folder")
 
 
-def refuse_output_in(checkpoint: Path, output: Path) -> None:
+def refuse_output_in_run(output: Path) -> None:
     """Raises ConfigError for an output that is a run, or lies in its checkpoints: files of two kinds would mix."""
-    inside = output.resolve()
-    if inside == checkpoint.resolve() or any((folder / "checkpoints").is_dir() for folder in (inside, *inside.parents)):
-        raise ConfigError(f"--output: given {output}, which is or lies in a run; allowed: a new folder outside of it")
+    place = output.resolve()
+    if (place / "checkpoints").is_dir() or any(list_tags(folder) for folder in (place, *place.parents)):
+        raise ConfigError(f"--output: given {output}, which is a run or lies in its checkpoints; allowed: a new folder")
