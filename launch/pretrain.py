@@ -17,7 +17,7 @@ from mythos_ds.config.loader import LoadedConfig, load_config
 from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.environment import ProcessEnvironment
-from mythos_ds.errors import MythosError
+from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.train.failure import fail
 
 
@@ -73,9 +73,15 @@ def plan(
 ) -> tuple[ResolvedRun, list[str]]:
     config, changes = loaded.config, []
     world_size = environment.world_size
-    planning = arguments.dry_run or arguments.print_config
-    if planning and environment.launcher == "python":
-        world_size = arguments.world_size or (1 if arguments.proxy else planned_world_size(config))
+    planning, asked = arguments.dry_run or arguments.print_config, arguments.world_size
+    if asked is not None and not planning:
+        raise ConfigError(f"--world-size: given {asked}; allowed: with --dry-run (a launcher starts the processes)")
+    if asked is not None and asked < 1:
+        raise ConfigError(f"--world-size: given {asked}; allowed: at least 1; nearest: 1")
+    if asked is not None:
+        world_size = asked
+    elif planning and environment.launcher == "python":
+        world_size = 1 if arguments.proxy else planned_world_size(config)
     if arguments.proxy:
         config, changes = make_proxy(config, world_size)
     return resolve(config, world_size), changes

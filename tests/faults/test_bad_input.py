@@ -58,6 +58,8 @@ CONFIGURATIONS = {
         ["model.recurrent_layers=2", "parallel.pp_size=2"],
         ["stage3_param_persistence_threshold", "set it to null"],
     ),
+    "processes to plan for in a run": (["--world-size", "4"], ["--world-size", "--dry-run"]),
+    "no processes to plan for": (["--dry-run", "--world-size", "0"], ["--world-size", "at least 1"]),
     "vocabulary below the tokenizer's": (["model.vocab_size=100"], ["vocab"]),
 }
 
