@@ -15,12 +15,15 @@ UNFINISHED_EXIT_CODE = 75
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
+    if arguments.dry_run or arguments.print_config:
+        return 0
     stem = Path(arguments.config).stem + ("-proxy" if arguments.proxy else "")
     run_dir: Path = arguments.run_dir or Path("runs") / stem
     try:
         total = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["total_steps"]
-        newest = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        step = int(newest.rpartition("_")[2])
+        # Published checkpoints have a manifest; `latest` may be lost, and training does without it.
+        saved = (run_dir / "checkpoints").glob("step_*/manifest.json")
+        step = max(int(manifest.parent.name.rpartition("_")[2]) for manifest in saved)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{run_dir}: stopped before its first checkpoint ({error})")
         return UNFINISHED_EXIT_CODE

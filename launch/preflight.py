@@ -24,7 +24,7 @@ from checks.report import Check, as_json, passed, places, show
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.environment import ProcessEnvironment
-from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError, ParallelError
+from mythos_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, MythosError, ParallelError
 
 if TYPE_CHECKING:
     from checks.meeting import Meeting
@@ -252,6 +252,8 @@ def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     preflight = Preflight(arguments)
     try:
+        if not 0 < arguments.timeout < float("inf"):
+            raise ConfigError(f"--timeout: given {arguments.timeout:g}; allowed: seconds above 0; nearest: 180")
         if arguments.facts:
             return preflight.answer()
         environment = ProcessEnvironment.detect(os.environ)

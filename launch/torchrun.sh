@@ -18,9 +18,11 @@ cd "$(dirname "$0")/.." || exit 1
 python="${PYTHON:-python}" program="${PROGRAM:-launch/pretrain.py}"
 node="${NODE_RANK:-${JOB_COMPLETION_INDEX:-}}"
 
-if [[ "$program" == launch/pretrain.py && "${NPROC:-gpu}" != gpu ]]; then
+processes="${NPROC:-gpu}"
+[[ "$processes" == gpu ]] && processes="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
+if [[ "$program" == launch/pretrain.py && "$processes" -gt 0 ]]; then
   # torchrun turns every failure into exit code 1; a wrong configuration is told before it starts.
-  "$python" "$program" "$@" --dry-run --world-size "$((${NNODES:-1} * NPROC))" > /dev/null || exit $?
+  "$python" "$program" "$@" --dry-run --world-size "$((${NNODES:-1} * processes))" > /dev/null || exit $?
 fi
 if [[ -n "$node" ]]; then
   meet=(--node_rank "$node" --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29400}")

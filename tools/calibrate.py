@@ -75,6 +75,14 @@ CASES = (
         "ring of 2, EP 2", 4,
         (*_RING, "parallel.ep_size=2", "parallel.pp_size=2", "training.global_batch_size=32"),
     ),
+    Case("ring of 2, 8 micro-batches", 2, (*_RING, "parallel.pp_size=2", "training.global_batch_size=32")),
+    Case(
+        "ring of 2, no recomputation", 2,
+        (*_RING, "parallel.pp_size=2", "training.global_batch_size=32", "parallel.activation_checkpointing=none"),
+    ),
+    Case(
+        "stages of 1, 2 and 1 processes", 4, (*_RING, "parallel.pp_size=[1,2,1]", "training.global_batch_size=32"),
+    ),
 )  # fmt: skip
 
 PIPELINES = (
@@ -162,8 +170,11 @@ def measure(case: Case) -> Row:
     """Run a case and compare, on the process whose memory is predicted worst."""
     resolved, counted = run_case(case, paced=False)
     # Routing decides how much a process sends; together they send what the formula says.
-    exchanged = [found["traffic"].get("all_to_all_single", 0) for found in counted]
-    rows = [compare(case, resolved, found, sum(exchanged) / len(exchanged)) for found in counted]
+    exchanged: dict[int, list[float]] = {}
+    for found in counted:
+        exchanged.setdefault(found["stage"], []).append(found["traffic"].get("all_to_all_single", 0))
+    means = {stage: sum(sent) / len(sent) for stage, sent in exchanged.items()}
+    rows = [compare(case, resolved, found, means[found["stage"]]) for found in counted]
     return max(rows, key=lambda row: abs(row.memory_error))
 
 

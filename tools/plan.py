@@ -13,11 +13,12 @@ Times are bounds from data-sheet rates, not measurements. --gpu also takes a JSO
 import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from planning.compare import comparison, print_comparison
-from planning.gpus import Gpu, read_gpu
+from planning.gpus import GPUS, Gpu, read_gpu
 from planning.layouts import Layout, examine, first_remedy, ranked, with_changes
 from planning.report import as_numbers, draw, print_plan
 from rich.console import Console
@@ -51,13 +52,19 @@ def parser() -> ArgumentParser:
 def work(arguments: Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides).config
     gpus, gpu = machine(config, arguments)
-    layout = examine(config, gpus, gpu, {})
-    remedy = None if layout.fits(gpu) else first_remedy(config, gpus, gpu)
+    if arguments.picture is not None and arguments.picture.suffix != ".png":
+        raise ConfigError(f"--picture: given {arguments.picture}; allowed: a name that ends in .png")
     others: list[Layout] = []
     if arguments.objective is not None:
-        console = Console(stderr=True)
-        with console.status("looking at layouts"):
+        with Console(stderr=True).status("looking at layouts"):
             others = ranked(config, gpus, gpu, arguments.objective, most=arguments.layouts)
+    try:
+        layout = examine(config, gpus, gpu, {})
+    except ConfigError:
+        if not others:
+            raise
+        layout = others[0]  # the file's own layout is for another number of GPUs
+    remedy = None if layout.fits(gpu) else first_remedy(config, gpus, gpu)
     tokens = read_tokens(arguments.tokens) if arguments.tokens else float(tokens_of(config))
     numbers: dict[str, Any] = as_numbers(layout, gpu, tokens, remedy, others)
     if arguments.compare:
@@ -72,7 +79,9 @@ def work(arguments: Namespace) -> None:
     if arguments.picture is not None:
         draw(arguments.config, numbers, arguments.picture)
     if arguments.write is not None:
-        write(arguments.write, config, layout, remedy, others, gpus, gpu)
+        kind = arguments.gpu if arguments.gpu or config.cluster is None else config.cluster.gpu
+        best = others[0] if others else layout if layout.fits(gpu) else remedy
+        write(arguments.write, config, best, gpus, gpu, kind)
 
 
 def machine(config: RunConfig, arguments: Namespace) -> tuple[int, Gpu]:
@@ -86,7 +95,10 @@ def machine(config: RunConfig, arguments: Namespace) -> tuple[int, Gpu]:
     gpus = planned if arguments.gpus is None else arguments.gpus
     if gpus < 1:
         raise ConfigError(f"--gpus: given {gpus}; allowed: 1 or more; nearest: 1")
-    return gpus, read_gpu(arguments.gpu if cluster is None or arguments.gpu else cluster.gpu)
+    gpu = read_gpu(arguments.gpu if cluster is None or arguments.gpu else cluster.gpu)
+    if cluster is not None and gpu.name in GPUS:
+        gpu = replace(gpu, gpus_per_node=cluster.gpus_per_node)
+    return gpus, gpu
 
 
 def read_tokens(text: str) -> float:
@@ -107,16 +119,15 @@ def tokens_of(config: RunConfig) -> int:
     return steps_of(training) * training.global_batch_size * training.seq_len
 
 
-def write(
-    path: Path, config: RunConfig, layout: Layout, remedy: Layout | None, others: list[Layout], gpus: int, gpu: Gpu
-) -> None:
+def write(path: Path, config: RunConfig, chosen: Layout | None, gpus: int, gpu: Gpu, kind: str) -> None:
     """The configuration with the best layout of those that were looked at. Raises ConfigError where none fits."""
-    chosen = others[0] if others else layout if layout.fits(gpu) else remedy
     if chosen is None:
         raise ConfigError(f"--write: nothing that was looked at fits {gpus} {gpu.name}; give --objective")
     made = with_changes(config, chosen.changes).model_dump(mode="json", exclude_unset=True)
-    if gpus % gpu.gpus_per_node == 0 and gpu.name:
-        made["cluster"] = {"gpu": gpu.name, "nodes": gpus // gpu.gpus_per_node, "gpus_per_node": gpu.gpus_per_node}
+    made.pop("cluster", None)
+    per_node = min(gpus, gpu.gpus_per_node)
+    if gpus % per_node == 0:
+        made["cluster"] = {"gpu": kind, "nodes": gpus // per_node, "gpus_per_node": per_node}
     write_atomic(path, json.dumps(made, indent=2) + "\n")
 
 

@@ -49,7 +49,7 @@ def work(arguments: Namespace) -> None:
         raise ConfigError(f"parallel.zero_stage: given {config.parallel.zero_stage}; a rehearsal is of 3")
     from planning.rehearsal import rehearse  # torch and DeepSpeed, which wrong arguments need not wait for
 
-    per_node = config.cluster.gpus_per_node if config.cluster else _DEFAULT_NODE
+    per_node = min(config.cluster.gpus_per_node if config.cluster else _DEFAULT_NODE, gpus)
     found = rehearse(resolve(config, gpus), arguments.rank, per_node, arguments.step)
     if arguments.json:
         sys.stdout.write(json.dumps(found) + "\n")

@@ -22,13 +22,21 @@ SHUTDOWN_S = 30
 """What is left of the time to go after torchrun's processes have had theirs."""
 _MARKED = re.compile(r"^(?P<head>\s*(?:- )?[\w./-]+(?:: |=))(?P<old>.*?) #= (?P<name>\w+)$")
 _DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
-_TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
+_TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
+_PARTITION = re.compile(r"[\w.,-]+")
 
 
 def render_slurm(cluster: ClusterConfig, options: Namespace) -> str:
     """launch/slurm.sbatch for the cluster."""
     if not _TIME.fullmatch(options.time):
         raise ConfigError(f"--time: given {options.time!r}; allowed: HH:MM:SS or D-HH:MM:SS; nearest: 24:00:00")
+    limit = _seconds(options.time)
+    if not 0 < options.grace < limit:
+        raise ConfigError(f"--grace: given {options.grace}; allowed: 1 to {limit - 1} s, below --time; nearest: 300")
+    if options.cpus < 1:
+        raise ConfigError(f"--cpus: given {options.cpus}; allowed: 1 or more; nearest: 1")
+    if options.partition is not None and not _PARTITION.fullmatch(options.partition):
+        raise ConfigError(f"--partition: given {options.partition!r}; allowed: letters, digits, '_', '-', '.' and ','")
     wanted = {
         "job-name": options.name,
         "nodes": cluster.nodes,
@@ -47,8 +55,17 @@ def render_slurm(cluster: ClusterConfig, options: Namespace) -> str:
     return _fill(text, {"arguments": f"({shlex.join(_arguments(options))})"})
 
 
+def _seconds(text: str) -> int:
+    days, hours, minutes, seconds = (int(part or 0) for part in _TIME.fullmatch(text).groups())  # type: ignore[union-attr]
+    return ((24 * days + hours) * 60 + minutes) * 60 + seconds
+
+
 def render_kubernetes(cluster: ClusterConfig, options: Namespace) -> str:
     """launch/kubernetes.yaml for the cluster."""
+    if not options.mount.startswith("/"):
+        raise ConfigError(f"--mount: given {options.mount!r}; allowed: a path from the root; nearest: /{options.mount}")
+    if options.restarts < 0:
+        raise ConfigError(f"--restarts: given {options.restarts}; allowed: 0 or more; nearest: 0")
     if options.grace <= SHUTDOWN_S:
         raise ConfigError(f"--grace: given {options.grace}; allowed: more than {SHUTDOWN_S} s; nearest: 300")
     values = {

@@ -20,7 +20,7 @@ from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import DataConfig
 from mythos_ds.data.sidecar import read_info
 from mythos_ds.errors import DataError
-from mythos_ds.plan.params import count_parameters
+from mythos_ds.plan.params import checkpoint_bytes
 from mythos_ds.train.run_directory import git_commit, package_versions
 
 Facts = dict[str, Any]
@@ -29,16 +29,6 @@ WRITE_BYTES = 64 * 2**20
 MARKER_WAIT_S = 5.0
 """A network file system may show another host's new file a little later."""
 CLOCK_LIMIT_S = 1.0
-_STATE_BYTES = {"adamw": 12, "muon": 12, "sgd": 8}
-"""fp32 weight and moments of a parameter in a checkpoint."""
-
-
-def checkpoint_bytes(resolved: ResolvedRun) -> int:
-    """Bytes of one training checkpoint: weights as trained and the optimizer's fp32 state."""
-    training = resolved.config.training
-    weight = 2 if training.dtype == "bfloat16" else 4
-    return count_parameters(resolved.config.model).total * (weight + _STATE_BYTES[training.optimizer])
-
 
 def config_hash(resolved: ResolvedRun) -> str:
     """A name of the configuration's content, whatever its file looks like."""
@@ -212,7 +202,7 @@ def _problems(name: str, everybody: Sequence[Facts], key: str, fine: str) -> Che
 def _disk_space(everybody: Sequence[Facts], resolved: ResolvedRun) -> Check:
     """A new checkpoint is written before the oldest is removed."""
     keep = resolved.config.checkpoint.keep
-    need = checkpoint_bytes(resolved) * (keep + 1)
+    need = checkpoint_bytes(resolved.config) * (keep + 1)
     known = [facts for facts in everybody if "free_bytes" in facts]
     if not known:
         return Check("disk space", False, "the run directory does not exist and cannot be made")
@@ -233,7 +223,7 @@ def _write(everybody: Sequence[Facts], resolved: ResolvedRun) -> Check:
     if not speeds:
         return Check("write", None, "not measured")
     total, slowest = sum(speed for speed, _ in speeds), min(speeds)
-    seconds = checkpoint_bytes(resolved) / total
+    seconds = checkpoint_bytes(resolved.config) / total
     text = f"{readable(total)}/s from all hosts together: {seconds:,.1f} s a checkpoint; slowest {slowest[1]}"
     return Check("write", True, f"{text} {readable(slowest[0])}/s", total, "bytes/s")
 

@@ -151,7 +151,35 @@ def world_problems(config: RunConfig, world_size: int) -> list[Problem]:
     if (layout := layout_problem(config, world_size)) is not None:
         return [layout]
     batch = row_problem(config, world_size) or batch_problem(config, world_size)
-    return [problem for problem in (expert_problem(config, world_size), batch) if problem is not None]
+    experts = expert_problem(config, world_size)
+    nodes = None if experts else node_problem(config, world_size)
+    return [problem for problem in (experts, nodes, batch) if problem is not None]
+
+
+def node_problem(config: RunConfig, world_size: int) -> Problem | None:
+    """With a cluster named: expert groups cover nodes or parts of one, and the ranks of a ring that speak to each other
+    have the same place in their nodes (rails), unless stages share a node."""
+    cluster, given = config.cluster, config.parallel.pp_size
+    if cluster is None or world_size <= cluster.gpus_per_node:
+        return None
+    per_node, sizes = cluster.gpus_per_node, stage_sizes(config.parallel, world_size)
+    if isinstance(given, int):
+        if sizes[0] % per_node == 0 or per_node % sizes[0] == 0:
+            return None
+        return (
+            "parallel.pp_size",
+            f"{given} given; its stages of {sizes[0]} processes would meet across the network cards of nodes of "
+            f"{per_node}; allowed: stages of whole nodes, or several in a node",
+        )
+    ep_size = config.parallel.ep_size
+    unit = min(math.gcd(config.model.n_experts, sizes[1]) if ep_size == "auto" else ep_size, per_node)
+    if sizes[0] % unit == 0:
+        return None
+    return (
+        "parallel.pp_size",
+        f"{given} given; expert groups of {ep_size} would begin at rank {sizes[0]} and hold parts of nodes of "
+        f"{per_node}; allowed: a first stage of a multiple of {unit} processes",
+    )
 
 
 def _nearest_stages(given: list[int], world_size: int) -> list[int]:

@@ -70,13 +70,17 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
 
 
 def expert_parallel_size(config: RunConfig, world_size: int) -> int:
-    """`ep_size`, with "auto" = the largest divisor of n_experts and of the processes (1 under ZeRO 0)."""
+    """`ep_size`, with "auto" = the largest divisor of n_experts and of the processes (1 under ZeRO 0), of those that
+    divide the GPUs of the cluster's nodes or are whole nodes."""
     if config.parallel.ep_size != "auto":
         return config.parallel.ep_size
     if config.parallel.zero_stage == 0:
         return 1
     holders = (stage.size for stage in cut(config, world_size) if stage.part.recurrent)
-    return math.gcd(config.model.n_experts, *holders)
+    common = math.gcd(config.model.n_experts, *holders)
+    per_node = config.cluster.gpus_per_node if config.cluster is not None else 1
+    divisors = (n for n in range(common, 0, -1) if common % n == 0)
+    return next(n for n in divisors if per_node % n == 0 or n % per_node == 0)
 
 
 def planned_world_size(config: RunConfig) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mythos_ds.config.attention_shapes import attention_matmul, mla_widths
-from mythos_ds.config.schema import ModelConfig
+from mythos_ds.config.schema import ModelConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,8 @@ class ParameterCounts:
         routed: all routed experts.
         shared: all shared experts.
         other: norms outside attention, injection, loop embedding, LoRA, halting.
-        active: unique parameters one token uses, however often: all but the experts it is not routed to and
-        the
-            rows of an untied embedding it does not read.
+        active: unique parameters one token uses, however often: all but the experts it is not routed to and the rows
+            of an untied embedding it does not read.
     """
 
     embedding: int
@@ -44,6 +43,17 @@ class ParameterCounts:
     def active_share(self) -> float:
         """active / total."""
         return self.active / self.total
+
+
+_MOMENT_BYTES = {"adamw": 8, "muon": 8, "sgd": 0}
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of a training checkpoint: fp32 weights and moments (of Muon at most), and below ZeRO-3 the weights as
+    trained beside them."""
+    training = config.training
+    weight = 0 if config.parallel.zero_stage == 3 else 2 if training.dtype == "bfloat16" else 4
+    return count_parameters(config.model).total * (4 + _MOMENT_BYTES[training.optimizer] + weight)
 
 
 def count_parameters(model: ModelConfig) -> ParameterCounts:

@@ -15,6 +15,7 @@ import pytest
 import render_launch
 
 from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.errors import ConfigError
 from tests.helpers.pretrain import ROOT, SMALL, environment, free_port, metrics, small_data
 
@@ -42,6 +43,30 @@ def test_expert_groups_lie_inside_a_node_or_cover_whole_ones(ep_size, gpus, near
     with pytest.raises(ConfigError, match=r"parallel\.ep_size") as caught:
         load_config("1t.json", overrides)
     assert str(caught.value).endswith(f"divisors and multiples of {gpus}; nearest: {nearest}")
+
+
+NODES = ["cluster.nodes=8", "cluster.gpus_per_node=8", "training.micro_batch_size=1", "training.global_batch_size=448"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.pp_size=[4,56,4]", "parallel.ep_size=8"], "allowed: a first stage of a multiple of 8 processes"),
+        (["parallel.pp_size=[8,48,8]", "parallel.ep_size=8", "training.global_batch_size=480"], None),
+        (["parallel.pp_size=2", "cluster.nodes=3", "training.global_batch_size=144"], "stages of whole nodes"),
+        (["model.n_experts=100", "cluster.nodes=5", "training.global_batch_size=320"], None),
+    ],
+)
+def test_stages_and_their_expert_groups_know_the_nodes(overrides, message):
+    ep_size = [] if any("ep_size" in one for one in overrides) else ["parallel.ep_size=auto"]
+    config = load_config("10b.json", [*NODES, *ep_size, *overrides]).config
+    if message is None:
+        resolved = resolve(config, planned_world_size(config))
+        assert 8 % resolved.ep_size == 0 or resolved.ep_size % 8 == 0
+        return
+    with pytest.raises(ConfigError, match=r"parallel\.pp_size") as caught:
+        resolve(config, planned_world_size(config))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -172,6 +197,13 @@ def test_every_option_has_an_effect(base, option):
         ([*SLURM, "--time", "a day"], "--time: given 'a day'"),
         ([*SLURM, "--name", "My Run"], "--name: given 'My Run'"),
         ([*KUBERNETES, "--grace", "10"], "--grace: given 10"),
+        ([*KUBERNETES, "--restarts", "-1"], "--restarts: given -1"),
+        ([*KUBERNETES, "--mount", "shared"], "--mount: given 'shared'"),
+        ([*SLURM, "--grace", "-5"], "--grace: given -5"),
+        ([*SLURM, "--time", "0:04:00"], "--grace: given 300"),
+        ([*SLURM, "--time", "99:99:99"], "--time: given '99:99:99'"),
+        ([*SLURM, "--cpus", "0"], "--cpus: given 0"),
+        ([*SLURM, "--partition", "a b\nc"], "--partition: given"),
         ([*SLURM, "cluster.nodes=5"], "training.global_batch_size"),
     ],
 )
@@ -204,9 +236,15 @@ def test_finished_tells_whether_a_run_has_its_length(tmp_path, monkeypatch):
     assert finished.main(arguments) == 75
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "manifest.json").write_text(json.dumps({"total_steps": 12}))
+    (tmp_path / "checkpoints" / "step_00000012").mkdir()
+    assert finished.main(arguments) == 75, "a checkpoint without a manifest is none"
     for step, code in ((11, 75), (12, 0)):
-        (tmp_path / "checkpoints" / "latest").write_text(f"step_{step:08d}")
+        tag = tmp_path / "checkpoints" / f"step_{step:08d}"
+        tag.mkdir(exist_ok=True)
+        (tag / "manifest.json").write_text("{}")
         assert finished.main(arguments) == code
+    for planned in ("--dry-run", "--print-config"):
+        assert finished.main(["--config", "tiny.json", "--run-dir", str(tmp_path / "none"), planned]) == 0
 
 
 FAKE_SLURM = {

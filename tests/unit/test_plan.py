@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from planning import layouts
 from planning.gpus import GPUS, read_gpu
-from planning.layouts import examine, first_remedy, remedies, with_changes
+from planning.layouts import candidates, examine, first_remedy, ranked, remedies, with_changes
 from planning.memory import held_elements, memory, states
 from planning.report import as_numbers, draw
 from planning.timing import checkpoint, costs, timing
@@ -135,7 +137,10 @@ def test_a_gpu_from_a_file_and_what_is_wrong_with_one(tmp_path):
     fields = {"name": "mine", "memory_bytes": 48e9, "peak_flops": 181e12, "kernel_share": 0.7}
     path.write_text(json.dumps({**fields, "node_bandwidth": 32e9, "network_bandwidth": 12e9}))
     assert read_gpu(str(path)).memory_bytes == 48e9
-    for content in ('{"memory": 1}', "[]", "no json", json.dumps({**fields, "peak_flops": -1})):
+    links = {"node_bandwidth": 32e9, "network_bandwidth": 12e9}
+    odd = {"peak_flops": -1}, {"memory_bytes": 1e400}, {"gpus_per_node": 2.5}, {"kernel_share": 75}, {"name": 5}
+    wrong = [json.dumps({**fields, **links, **change}) for change in odd]
+    for content in ('{"memory": 1}', "[]", "no json", *wrong):
         path.write_text(content)
         with pytest.raises(ConfigError, match="--gpu"):
             read_gpu(str(path))
@@ -162,6 +167,72 @@ def test_the_command_writes_a_configuration_that_loads_and_a_picture(tmp_path):
     for wrong in (stage_one, ["--tokens", "many"], ["--gpu", "h999"], ["--gpus", "0"]):
         refused = subprocess.run([*command[:4], *wrong], capture_output=True, text=True, timeout=120)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+
+
+def test_experts_copies_on_many_nodes_and_rings_in_one_travel_where_they_lie():
+    config = load_config("10b", []).config
+    node = GPUS["h100"]
+
+    def moved(changes, gpus):
+        found = timing(resolve(with_changes(config, changes), gpus), node)
+        return {transfer.name: transfer for transfer in found.transfers}
+
+    for ep_size in (2, 4, 8, 16):
+        resolved = resolve(with_changes(config, {"parallel.ep_size": ep_size}), 64)
+        total = traffic(resolved, 4).gather_experts
+        copies, near = 64 // ep_size, max(1, 8 // ep_size)
+        found = moved({"parallel.ep_size": ep_size}, 64)["gather experts"]
+        assert found.network_bytes == pytest.approx(total * (1 - near / copies) / near), ep_size
+        assert (found.node_bytes > 0) == (near > 1)
+    ring = {"parallel.pp_size": 2, "parallel.ep_size": 4, "training.global_batch_size": 512}
+    assert moved(ring, 8)["ring"].network_bytes == 0 < moved(ring, 8)["ring"].node_bytes
+    assert moved(ring, 64)["ring"].node_bytes == 0 < moved(ring, 64)["ring"].network_bytes
+
+
+def test_optimizer_state_in_host_memory_takes_time_and_no_room():
+    config = load_config("10b", []).config
+    changes = ({"parallel.offload_optimizer": kept} for kept in ("none", "cpu"))
+    with_it, without = (examine(config, 64, GPUS["h100"], change) for change in changes)
+    assert without.memory.total < with_it.memory.total
+    moved = states(with_it.resolved).gradients + states(with_it.resolved).weights
+    assert without.timing.serial_s - with_it.timing.serial_s == pytest.approx(moved / GPUS["h100"].host_bandwidth)
+
+
+def test_what_is_written_names_the_machines_that_were_asked_for(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config", "1b.json"]
+    command += ["--write", str(tmp_path / "w.json")]
+    own = {"name": "mine", "memory_bytes": 141e9, "peak_flops": 9e14, "kernel_share": 0.7}
+    (tmp_path / "g.json").write_text(json.dumps({**own, "node_bandwidth": 4e11, "network_bandwidth": 5e10}))
+    cases = (
+        (["--gpus", "4", "--gpu", "h200", "parallel.ep_size=4"], ("h200", 1, 4)),
+        (["cluster.nodes=4", "cluster.gpus_per_node=2", "parallel.ep_size=2"], ("h100", 4, 2)),
+        (["--gpus", "16", "--gpu", str(tmp_path / "g.json")], (str(tmp_path / "g.json"), 2, 8)),
+    )
+    for more, (gpu, nodes, per_node) in cases:
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        cluster = json.loads((tmp_path / "w.json").read_text())["cluster"]
+        assert cluster == {"gpu": gpu, "nodes": nodes, "gpus_per_node": per_node}
+    command = [*command[:4], "--picture", str(tmp_path / "x.foo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "ends in .png" in done.stderr) == (2, True)
+
+
+def test_layouts_are_tried_with_less_where_none_fits(monkeypatch):
+    config, gpu = load_config("10b", []).config, GPUS["h100"]
+    rows, looked_at = config.training.micro_batch_size, list(candidates(config, 64, gpu))
+    tried = {(c["training.micro_batch_size"], c["parallel.activation_checkpointing"]) for c in looked_at}
+    assert tried == {(n, kept) for n in {max(1, rows // 2), rows, 2 * rows} for kept in ("loop", "none")}
+    one = {"training.micro_batch_size": rows, "parallel.activation_checkpointing": "loop"}
+    monkeypatch.setattr(layouts, "candidates", lambda *_: [one])
+    least = examine(config, 64, gpu, one)
+    assert ranked(config, 64, gpu, "time", most=1)[0].changes == one
+    small = replace(gpu, memory_bytes=least.memory.total - 1)
+    (found,) = ranked(config, 64, small, "time", most=1)
+    assert found.changes == {**one, "parallel.offload_optimizer": "cpu"}
+    smaller = replace(gpu, memory_bytes=found.memory.total - 1)
+    (last,) = ranked(config, 64, smaller, "time", most=1)
+    assert set(last.changes) == {*found.changes, "training.mean_backprop_depth"}
 
 
 def test_the_picture_shows_a_plan_that_does_not_fit(tmp_path):

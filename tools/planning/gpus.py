@@ -17,6 +17,7 @@ class Gpu:
         kernel_share: share of the peak that large matrix products reach (assumption; an H200 was seen at 0.8).
         node_bandwidth: to the other GPUs of the node.
         network_bandwidth: to other nodes.
+        host_bandwidth: to the node's own memory (PCIe 5 x16, less overhead; assumption).
         gpus_per_node: GPUs that share a node.
         price_per_hour: in dollars (assumption).
         disk_bandwidth: of a node to its file system (assumption).
@@ -29,6 +30,7 @@ class Gpu:
     kernel_share: float
     node_bandwidth: float
     network_bandwidth: float
+    host_bandwidth: float = 50e9
     gpus_per_node: int = 8
     price_per_hour: float = 2.5
     disk_bandwidth: float = 2e9
@@ -62,8 +64,14 @@ def read_gpu(name: str) -> Gpu:
         made = Gpu(**content)
     except TypeError as error:
         raise ConfigError(f"--gpu: {name}: {error}") from None
+    if not isinstance(made.name, str) or not made.name:
+        raise ConfigError(f"--gpu: {name}: name: given {made.name!r}; allowed: a text")
     numbers = {field: getattr(made, field) for field in known if field != "name"}
     for field, value in numbers.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
             raise ConfigError(f"--gpu: {name}: {field}: given {value!r}; allowed: a number above 0")
+    if not isinstance(made.gpus_per_node, int):
+        raise ConfigError(f"--gpu: {name}: gpus_per_node: given {made.gpus_per_node}; allowed: a whole number")
+    if made.kernel_share > 1:
+        raise ConfigError(f"--gpu: {name}: kernel_share: given {made.kernel_share}; allowed: at most 1")
     return made

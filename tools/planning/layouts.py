@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from planning.gpus import Gpu
@@ -101,40 +102,67 @@ def _examined(config: RunConfig, gpus: int, gpu: Gpu, changes: dict[str, Any]) -
 
 
 def candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[dict[str, Any]]:
-    """Expert-parallel sizes inside a node or over whole nodes, rings of few stages, and two micro-batch sizes."""
+    """Expert-parallel sizes inside a node or over whole nodes, rings of few stages, half, once and twice the
+    micro-batch, with and without recomputation."""
     model, rows = config.model, config.training.micro_batch_size
     for stages in (p for p in (1, 2, _MOST_STAGES) if model.recurrent_layers % p == 0 and gpus % p == 0):
         per_stage = gpus // stages
         sizes = [n for n in range(1, per_stage + 1) if per_stage % n == 0 and model.n_experts % n == 0]
         aware = [n for n in sizes if gpu.gpus_per_node % n == 0 or n % gpu.gpus_per_node == 0]
         for ep_size in aware:
-            for micro_batch in {rows, 2 * rows}:
+            for micro_batch, kept in product(sorted({max(1, rows // 2), rows, 2 * rows}), ("loop", "none")):
                 changes = {"parallel.ep_size": ep_size, "training.micro_batch_size": micro_batch}
-                yield {**changes, "parallel.pp_size": stages}
+                yield {**changes, "parallel.pp_size": stages, "parallel.activation_checkpointing": kept}
+
+
+def _savers(config: RunConfig) -> list[dict[str, Any]]:
+    """What every layout is tried with where none fits without: optimizer state in host memory, then also gradient
+    through half as many loops, which changes the training."""
+    offload = {"parallel.offload_optimizer": "cpu"}
+    depth = config.training.mean_backprop_depth or -(-config.model.mean_recurrence // 2)
+    return [{}, offload, {**offload, "training.mean_backprop_depth": -(-depth // 2)}]
 
 
 def ranked(
-    config: RunConfig, gpus: int, gpu: Gpu, objective: str, *, most: int, on_progress: Any = None
+    config: RunConfig, gpus: int, gpu: Gpu, objective: str, *, most: int
 ) -> list[Layout]:
     """The best layouts that fit: by time of a step as built, or by memory. Times come first, as they are quick to find;
-    memory is looked at in that order until `most` layouts fit."""
-    timed = []
-    for changes in candidates(config, gpus, gpu):
-        try:
-            resolved = resolve(with_changes(config, changes), gpus)
-        except ConfigError:
-            continue
-        timed.append((timing(resolved, gpu), resolved, changes))
-    timed.sort(key=lambda entry: entry[0].serial_s / entry[0].tokens_per_step)
-    found: list[Layout] = []
-    for step, resolved, changes in timed:
-        layout = Layout(changes, resolved, memory(resolved), step)
-        if on_progress is not None:
-            on_progress()
-        if layout.fits(gpu):
-            found.append(layout)
-        if len(found) == most and objective == "time":
+    memory is looked at in that order until `most` layouts fit. A layout that has no room is not tried with more."""
+    for saver in _savers(config):
+        timed = []
+        for changes in candidates(config, gpus, gpu):
+            if objective == "memory" and changes["parallel.activation_checkpointing"] == "none":
+                continue
+            try:
+                resolved = resolve(with_changes(config, {**changes, **saver}), gpus)
+            except ConfigError:
+                continue
+            timed.append((timing(resolved, gpu), resolved, {**changes, **saver}))
+        timed.sort(key=lambda entry: entry[0].serial_s / entry[0].tokens_per_step)
+        found: list[Layout] = []
+        too_large: list[dict[str, Any]] = []
+        for step, resolved, changes in timed:
+            if any(_asks_more(changes, other) for other in too_large):
+                continue
+            layout = Layout(changes, resolved, memory(resolved), step)
+            if layout.fits(gpu):
+                found.append(layout)
+            else:
+                too_large.append(changes)
+            if len(found) == most and objective == "time":
+                break
+        if found:
             break
     if objective == "memory":
         found.sort(key=lambda layout: layout.memory.total)
     return found[:most]
+
+
+def _asks_more(changes: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a layout needs at least the memory of another: all alike, but as many or more rows, and no more
+    recomputation."""
+    loose = {"training.micro_batch_size", "parallel.activation_checkpointing"}
+    alike = all(changes[key] == other[key] for key in changes.keys() - loose)
+    recomputes, other_recomputes = (c["parallel.activation_checkpointing"] == "loop" for c in (changes, other))
+    more_rows = changes["training.micro_batch_size"] >= other["training.micro_batch_size"]
+    return alike and more_rows and (not recomputes or other_recomputes)

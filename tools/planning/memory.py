@@ -5,7 +5,7 @@ from functools import cache
 from math import prod
 
 import torch
-from planning.trace import Workload, dense_layer_bytes, trace, visit_bytes
+from planning.trace import Workload, coda_bytes, dense_layer_bytes, loops_bytes, trace, visit_bytes
 
 from mythos_ds.checkpoint.shards import is_expert
 from mythos_ds.config.resolve import ResolvedRun
@@ -13,7 +13,7 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.config.stages import Part
 from mythos_ds.engine.optimizer import MATRIX, role_of
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.plan.pipeline import predict
+from mythos_ds.plan.pipeline import PipelinePrediction, predict
 
 FRAGMENTATION = 0.05
 """Of what comes and goes: an allowance for the allocator."""
@@ -143,7 +143,8 @@ def memory(resolved: ResolvedRun, *, on_gpu: bool = True) -> Memory:
 def stage_memory(resolved: ResolvedRun, index: int, on_gpu: bool) -> Memory:
     """The memory of a process of one pipeline stage."""
     kept, parallel = states(resolved, index), resolved.config.parallel
-    items = [Item("weights", kept.weights, "this process's part, in the training type")]
+    in_host = 0 if parallel.offload_params == "cpu" else kept.weights
+    items = [Item("weights", in_host, "this process's part, in the training type")]
     offloaded = parallel.offload_optimizer == "cpu"
     if not offloaded:
         items += [
@@ -197,20 +198,38 @@ def _pipeline_items(resolved: ResolvedRun, index: int, on_gpu: bool) -> list[Ite
     ep_size = resolved.ep_size if stage.part.recurrent else 1
     shapes = parameter_shapes(config.model, stage.part)
     whole_elements = sum(prod(shape) // (ep_size if is_expert(name) else 1) for name, shape in shapes)
-    messages = predict(resolved, config.model.mean_recurrence).peak_held_bytes[index]
+    expected = predict(resolved, config.model.mean_recurrence)
+    messages = expected.peak_held_bytes[index]
     load = workload(resolved, index, fused=on_gpu)
     visit = visit_bytes(load, stage.part.recurrent) if stage.part.recurrent else 0
-    coda, last = len(stage.part.coda) * dense_layer_bytes(load), stage.part.predicts
-    # The prelude of every micro-batch waits until the loops are through; a coda is followed by its backward.
-    waiting = resolved.gradient_accumulation_steps * len(stage.part.prelude)
+    head = 4 * config.model.vocab_size * config.model.dim if stage.part.predicts else 0
+    coda = coda_bytes(load, stage.part.coda) - head if head else len(stage.part.coda) * dense_layer_bytes(load)
+    # A prelude waits until its loops are through, and so do visits that are not recomputed; a coda is followed by its
+    # backward.
+    waiting = _most_waiting(expected, index, "prelude") * len(stage.part.prelude)
+    if whole := _most_waiting(expected, index, "loops"):  # a stage that runs all loops at once
+        visit = loops_bytes(load, stage.part.recurrent, whole)
+    elif load.checkpointing == "none":
+        visit *= max(1, _most_waiting(expected, index, "loop"))
     return [
         Item("stage's weights", whole_elements * _BYTES[config.training.dtype], "gathered once per step"),
         Item("stage's gradients", whole_elements * 4, "added up in fp32"),
         Item("messages", messages, "kept for backwards, by simulation"),
-        Item("prelude", waiting * dense_layer_bytes(load), "the prelude's, of all micro-batches"),
-        Item("activations", max(visit, coda), "one recomputed visit of the looped layers, or the coda's"),
-        *([Item("head", 4 * config.model.vocab_size * config.model.dim, "its gradient, fp32")] if last else []),
+        Item("prelude", waiting * dense_layer_bytes(load), "of the micro-batches that are in the loop"),
+        Item("activations", max(visit, coda), "of visits that wait, one recomputed visit, or the coda's"),
+        *([Item("head", head, "its gradient, fp32")] if head else []),
     ]
+
+
+def _most_waiting(expected: PipelinePrediction, index: int, kind: str) -> int:
+    """The most visits of a kind that a stage has between forward and backward."""
+    now = most = 0
+    for span in expected.simulation.timeline[index]:
+        visit = expected.visits[index][span.action.visit]
+        if visit.kind == kind and visit.has_gradient:
+            now += -1 if span.action.backward else 1
+            most = max(most, now)
+    return most
 
 
 def _update_items(resolved: ResolvedRun, index: int, offloaded: bool) -> list[Item]:

@@ -4,17 +4,16 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 
 from planning.gpus import Gpu
-from planning.traffic import Traffic, traffic
+from planning.memory import states
+from planning.traffic import Traffic, mean_graded_loops, traffic
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.plan.flops import cache_bytes_per_token, expected_flops_per_token, mean_training_depth
-from mythos_ds.plan.params import count_parameters
+from mythos_ds.plan.params import checkpoint_bytes, count_parameters
 from mythos_ds.plan.pipeline import predict
 
 TARGETS = (0.45, 0.35)
 """Model FLOPs utilisations that runs are also priced at: ambitious, and good."""
-_STATE_BYTES = 12
-"""fp32 weight and two moments of a parameter in a checkpoint."""
 _SERVING_SHARE = 0.9
 """Of a GPU's memory that weights and cache may take."""
 
@@ -69,8 +68,11 @@ def timing(resolved: ResolvedRun, gpu: Gpu) -> Timing:
     cost = expected_flops_per_token(config, resolved.mean_backprop_depth)
     tokens = resolved.tokens_per_step / world
     compute = (cost.training + cost.recompute) * tokens / (gpu.peak_flops * gpu.kernel_share)
-    loops = mean_training_depth(config)
-    moved = [transfers(resolved, traffic(resolved, loops, i), gpu, i) for i in range(len(resolved.stages))]
+    loops, graded = mean_training_depth(config), mean_graded_loops(resolved)
+    moved = [
+        transfers(resolved, traffic(resolved, loops, index, graded=graded), gpu, index)
+        for index in range(len(resolved.stages))
+    ]
     busiest = max(moved, key=lambda found: sum(transfer.seconds for transfer in found))
     idle = predict(resolved, config.model.mean_recurrence).bubble if len(resolved.stages) > 1 else 0.0
     network = sum(t.network_bytes for t in busiest) / gpu.network_bandwidth
@@ -92,26 +94,41 @@ def transfers(resolved: ResolvedRun, moved: Traffic, gpu: Gpu, index: int) -> tu
     nodes = ceil(size / per_node)
     outside = (1 - 1 / nodes) / per_node
     ep_size = resolved.ep_size if resolved.stages[index].part.recurrent else 1
-    copies_outside = ep_size >= per_node
+    copies, near = size // ep_size, max(1, min(per_node, size) // ep_size)
     remote = max(0, ep_size - per_node) / ep_size
     kinds = (
         ("gather weights", moved.gather, moved.gather * (1 - 1 / size), moved.gather * outside),
-        ("gather experts", *_between_copies(moved.gather_experts, size // ep_size, copies_outside)),
+        ("gather experts", *_between_copies(moved.gather_experts, copies, near)),
         ("reduce gradients", moved.reduce, moved.reduce * (1 - 1 / size), moved.reduce * outside),
-        ("reduce expert gradients", *_between_copies(moved.reduce_experts, size // ep_size, copies_outside)),
+        ("reduce expert gradients", *_between_copies(moved.reduce_experts, copies, near)),
         ("dispatch and combine", moved.exchange, moved.exchange * (1 - 1 / ep_size - remote), moved.exchange * remote),
-        ("ring", moved.ring, 0.0, moved.ring),
+        ("ring", moved.ring, *((moved.ring, 0.0) if resolved.world_size <= per_node else (0.0, moved.ring))),
     )
-    return tuple(
+    made = [
         Transfer(name, node, network, max(node / gpu.node_bandwidth, network / gpu.network_bandwidth))
         for name, total, node, network in kinds
         if total
-    )
+    ]
+    if seconds := _offload_seconds(resolved, gpu, index):
+        made.append(Transfer("host memory", 0.0, 0.0, seconds))
+    return tuple(made)
 
 
-def _between_copies(size: float, copies: int, outside: bool) -> tuple[float, float, float]:
+def _offload_seconds(resolved: ResolvedRun, gpu: Gpu, index: int) -> float:
+    """Gradients to host memory and new weights back in each step, and with the weights there too, these for the forward
+    and the backward of each micro-batch. The update's own time on the CPU is not in it."""
+    parallel, kept = resolved.config.parallel, states(resolved, index)
+    moved = kept.gradients + kept.weights if parallel.offload_optimizer == "cpu" else 0
+    if parallel.offload_params == "cpu":
+        moved += 2 * resolved.gradient_accumulation_steps * kept.weights
+    return moved / gpu.host_bandwidth
+
+
+def _between_copies(size: float, copies: int, near: int) -> tuple[float, float, float]:
+    """`near` of the copies lie in a node; a gather enters the node once, through the links of these."""
     travels = size * (1 - 1 / copies)
-    return (travels, 0.0, travels) if outside else (travels, travels, 0.0)
+    outside = size * (1 - near / copies) / near
+    return travels, travels if near > 1 else 0.0, outside
 
 
 @dataclass(frozen=True)
@@ -151,7 +168,7 @@ class Checkpoint:
 
 def checkpoint(resolved: ResolvedRun, gpus: int, gpu: Gpu) -> Checkpoint:
     """Saving all states, each node to its file system."""
-    size = _STATE_BYTES * count_parameters(resolved.config.model).total
+    size = checkpoint_bytes(resolved.config)
     write = size / (ceil(gpus / gpu.gpus_per_node) * gpu.disk_bandwidth)
     between = 1 / (gpus * gpu.failures_per_hour)
     return Checkpoint(size, write, between, sqrt(2 * write * between * 3600))

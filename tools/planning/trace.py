@@ -167,14 +167,43 @@ def visit_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     return live.peak
 
 
+@cache
+def loops_bytes(load: Workload, layers: tuple[int, ...], waiting: int) -> int:
+    """The most that a stage holds which runs all loops of a micro-batch at once, while `waiting` micro-batches wait for
+    their backward."""
+    part = Part((), layers, (), embeds=False, loops=True, predicts=False)
+    model, context, x = _piece(load, part, load.dtype)
+    live = LiveBytes(existing=False)
+    with _substitutes(), _dropping(model), live:
+        live.ignore(*model.parameters(), *model.buffers(), x)
+        out = model.recurrent(model.normed(x), load.grad_loops + 1, context).to(x.dtype)
+        kept = live.now
+        out.backward(torch.empty_like(out))
+    return (waiting - 1) * kept + live.peak
+
+
+@cache
+def coda_bytes(load: Workload, layers: tuple[int, ...]) -> int:
+    """The most that the coda's layers, the head and the loss hold of a micro-batch, the head's gradient included."""
+    model, context, x = _piece(load, Part((), (), layers, embeds=False, loops=False, predicts=True), load.dtype)
+    labels = torch.empty(load.rows, load.seq_len, dtype=torch.int64, device="meta")
+    live = LiveBytes(existing=False)
+    with _substitutes(), _dropping(model), live:
+        live.ignore(*model.parameters(), *model.buffers(), x)
+        model.predict(model.run_coda(x, context), labels).backward()
+    return live.peak
+
+
 def _piece(load: Workload, part: Part, dtype: torch.dtype) -> tuple[MythosModel, ForwardContext, Tensor]:
     """A part of the model, its context, and an input with gradient."""
+    recomputed = load.checkpointing == "loop"
     with torch.device("meta"):
-        model = MythosModel(load.model, moe_factory=_even(load), part=part).to(load.dtype)
+        model = MythosModel(load.model, moe_factory=_even(load), part=part, checkpoint_loops=recomputed)
+        model.to(load.dtype)
         tokens = torch.empty(load.rows, load.seq_len, dtype=torch.int64)
         x = torch.empty(load.rows, load.seq_len, load.model.dim, dtype=dtype, requires_grad=True)
     _keep_buffers(model)
-    return model, model.make_context(tokens, None, _AUX, 1), x
+    return model, model.make_context(tokens, None, _AUX, load.grad_loops), x
 
 
 def _even(load: Workload) -> type[MoE]:

@@ -7,6 +7,7 @@ from planning.memory import parameter_shapes
 
 from mythos_ds.checkpoint.shards import is_expert
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.plan.flops import training_depth_pmf
 from mythos_ds.plan.pipeline import predict
 
 _BYTES = {"bfloat16": 2, "float32": 4}
@@ -70,8 +71,17 @@ def node_limit(resolved: ResolvedRun, gpus_per_node: int) -> NodeLimit | None:
     return NodeLimit(nodes, limit, used * elsewhere, reached * elsewhere, min(limit, reached) * elsewhere)
 
 
-def traffic(resolved: ResolvedRun, n_loops: float, index: int = 0, *, persistent: bool = True) -> Traffic:
-    """The traffic of a process of stage `index` in a step of n_loops loops. A mean loop count gives the mean.
+def mean_graded_loops(resolved: ResolvedRun) -> float:
+    """Expected loops with gradient of a step: of min(L, the depth of the gradient)."""
+    pmf = training_depth_pmf(resolved.config)
+    return sum(p * min(loops, resolved.mean_backprop_depth) for loops, p in enumerate(pmf, 1))
+
+
+def traffic(
+    resolved: ResolvedRun, n_loops: float, index: int = 0, *, persistent: bool = True, graded: float | None = None
+) -> Traffic:
+    """The traffic of a process of stage `index` in a step of n_loops loops, `graded` of them with gradient (None: as
+    many as may be). Mean counts of both give the mean.
 
     persistent: small weights stay gathered between micro-batches, as `stage3_param_persistence_threshold` says.
     """
@@ -105,18 +115,18 @@ def traffic(resolved: ResolvedRun, n_loops: float, index: int = 0, *, persistent
         gather, gather_experts = size * (2 * micro_batches * shared + small), 2 * size * micro_batches * experts
         reduce, reduce_experts = size * micro_batches * reduced, size * micro_batches * reduced_experts
         ring = 0.0
-    exchange, counts = _exchange(resolved, n_loops, index)
+    graded = min(resolved.mean_backprop_depth, n_loops) if graded is None else graded
+    exchange, counts = _exchange(resolved, n_loops, graded, index)
     return Traffic(gather, gather_experts, reduce, reduce_experts, exchange, counts, ring)
 
 
-def _exchange(resolved: ResolvedRun, n_loops: float, index: int) -> tuple[float, float]:
+def _exchange(resolved: ResolvedRun, n_loops: float, graded: float, index: int) -> tuple[float, float]:
     """Rows go to their experts and back in every forward, and their gradients in every backward; a recomputed loop
     repeats its forward."""
     config, stage = resolved.config, resolved.stages[index]
     if resolved.ep_size == 1 or not stage.part.recurrent:
         return 0.0, 0.0
     recompute = config.parallel.activation_checkpointing == "loop"
-    graded = min(resolved.mean_backprop_depth, n_loops)
     model = config.model
     exchanges = 2 * n_loops + 2 * graded + (2 * graded if recompute else 0)
     rows = stage.rows * config.training.seq_len * model.n_experts_per_tok
