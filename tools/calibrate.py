@@ -302,7 +302,8 @@ percentage is equal to the prediction; a percentage is prediction over count.
 * Weights, masters, optimizer state and gradients are the buffers that DeepSpeed's ZeRO-3 keeps, compared one by one.
 * Peak memory is the largest sum of live tensors within the step. The prediction runs the model's own code on the meta
   device with tokens spread evenly over the experts; real routing is uneven, and DeepSpeed's small buffers are left out.
-* Exchanged rows are the mean over the processes of a stage: routing decides how they share them, not how many there are.
+* Exchanged rows are the mean over the processes of a stage: routing decides how they share them, not how many they
+  are.
 * `deepspeed.zero_optimization` is set so that DeepSpeed gathers the small model as it would a large one, and the reduce
   bucket is small: its default of 500 million numbers would be most of the memory here.
 
