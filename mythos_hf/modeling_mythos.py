@@ -297,16 +297,24 @@ class MythosLoRA(nn.Module):
 
 
 class MythosRecurrentBlock(nn.Module):
-    """The looped layers with what tells them the loop and feeds e in."""
+    """The looped layers with what tells them the loop and feeds e in. `layers`: those of another engine."""
 
-    def __init__(self, config: MythosConfig):
+    def __init__(self, config: MythosConfig, layers: list[nn.Module] | None = None):
         super().__init__()
         self.config = config
         self.injection = MythosInjection(config)
         self.loop_embedding = MythosLoopEmbedding(config) if config.loop_embedding != "none" else None
         self.lora = MythosLoRA(config) if config.lora_rank else None
         self.norm = MythosRMSNorm(config.hidden_size, config.rms_norm_eps) if config.injection == "post" else None
-        self.layers = nn.ModuleList([MythosLayer(config, looped=True) for _ in range(config.num_recurrent_layers)])
+        own = layers or [MythosLayer(config, looped=True) for _ in range(config.num_recurrent_layers)]
+        self.layers = nn.ModuleList(own)
+
+    def run_layers(self, x: Tensor, loop: int, **attention) -> Tensor:
+        """The layers once, [batch, seq, dim]; each (loop, layer) has a slot of the cache."""
+        for index, layer in enumerate(self.layers):
+            slot = self.config.num_prelude_layers + self.config.num_coda_layers + loop * len(self.layers) + index
+            x = layer(x, loop, slot=slot, **attention)
+        return x
 
     def forward(self, e: Tensor, n_loops: int, **attention) -> Tensor:
         """e [batch, seq, dim] -> h after n_loops, fp32."""
@@ -321,9 +329,7 @@ class MythosRecurrentBlock(nn.Module):
                 x = self.norm(x + e).float()
             if self.lora is not None and config.lora_target == "input":
                 x = x + self.lora(x, loop)
-            for index, layer in enumerate(self.layers):
-                slot = config.num_prelude_layers + config.num_coda_layers + loop * len(self.layers) + index
-                x = layer(x, loop, slot=slot, **attention)
+            x = self.run_layers(x, loop, **attention)
             if self.lora is not None and config.lora_target == "output":
                 x = x + self.lora(x, loop)
             h = (x if self.norm is None else injected + x).to(dtype)

@@ -22,8 +22,8 @@ from mythos_hf.modeling_mythos import (
     MythosAttention,
     MythosInjection,
     MythosLoopEmbedding,
-    MythosLoRA,
     MythosMLP,
+    MythosRecurrentBlock,
     MythosRMSNorm,
     MythosRouter,
     rotary_tables,
@@ -122,47 +122,28 @@ class Layer(nn.Module):
         return x + (self.mlp(normed, loop) if self.looped else self.mlp(normed))
 
 
-class RecurrentBlock(nn.Module):
-    """The looped layers: h' = A h + B e + Transformer(h, e), n_loops times."""
+class RecurrentBlock(MythosRecurrentBlock):
+    """The looped layers on vLLM's attention and experts; tokens of all sequences lie in one row."""
 
     def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str):
-        super().__init__()
-        self.config = config
-        self.injection = MythosInjection(config)
-        self.loop_embedding = MythosLoopEmbedding(config) if config.loop_embedding != "none" else None
-        self.lora = MythosLoRA(config) if config.lora_rank else None
-        self.norm = MythosRMSNorm(config.hidden_size, config.rms_norm_eps) if config.injection == "post" else None
-        first, layers = config.num_prelude_layers + config.num_coda_layers, config.num_recurrent_layers
-        self.layers = nn.ModuleList(
+        first, count = config.num_prelude_layers + config.num_coda_layers, config.num_recurrent_layers
+        layers: list[nn.Module] = [
             Layer(
                 config,
                 vllm_config,
                 f"{prefix}.layers.{index}",
-                [first + loop * layers + index for loop in range(config.n_loops)],
+                [first + loop * count + index for loop in range(config.n_loops)],
                 looped=True,
             )
-            for index in range(layers)
-        )
+            for index in range(count)
+        ]
+        super().__init__(config, layers)
 
-    def forward(self, e: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """e [tokens, dim] -> h, fp32."""
-        config, dtype = self.config, getattr(torch, self.config.state_dtype)
-        h = e.to(dtype) if config.initial_state == "embedding" else torch.zeros_like(e, dtype=dtype)
-        for loop in range(config.n_loops):
-            injected = self.injection(h, e)
-            x = h if self.norm is not None else injected
-            if self.loop_embedding is not None:
-                x = x + self.loop_embedding(loop, x.device)
-            if self.norm is not None:
-                x = self.norm(x + e).float()
-            if self.lora is not None and config.lora_target == "input":
-                x = x + self.lora(x, loop)
-            for layer in self.layers:
-                x = layer(x, tables, loop)
-            if self.lora is not None and config.lora_target == "output":
-                x = x + self.lora(x, loop)
-            h = (x if self.norm is None else injected + x).to(dtype)
-        return h.float()
+    def run_layers(self, x: Tensor, loop: int, *, tables: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        """The layers once, [tokens, dim]."""
+        for layer in self.layers:
+            x = layer(x, tables, loop)
+        return x
 
 
 class Model(nn.Module):
@@ -193,7 +174,7 @@ class Model(nn.Module):
         for layer in self.prelude:
             x = layer(x, tables)
         e = x if self.prelude_norm is None else self.prelude_norm(x)
-        x = self.recurrent(e, tables).to(e.dtype)
+        x = self.recurrent(e, self.config.n_loops, tables=tables).to(e.dtype)
         for layer in self.coda:
             x = layer(x, tables)
         return self.norm(x)

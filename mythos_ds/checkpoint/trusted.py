@@ -1,7 +1,7 @@
 """Reading torch's files without executing what they contain."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -44,14 +44,15 @@ def executing_pickles(allowed: bool) -> Iterator[None]:
         _executing.reset(token)
 
 
-def load_trusted(path: Path, *, mapped: bool = True) -> Any:
+def load_trusted(path: Path, *, mapped: bool = True, stand_ins: Sequence[Any] = ()) -> Any:
     """What torch saved in `path`, on the CPU, tensors mapped into memory or (mapped=False) read.
 
-    Classes other than those in ALLOWED are refused, so that nothing in the file is executed, except inside
-    `executing_pickles`. Raises CheckpointError for those and for damaged files.
+    Classes are refused, so that nothing in the file is executed, but for those in ALLOWED and names that have one of
+    the `stand_ins` (class, name in the file); inside `executing_pickles` all are taken. Raises CheckpointError for
+    what is refused and for damaged files.
     """
     try:
-        with torch.serialization.safe_globals(_SAFE):
+        with torch.serialization.safe_globals([*_SAFE, *stand_ins]):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=not _executing.get())
     except pickle.UnpicklingError as error:
         if "unsupported operand" in str(error).lower():
@@ -61,7 +62,7 @@ def load_trusted(path: Path, *, mapped: bool = True) -> Any:
             f"{path}: holds {found} beside tensors and plain values; nothing was executed. If you trust the file: "
             "--allow-pickle"
         ) from None
-    except (LookupError, TypeError, AttributeError):
+    except (LookupError, TypeError):
         raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{path}: not readable ({error})") from None

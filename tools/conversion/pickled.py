@@ -1,13 +1,12 @@
 """Tensors of a file that torch.save wrote, read without running what a pickle may hold; and which kind a folder has."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mythos_ds.checkpoint.tensor_files import SINGLE, TensorFolder, TensorSource, TensorSpec
+from mythos_ds.checkpoint.trusted import executing_pickles, load_trusted
 from mythos_ds.errors import CheckpointError
 
 PICKLES = (".pt", ".pth", ".bin")
@@ -65,22 +64,8 @@ class PickledTensors:
 
 
 def _load(path: Path, allow_pickle: bool) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            content = torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        if "unsupported operand" in str(error).lower():
-            raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote") from None
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
-        raise CheckpointError(
-            f"{path}: not readable as a state_dict without running code it names ({reason.strip()[:160]}); allowed: "
-            "files of tensors and plain values, or --allow-pickle for a file whose origin you trust"
-        ) from None
-    except (LookupError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote") from None
-    except (OSError, RuntimeError, EOFError, AttributeError, ImportError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise CheckpointError(f"{path}: not readable as a state_dict ({reason})") from None
+    with executing_pickles(allow_pickle):
+        content = load_trusted(path, mapped=_is_zip(path), stand_ins=_STAND_INS)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a state_dict (tensors by name)")
     return content
