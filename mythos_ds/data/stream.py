@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 Item = dict[str, NDArray[np.int64]]
+Batch = dict[str, Tensor]
 
 
 class SampleSource(Protocol):
@@ -20,7 +21,7 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> Item: ...
 
 
-class BatchStream(Iterator[dict[str, Tensor]]):
+class BatchStream(Iterator[Batch]):
     """Iterates over micro-batches {name: int64 [micro_batch, seq]} from global sample `start_sample` on.
 
     Item j of micro-batch m is sample start_sample + m * (micro_batch_size * dp_size) + dp_rank *
@@ -51,7 +52,7 @@ class BatchStream(Iterator[dict[str, Tensor]]):
         else:
             self._batches = (_stack([dataset[i] for i in batch]) for batch in indices)
 
-    def __next__(self) -> dict[str, Tensor]:
+    def __next__(self) -> Batch:
         return next(self._batches)
 
 
@@ -70,7 +71,7 @@ class _MicroBatches(Sampler[list[int]]):
             yield list(range(start, start + self.size))
 
 
-def _read_ahead(dataset: Any, indices: _MicroBatches, num_workers: int) -> Iterator[dict[str, Tensor]]:
+def _read_ahead(dataset: Any, indices: _MicroBatches, num_workers: int) -> Iterator[Batch]:
     # With a generator of its own: the loader would else advance torch's global one.
     return iter(
         DataLoader(

@@ -4,17 +4,13 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from mythos_ds.checkpoint.agreement import on_rank_zero, together
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.data.datasets import TokenDataset, TokenDatasets, build_datasets, prepare_index_cache
-from mythos_ds.data.stream import BatchStream
+from mythos_ds.data.stream import Batch, BatchStream
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.run_directory import Phase, RunManifest
-
-Batch = dict[str, Tensor]
 
 _PROMPT_TOKENS = 16
 

@@ -12,7 +12,7 @@ import torch.distributed as torch_distributed
 from torch import Tensor
 
 from mythos_ds.config.resolve import resolve
-from mythos_ds.config.schema import DataConfig, DatasetConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from mythos_ds.config.schema import DataConfig, DatasetConfig, ParallelConfig, RunConfig, TrainingConfig
 from mythos_ds.engine.build import build_engine
 from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
@@ -22,6 +22,7 @@ from mythos_ds.model.records import ForwardRecords
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 from mythos_ds.train.trainer import with_depths
 from tests.helpers.reference import ReferenceTrainer
+from tests.helpers.toy_model import toy_model
 
 SEQ_LEN = 16
 GLOBAL_BATCH = 8
@@ -32,33 +33,6 @@ LOOPS = (3, 1, 4, 2)
 GRAD_LOOPS = 2
 DEPTHS = ((3, 1, 2, 2, 1, 1, 3, 2), (1,) * 8, (1, 4, 2, 1, 1, 3, 2, 2), (2, 1, 1, 2, 1, 1, 1, 1))
 """Where each sequence of the global batch has its own T: those of each step, which runs as many loops as LOOPS says."""
-
-
-def toy_model(**changes: Any) -> ModelConfig:
-    """A model with every part that training touches, small enough for seconds."""
-    values: dict[str, Any] = {
-        "vocab_size": 64,
-        "dim": 32,
-        "prelude_layers": 1,
-        "recurrent_layers": 2,
-        "coda_layers": 1,
-        "max_loops": 16,
-        "mean_recurrence": 4,
-        "attn_type": "mla",
-        "n_heads": 2,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
-        "ffn_dim": 64,
-        "n_experts": 8,
-        "n_experts_per_tok": 2,
-        "expert_dim": 16,
-        "n_shared_experts": 1,
-        "lora_rank": 4,
-    }
-    return ModelConfig(**{**values, **changes})
 
 
 def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Small models whose every weight matters, for tests that compare gradients."""
+"""Small models whose every weight matters, for tests that compare gradients or formats."""
 
 from typing import Any
 
@@ -39,6 +39,33 @@ def toy_config(**changes: Any) -> ModelConfig:
     }
     attention = {} if "attn_type" in changes else GQA
     return ModelConfig(**{**values, **attention, **changes})
+
+
+def toy_model(**changes: Any) -> ModelConfig:
+    """A model with every part that training touches, small enough for seconds."""
+    values: dict[str, Any] = {
+        "vocab_size": 64,
+        "dim": 32,
+        "prelude_layers": 1,
+        "recurrent_layers": 2,
+        "coda_layers": 1,
+        "max_loops": 16,
+        "mean_recurrence": 4,
+        "attn_type": "mla",
+        "n_heads": 2,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "ffn_dim": 64,
+        "n_experts": 8,
+        "n_experts_per_tok": 2,
+        "expert_dim": 16,
+        "n_shared_experts": 1,
+        "lora_rank": 4,
+    }
+    return ModelConfig(**{**values, **changes})
 
 
 def randomise(model: MythosModel, seed: int = 0) -> MythosModel:

@@ -5,7 +5,7 @@ from conversion.mythos_folder import expected_specs
 from conversion.names import LEFT_OUT, Names
 
 from mythos_ds.errors import CheckpointError
-from tests.distributed.cases import toy_model
+from tests.helpers.toy_model import toy_model
 
 GQA = {
     "attn_type": "gqa", "n_heads": 4, "n_kv_heads": 2, "kv_lora_rank": None, "q_lora_rank": None,

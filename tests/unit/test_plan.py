@@ -22,7 +22,7 @@ from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import ConfigError
 from mythos_ds.plan.flops import flops_per_token
-from tests.distributed.cases import toy_model
+from tests.helpers.toy_model import toy_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ("1b", "3b", "10b", "50b", "100b", "500b", "1t")

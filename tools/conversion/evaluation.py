@@ -7,20 +7,17 @@ from pathlib import Path
 
 import torch
 from experiments.gate import open_text
-from torch import Tensor
 
 from mythos_ds.checkpoint.model_folder import TOKENIZER, read_facts
 from mythos_ds.checkpoint.tensor_files import TensorSource
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.data.stream import BatchStream
+from mythos_ds.data.stream import Batch, BatchStream
 from mythos_ds.errors import DataError
 from mythos_ds.model.mythos import MythosModel
 
 ROWS = 4
 BATCHES = 8
 _SEQ_LEN = 256
-
-Batch = dict[str, Tensor]
 
 
 def evaluated_loops(config: ModelConfig) -> list[int]:

@@ -16,12 +16,12 @@ from mythos_ds.data.datasets import TokenDatasets, build_datasets, prepare_index
 from mythos_ds.data.files import published_directory
 from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.data.sources import read_files
+from mythos_ds.data.stream import Batch
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError
 from mythos_ds.model.exit_rules import loop_steps
 from mythos_ds.model.halting import Gate
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.train.feed import Batch
 
 _MOST_WORKERS = 4
 
