@@ -4,7 +4,10 @@ h_0 = 0; h_{t+1} = A h_t + B e + Transformer(h_t, e) for t < n_loops, with the s
 normed output of the prelude. State, injection, router and norms compute in fp32, whatever the weights' type.
 """
 
+import difflib
+import inspect
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +17,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -24,6 +30,43 @@ from .configuration_mythos import MythosConfig
 
 _MIN_ROW_UPDATES = 100
 _DECAY_CAP = {"float32": 1.0 - 1e-4, "bfloat16": 1.0 - 2.0**-8}
+_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What this version of transformers calls the cache: in its own calls, and in outputs."""
+_ATTENTION = frozenset(FlashAttentionKwargs.__annotations__) | frozenset(PagedAttentionArgs.__annotations__)
+"""What transformers declares for attention: of packed sequences, and of continuous batching."""
+_RECORDS = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+def attention_keywords(module: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of `given` that attention reads. Raises TypeError for an unknown one, which swallowed would go unnoticed,
+    and ValueError for a record that the model does not keep."""
+    for name in _RECORDS:
+        wanted = given.pop(name, None)
+        if wanted or (wanted is None and getattr(module.config, name, False)):
+            raise ValueError(f"{type(module).__name__}: {name}: given True; allowed: False, the model keeps none")
+    for name in given:
+        if name not in _ATTENTION:
+            known = sorted({*inspect.signature(module.forward).parameters, *_ATTENTION, *_RECORDS} - {"kwargs"})
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{type(module).__name__}: unknown argument {name!r}{meant} (allowed: {', '.join(known)})")
+    return given
+
+
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache, given by either name. Raises ValueError for two different ones."""
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values: given two caches; allowed: one, by either name")
+    return past_key_values if cache is None else cache
+
+
+class MythosContext(NamedTuple):
+    """What attention needs beside the stream. keywords: what its implementation reads."""
+
+    tables: tuple[Tensor, Tensor]
+    mask: Any
+    cache: Any
+    keywords: dict[str, Any]
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
@@ -96,16 +139,19 @@ class MythosAttention(nn.Module):
             self.q_norm = MythosRMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = MythosRMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, tables, attention_mask=None, past_key_values=None, slot: int = 0, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, context: MythosContext, slot: int) -> Tensor:
         """x [batch, seq, dim] -> the same."""
-        q, k, v = self._latent(x, tables) if self.latent else self._grouped(x, tables)
+        q, k, v = self._latent(x, context.tables) if self.latent else self._grouped(x, context.tables)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, slot)
+        keywords = dict(context.keywords)
+        if isinstance(context.cache, PagedAttentionCache):
+            k, v = context.cache.update(k, v, slot, kwargs=keywords)  # changes them for this slot
+        elif context.cache is not None:
+            k, v = context.cache.update(k, v, slot)
         self.layer_idx = slot  # paged attention reads its cache entry from the module
         implementation = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        out, _ = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        out, _ = attend(self, q, k, v, context.mask, dropout=0.0, scaling=self.scaling, **keywords)
         if self.latent:
             out = out[..., : self.value]
         return self.o_proj(out.reshape(*x.shape[:-1], -1).contiguous())
@@ -227,8 +273,8 @@ class MythosLayer(nn.Module):
         dense = (config.hidden_size, config.intermediate_size)
         self.mlp = MythosMoE(config) if looped else MythosMLP(*dense)
 
-    def forward(self, x: Tensor, loop: int | None = None, **attention) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), **attention)
+    def forward(self, x: Tensor, context: MythosContext, slot: int, loop: int | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context, slot)
         normed = self.post_attention_layernorm(x)
         return x + (self.mlp(normed) if loop is None else self.mlp(normed, loop))
 
@@ -309,15 +355,15 @@ class MythosRecurrentBlock(nn.Module):
         own = layers or [MythosLayer(config, looped=True) for _ in range(config.num_recurrent_layers)]
         self.layers = nn.ModuleList(own)
 
-    def run_layers(self, x: Tensor, loop: int, **attention) -> Tensor:
+    def run_layers(self, x: Tensor, loop: int, context: Any) -> Tensor:
         """The layers once, [batch, seq, dim]; each (loop, layer) has a slot of the cache."""
         for index, layer in enumerate(self.layers):
             slot = self.config.num_prelude_layers + self.config.num_coda_layers + loop * len(self.layers) + index
-            x = layer(x, loop, slot=slot, **attention)
+            x = layer(x, context, slot, loop)
         return x
 
-    def forward(self, e: Tensor, n_loops: int, **attention) -> Tensor:
-        """e [batch, seq, dim] -> h after n_loops, fp32."""
+    def forward(self, e: Tensor, n_loops: int, context: Any) -> Tensor:
+        """e [batch, seq, dim] -> h after n_loops, fp32. context: what the layers take, MythosContext for one's own."""
         config, dtype = self.config, getattr(torch, self.config.state_dtype)
         h = e.to(dtype) if config.initial_state == "embedding" else torch.zeros_like(e, dtype=dtype)
         for loop in range(n_loops):
@@ -329,7 +375,7 @@ class MythosRecurrentBlock(nn.Module):
                 x = self.norm(x + e).float()
             if self.lora is not None and config.lora_target == "input":
                 x = x + self.lora(x, loop)
-            x = self.run_layers(x, loop, **attention)
+            x = self.run_layers(x, loop, context)
             if self.lora is not None and config.lora_target == "output":
                 x = x + self.lora(x, loop)
             h = (x if self.norm is None else injected + x).to(dtype)
@@ -343,7 +389,7 @@ class MythosPreTrainedModel(PreTrainedModel):
     config_class = MythosConfig
     base_model_prefix = "model"
     _no_split_modules = ["MythosLayer", "MythosRecurrentBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keep_in_fp32_modules_strict = ["router", "injection", "loop_embedding"]
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 
@@ -397,50 +443,67 @@ class MythosModel(MythosPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         n_loops: int | None = None,
+        return_dict: bool | None = None,
+        cache: Cache | PagedAttentionCache | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple:
         """input_ids int64 [batch, seq], or inputs_embeds [batch, seq, dim] -> the last hidden state [batch, seq, dim].
 
-        n_loops: how often the block runs (None: the configuration's). Raises ValueError where it is below 1.
+        n_loops: how often the block runs (None: the configuration's). cache and past_key_values: one thing by the names
+        of all versions. kwargs: what transformers declares for attention. Raises ValueError for n_loops below 1, for
+        two caches and for anything but one input, TypeError for an unknown argument.
         """
-        config = self.config
+        config, keywords = self.config, attention_keywords(self, kwargs)
+        cache = one_cache(cache, past_key_values)
         n_loops = config.n_loops if n_loops is None else int(n_loops)
         if n_loops < 1:
             raise ValueError(f"n_loops: given {n_loops}; allowed: 1 or more")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"input_ids, inputs_embeds: {'none' if input_ids is None else 'both'} given; allowed: one")
+        if keywords.get("cu_seq_lens_q") is not None and position_ids is None:
+            raise ValueError("position_ids: not given; cu_seq_lens_q needs those of each sequence")
+        if keywords.get("is_causal") is False and getattr(attention_mask, "ndim", 0) != 4:
+            raise ValueError("is_causal: given False; allowed: True, unless attention_mask has 4 dimensions")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()  # made without the configuration, it grows with the loops
+        if isinstance(cache, PagedAttentionCache) and _CACHE != "cache":
+            # Up to 5.23 the attention itself writes continuous batching's cache.
+            keywords["cache"], cache = cache, None
+            use_cache = False
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen)[None]
         mask = create_causal_mask(
             config=config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{_CACHE: cache},  # not the empty one below, with which packed sequences would see each other
         )
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()  # made without the configuration, it grows with the loops
         width = config.qk_rope_head_dim if config.attention_type == "mla" else config.head_dim
-        attention = {
-            "tables": rotary_tables(position_ids, width, config.rope_parameters["rope_theta"]),
-            "attention_mask": mask,
-            "past_key_values": past_key_values,
-            **kwargs,
-        }
+        tables = rotary_tables(position_ids, width, config.rope_parameters["rope_theta"])
+        context = MythosContext(tables, mask, cache, keywords)
         for slot, layer in enumerate(self.prelude):
-            x = layer(x, slot=slot, **attention)
+            x = layer(x, context, slot)
         e = x if self.prelude_norm is None else self.prelude_norm(x)
-        x = self.recurrent(e, n_loops, **attention).to(e.dtype)
+        x = self.recurrent(e, n_loops, context).to(e.dtype)
         for slot, layer in enumerate(self.coda, len(self.prelude)):
-            x = layer(x, slot=slot, **attention)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x = layer(x, context, slot)
+        out = BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{_CACHE: cache})
+        return out if _as_mapping(self, return_dict) else out.to_tuple()
+
+
+def _as_mapping(module: PreTrainedModel, return_dict: bool | None) -> bool:
+    return bool(module.config.return_dict if return_dict is None else return_dict)
 
 
 class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
     """The language model; `generate(..., n_loops=8)` runs the block eight times per token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    accepts_loss_kwargs = True
+    """To trainers that accumulate: the loss of a part is over the items of the whole batch (num_items_in_batch)."""
 
     def __init__(self, config: MythosConfig):
         super().__init__(config)
@@ -459,39 +522,54 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         n_loops: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
+        cache: Cache | PagedAttentionCache | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """fp32 logits [batch, seq, vocab], or those of logits_to_keep; with labels int64 [batch, seq] also the mean
-        loss of the next tokens, or their sum over num_items_in_batch, with which trainers accumulate."""
-        items = kwargs.pop("num_items_in_batch", None)
+        loss of the next tokens, or their sum over num_items_in_batch, with which trainers accumulate. The rest is as in
+        MythosModel."""
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             n_loops=n_loops,
-            **kwargs,
+            return_dict=True,
+            cache=one_cache(cache, past_key_values),
+            **attention_keywords(self, kwargs),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept, :]).float()
         loss = None
         if labels is not None:
-            vocabulary = self.config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, num_items_in_batch=items)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+            sizes = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, **sizes)
+        whole = CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: out.get(_CACHE)})
+        return whole if _as_mapping(self, return_dict) else whole.to_tuple()
 
-    def generate(self, *args, n_loops: int | None = None, **kwargs):
-        """As in transformers, at any loop count: one prompt's cache holds what n_loops loops need."""
-        if n_loops is None:
-            return super().generate(*args, **kwargs)
-        settings = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        use_cache = kwargs.get("use_cache", (settings or self.generation_config).use_cache)
-        if n_loops > self.config.n_loops and use_cache is not False and kwargs.get("past_key_values") is None:
-            # A cache made from the configuration has as many entries as that has loops.
-            kwargs["past_key_values"] = DynamicCache()
-        return super().generate(*args, n_loops=n_loops, **kwargs)
+    def generate(self, *args, n_loops: int | None = None, cache=None, past_key_values=None, **kwargs):
+        """As in transformers, at any loop count: one prompt's cache holds what n_loops loops need. The cache may be
+        given by either name."""
+        cache = one_cache(cache, past_key_values)
+        if n_loops is not None:
+            settings = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or self.generation_config
+            use_cache = kwargs.get("use_cache", settings.use_cache)
+            kind = kwargs.get("cache_implementation", settings.cache_implementation)
+            if kind is not None and n_loops > self.config.n_loops:
+                raise ValueError(
+                    f"n_loops: given {n_loops}; allowed with cache_implementation {kind!r}: up to the configuration's "
+                    f"{self.config.n_loops}; model.config.n_loops = {n_loops} makes room"
+                )
+            if n_loops != self.config.n_loops and use_cache is not False and cache is None and kind is None:
+                # A cache made from the configuration has as many entries as that has loops.
+                cache = DynamicCache()
+            kwargs["n_loops"] = n_loops
+        if cache is not None:
+            kwargs[_CACHE] = cache
+        return super().generate(*args, **kwargs)
 
 
 # Files hold experts one by one. Registered here, where loading needs it: without it experts would stay random.

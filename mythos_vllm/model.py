@@ -32,9 +32,7 @@ from mythos_hf.modeling_mythos import (
 _EXPERT_PARTS = ("gate", "up", "down")
 
 
-def routed(
-    hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool, **unused: Any
-) -> tuple[Tensor, Tensor]:
+def routed(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """What the router decided, unpacked from where vLLM expects logits (see LoopedExperts)."""
     return gating_output[:, :topk].contiguous(), gating_output[:, topk : 2 * topk].to(torch.int32)
 
@@ -139,10 +137,10 @@ class RecurrentBlock(MythosRecurrentBlock):
         ]
         super().__init__(config, layers)
 
-    def run_layers(self, x: Tensor, loop: int, *, tables: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
-        """The layers once, [tokens, dim]."""
+    def run_layers(self, x: Tensor, loop: int, context: tuple[Tensor, Tensor]) -> Tensor:
+        """The layers once, [tokens, dim]. context: the rotary tables."""
         for layer in self.layers:
-            x = layer(x, tables, loop)
+            x = layer(x, context, loop)
         return x
 
 
@@ -174,7 +172,7 @@ class Model(nn.Module):
         for layer in self.prelude:
             x = layer(x, tables)
         e = x if self.prelude_norm is None else self.prelude_norm(x)
-        x = self.recurrent(e, self.config.n_loops, tables=tables).to(e.dtype)
+        x = self.recurrent(e, self.config.n_loops, tables).to(e.dtype)
         for layer in self.coda:
             x = layer(x, tables)
         return self.norm(x)
@@ -213,7 +211,6 @@ class MythosForCausalLM(nn.Module):
         positions: Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
-        **unused: Any,
     ) -> Tensor:
         """Hidden states of the tokens, [tokens, dim]."""
         return self.model(input_ids, positions, inputs_embeds)

@@ -15,7 +15,7 @@ from mythos_ds.checkpoint.model_folder import load_model, read_facts, save_model
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
-from tests.distributed.cases import toy_model
+from tests.helpers.toy_model import toy_model
 
 transformers = pytest.importorskip("transformers")
 import mythos_hf
@@ -81,13 +81,6 @@ def test_logits_and_cached_generation(name, tmp_path):
             assert torch.equal(cached, theirs.generate(tokens[:1, :8], use_cache=False, **options)), loops
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "hf"
-    export(TINY, folder, dtype="float32")
-    return folder
-
-
 def test_64_cached_tokens_are_the_uncached_ones_and_batches_are_single_prompts(tiny):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
@@ -113,8 +106,9 @@ def test_64_cached_tokens_are_the_uncached_ones_and_batches_are_single_prompts(t
         assert torch.equal(together, torch.stack(single))
 
 
-def test_continuous_batching_gives_the_same_tokens(tiny):
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa").eval()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_continuous_batching_gives_the_same_tokens(attention, tiny):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(10, 4000, (n,), generator=generator).tolist() for n in (5, 17, 9)]
     settings = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1)
@@ -170,7 +164,10 @@ model = AutoModelForCausalLM.from_pretrained(folder{options}).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder{options})
 tokens = tokenizer("def main(", return_tensors="pt", add_special_tokens=False).input_ids
 assert not any(name.startswith("mythos_ds") for name in sys.modules)
-print(model.generate(tokens, max_new_tokens=8, do_sample=False, n_loops=6)[0].tolist())
+options = {{"max_new_tokens": 8, "do_sample": False, "n_loops": 6}}
+cached = model.generate(tokens, **options)
+assert torch.equal(cached, model.generate(tokens, use_cache=False, **options))
+print(cached[0].tolist())
 """
 
 

@@ -1,0 +1,18 @@
+"""What the tests of the exported model share."""
+
+from pathlib import Path
+
+import pytest
+
+TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The released tiny model as a Hugging Face folder, fp32."""
+    pytest.importorskip("transformers")
+    from conversion.huggingface import export
+
+    folder = tmp_path_factory.mktemp("tiny") / "hf"
+    export(TINY, folder, dtype="float32")
+    return folder
