@@ -23,8 +23,8 @@ from mythos_ds.errors import MythosError
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPORT_TESTS = ("tests/parity/test_hf*.py", "tests/unit/test_hf*.py", "tests/unit/test_conversion_hf.py")
-EXPORT_NEEDS = ("numpy", "packaging", "pydantic", "pytest", "rich", "safetensors", "sentencepiece")
-"""What the export's tests import beside torch, transformers and this project."""
+EXPORT_NEEDS = ("numpy", "packaging", "psutil", "pydantic", "pytest", "rich", "safetensors", "sentencepiece")
+"""What the export's tests import beside torch, transformers and this project; psutil for continuous batching on CPU."""
 OLDER_WITH_TRANSFORMERS = {"transformers", "huggingface-hub", "tokenizers"}
 """The libraries whose versions follow the version of transformers."""
 
