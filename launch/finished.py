@@ -1,13 +1,22 @@
 """Whether a run has reached its planned length: exit code 0; or stopped before: 75, start it again. No torch.
 
     python launch/finished.py --config 1t.json [--run-dir DIR] ...      # the arguments of pretrain.py
+    python launch/finished.py --config 1t.json --proxy --world-size 8   # a proxy's directory: on so many processes
 """
 
 import json
+import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from pretrain import parse_arguments
+
+from mythos_ds.config.loader import load_config
+from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.errors import MythosError
+from mythos_ds.train.failure import fail
+from mythos_ds.train.run_directory import default_run_directory
 
 UNFINISHED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h."""
@@ -17,8 +26,10 @@ def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     if arguments.dry_run or arguments.print_config:
         return 0
-    stem = Path(arguments.config).stem + ("-proxy" if arguments.proxy else "")
-    run_dir: Path = arguments.run_dir or Path("runs") / stem
+    try:
+        run_dir = arguments.run_dir or _default(arguments)
+    except MythosError as error:
+        return fail(error, None)
     try:
         total = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["total_steps"]
         # Published checkpoints have a manifest; `latest` may be lost, and training does without it.
@@ -29,6 +40,14 @@ def main(argv: list[str]) -> int:
         return UNFINISHED_EXIT_CODE
     print(f"{run_dir}: step {step} of {total} is saved")
     return 0 if step >= total else UNFINISHED_EXIT_CODE
+
+
+def _default(arguments: Namespace) -> Path:
+    """The directory that pretrain.py chose. MythosError."""
+    loaded = load_config(arguments.config, arguments.overrides)
+    if not arguments.proxy:
+        return default_run_directory(loaded)
+    return default_run_directory(loaded, arguments.world_size or ProcessEnvironment.detect(os.environ).world_size)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import uuid
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, MythosError, ParallelError
+from mythos_ds.train.run_directory import default_run_directory
 
 if TYPE_CHECKING:
     from checks.meeting import Meeting
@@ -38,7 +40,7 @@ GROUP_SHARE = 0.6
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a preset such as tiny or 1t.json")
-    parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>")
+    parser.add_argument("--run-dir", type=Path, help="default: that of training")
     parser.add_argument("--hostfile", type=Path, help="without a launcher: look at these hosts by ssh")
     parser.add_argument("--timeout", type=float, default=180.0, metavar="SECONDS", help="for all checks together")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -53,7 +55,12 @@ class Preflight:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
-        self.run_dir: Path = arguments.run_dir or Path("runs") / Path(arguments.config).stem
+
+    @cached_property
+    def run_dir(self) -> Path:
+        """Where training will write. ConfigError."""
+        given: Path | None = self.arguments.run_dir
+        return given or default_run_directory(load_config(self.arguments.config, self.arguments.overrides))
 
     def resolved(self, processes: int, *, launched: bool = True) -> ResolvedRun:
         """The configuration on so many processes, or on its own cluster where none was launched. ConfigError."""

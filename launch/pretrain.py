@@ -19,12 +19,13 @@ from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.train.failure import fail
+from mythos_ds.train.run_directory import another_layout_note, default_run_directory
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a path, or a preset such as tiny or 1t.json")
-    parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>; docs/launch.md")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="execute what the checkpoint contains; only for files you trust"
@@ -62,8 +63,12 @@ def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: li
     # Imports torch and DeepSpeed, which a dry run and a wrong configuration need not wait for.
     from mythos_ds.train.main import RunRequest, train
 
-    stem = loaded.path.stem + ("-proxy" if arguments.proxy else "")
-    run_dir = arguments.run_dir or Path("runs") / stem
+    run_dir = arguments.run_dir
+    if run_dir is None:
+        run_dir = default_run_directory(loaded, environment.world_size if arguments.proxy else None)
+        note = another_layout_note(loaded, run_dir)
+        if first and note and arguments.resume == "auto" and not arguments.proxy:
+            print(note, flush=True)
     request = RunRequest(resolved, loaded.text, run_dir, arguments.resume, tuple(argv), arguments.allow_pickle)
     train(request, environment)
 

@@ -34,6 +34,6 @@ supervise 'kill -TERM $child' "$python" -m torch.distributed.run \
   --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC:-gpu}" "${meet[@]}" "$program" "$@"
 code=$?
 if [[ "$program" == launch/pretrain.py && ( "$code" == 0 || "$stopped" == 1 ) ]]; then
-  exec "$python" launch/finished.py "$@"
+  exec "$python" launch/finished.py "$@" --world-size "$((${NNODES:-1} * processes))"
 fi
 exit "$code"

@@ -16,6 +16,7 @@ from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.config.schema import ClusterConfig
 from mythos_ds.data.command import run_tool, tool_parser
 from mythos_ds.errors import ConfigError
+from mythos_ds.train.run_directory import default_run_directory
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 SHUTDOWN_S = 30
@@ -79,7 +80,7 @@ def render_kubernetes(cluster: ClusterConfig, options: Namespace) -> str:
         "grace": options.grace,
         "shutdown_text": str(options.grace - SHUTDOWN_S),
         "image": options.image,
-        "arguments": _arguments(options, f"{options.mount}/runs/{Path(options.config).stem}"),
+        "arguments": _arguments(options, f"{options.mount}/{_run_directory(options)}"),
         "master": f"{options.name}-0.{options.name}",
         "mount": options.mount,
         "claim": options.claim,
@@ -106,6 +107,10 @@ def _arguments(options: Namespace, default_run_dir: str | None = None) -> list[s
     """Those of launch/pretrain.py."""
     run_dir = options.run_dir or default_run_dir
     return ["--config", options.config, *(["--run-dir", run_dir] if run_dir else []), *options.overrides]
+
+
+def _run_directory(options: Namespace) -> Path:
+    return default_run_directory(load_config(options.config, options.overrides))
 
 
 def _cluster(options: Namespace) -> ClusterConfig:
@@ -144,7 +149,7 @@ def parser() -> ArgumentParser:
     kubernetes.set_defaults(render=render_kubernetes)
     for kind in (slurm, kubernetes):
         kind.add_argument("--config", required=True, help="as the nodes find it: a path, or a preset such as 1t.json")
-        kind.add_argument("--run-dir", help="default: runs/<config name>, in Kubernetes below --mount")
+        kind.add_argument("--run-dir", help="default: that of training, in Kubernetes below --mount")
         kind.add_argument("--name", default="mythos", help="of the job")
         kind.add_argument("--grace", type=int, default=300, help="seconds for the last step and its checkpoint")
         kind.add_argument("--output", type=Path, help="default: standard output")

@@ -17,14 +17,42 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import mythos_ds
+from mythos_ds.config.loader import LoadedConfig, parse_json
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.config.schema import ParallelConfig
 from mythos_ds.durable import write_atomic
 from mythos_ds.errors import CheckpointError
 from mythos_ds.train.schedule import PlannedLength
 
 MANIFEST_FORMAT = 1
+RUNS = Path("runs")
+LAYOUT = {"pp_size": "pp", "ep_size": "ep", "zero_stage": "zero"}
+"""Settings of `parallel` that cut a run's states over processes, and what they are called in a directory's name."""
 _DATASET = "dataset"
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "sentencepiece", "pydantic")
+
+
+def default_run_directory(loaded: LoadedConfig, proxy_processes: int | None = None) -> Path:
+    """The directory of a run that is given none: `runs/<file>`, with what makes another run than the file's.
+
+    That is a layout from the command line (`runs/tiny-ep2-zero1`), and being a proxy, whose batch follows from the
+    number of its processes (`runs/1t-proxy-x4-pp2`). Any other run keeps its directory on any number of processes.
+    """
+    name = loaded.path.stem + (f"-proxy-x{proxy_processes}" if proxy_processes is not None else "")
+    in_file = parse_json(loaded.text, loaded.path.name, []).get("parallel") or {}
+    for key, short in LAYOUT.items():
+        value = getattr(loaded.config.parallel, key)
+        if value != in_file.get(key, ParallelConfig.model_fields[key].default):
+            name += f"-{short}" + "-".join(str(size) for size in (value if isinstance(value, list) else [value]))
+    return RUNS / name
+
+
+def another_layout_note(loaded: LoadedConfig, run_dir: Path) -> str | None:
+    """What to tell who starts afresh in the directory of another layout, beside a run of the file's own layout."""
+    own = RUNS / loaded.path.stem
+    if run_dir == own or run_dir.exists() or not RunDirectory(own).manifest.is_file():
+        return None
+    return f"{run_dir}: another layout than the file's is a run of its own; to go on from {own} give --resume {own}"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import render_launch
@@ -128,6 +129,7 @@ def test_kubernetes_is_rendered_from_the_cluster():
     assert container["image"] == "registry/mythos:1"
     run = ["--run-dir", "/shared/runs/1t"]
     assert container["args"] == ["--config", "1t.json", *run, "data.data_dir=/shared/data"]
+    assert "/shared/runs/1t-ep64" in _render([*KUBERNETES, "parallel.ep_size=64"])
     assert job["metadata"]["name"] == "big"
     assert "mythos" not in rendered.split("apiVersion", 1)[1].replace("registry/mythos", "")
     assert not re.search(r"#= \w+$", rendered, re.M)
@@ -225,13 +227,53 @@ def _main(arguments: list[str]) -> int:
     return render_launch.run_tool(render_launch.parser(), render_launch.work, arguments)
 
 
-def test_finished_tells_whether_a_run_has_its_length(tmp_path, monkeypatch):
+def _program(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A program of launch/ as a module."""
     monkeypatch.syspath_prepend(str(LAUNCH))
-    spec = importlib.util.spec_from_file_location("finished", LAUNCH / "finished.py")
+    spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    finished = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(finished)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def finished(monkeypatch):
+    """launch/finished.py."""
+    return _program("finished", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "directory"),
+    [([], "runs/1t"), (["parallel.ep_size=64"], "runs/1t-ep64"), (["--run-dir", "x", "parallel.ep_size=64"], "x")],
+)
+def test_preflight_looks_where_training_will_write(monkeypatch, arguments, directory):
+    preflight = _program("preflight", monkeypatch)
+    parsed = preflight.parse_arguments(["--config", "1t.json", *arguments])
+    assert preflight.Preflight(parsed).run_dir == Path(directory)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["parallel.ep_size=64", "training.seed=1"], "1t-ep64"),
+        (["--proxy", "--world-size", "4", "parallel.pp_size=2"], "1t-proxy-x4-pp2"),
+        (["--proxy"], "1t-proxy-x1"),
+    ],
+)
+def test_finished_looks_where_training_wrote(finished, tmp_path, monkeypatch, arguments, name):
+    monkeypatch.chdir(tmp_path)
+    tag = tmp_path / "runs" / name / "checkpoints" / "step_00000012"
+    tag.mkdir(parents=True)
+    (tag / "manifest.json").write_text("{}")
+    (tmp_path / "runs" / name / "manifest.json").write_text(json.dumps({"total_steps": 12}))
+    assert finished.main(["--config", "1t.json", *arguments]) == 0
+    assert finished.main(["--config", "1t.json", *arguments, "parallel.ep_size=2"]) == 75
+    assert finished.main(["--config", "1t.json", *arguments, "parallel.zero_stage=9"]) == 2
+
+
+def test_finished_tells_whether_a_run_has_its_length(finished, tmp_path):
     arguments = ["--config", "tiny.json", "--run-dir", str(tmp_path)]
     assert finished.main(arguments) == 75
     (tmp_path / "checkpoints").mkdir()

@@ -1,6 +1,7 @@
 """A run pins what it is; it may be continued and extended, not changed."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,9 @@ from mythos_ds.errors import CheckpointError
 from mythos_ds.train.run_directory import (
     Phase,
     RunDirectory,
+    another_layout_note,
     continue_manifest,
+    default_run_directory,
     new_manifest,
     package_versions,
     with_dataset,
@@ -30,6 +33,54 @@ def planned(*overrides):
 def manifest(*overrides):
     """A stored manifest."""
     return with_dataset(planned(*overrides), IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "processes", "name"),
+    [
+        ("tiny.json", [], None, "tiny"),
+        ("tiny", ["parallel.zero_stage=1", "parallel.ep_size=2"], None, "tiny-ep2-zero1"),
+        ("tiny", ["training.max_steps=5", "data.data_dir=x", "parallel.timeout_s=60"], None, "tiny"),
+        ("tiny", ["parallel.zero_stage=3", "parallel.pp_size=1", "parallel.ep_size=auto"], None, "tiny"),
+        ("1t", ["parallel.ep_size=256"], None, "1t"),
+        ("1t", ["parallel.ep_size=64"], None, "1t-ep64"),
+        ("1t", ["parallel.ep_size=null"], None, "1t-epauto"),
+        ("10b", ["parallel.ep_size=2", "parallel.pp_size=[1,2,1]"], None, "10b-pp1-2-1-ep2"),
+        ("1t", ["data.data_dir=data"], 2, "1t-proxy-x2"),
+        ("1t", ["parallel.pp_size=2"], 4, "1t-proxy-x4-pp2"),
+    ],
+)
+def test_a_proxy_and_another_layout_have_directories_of_their_own(config, overrides, processes, name):
+    assert default_run_directory(load_config(config, overrides), processes) == Path("runs") / name
+
+
+def test_the_layout_is_compared_with_the_file(tmp_path):
+    """Written into the file it is the file's own."""
+    content = json.loads(load_config("tiny").text)
+    content["parallel"]["zero_stage"] = 1
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    names = [str(default_run_directory(load_config(str(path), [f"parallel.zero_stage={n}"]))) for n in (1, 3)]
+    assert names == ["runs/mine", "runs/mine-zero3"]
+    del content["parallel"]
+    path.write_text(json.dumps(content))
+    assert default_run_directory(load_config(str(path), ["parallel.ep_size=2"])) == Path("runs/mine-ep2")
+
+
+def test_a_fresh_start_in_another_layout_says_where_the_run_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = load_config("tiny", ["parallel.ep_size=2"])
+    other = default_run_directory(loaded)
+    assert another_layout_note(loaded, other) is None
+    RunDirectory(Path("runs/tiny")).root.mkdir(parents=True)
+    Path("runs/tiny/manifest.json").write_text("{}")
+    note = another_layout_note(loaded, other)
+    assert note is not None
+    assert note.startswith("runs/tiny-ep2: another layout")
+    assert note.endswith("--resume runs/tiny")
+    assert another_layout_note(loaded, Path("runs/tiny")) is None
+    other.mkdir()
+    assert another_layout_note(loaded, other) is None, "it goes on with its own run"
 
 
 def test_manifest_survives_the_file(tmp_path):
