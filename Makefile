@@ -2,6 +2,7 @@
 #   PYTHON=python3.12   the interpreter the environment is made from
 #   VENV=.venv          where it is made; VENV= (empty) uses PYTHON's own environment, for machines with torch in place
 #   TORCH=torch==2.13.0 what to install where torch is missing
+#   ARGS="training.max_steps=100"   settings of the quickstart's training other than tiny.json's
 # Everything else is installed at the versions of requirements.lock, also where another one is in place.
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,7 +36,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 quickstart: setup
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
 	$(PY) tools/build_corpus.py
-	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR)
+	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR) $(ARGS)
 
 # Goes on from the quickstart's checkpoint, to step 1200.
 continue: setup

@@ -1,0 +1,87 @@
+"""The README's blocks say where they run, and no two of its runs share a directory."""
+
+import shlex
+
+import pytest
+
+from mythos_ds.config.loader import load_config
+from mythos_ds.train.run_directory import default_run_directory
+from tests.helpers.readme import CLUSTER, LAPTOP, OUTPUT, README, Command, fenced_blocks
+
+TEXT = """Text.
+
+```sh laptop
+make it      # a comment
+
+run one \\
+  --more     # of it
+```
+
+```text output
+it
+```
+
+```sh cluster
+far away
+```
+
+```console laptop
+$ say yes '#1'
+yes
+$ say no  # nothing
+```
+"""
+
+
+def test_blocks_and_their_commands():
+    blocks = fenced_blocks(TEXT)
+    assert [block.kind for block in blocks] == [LAPTOP, OUTPUT, CLUSTER, LAPTOP]
+    assert [block.line for block in blocks] == [3, 10, 14, 18]
+    assert [one.text.split() for one in blocks[0].commands()] == [["make", "it"], ["run", "one", "--more"]]
+    assert blocks[1].lines == ("it",)
+    assert blocks[3].commands() == [Command("say yes '#1'", ("yes",)), Command("say no", ())]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\n```\nmake\n```\n", "line 2: a block marked ''; allowed: "),
+        ("```sh\nmake\n```\n", "line 1: a block marked 'sh'"),
+        ("```sh laptop\nmake\n```\n\n~~~sh desktop\nmake\n~~~\n", "line 5: a block marked 'sh desktop'"),
+        ("  ```\n  make\n  ```\n", "line 1: a block marked ''"),
+        ("\n```sh laptop\nmake\n", "line 2: this block never ends"),
+    ],
+)
+def test_an_unmarked_block_is_refused(text, message):
+    with pytest.raises(ValueError, match="line") as caught:
+        fenced_blocks(text)
+    assert str(caught.value).startswith(message)
+
+
+def test_output_without_a_command_is_refused():
+    block = fenced_blocks("```console laptop\nyes\n$ say yes\n```")[0]
+    with pytest.raises(ValueError, match="line 1: a console block begins with a command"):
+        block.commands()
+
+
+def test_every_block_of_the_readme_is_marked():
+    blocks = fenced_blocks(README.read_text())
+    assert {block.kind for block in blocks} == {LAPTOP, CLUSTER, OUTPUT}
+    assert all(block.commands() for block in blocks if block.kind != OUTPUT)
+
+
+def test_no_two_runs_of_the_readme_share_a_directory():
+    """Those that are given none and are no plan: each a proxy or a layout of its own."""
+    chosen = []
+    for block in fenced_blocks(README.read_text()):
+        for command in block.commands() if block.kind != OUTPUT else ():
+            words = shlex.split(command.text)
+            if "launch/pretrain.py" not in words or {"--run-dir", "--dry-run"} & set(words):
+                continue
+            if any(line.startswith("error:") for line in command.prints):
+                continue
+            config, overrides = words[words.index("--config") + 1], [word for word in words if "=" in word]
+            processes = int(words[words.index("--num_gpus") + 1]) if "--proxy" in words else None
+            chosen.append(default_run_directory(load_config(config, overrides), processes))
+    assert len(chosen) >= 3
+    assert len(set(chosen)) == len(chosen), chosen
