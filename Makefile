@@ -111,7 +111,7 @@ VLLM_PY := .cache/vllm/bin/python
 	@touch $@
 
 vllm-parity: setup .cache/vllm/.installed
-	PYTHONPATH=.:tools $(PY) tests/optional/export_for_vllm.py .cache/vllm-models
+	$(PY) -m tests.optional.export_for_vllm .cache/vllm-models
 	$(VLLM_PY) tests/optional/vllm_parity.py .cache/vllm-models/tiny .cache/vllm-models/latent
 
 clean:

@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mythos_ds" / "__init__.py").read_text()).group(1)
+BESIDE = {"mythos_ds.presets": "ds_configs", "mythos_ds.tools": "tools", "mythos_ds.launch": "launch"}
 
 setup(
     name="mythos_ds",
@@ -16,10 +17,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # The presets travel in a wheel as package data; in a checkout they are found beside the package.
-    packages=[*find_packages(include=["mythos_ds", "mythos_ds.*", "mythos_hf", "mythos_vllm"]), "mythos_ds.presets"],
-    package_dir={"mythos_ds.presets": "ds_configs"},
-    package_data={"mythos_ds": ["py.typed"], "mythos_ds.presets": ["*.json"]},
+    # Presets, mains and job files lie beside the package in a checkout, and travel inside it in a wheel.
+    packages=[*find_packages(include=["mythos_ds", "mythos_ds.*", "mythos_hf", "mythos_vllm"]), *BESIDE],
+    package_dir=BESIDE,
+    package_data={
+        "mythos_ds": ["py.typed"],
+        "mythos_ds.presets": ["*.json"],
+        "mythos_ds.launch": ["*.sh", "*.sbatch", "*.yaml"],
+    },
     # Upper bounds are the newest minor release that the tests ran on, for each library that is subclassed or patched or
     # whose files are read: a newer one may compute something else, silently. `make test-newest` tries what is newer.
     install_requires=[

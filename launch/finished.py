@@ -10,12 +10,12 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from pretrain import parse_arguments
+from mythos_ds.launch.pretrain import parse_arguments
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import MythosError
-from mythos_ds.train.failure import fail
+from mythos_ds.resilience.failure import fail
 from mythos_ds.train.run_directory import default_run_directory
 
 UNFINISHED_EXIT_CODE = 75

@@ -17,11 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checks import facts
-from checks.hostfile import Line, read_hostfile
-from checks.reach import ask
-from checks.report import Check, as_json, passed, places, show
-
+from mythos_ds.cluster.hostfile import Line, read_hostfile
+from mythos_ds.cluster.preflight import host_facts
+from mythos_ds.cluster.preflight.report import Check, as_json, passed, places, show
+from mythos_ds.cluster.preflight.ssh import ask
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.environment import ProcessEnvironment
@@ -29,7 +28,7 @@ from mythos_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, MythosError, Par
 from mythos_ds.train.run_directory import default_run_directory
 
 if TYPE_CHECKING:
-    from checks.meeting import Meeting
+    from mythos_ds.cluster.preflight.rendezvous import Meeting
 
 FAILED_EXIT_CODE = 1
 FAREWELL_S = 5.0
@@ -84,14 +83,14 @@ class Preflight:
         processes = sum(line.slots for line in lines)
         resolved = self.resolved(processes)
         token = uuid.uuid4().hex[:12]
-        with facts.Markers(self.run_dir, resolved.config.data, token) as markers:
+        with host_facts.Markers(self.run_dir, resolved.config.data, token) as markers:
             told = ["--facts", "-" if markers.problems else token, str(processes), *self._same_question()]
             found, reached = ask(lines, Path(__file__).resolve(), told, self.arguments.timeout)
         checks = [_layout(resolved, lines), reached]
         checks += [Check("run directory", False, places(markers.problems))] if markers.problems else []
         if found:
-            checks += facts.verdicts(found, resolved)
-            checks.append(facts.clocks([(fact["host"], fact["offset"]) for fact in found], 0.0))
+            checks += host_facts.verdicts(found, resolved)
+            checks.append(host_facts.clocks([(fact["host"], fact["offset"]) for fact in found], 0.0))
         return self.report(checks, [line.host for line in lines], processes)
 
     def _same_question(self) -> list[str]:
@@ -102,12 +101,12 @@ class Preflight:
         token, processes = self.arguments.facts
         resolved = self.resolved(int(processes))
         token = None if token == "-" else token
-        print(json.dumps(facts.gather(resolved, self.run_dir, token, write=True)))
+        print(json.dumps(host_facts.gather(resolved, self.run_dir, token, write=True)))
         return 0
 
     def by_launcher(self, environment: ProcessEnvironment) -> int:
         """One process of many (or the only one), started as training will be."""
-        from checks.meeting import Absent, Meeting, Watchdog
+        from mythos_ds.cluster.preflight.rendezvous import Absent, Meeting, Watchdog
 
         def expire() -> None:
             _complain(f"preflight: rank {environment.rank}: hangs; ended after {self.arguments.timeout:g} s")
@@ -142,7 +141,7 @@ class Preflight:
             return _part(meeting, USER_ERROR_EXIT_CODE)
         token = uuid.uuid4().hex[:12]
         checks: list[Check] = []
-        with facts.Markers(self.run_dir, resolved.config.data, token) as markers:
+        with host_facts.Markers(self.run_dir, resolved.config.data, token) as markers:
             checks += [Check("run directory", False, places(markers.problems))] if markers.problems else []
             hosts = self._stages(meeting, checks, resolved, None if markers.problems else token)
         code = self.report(checks, hosts, processes)
@@ -150,14 +149,14 @@ class Preflight:
 
     def _stages(self, meeting: "Meeting", checks: list[Check], resolved: ResolvedRun, token: str | None) -> list[str]:
         """Appends to `checks` until a stage fails in a way that makes the next one pointless; returns the hosts."""
-        from checks import devices
-        from checks.meeting import nodes_of
+        from mythos_ds.cluster.preflight import devices
+        from mythos_ds.cluster.preflight.rendezvous import nodes_of
 
         found = self._stage("facts", token, meeting, checks)
         if found is None:
             return ["?"]
         hosts = [fact["host"] for fact in found]
-        checks += facts.verdicts(found, resolved)
+        checks += host_facts.verdicts(found, resolved)
         names = [f"rank {rank} ({host})" for rank, host in enumerate(hosts)]
         found = self._stage("device", True, meeting, checks)
         if found is None:
@@ -170,12 +169,12 @@ class Preflight:
         checks += devices.link_verdicts([fact["speeds"] for fact in found], names, judge=on_gpu)
         offsets = [sorted(fact["offsets"])[len(fact["offsets"]) // 2] for fact in found]
         spread = max(max(fact["offsets"]) - min(fact["offsets"]) for fact in found)
-        checks.append(facts.clocks(list(zip(hosts, offsets, strict=True)), spread))
+        checks.append(host_facts.clocks(list(zip(hosts, offsets, strict=True)), spread))
         return hosts
 
     def _stage(self, stage: str, announced: Any, meeting: "Meeting", checks: list[Check]) -> list[Any] | None:
         """Everybody's answer, or None with a failed check that names who has none."""
-        from checks.meeting import Absent
+        from mythos_ds.cluster.preflight.rendezvous import Absent
 
         meeting.announce(stage, announced if announced is not None else "")
         meeting.tell(stage, self._take_part(stage, meeting, announced))
@@ -190,27 +189,27 @@ class Preflight:
             return None
         return found
 
-    def _take_part(self, stage: str, meeting: "Meeting", announced: Any) -> facts.Facts:
+    def _take_part(self, stage: str, meeting: "Meeting", announced: Any) -> host_facts.Facts:
         """This rank's answer; what went wrong in it is an answer too."""
         try:
             if stage == "facts":
                 resolved = self._resolved_here(meeting.environment)
                 one_of_host = meeting.environment.local_rank == 0
-                return facts.gather(resolved, self.run_dir, announced or None, write=one_of_host)
+                return host_facts.gather(resolved, self.run_dir, announced or None, write=one_of_host)
             return _device(meeting) if stage == "device" else _links(meeting, announced)
         except Exception as error:
             message = str(error).splitlines() or [""]
             return {"error": f"{type(error).__name__}: {message[0]}"}
 
 
-def _device(meeting: "Meeting") -> facts.Facts:
-    from checks import devices
+def _device(meeting: "Meeting") -> host_facts.Facts:
+    from mythos_ds.cluster.preflight import devices
 
     return devices.device_facts(devices.pick_device(meeting.environment))
 
 
-def _links(meeting: "Meeting", nodes: dict[str, list[int]]) -> facts.Facts:
-    from checks import devices
+def _links(meeting: "Meeting", nodes: dict[str, list[int]]) -> host_facts.Facts:
+    from mythos_ds.cluster.preflight import devices
 
     device = devices.pick_device(meeting.environment)
     devices.open_group(meeting.environment, device, meeting.store, meeting.left_s * GROUP_SHARE)
@@ -235,7 +234,7 @@ def _layout(resolved: ResolvedRun, lines: list[Line]) -> Check:
 
 def _part(meeting: "Meeting", code: int) -> int:
     """Tell everybody the exit code, and stay until they know it: the store ends with this process."""
-    from checks.meeting import Absent
+    from mythos_ds.cluster.preflight.rendezvous import Absent
 
     for stage in ("facts", "device", "links"):
         if not meeting.announced(stage):

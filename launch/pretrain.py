@@ -18,7 +18,7 @@ from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError, MythosError
-from mythos_ds.train.failure import fail
+from mythos_ds.resilience.failure import fail
 from mythos_ds.train.run_directory import another_layout_note, default_run_directory
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: li
             print(describe(arguments, resolved))
         return
     # Imports torch and DeepSpeed, which a dry run and a wrong configuration need not wait for.
-    from mythos_ds.train.main import RunRequest, train
+    from mythos_ds.train.run import RunRequest, train
 
     run_dir = arguments.run_dir
     if run_dir is None:
@@ -95,7 +95,7 @@ def plan(
 def describe(arguments: argparse.Namespace, resolved: ResolvedRun) -> str:
     if arguments.print_config:
         return json.dumps(resolved.as_dict(), indent=2)
-    from mythos_ds.plan.report import dry_run_report
+    from mythos_ds.costs.dry_run import dry_run_report
 
     return dry_run_report(resolved)
 

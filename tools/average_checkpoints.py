@@ -16,16 +16,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conversion.arguments import BANDWIDTH, add_writing, check_writing
-from conversion.average import SAME_LINEAGE, Mean, Member, check_members, likeness, lineage_facts, write_companions
-from conversion.estimate import Estimate, estimate, print_estimate
-from conversion.progress import byte_progress
-from conversion.verified import require_whole
-
-from mythos_ds.checkpoint.tensor_files import TensorFolder
-from mythos_ds.checkpoint.tensor_writer import plan_files, write_tensors
-from mythos_ds.data.command import run_tool
+from mythos_ds.byte_progress import byte_progress
+from mythos_ds.conversion.average import (
+    SAME_LINEAGE,
+    Mean,
+    Member,
+    check_members,
+    likeness,
+    lineage_facts,
+    write_companions,
+)
+from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
+from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_writing
 from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.mains import run_tool
+from mythos_ds.weights.checksums import require_whole
+from mythos_ds.weights.reader import TensorFolder
+from mythos_ds.weights.writer import plan_files, write_tensors
 
 
 def parser() -> ArgumentParser:

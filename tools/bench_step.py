@@ -96,7 +96,7 @@ def _resolve(arguments: argparse.Namespace, world_size: int) -> Any:
 
 
 def _loops(resolved: Any, step: int) -> tuple[int, int]:
-    from mythos_ds.model.depth import DepthSampler
+    from mythos_ds.model.sequence_depths import DepthSampler
 
     n_loops = DepthSampler.of(resolved.config).loops_at(step)
     return n_loops, min(n_loops, resolved.mean_backprop_depth)
@@ -115,10 +115,10 @@ def _batch(resolved: Any, step: int, rows: int, first: int) -> dict[str, Any]:
 
 
 def _time_deepspeed(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mythos_ds.costs.pipeline import predict
     from mythos_ds.engine.build import build_engine
     from mythos_ds.environment import ProcessEnvironment
     from mythos_ds.parallel.groups import init_parallel
-    from mythos_ds.plan.pipeline import predict
 
     environment = ProcessEnvironment.detect(os.environ)
     resolved = _resolve(arguments, environment.world_size)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mythos_ds.data.builtin import prepare_builtin
-from mythos_ds.data.command import run_tool, tool_parser
 from mythos_ds.data.corpus import DEFAULT_BYTES, build_corpus, write_corpus
+from mythos_ds.mains import run_tool, tool_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,17 +19,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from experiments.hardware import describe
-from planning.memory import stage_memory, states
-from planning.paced import idle_share
-from planning.traffic import traffic
-
+from mythos_ds.bench.paced_pipeline import idle_share
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve
-from mythos_ds.data.command import run_tool
-from mythos_ds.durable import write_atomic
+from mythos_ds.costs.pipeline import predict
 from mythos_ds.errors import ConfigError
-from mythos_ds.plan.pipeline import predict
+from mythos_ds.io import write_atomic
+from mythos_ds.mains import run_tool
+from mythos_ds.plan.memory import stage_memory, states
+from mythos_ds.plan.traffic import traffic
+from mythos_ds.provenance import describe
 
 _BASE = (
     "model.dim=128", "model.ffn_dim=384", "model.expert_dim=64", "model.n_experts=16", "model.recurrent_layers=2",
@@ -217,8 +216,7 @@ def compare(case: Case, resolved: ResolvedRun, found: dict[str, Any], exchanged:
 
 
 def run_processes(case: dict[str, Any], processes: int) -> list[dict[str, Any]]:
-    """What each rank of `planning.measured` found. Raises ConfigError with its output where one failed."""
-    tools = Path(__file__).resolve().parent
+    """What each calibration worker found. Raises ConfigError with its output where one failed."""
     with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
         folder = Path(name)
         (folder / "case.json").write_text(json.dumps(case))
@@ -227,9 +225,9 @@ def run_processes(case: dict[str, Any], processes: int) -> list[dict[str, Any]]:
         probe.close()
         common = {
             "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1, "PYTHONPATH": f"{tools}{os.pathsep}{tools.parent}",
+            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1,
         }  # fmt: skip
-        command = [sys.executable, "-m", "planning.measured", str(folder / "case.json"), str(folder)]
+        command = [sys.executable, "-m", "mythos_ds.bench.calibration_worker", str(folder / "case.json"), str(folder)]
         started = [
             subprocess.Popen(
                 command,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from mythos_ds.checkpoint.model_folder import TOKENIZER, load_model, read_facts
-from mythos_ds.data.command import run_tool
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError
-from mythos_ds.model.generation import generate
+from mythos_ds.inference.generate import generate
+from mythos_ds.mains import run_tool
+from mythos_ds.weights.model_folder import TOKENIZER, load_model, read_facts
 
 
 def parser() -> ArgumentParser:

@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conversion.estimate import readable
-from conversion.merging import newest_tag
-from conversion.progress import byte_progress
 from rich.console import Console
 from rich.table import Table
 
-from mythos_ds.checkpoint import files
-from mythos_ds.checkpoint.model_folder import CONFIG
+from mythos_ds.byte_progress import byte_progress
+from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.portable import open_state, read_layout
-from mythos_ds.checkpoint.tensor_files import TensorFolder, TensorSource
-from mythos_ds.checkpoint.tensor_writer import row_pieces
-from mythos_ds.checkpoint.trusted import executes_pickles, executing_pickles
-from mythos_ds.data.command import run_tool
+from mythos_ds.conversion.estimate import readable
+from mythos_ds.conversion.merge import newest_tag
 from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.mains import run_tool
+from mythos_ds.weights.model_folder import CONFIG
+from mythos_ds.weights.reader import TensorFolder, TensorSource
+from mythos_ds.weights.safe_load import executes_pickles, executing_pickles
+from mythos_ds.weights.writer import row_pieces
 
 
 def parser() -> ArgumentParser:
@@ -70,14 +70,14 @@ def inspect(arguments: Namespace) -> None:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
     """Facts about what is at `path`, and its tensors by kind. Raises CheckpointError where it is neither."""
     if (path / CONFIG).is_file():
-        content = files.read_json(path / CONFIG)
+        content = manifest.read_json(path / CONFIG)
         if not isinstance(content, dict) or "model" not in content:
             raise CheckpointError(f"{path / CONFIG}: not a model folder's configuration")
         if executes_pickles():
             raise ConfigError(f"--allow-pickle: given for {path}, whose weights are not pickled")
         return {"model folder": str(path), "facts": content.get("facts", {})}, {"weights": TensorFolder(path)}
     tag = newest_tag(path)
-    state = files.read_json(tag / files.STATE)
+    state = manifest.read_json(tag / manifest.STATE)
     sources, updates = open_state(tag)
     facts = {
         "checkpoint": str(tag),
@@ -85,7 +85,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
         "optimizer updates": int(updates),
         "sequences read": state["consumed_samples"],
         "layout": read_layout(tag),
-        "bytes on disk": sum(record.size for record in files.read_manifest(tag).values()),
+        "bytes on disk": sum(record.size for record in manifest.read_manifest(tag).values()),
     }
     return facts, dict(sources)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mythos_ds.data.command import run_tool, tool_parser
 from mythos_ds.data.inspection import Boundaries, DatasetView, LengthBin, length_histogram, save_histogram
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.mains import run_tool, tool_parser
 
 _BAR_WIDTH = 40
 

@@ -16,14 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from experiments.hardware import describe
-from experiments.report import write_summary
-from experiments.study import Study, write_report
-from experiments.sweep import run_all, run_folder
-from studies.registry import STUDIES
-
-from mythos_ds.data.command import INTERRUPTED_EXIT_CODE, run_tool
 from mythos_ds.errors import LabError
+from mythos_ds.lab.studies.registry import STUDIES
+from mythos_ds.lab.study import Study, write_report
+from mythos_ds.lab.summary_page import write_summary
+from mythos_ds.lab.sweep import run_all, run_folder
+from mythos_ds.mains import INTERRUPTED_EXIT_CODE, run_tool
+from mythos_ds.provenance import describe
 from mythos_ds.train.run_directory import git_commit
 
 

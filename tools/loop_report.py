@@ -19,23 +19,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from conversion.openmythos import convert_openmythos, openmythos_config
-from experiments.gate import open_text
-from experiments.hardware import describe
-from experiments.study import markdown
-from inspection import depth_curve, halting, routing, stability
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from mythos_ds.checkpoint.model_folder import TOKENIZER, load_model, read_facts
-from mythos_ds.data.command import run_tool
-from mythos_ds.data.stream import BatchStream
+from mythos_ds.analysis import depth_curve, exit_rule_comparison, routing, stability
+from mythos_ds.conversion.openmythos import convert_openmythos, openmythos_config
+from mythos_ds.data.batches import BatchStream
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.durable import write_atomic
 from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.io import write_atomic
+from mythos_ds.lab.study import markdown
+from mythos_ds.mains import run_tool
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.provenance import describe
+from mythos_ds.train.exit_gate import open_text
+from mythos_ds.weights.model_folder import TOKENIZER, load_model, read_facts
 
 ROWS = 4
 _SEQ_LEN = 256
@@ -133,7 +133,7 @@ def held_out(model: MythosModel, checkpoint: Path, data_dir: Path, n: int, seq_l
     stream = BatchStream(data.valid, start_sample=0, micro_batch_size=ROWS, dp_rank=0, dp_size=1)
     batches = list(islice(stream, n))
     for batch in batches:
-        batch["classes"] = halting.token_classes(data.tokenizer, batch["tokens"])
+        batch["classes"] = exit_rule_comparison.token_classes(data.tokenizer, batch["tokens"])
     return batches, note
 
 
@@ -154,7 +154,7 @@ def measure_all(model: MythosModel, batches: Batches) -> dict[str, Any]:
     }
     results: dict[str, Any] = {}
     if model.recurrent.halting is None:
-        parts["halting"] = lambda: halting.measure(model, batches, 2 * trained)
+        parts["halting"] = lambda: exit_rule_comparison.measure(model, batches, 2 * trained)
     else:
         results["halting"] = {"not_measured": f"exit rules are for models without ACT ({model.config.halting})"}
     with Progress(console=Console(stderr=True)) as progress:
@@ -172,7 +172,7 @@ def write(output: Path, facts: dict[str, str], results: dict[str, Any]) -> None:
         "stability": (stability.draw, _stability),
         "depth_curve": (depth_curve.draw, _depth_curve),
         "routing": (routing.draw, _routing),
-        "halting": (halting.draw, _halting),
+        "halting": (exit_rule_comparison.draw, _halting),
     }
     output.mkdir(parents=True, exist_ok=True)
     lines = ["# Loop report", "", *(f"* {name}: {value}" for name, value in facts.items()), ""]

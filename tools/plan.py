@@ -17,18 +17,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from planning.compare import comparison, print_comparison
-from planning.gpus import GPUS, Gpu, read_gpu
-from planning.layouts import Layout, examine, first_remedy, ranked, with_changes
-from planning.report import as_numbers, draw, print_plan
 from rich.console import Console
 
 from mythos_ds.config.loader import load_config
+from mythos_ds.config.rules.check import steps_of
 from mythos_ds.config.schema import RunConfig
-from mythos_ds.config.validation import steps_of
-from mythos_ds.data.command import run_tool
-from mythos_ds.durable import write_atomic
 from mythos_ds.errors import ConfigError
+from mythos_ds.hardware import GPUS, Gpu, read_gpu
+from mythos_ds.io import write_atomic
+from mythos_ds.mains import run_tool
+from mythos_ds.plan.compare import comparison, print_comparison
+from mythos_ds.plan.layouts import Layout, examine, first_remedy, ranked, with_changes
+from mythos_ds.plan.report import as_numbers, draw, print_plan
 
 _SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
-from mythos_ds.config.stages import is_pipelined
-from mythos_ds.data.command import run_tool, tool_parser
+from mythos_ds.costs.pipeline import PipelinePrediction, Visit, predict
+from mythos_ds.costs.preset_page import short
 from mythos_ds.errors import ConfigError, MythosError
-from mythos_ds.plan.pipeline import PipelinePrediction, Visit, predict
-from mythos_ds.plan.table import short
+from mythos_ds.mains import run_tool, tool_parser
 
 # Forward and backward.
 _COLOURS = {

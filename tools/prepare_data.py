@@ -6,11 +6,11 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mythos_ds.data.command import counted_progress, run_tool, tool_parser
+from mythos_ds.data.dataset_info import DatasetInfo
 from mythos_ds.data.prepare import prepare_dataset
-from mythos_ds.data.sidecar import DatasetInfo
-from mythos_ds.data.sources import find_inputs, limited, read_files, read_hub
+from mythos_ds.data.readers import find_inputs, limited, read_files, read_hub
 from mythos_ds.errors import DataError
+from mythos_ds.mains import counted_progress, run_tool, tool_parser
 
 EXAMPLE = """python tools/prepare_data.py docs.jsonl --tokenizer data/tokenizer.model --output data/docs
   python tools/prepare_data.py --hf HuggingFaceFW/fineweb-edu --hf-config sample-10BT --max-documents 100000

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve
-from mythos_ds.data.command import run_tool, tool_parser
+from mythos_ds.mains import run_tool, tool_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare(arguments: Namespace) -> None:
     from mythos_ds.data.datasets import prepare_index_cache
-    from mythos_ds.train.feed import dataset_arguments
+    from mythos_ds.train.data_loader import dataset_arguments
     from mythos_ds.train.run_directory import new_manifest
 
     config = load_config(arguments.config, arguments.overrides).config

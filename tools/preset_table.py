@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from mythos_ds.config.loader import list_presets, load_config
-from mythos_ds.plan.table import preset_page
+from mythos_ds.costs.preset_page import preset_page
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,12 +13,11 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import Any
 
-from conversion.estimate import readable
-
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve
-from mythos_ds.data.command import run_tool
+from mythos_ds.conversion.estimate import readable
 from mythos_ds.errors import ConfigError
+from mythos_ds.mains import run_tool
 
 _DEFAULT_NODE = 8
 
@@ -47,7 +46,7 @@ def work(arguments: Namespace) -> None:
         raise ConfigError(f"--step: given {arguments.step}; allowed: 0 or more; nearest: 0")
     if config.parallel.zero_stage != 3:
         raise ConfigError(f"parallel.zero_stage: given {config.parallel.zero_stage}; a rehearsal is of 3")
-    from planning.rehearsal import rehearse  # torch and DeepSpeed, which wrong arguments need not wait for
+    from mythos_ds.plan.rehearsal import rehearse  # torch and DeepSpeed, which wrong arguments need not wait for
 
     per_node = min(config.cluster.gpus_per_node if config.cluster else _DEFAULT_NODE, gpus)
     found = rehearse(resolve(config, gpus), arguments.rank, per_node, arguments.step)

@@ -14,8 +14,8 @@ from pathlib import Path
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.config.schema import ClusterConfig
-from mythos_ds.data.command import run_tool, tool_parser
 from mythos_ds.errors import ConfigError
+from mythos_ds.mains import run_tool, tool_parser
 from mythos_ds.train.run_directory import default_run_directory
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"

@@ -18,11 +18,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from mythos_ds.data.command import run_tool
 from mythos_ds.errors import MythosError
+from mythos_ds.mains import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPORT_TESTS = ("tests/parity/test_hf*.py", "tests/unit/test_hf*.py", "tests/unit/test_conversion_hf.py")
+EXPORT_TESTS = ("tests/parity/test_hf*.py", "tests/unit/test_hf*.py", "tests/unit/conversion/test_hf_folders.py")
 EXPORT_NEEDS = ("numpy", "packaging", "psutil", "pydantic", "pytest", "rich", "safetensors", "sentencepiece")
 """What the export's tests import beside torch, transformers and this project; psutil for continuous batching on CPU."""
 OLDER_WITH_TRANSFORMERS = {"transformers", "huggingface-hub", "tokenizers"}

@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from experiments.gate import explained_share, open_text, train_gate, with_gate
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mythos_ds.checkpoint.model_folder import CONFIG, TOKENIZER, load_model, read_facts, save_model
-from mythos_ds.data.command import run_tool
+from mythos_ds.data.batches import BatchStream
 from mythos_ds.data.datasets import TokenDataset
-from mythos_ds.data.stream import BatchStream
 from mythos_ds.errors import ConfigError
-from mythos_ds.train.feed import Batch
+from mythos_ds.mains import run_tool
+from mythos_ds.train.data_loader import Batch
+from mythos_ds.train.exit_gate import explained_share, open_text, train_gate, with_gate
+from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, load_model, read_facts, save_model
 
 _HELD_OUT_BATCHES = 8
 _LEAST = {"steps": 1, "seq_len": 2, "batch": 1, "loops": 2, "seed": 0}

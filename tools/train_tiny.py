@@ -12,22 +12,21 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-from experiments.hardware import describe
-
-from mythos_ds.checkpoint.model_folder import TOKENIZER, save_model
-from mythos_ds.checkpoint.tensor_files import SINGLE
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
-from mythos_ds.data.command import run_tool
-from mythos_ds.durable import write_atomic
-from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError
+from mythos_ds.io import write_atomic
+from mythos_ds.mains import run_tool
+from mythos_ds.provenance import describe
+from mythos_ds.train.data_loader import Feed
 from mythos_ds.train.evaluation import perplexity
-from mythos_ds.train.feed import Feed
-from mythos_ds.train.main import Extension, RunRequest, train
+from mythos_ds.train.run import Extension, RunRequest, train
 from mythos_ds.train.run_directory import git_commit
 from mythos_ds.train.trainer import RunSummary
+from mythos_ds.weights.model_folder import TOKENIZER, save_model
+from mythos_ds.weights.reader import SINGLE
 
 _ONE_PROCESS = (
     "parallel.ep_size=1",

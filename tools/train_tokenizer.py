@@ -5,10 +5,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from mythos_ds.data.command import run_tool, tool_parser
-from mythos_ds.data.sources import find_inputs, read_files
+from mythos_ds.data.readers import find_inputs, read_files
 from mythos_ds.data.tokenizer import train_tokenizer
 from mythos_ds.errors import DataError
+from mythos_ds.mains import run_tool, tool_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,12 +12,11 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from conversion.verified import folder_faults
-
-from mythos_ds.checkpoint import files
-from mythos_ds.checkpoint.tensor_writer import CHECKSUMS
-from mythos_ds.data.command import run_tool
+from mythos_ds.checkpoint import manifest
 from mythos_ds.errors import CheckpointError
+from mythos_ds.mains import run_tool
+from mythos_ds.weights.checksums import folder_faults
+from mythos_ds.weights.writer import CHECKSUMS
 
 _DAMAGED = 1
 
@@ -42,17 +41,17 @@ def work(arguments: Namespace) -> None:
 
 def verify(path: Path) -> dict[str, list[str]]:
     """Faults of each checkpoint or folder at `path`. Raises CheckpointError where there is none."""
-    if files.is_tag(path.name):
+    if manifest.is_tag(path.name):
         return {str(path): manifest_faults(path)}
     if (path / CHECKSUMS).is_file():
         return {str(path): folder_faults(path)}
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    tags = files.list_tags(folder)
+    tags = manifest.list_tags(folder)
     if not tags:
         raise CheckpointError(f"{path}: no checkpoint, and no model folder with {CHECKSUMS}")
     faults = {str(tag): manifest_faults(tag) for tag in tags}
-    latest = folder / files.LATEST
-    named = files.read_latest(folder)
+    latest = folder / manifest.LATEST
+    named = manifest.read_latest(folder)
     faults[str(latest)] = [] if named in {tag.name for tag in tags} else [f"names {named!r}, which is no checkpoint"]
     return faults
 
@@ -60,20 +59,20 @@ def verify(path: Path) -> dict[str, list[str]]:
 def manifest_faults(tag: Path) -> list[str]:
     """What differs from a checkpoint's manifest."""
     try:
-        records = files.read_manifest(tag)
+        records = manifest.read_manifest(tag)
     except CheckpointError as error:
         return [str(error)]
     faults = [f"{name}: {fault}" for name, record in sorted(records.items()) if (fault := _fault(tag / name, record))]
-    extra = {str(path.relative_to(tag)) for path in files.data_files(tag)} - set(records)
+    extra = {str(path.relative_to(tag)) for path in manifest.data_files(tag)} - set(records)
     return faults + [f"{name}: not in the manifest" for name in sorted(extra)]
 
 
-def _fault(path: Path, record: files.FileRecord) -> str | None:
+def _fault(path: Path, record: manifest.FileRecord) -> str | None:
     try:
         size = path.stat().st_size
         if size != record.size:
             return f"{size} bytes, {record.size} were written"
-        return None if files.digest(path) == record else "its content is not what was written"
+        return None if manifest.digest(path) == record else "its content is not what was written"
     except FileNotFoundError:
         return "missing"
     except OSError as error:

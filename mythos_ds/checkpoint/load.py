@@ -3,39 +3,39 @@
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.checkpoint import files, random_state
-from mythos_ds.checkpoint.agreement import together
-from mythos_ds.checkpoint.rank_errors import RankError, ReportedElsewhere
+from mythos_ds.checkpoint import manifest, random_state
+from mythos_ds.checkpoint.deepspeed_io import torch_files
 from mythos_ds.checkpoint.reshard import load_resharded
 from mythos_ds.checkpoint.save import TrainingState, layout_of, random_state_file, shards_of
-from mythos_ds.checkpoint.torch_files import torch_files
-from mythos_ds.checkpoint.trusted import executing_pickles, load_trusted
-from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import CheckpointError
 from mythos_ds.log import get_logger
+from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.rank_errors import RankError, ReportedElsewhere
+from mythos_ds.weights.safe_load import executing_pickles, load_trusted
 
 _logger = get_logger(__name__)
 
 
 def list_checkpoints(groups: ParallelGroups, directory: Path) -> list[Path]:
     """Published checkpoints, newest first, as rank 0 sees them: ranks with other disks cannot disagree on the order."""
-    steps = [files.tag_step(tag) for tag in files.list_tags(directory)] if groups.rank == 0 else []
-    return [directory / files.tag_name(step) for step in groups.from_rank_zero(steps)]
+    steps = [manifest.tag_step(tag) for tag in manifest.list_tags(directory)] if groups.rank == 0 else []
+    return [directory / manifest.tag_name(step) for step in groups.from_rank_zero(steps)]
 
 
 def find_checkpoint(groups: ParallelGroups, directory: Path) -> Path | None:
     """The newest checkpoint below `directory` that is complete for all ranks; damaged ones are skipped aloud."""
     tags = list_checkpoints(groups, directory)
-    if tags and groups.rank == 0 and (named := files.read_latest(directory)) != tags[0].name:
-        _logger.warning("%s says %s; the newest checkpoint is %s", directory / files.LATEST, named, tags[0].name)
+    if tags and groups.rank == 0 and (named := manifest.read_latest(directory)) != tags[0].name:
+        _logger.warning("%s says %s; the newest checkpoint is %s", directory / manifest.LATEST, named, tags[0].name)
     return next((tag for tag in tags if verified_everywhere(groups, tag)), None)
 
 
 def verified_everywhere(groups: ParallelGroups, tag: Path) -> bool:
     """Whether all ranks find `tag` complete. The ranks share the work of reading the checksums."""
     try:
-        together(groups, lambda: files.verify(tag, groups.rank, groups.world_size))
+        together(groups, lambda: manifest.verify(tag, groups.rank, groups.world_size))
     except ReportedElsewhere:
         return False
     except RankError as error:
@@ -46,11 +46,11 @@ def verified_everywhere(groups: ParallelGroups, tag: Path) -> bool:
 
 def read_state(tag: Path) -> TrainingState:
     """Step, position and layout of a checkpoint, without its tensors. Raises CheckpointError when it is damaged."""
-    content = files.read_json(tag / files.STATE)
+    content = manifest.read_json(tag / manifest.STATE)
     try:
         return TrainingState(**content)
     except TypeError as error:
-        raise CheckpointError(f"{tag / files.STATE}: not a training state ({error})") from error
+        raise CheckpointError(f"{tag / manifest.STATE}: not a training state ({error})") from error
 
 
 def load_checkpoint(
@@ -80,7 +80,7 @@ def load_checkpoint(
 
 def _require_trusted(tag: Path, groups: ParallelGroups) -> None:
     """Every file once, by one of the ranks, without its tensors: inside DeepSpeed's load a rank cannot fail alone."""
-    for path in files.share_of(sorted(tag.rglob("*.pt")), groups.rank, groups.world_size):
+    for path in manifest.share_of(sorted(tag.rglob("*.pt")), groups.rank, groups.world_size):
         load_trusted(path)
 
 
@@ -97,6 +97,6 @@ def _restore_random_states(tag: Path, groups: ParallelGroups, state: TrainingSta
     """Those of this rank; a rank that the checkpoint does not know starts from the run's seed."""
     path = tag / random_state_file(groups.rank)
     if path.is_file():
-        random_state.restore(files.read_json(path), groups.device)
+        random_state.restore(manifest.read_json(path), groups.device)
     else:
         random_state.seed((state.config["training"]["seed"], state.step, groups.rank))

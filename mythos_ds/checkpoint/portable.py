@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mythos_ds.checkpoint import files
-from mythos_ds.checkpoint.shards import WEIGHTS, open_checkpoint
-from mythos_ds.checkpoint.tensor_files import TensorFolder, TensorSource
-from mythos_ds.checkpoint.tensor_writer import MAX_FILE_BYTES, write_tensors
-from mythos_ds.durable import sync
+from mythos_ds.checkpoint import manifest
+from mythos_ds.checkpoint.deepspeed_format import WEIGHTS, open_checkpoint
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import sync
+from mythos_ds.weights.reader import TensorFolder, TensorSource
+from mythos_ds.weights.writer import MAX_FILE_BYTES, write_tensors
 
 PORTABLE = "portable"
 """Key of a layout: the kinds of tensors, where the checkpoint is portable."""
@@ -44,9 +44,9 @@ class PortableTensors(TensorFolder):
 
 def read_layout(tag: Path) -> dict[str, Any]:
     """The layout that wrote `tag`. Raises CheckpointError where it does not say."""
-    layout = files.read_json(tag / files.STATE).get("layout")
+    layout = manifest.read_json(tag / manifest.STATE).get("layout")
     if not isinstance(layout, dict):
-        raise CheckpointError(f"{tag / files.STATE}: names no layout")
+        raise CheckpointError(f"{tag / manifest.STATE}: names no layout")
     return {"pp_size": 1, **layout}
 
 
@@ -72,7 +72,7 @@ def write_portable(
 
     Goes on after an interruption. Raises CheckpointError where a checkpoint of that name is there already.
     """
-    target, partial = directory / tag.name, directory / f"{files.PARTIAL_PREFIX}{tag.name}"
+    target, partial = directory / tag.name, directory / f"{manifest.PARTIAL_PREFIX}{tag.name}"
     if target.exists():
         raise CheckpointError(f"{target}: exists; choose another output, or remove it")
     sources, steps = open_state(tag)
@@ -81,13 +81,13 @@ def write_portable(
         write_tensors(source, partial, stem=kind, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
     for path in tag.glob("random_state_rank_*.json"):
         copyfile(path, partial / path.name)
-    state = files.read_json(tag / files.STATE)
+    state = manifest.read_json(tag / manifest.STATE)
     kinds = [WEIGHTS, *sorted(set(sources) - {WEIGHTS})]
-    files.write_json(partial / files.STATE, {**state, "layout": {PORTABLE: kinds, _STEPS: steps}})
-    records = {str(path.relative_to(partial)): files.digest(path) for path in files.data_files(partial)}
+    manifest.write_json(partial / manifest.STATE, {**state, "layout": {PORTABLE: kinds, _STEPS: steps}})
+    records = {str(path.relative_to(partial)): manifest.digest(path) for path in manifest.data_files(partial)}
     content = {name: {"size": record.size, "crc32": record.crc32} for name, record in records.items()}
-    files.write_json(partial / files.MANIFEST, {"format": 1, "files": content})
+    manifest.write_json(partial / manifest.MANIFEST, {"format": 1, "files": content})
     sync(partial)
     partial.rename(target)
-    files.point_latest(directory, target)
+    manifest.point_latest(directory, target)
     return target

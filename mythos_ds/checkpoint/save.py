@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.checkpoint import files, random_state
-from mythos_ds.checkpoint.agreement import on_rank_zero, together
-from mythos_ds.checkpoint.torch_files import Pending, torch_files
+from mythos_ds.checkpoint import manifest, random_state
+from mythos_ds.checkpoint.deepspeed_io import Pending, torch_files
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import CheckpointConfig
-from mythos_ds.durable import sync
-from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import CheckpointError, MythosError
+from mythos_ds.io import sync
 from mythos_ds.log import get_logger
+from mythos_ds.parallel.collective import on_rank_zero, together
 from mythos_ds.parallel.groups import ParallelGroups
 
 _logger = get_logger(__name__)
@@ -86,7 +86,7 @@ class CheckpointWriter:
         if self._running is not None:
             _logger.info("step %d: waiting for checkpoint %s, which is still being written", state.step, self._tag.name)
             self.finish()
-        groups, tag = self.groups, self.directory / files.tag_name(state.step)
+        groups, tag = self.groups, self.directory / manifest.tag_name(state.step)
         if not groups.any(not _is_complete(tag, groups)):
             return tag
         self._tag, self._started, self._waited = tag, time.monotonic(), 0.0
@@ -99,11 +99,11 @@ class CheckpointWriter:
             )
         notes = {random_state_file(groups.rank): random_state.capture(groups.device)}
         if groups.rank == 0:
-            notes[files.STATE] = asdict(state)
+            notes[manifest.STATE] = asdict(state)
         self._phases.extend((
             ("written", lambda: _write(partial, groups.rank, pending, notes)),
             ("completed", lambda: _write_manifest(partial, groups)),
-            ("read back", lambda: files.verify(partial, groups.rank, groups.world_size)),
+            ("read back", lambda: manifest.verify(partial, groups.rank, groups.world_size)),
             ("published", lambda: self._publish(partial, tag)),
         ))
         self._start_phase()
@@ -165,13 +165,13 @@ class CheckpointWriter:
         if self.groups.rank == 0:
             sync(partial)
             partial.rename(tag)
-            files.point_latest(self.directory, tag)
-            files.prune(self.directory, self.config.keep, files.tag_step(tag), self.config.keep_every)
+            manifest.point_latest(self.directory, tag)
+            manifest.prune(self.directory, self.config.keep, manifest.tag_step(tag), self.config.keep_every)
 
 
 def _is_complete(tag: Path, groups: ParallelGroups) -> bool:
     try:
-        files.verify(tag, groups.rank, groups.world_size)
+        manifest.verify(tag, groups.rank, groups.world_size)
     except CheckpointError:
         return False
     return True
@@ -197,17 +197,17 @@ def _digest_file(rank: int) -> str:
 
 
 def _partial(tag: Path) -> Path:
-    return tag.with_name(f"{files.PARTIAL_PREFIX}{tag.name}")
+    return tag.with_name(f"{manifest.PARTIAL_PREFIX}{tag.name}")
 
 
 def _write(partial: Path, rank: int, pending: Pending, notes: dict[str, Any]) -> None:
     """This rank's files, and what they should hold."""
     records = pending.write()
     for name, content in notes.items():
-        files.write_json(partial / name, content)
-        records[partial / name] = files.digest(partial / name)
+        manifest.write_json(partial / name, content)
+        records[partial / name] = manifest.digest(partial / name)
     digests = {str(path.relative_to(partial)): asdict(record) for path, record in records.items()}
-    files.write_json(partial / _digest_file(rank), digests)
+    manifest.write_json(partial / _digest_file(rank), digests)
 
 
 def _write_manifest(partial: Path, groups: ParallelGroups) -> None:
@@ -216,6 +216,6 @@ def _write_manifest(partial: Path, groups: ParallelGroups) -> None:
     digests: dict[str, Any] = {}
     for rank in range(groups.world_size):
         path = partial / _digest_file(rank)
-        digests.update(files.read_json(path))
+        digests.update(manifest.read_json(path))
         path.unlink()
-    files.write_json(partial / files.MANIFEST, {"format": 1, "files": dict(sorted(digests.items()))})
+    manifest.write_json(partial / manifest.MANIFEST, {"format": 1, "files": dict(sorted(digests.items()))})

@@ -9,9 +9,9 @@ DeepSpeed.
 import copy
 from typing import Any
 
-from mythos_ds.config.messages import did_you_mean
+from mythos_ds.config.error_messages import did_you_mean
+from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.schema import RunConfig
-from mythos_ds.config.stages import is_pipelined
 
 Problem = tuple[str, str]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mythos_ds.config import validation
-from mythos_ds.config.messages import did_you_mean, explain, section_type
+from mythos_ds.config.error_messages import did_you_mean, explain, section_type
+from mythos_ds.config.rules import check
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.errors import ConfigError
 
@@ -188,7 +188,7 @@ def _validated(raw: dict[str, Any]) -> tuple[RunConfig | None, list[tuple[str, s
     except ValidationError as error:
         problems = explain(error)
         return None, problems + _other_problems(raw, error, {key for key, _ in problems})
-    return config, validation.check(config)
+    return config, check.check(config)
 
 
 def _other_problems(raw: dict[str, Any], error: ValidationError, wrong: set[str]) -> list[tuple[str, str]]:
@@ -196,7 +196,7 @@ def _other_problems(raw: dict[str, Any], error: ValidationError, wrong: set[str]
     remaining = copy.deepcopy(raw)
     for item in error.errors(include_url=False):
         _remove(remaining, item["loc"])
-    found = validation.check_partial(_constructed(remaining))
+    found = check.check_partial(_constructed(remaining))
     return [(key, message) for key, message in found if key not in wrong]
 
 

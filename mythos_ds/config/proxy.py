@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
+from mythos_ds.config.rules.check import BUILTIN_VOCABULARY
 from mythos_ds.config.schema import DatasetConfig, RunConfig
-from mythos_ds.config.validation import BUILTIN_VOCABULARY
 
 DIM = 64
 EXPERTS = 32

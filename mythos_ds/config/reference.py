@@ -3,7 +3,7 @@
 from typing import Any
 
 from mythos_ds.config.deepspeed_section import DERIVED_KEYS, UNSUPPORTED_KEYS
-from mythos_ds.config.messages import allowed_values, show
+from mythos_ds.config.error_messages import allowed_values, show
 from mythos_ds.config.schema import RunConfig
 
 _INTRODUCTION = """# Configuration

@@ -4,9 +4,10 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mythos_ds.config import deepspeed_section, validation
+from mythos_ds.config import deepspeed_section
+from mythos_ds.config.layout import Stage, cut, rows_per_micro_batch
+from mythos_ds.config.rules import check
 from mythos_ds.config.schema import RunConfig
-from mythos_ds.config.stages import Stage, cut, rows_per_micro_batch
 from mythos_ds.errors import ConfigError
 
 BIAS_RATE = 1e-3
@@ -49,7 +50,7 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
     Raises:
         ConfigError: with every setting that contradicts another one or does not fit the processes.
     """
-    problems = validation.check(config) + validation.check_world(config, world_size)
+    problems = check.check(config) + check.check_world(config, world_size)
     if problems:
         raise ConfigError([f"{key}: {message}" for key, message in problems])
     training, model = config.training, config.model
@@ -60,7 +61,7 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
         world_size=world_size,
         ep_size=expert_parallel_size(config, world_size),
         gradient_accumulation_steps=accumulation,
-        max_steps=validation.steps_of(training),
+        max_steps=check.steps_of(training),
         tokens_per_step=training.global_batch_size * training.seq_len,
         mean_backprop_depth=training.mean_backprop_depth or math.ceil(model.mean_recurrence / 2),
         router_bias_rate=bias_rate if bias_rate is not None else BIAS_RATE / model.mean_recurrence,

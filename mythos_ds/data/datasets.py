@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from mythos_ds.config.schema import DataConfig
 from mythos_ds.data import megatron
 from mythos_ds.data.builtin import existing_builtin, prepare_builtin
+from mythos_ds.data.dataset_info import DatasetInfo, read_info
 from mythos_ds.data.files import published_directory, write_json
-from mythos_ds.data.sidecar import DatasetInfo, read_info
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.durable import sync, write_atomic
+from mythos_ds.io import sync, write_atomic
 
 
 def partial_path(target: Path) -> Path:

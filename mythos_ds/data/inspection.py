@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mythos_ds.data.dataset_info import DatasetInfo, read_info
 from mythos_ds.data.megatron import open_tokens
-from mythos_ds.data.sidecar import DatasetInfo, read_info
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, write_info
 from mythos_ds.data.files import partial_path
 from mythos_ds.data.megatron import TokenWriter
-from mythos_ds.data.sidecar import DatasetInfo, dataset_files, write_info
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.durable import sync
 from mythos_ds.errors import DataError
+from mythos_ds.io import sync
 
 ProgressCallback = Callable[[int, int, int], None]
 """Called with documents, tokens and text bytes done so far."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mythos_ds.data.files import partial_path
-from mythos_ds.durable import sync
 from mythos_ds.errors import DataError
+from mythos_ds.io import sync
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

@@ -13,18 +13,18 @@ from pydantic import ValidationError
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.deepspeed_patches import require_checked_version
-from mythos_ds.engine.engine import TrainingEngine
 from mythos_ds.engine.optimizer import make_optimizer, parameter_groups
+from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import ConfigError, ParallelError
 from mythos_ds.model.layers import DenseLayer
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.pipeline_stage import StageModel
 from mythos_ds.model.recurrent import RecurrentBlock
-from mythos_ds.model.stage import StageModel
-from mythos_ds.parallel.experts import ExpertParallelMoE
+from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
 from mythos_ds.parallel.groups import ParallelGroups
-from mythos_ds.parallel.routing_sync import restore_float_buffers
-from mythos_ds.parallel.schedule import require_torch
+from mythos_ds.parallel.pipeline_actions import require_torch
+from mythos_ds.parallel.routing_stats import restore_float_buffers
 
 Adapt = Callable[[MythosModel], None]
 """Changes a model right after it was made, in place; for experiments."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import ConfigError
+from mythos_ds.kernels.attention import causal_attention
 from mythos_ds.model.context import ForwardContext, Frozen
-from mythos_ds.model.documents import causal_attention
 from mythos_ds.model.initializer import Initializer, Linear
 from mythos_ds.model.norm import RMSNorm
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mythos_ds.model.depth import SequenceDepths
-from mythos_ds.model.documents import DocumentBounds
-from mythos_ds.model.records import ForwardRecords
+from mythos_ds.kernels.attention import DocumentBounds
+from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.rope import Rotary
+from mythos_ds.model.sequence_depths import SequenceDepths
 
 
 @dataclass(frozen=True)

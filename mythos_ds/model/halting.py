@@ -3,7 +3,7 @@
 `act`: the weights of a position's states sum to one (the last loop gets the remainder), and a halted position keeps its
 state, keys and values. `act_openmythos` is the peer's form, for its weights: no remainder at the last loop, nothing is
 frozen. Neither changes how many loops a rank runs: collectives inside the loop must match across ranks.
-`gate` leaves the forward alone; exit_rules.py reads it.
+`gate` leaves the forward alone; inference/exit_rules.py reads it.
 """
 
 import math
@@ -83,7 +83,7 @@ class Gate(nn.Module):
     last change, their ratio and the loop.
 
     It learns the improvement that a frozen model realises (the second stage of Ouro, arXiv 2510.25741; the amount
-    itself here, not a probability), see lab/gate.py. A forward of the model does not run it.
+    itself here, not a probability), see train/exit_gate.py. A forward of the model does not run it.
     """
 
     scale: Tensor

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.model.auxiliary import attach_loss, balance_loss, z_loss
+from mythos_ds.kernels.permute import inverse_permutation, permute_rows, repeat_permute_rows
+from mythos_ds.model.auxiliary_losses import attach_loss, balance_loss, z_loss
 from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.feed_forward import Experts, FeedForward
+from mythos_ds.model.forward_stats import ForwardRecords, RoutingRecord, jaccard_overlap, masked_mean
 from mythos_ds.model.initializer import Initializer
-from mythos_ds.model.permute import inverse_permutation, permute_rows, repeat_permute_rows
-from mythos_ds.model.records import ForwardRecords, RoutingRecord, jaccard_overlap, masked_mean
 from mythos_ds.model.router import Router, Routing, count_experts
 
 

@@ -5,20 +5,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from mythos_ds.config.layout import Part, whole
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.config.stages import Part, whole
+from mythos_ds.kernels.attention import DocumentBounds
 from mythos_ds.model.attention import rotary_width
 from mythos_ds.model.context import AuxLoss, ForwardContext
-from mythos_ds.model.depth import SequenceDepths
-from mythos_ds.model.documents import DocumentBounds
+from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.initializer import Embedding, Initializer
 from mythos_ds.model.layers import DenseLayer, MoEFactory
-from mythos_ds.model.loss import LMHead
+from mythos_ds.model.lm_head import LMHead
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import RMSNorm
-from mythos_ds.model.records import ForwardRecords
 from mythos_ds.model.recurrent import RecurrentBlock
 from mythos_ds.model.rope import Rotary
+from mythos_ds.model.sequence_depths import SequenceDepths
 
 
 class MythosModel(nn.Module):

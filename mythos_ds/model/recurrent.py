@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mythos_ds.config.layout import Part
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.config.stages import Part
-from mythos_ds.model.auxiliary import attach_loss
+from mythos_ds.model.auxiliary_losses import attach_loss
 from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.halting import Gate, Halting, HaltingState
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.injection import Injection
 from mythos_ds.model.layers import MoEFactory, RecurrentLayer
-from mythos_ds.model.loop_identity import DepthwiseLoRA, LoopEmbedding
+from mythos_ds.model.loop_conditioning import DepthwiseLoRA, LoopEmbedding
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import RMSNorm
 

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
-from mythos_ds.config.stages import Stage
+from mythos_ds.config.layout import Stage
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
 

@@ -1,1 +1,1 @@
-"""What a run costs, computed from its configuration alone: parameters, FLOPs, cache. Imports no torch."""
+"""What a run needs on a cluster: memory, traffic, time, cost and layouts."""

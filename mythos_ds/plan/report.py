@@ -1,108 +1,218 @@
-"""What `--dry-run` and `--print-config` say about a run, without torch."""
+"""A plan as numbers with units, as tables, and as a picture."""
 
-import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.config.schema import TrainingConfig
-from mythos_ds.plan.flops import (
-    cache_bytes_per_token,
-    expected_flops_per_token,
-    flops_per_token,
-    mean_training_depth,
-)
-from mythos_ds.plan.params import count_parameters
-from mythos_ds.plan.pipeline import predict
-from mythos_ds.plan.table import short
-
-_LABEL_WIDTH = 18
+from mythos_ds.conversion.estimate import readable
+from mythos_ds.costs.flops import expected_flops_per_token, flops_per_token, mean_training_depth
+from mythos_ds.costs.params import count_parameters
+from mythos_ds.hardware import Gpu
+from mythos_ds.plan.layouts import Layout
+from mythos_ds.plan.timing import checkpoint, costs, serving
+from mythos_ds.plan.traffic import node_limit
 
 
-def dry_run_report(resolved: ResolvedRun) -> str:
-    """Layout, batch, parameters, FLOPs, cache and the DeepSpeed configuration, as text."""
-    lines = [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in (*_layout(resolved), *_size(resolved))]
-    deepspeed = json.dumps(resolved.deepspeed, indent=2, sort_keys=True)
-    return "\n".join([*lines, "DeepSpeed configuration:", deepspeed])
+def as_numbers(layout: Layout, gpu: Gpu, tokens: float, remedy: Layout | None, others: list[Layout]) -> dict[str, Any]:
+    """Everything the plan says, names ending in their unit."""
+    resolved, step = layout.resolved, layout.timing
+    world = resolved.world_size
+    return {
+        "gpus": world,
+        "gpu": gpu.name,
+        "fits": layout.fits(gpu),
+        "binding": layout.memory.largest.name if not layout.fits(gpu) else reasons(layout)[0],
+        "remedy": None if remedy is None else remedy.changes,
+        "parameters": parameters(resolved),
+        "flops": flops(resolved),
+        "memory_bytes": {item.name: item.bytes for item in layout.memory.items},
+        "memory_total_bytes": layout.memory.total,
+        "memory_limit_bytes": gpu.memory_bytes,
+        "transfers": [
+            {"name": t.name, "node_bytes": t.node_bytes, "network_bytes": t.network_bytes, "seconds": t.seconds}
+            for t in step.transfers
+        ],
+        "compute_s": step.compute_s,
+        "pipeline_idle_share": step.idle_share,
+        "step_bound_s": step.bound_s,
+        "step_as_built_s": step.serial_s,
+        "mfu_bound": step.mfu_bound,
+        "mfu_as_built": step.mfu_serial,
+        "reasons": reasons(layout),
+        "costs": [
+            {
+                "at": cost.label, "mfu": cost.mfu, "tokens_per_s": cost.tokens_per_second, "days": cost.days,
+                "days_per_trillion_tokens": cost.days_per_trillion, "dollars": cost.dollars,
+            }
+            for cost in costs(step, world, gpu, tokens)
+        ],
+        "node_limited_routing": None if (reach := node_limit(resolved, gpu.gpus_per_node)) is None else vars(reach),
+        "checkpoint": vars(checkpoint(resolved, world, gpu)),
+        "serving": vars(serving(resolved, gpu)),
+        "layouts": [
+            {
+                "changes": other.changes, "memory_total_bytes": other.memory.total,
+                "step_as_built_s": other.timing.serial_s, "mfu_as_built": other.timing.mfu_serial,
+                "mfu_bound": other.timing.mfu_bound, "tokens_per_step": other.timing.tokens_per_step,
+            }
+            for other in others
+        ],
+    }  # fmt: skip
 
 
-def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
-    config, ep_size, world = resolved.config, resolved.ep_size, resolved.world_size
-    training, model, zero = config.training, config.model, config.parallel.zero_stage
-    tokens = resolved.max_steps * resolved.tokens_per_step
-    matrix_lr = training.lr * training.lr_reference_dim / model.dim
-    accumulation = resolved.gradient_accumulation_steps
-    pipelined = len(resolved.stages) > 1
-    holders = next(stage.size for stage in resolved.stages if stage.part.recurrent)
-    what = "micro-batches" if pipelined else "accumulation"
-    split = f"{training.micro_batch_size} x {holders} processes x {accumulation} {what}"
-    return [
-        ("processes", f"{world}: expert parallel {ep_size} x {holders // ep_size} expert copies, ZeRO {zero}"),
-        *(_pipeline(resolved) if pipelined else ()),
-        ("experts", f"{model.n_experts // ep_size} of {model.n_experts} per process and layer"),
-        ("batch", f"{training.global_batch_size} sequences = {split} = {resolved.tokens_per_step:,} tokens"),
-        ("length", f"{resolved.max_steps:,} steps = {short(tokens)} tokens, sequences of {training.seq_len}"),
-        (
-            "optimizer",
-            f"{training.optimizer}, lr {training.lr:g} (matrices {matrix_lr:.3g}), {training.dtype}",
-        ),
-        ("schedule", f"{training.schedule}, {training.warmup_steps} warm-up steps"),
-        ("loops", f"mean {mean_training_depth(config):.2f}, at most {model.max_loops}"),
-        ("drawn from", _depth_law(training)),
-        ("gradient", f"through the last {resolved.mean_backprop_depth} loops"),
-    ]
+def parameters(resolved: ResolvedRun) -> dict[str, Any]:
+    """Counts by part."""
+    counts = count_parameters(resolved.config.model)
+    return {**vars(counts), "total": counts.total, "active_share": counts.active_share}
 
 
-def _depth_law(training: TrainingConfig) -> str:
-    growing = training.depth_curriculum_steps
-    return (
-        training.depth_distribution
-        + (", for each sequence; a step runs the largest" if training.depth_per == "sequence" else "")
-        + (f"; its mean grows from 1 over {growing:,} steps" if growing else "")
-    )
-
-
-def _pipeline(resolved: ResolvedRun) -> list[tuple[str, str]]:
-    """One line per stage, and what the schedule costs at the mean depth."""
-    mean = resolved.config.model.mean_recurrence
-    prediction = predict(resolved, mean)
-    rows = []
-    for index, stage in enumerate(resolved.stages):
-        layers = [
-            f"{name} {_span(numbers)}"
-            for name, numbers in (
-                ("prelude", stage.part.prelude),
-                ("recurrent", stage.part.recurrent),
-                ("coda", stage.part.coda),
-            )
-            if numbers
-        ]
-        ends = [*(["embedding"] if stage.part.embeds else []), *layers, *(["head"] if stage.part.predicts else [])]
-        ranks = _span(tuple(range(stage.first_rank, stage.first_rank + stage.size)))
-        held, sent = prediction.peak_held_bytes[index], prediction.sent_bytes[index]
-        text = f"ranks {ranks}: {', '.join(ends)}; rows per micro-batch {stage.rows}"
-        rows.append((f"stage {index}", f"{text}; keeps {short(held)}B of messages, sends {short(sent)}B per step"))
-    return [*rows, ("idle share", f"{prediction.bubble:.1%} of a step at {mean} loops, by simulation")]
-
-
-def _span(numbers: tuple[int, ...]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-
-
-def _size(resolved: ResolvedRun) -> list[tuple[str, str]]:
+def flops(resolved: ResolvedRun) -> dict[str, float]:
+    """FLOPs of one token."""
     config = resolved.config
-    model, counts = config.model, count_parameters(config.model)
+    model, length = config.model, config.training.seq_len
     mean = expected_flops_per_token(config, resolved.mean_backprop_depth)
-    full = flops_per_token(model, context=config.training.seq_len, n_loops=model.max_loops)
-    tokens = resolved.max_steps * resolved.tokens_per_step
-    depths = (model.mean_recurrence, model.max_loops)
-    cache = [f"{short(cache_bytes_per_token(model, loops))}B at {loops} loops" for loops in depths]
-    return [
-        ("parameters", f"{counts.total:,}, of them {counts.routed:,} in routed experts"),
-        ("active", f"{counts.active:,} per token ({counts.active_share:.1%})"),
-        (
-            "FLOPs per token",
-            f"{short(mean.training)} in training at mean depth + {short(mean.recompute)} recompute",
-        ),
-        ("at full depth", f"{short(full.training)} (T = {model.max_loops}, gradient through all loops)"),
-        ("FLOPs of the run", short(mean.training * tokens)),
-        ("cache per token", ", ".join(cache)),
-    ]
+    full = flops_per_token(model, context=length, n_loops=model.max_loops)
+    return {
+        "mean_loops": mean_training_depth(config),
+        "max_loops": model.max_loops,
+        "training_flops_per_token": mean.training,
+        "recompute_flops_per_token": mean.recompute,
+        "training_at_full_depth_flops_per_token": full.training,
+        "serving_at_full_depth_flops_per_token": full.forward + full.attention,
+        "serving_to_trained_forward": (full.forward + full.attention) / (mean.forward + mean.attention),
+        "attention_share_at_full_depth": full.attention / (full.forward + full.attention),
+    }
+
+
+def reasons(layout: Layout) -> list[str]:
+    """What keeps the step from the peak, the costliest first."""
+    step = layout.timing
+    kernel = step.model_flops / step.peak_flops
+    recompute = 1 - kernel / (step.compute_s * _kernel_share(layout))
+    lost = {
+        "matrix products reach less than the peak": step.compute_s * (1 - _kernel_share(layout)),
+        "loops are computed again in backward": step.compute_s * _kernel_share(layout) * recompute,
+        **{f"{t.name} is not hidden behind computation": t.seconds for t in step.transfers},
+        "the pipeline idles": step.serial_s * step.idle_share,
+    }
+    return [name for name, seconds in sorted(lost.items(), key=lambda entry: -entry[1]) if seconds > 0]
+
+
+def _kernel_share(layout: Layout) -> float:
+    step = layout.timing
+    cost = expected_flops_per_token(layout.resolved.config, layout.resolved.mean_backprop_depth)
+    done = step.model_flops * (cost.training + cost.recompute) / cost.training
+    return done / (step.compute_s * step.peak_flops)
+
+
+def print_plan(console: Console, name: str, numbers: dict[str, Any]) -> None:
+    """The plan for people."""
+    fits, total, limit = numbers["fits"], numbers["memory_total_bytes"], numbers["memory_limit_bytes"]
+    verdict = "[green]fits[/green]" if fits else "[red]does not fit[/red]"
+    console.print(f"[bold]{name}[/bold] on {numbers['gpus']:,} {numbers['gpu']}: {verdict}: "
+                  f"{readable(total)} of {readable(limit)} per GPU", highlight=False)  # fmt: skip
+    if not fits:
+        console.print(f"  binds: {numbers['binding']}", highlight=False)
+        change = numbers["remedy"]
+        text = " ".join(f"{key}={value}" for key, value in change.items()) if change else "no single change is enough"
+        console.print(f"  first change that makes it fit: {text}", highlight=False)
+    counted, cost = numbers["parameters"], numbers["flops"]
+    console.print(
+        f"parameters {counted['total']:,}, active {counted['active']:,} ({counted['active_share']:.1%}); "
+        f"{cost['training_flops_per_token'] / 1e9:,.4g} GFLOP per trained token at {cost['mean_loops']:.1f} loops, "
+        f"{cost['training_at_full_depth_flops_per_token'] / 1e9:,.4g} at {cost['max_loops']}; serving at full depth "
+        f"costs {cost['serving_to_trained_forward']:.1f} times the forward of a trained token",
+        highlight=False,
+    )
+    console.print(_memory_table(numbers))
+    console.print(_step_table(numbers))
+    console.print(_cost_table(numbers))
+    saved, served = numbers["checkpoint"], numbers["serving"]
+    console.print(
+        f"checkpoint {readable(saved['bytes'])}, {saved['write_s']:.0f} s to write; a failure every "
+        f"{saved['hours_between_failures']:,.0f} hours: save every {saved['interval_s'] / 60:.0f} minutes\n"
+        f"serving: {served['nodes']} node(s); cache {readable(served['cache_bytes_mean'])} per token at mean depth, "
+        f"{readable(served['cache_bytes_max'])} at full depth; there {served['largest_context']:,} tokens in all, or "
+        f"{served['batch_at_training_length']} sequences of the training length",
+        highlight=False,
+    )
+    if reach := numbers["node_limited_routing"]:
+        console.print(
+            f"expert groups span {reach['nodes']} nodes: {reach['sent']:.3g} copies of a token leave its node for each "
+            "looped layer, one per expert; node-limited routing does not change that and does not pay. Sent once per "
+            f"node it would be {reach['once_per_node']:.3g}, limited to {reach['limit']} nodes {reach['limited']:.3g}",
+            highlight=False,
+        )
+    if numbers["layouts"]:
+        console.print(_layout_table(numbers))
+
+
+def _table(title: str, *headings: str) -> Table:
+    made = Table(title=title, title_justify="left")
+    for index, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if index == 0 else "right")
+    return made
+
+
+def _memory_table(numbers: dict[str, Any]) -> Table:
+    made = _table("Memory of the fullest GPU", "item", "bytes", "share")
+    for name, size in sorted(numbers["memory_bytes"].items(), key=lambda entry: -entry[1]):
+        made.add_row(name, readable(size), f"{size / numbers['memory_total_bytes']:.0%}")
+    return made
+
+
+def _step_table(numbers: dict[str, Any]) -> Table:
+    made = _table("A mean step of one GPU", "what", "in the node", "to other nodes", "seconds alone")
+    made.add_row("computation", "", "", f"{numbers['compute_s']:.3g}")
+    for moved in numbers["transfers"]:
+        cells = (readable(moved["node_bytes"]), readable(moved["network_bytes"]), f"{moved['seconds']:.3g}")
+        made.add_row(moved["name"], *cells)
+    made.add_row("step, all hidden", "", "", f"{numbers['step_bound_s']:.3g}")
+    made.add_row("step as built, nothing hidden", "", "", f"{numbers['step_as_built_s']:.3g}")
+    lost = "; ".join(numbers["reasons"][:4])
+    made.caption = f"MFU at most {numbers['mfu_bound']:.0%}, as built {numbers['mfu_as_built']:.0%}; lost to: {lost}"
+    return made
+
+
+def _cost_table(numbers: dict[str, Any]) -> Table:
+    made = _table("Cost of the run", "at", "tokens/s", "days", "days per trillion tokens", "dollars")
+    for cost in numbers["costs"]:
+        cells = (f"{cost['tokens_per_s']:,.0f}", f"{cost['days']:,.1f}", f"{cost['days_per_trillion_tokens']:,.1f}")
+        made.add_row(f"{cost['at']} ({cost['mfu']:.0%})", *cells, f"{cost['dollars']:,.0f}")
+    return made
+
+
+def _layout_table(numbers: dict[str, Any]) -> Table:
+    made = _table("Layouts that fit", "changes", "memory", "MFU as built", "MFU at most")
+    for other in numbers["layouts"]:
+        changes = " ".join(f"{key.split('.')[1]}={value}" for key, value in other["changes"].items())
+        cells = (readable(other["memory_total_bytes"]), f"{other['mfu_as_built']:.1%}", f"{other['mfu_bound']:.1%}")
+        made.add_row(changes, *cells)
+    return made
+
+
+def draw(name: str, numbers: dict[str, Any], path: Path) -> None:
+    """Memory as a stack against the device's, and the step as a bar of what takes time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bottom = 0.0
+    for item, size in numbers["memory_bytes"].items():
+        left.bar([0], [size / 1e9], bottom=bottom, width=0.5, label=item)
+        bottom += size / 1e9
+    left.axhline(numbers["memory_limit_bytes"] / 1e9, color="black", linestyle="--", label="device")
+    left.set(xlim=(-0.5, 2.2), xticks=[], ylabel="GB per GPU", title=f"{name}: memory")
+    left.legend(fontsize="x-small", loc="upper right")
+    start = 0.0
+    parts = {"computation": numbers["compute_s"], **{t["name"]: t["seconds"] for t in numbers["transfers"]}}
+    for part, seconds in parts.items():
+        right.barh([0], [seconds], left=start, height=0.4, label=part)
+        start += seconds
+    right.axvline(numbers["step_bound_s"], color="black", linestyle="--", label="all hidden")
+    right.set(ylim=(-0.5, 1.5), yticks=[], xlabel="seconds per step", title="a mean step, nothing hidden")
+    right.legend(fontsize="x-small", loc="upper left")
+    figure.savefig(path, dpi=110)

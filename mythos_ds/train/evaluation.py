@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.engine.training_engine import TrainingEngine
 
 Batches = Callable[[], Iterable[list[dict[str, Tensor]]]]
 

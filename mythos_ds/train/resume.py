@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from mythos_ds.checkpoint import files
-from mythos_ds.checkpoint.agreement import together
+from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints, verified_everywhere
 from mythos_ds.errors import CheckpointError
+from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.run_directory import RunDirectory, RunManifest, continue_manifest
 
@@ -38,11 +38,11 @@ def manifest_for(run: RunDirectory, tag: Path | None, wanted: RunManifest) -> Ru
     if tag is None:
         return wanted
     origin = RunDirectory(tag.resolve().parent.parent)
-    return continue_manifest(origin.read_manifest(), wanted, files.tag_step(tag))
+    return continue_manifest(origin.read_manifest(), wanted, manifest.tag_step(tag))
 
 
 def _checkpoint_at(groups: ParallelGroups, path: Path) -> Path:
-    if files.is_tag(path.name):
+    if manifest.is_tag(path.name):
         tag = path if verified_everywhere(groups, path) else None
     else:
         folder = RunDirectory(path).checkpoints

@@ -20,9 +20,9 @@ import mythos_ds
 from mythos_ds.config.loader import LoadedConfig, parse_json
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import ParallelConfig
-from mythos_ds.durable import write_atomic
 from mythos_ds.errors import CheckpointError
-from mythos_ds.train.schedule import PlannedLength
+from mythos_ds.io import write_atomic
+from mythos_ds.train.lr_schedule import PlannedLength
 
 MANIFEST_FORMAT = 1
 RUNS = Path("runs")

@@ -8,21 +8,21 @@ import torch
 
 from mythos_ds.checkpoint.save import CheckpointWriter, TrainingState, layout_of
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.engine.engine import StepResult, TrainingEngine
+from mythos_ds.costs.pipeline import predict
+from mythos_ds.engine.training_engine import StepResult, TrainingEngine
 from mythos_ds.errors import NumericsError
+from mythos_ds.inference.generate import generate
 from mythos_ds.log import get_logger
-from mythos_ds.model.depth import DepthSampler
-from mythos_ds.model.generation import generate
+from mythos_ds.model.sequence_depths import DepthSampler
 from mythos_ds.monitor.memory import peak_memory_bytes
+from mythos_ds.monitor.throughput import Throughput, peak_flops
 from mythos_ds.parallel.groups import ParallelGroups
-from mythos_ds.plan.pipeline import predict
+from mythos_ds.resilience.signals import StopSignals
+from mythos_ds.train.data_loader import Batch, Feed
 from mythos_ds.train.evaluation import depth_counts, losses_at
-from mythos_ds.train.feed import Batch, Feed
-from mythos_ds.train.interruption import StopSignals
-from mythos_ds.train.recorder import Recorder
+from mythos_ds.train.lr_schedule import learning_rate
+from mythos_ds.train.metrics_logger import Recorder
 from mythos_ds.train.run_directory import RunDirectory, RunManifest
-from mythos_ds.train.schedule import learning_rate
-from mythos_ds.train.statistics import Throughput, peak_flops
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import DataConfig, DatasetConfig, ParallelConfig, RunConfig, TrainingConfig
 from mythos_ds.engine.build import build_engine
-from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import NumericsError
+from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.model.records import ForwardRecords
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 from mythos_ds.train.trainer import with_depths
 from tests.helpers.reference import ReferenceTrainer

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-from mythos_ds.model.records import ForwardRecords
-from mythos_ds.parallel.routing_sync import StepRecords
+from mythos_ds.model.forward_stats import ForwardRecords
+from mythos_ds.parallel.routing_stats import StepRecords
 from tests.distributed.cases import opened, own_batches
 from tests.distributed.traffic import Traffic
 

@@ -11,13 +11,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from mythos_ds.engine import engine as engine_module
-from mythos_ds.engine import pipelined
+from mythos_ds.costs.pipeline import predict
+from mythos_ds.engine import pipelined_step
+from mythos_ds.engine import training_engine as engine_module
+from mythos_ds.model.forward_stats import ForwardRecords, RoutingRecord
 from mythos_ds.model.moe import MoE
-from mythos_ds.model.records import ForwardRecords, RoutingRecord
-from mythos_ds.parallel.pipeline import Pipeline, PipelineRun
-from mythos_ds.parallel.routing_sync import StepRecords, update_biases
-from mythos_ds.plan.pipeline import predict
+from mythos_ds.parallel.pipeline_executor import Pipeline, PipelineRun
+from mythos_ds.parallel.routing_stats import StepRecords, update_biases
 from tests.distributed.cases import (
     GRAD_LOOPS,
     LOOPS,
@@ -77,7 +77,7 @@ def guards() -> dict[str, Any]:
             accumulate,
             patch.object(ForwardRecords, "close", lambda self: None),
         ],
-        "without the norm over stages": [patch.object(pipelined, "couple_gradient_norm", lambda *_: None)],
+        "without the norm over stages": [patch.object(pipelined_step, "couple_gradient_norm", lambda *_: None)],
     }
     return {name: _guarded(patches) for name, patches in arrangements.items()}
 
@@ -105,7 +105,7 @@ def without_coalescing() -> dict[str, Any]:
 
 def with_module_hooks() -> dict[str, Any]:
     """Deviations where DeepSpeed's module hooks stay."""
-    with patch.object(pipelined, "remove_module_hooks", lambda *_: None):
+    with patch.object(pipelined_step, "remove_module_hooks", lambda *_: None):
         return layouts([RING])[0]
 
 

@@ -4,10 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as torch_distributed
-from planning.measured import held_states
-from planning.memory import states
 
+from mythos_ds.bench.calibration_worker import held_states
 from mythos_ds.parallel.groups import require_expert_group
+from mythos_ds.plan.memory import states
 from tests.distributed.cases import opened
 
 

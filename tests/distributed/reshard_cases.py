@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from mythos_ds.checkpoint.deepspeed_format import WEIGHTS
 from mythos_ds.checkpoint.load import load_checkpoint
 from mythos_ds.checkpoint.portable import open_state
 from mythos_ds.checkpoint.save import CheckpointWriter, TrainingState, layout_of
-from mythos_ds.checkpoint.shards import WEIGHTS
 from mythos_ds.config.schema import CheckpointConfig
-from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.parallel.groups import ParallelGroups
 from tests.distributed.cases import (
     ACCUMULATION,

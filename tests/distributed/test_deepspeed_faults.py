@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.distributed import free_port
+from tests.helpers.paths import ROOT
 
-SCRIPTS = Path(__file__).parents[2] / "docs" / "deepspeed_faults"
+SCRIPTS = ROOT / "docs" / "deepspeed_faults"
 PROCESSES = {"zero0_expert_norm": 2, "blank_step": 1, "zero_init_buffers": 1, "unknown_key": 1}
 
 

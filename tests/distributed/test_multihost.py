@@ -59,7 +59,7 @@ class _Run:
 
 def _variables(hosts: Hosts) -> dict[str, str]:
     path = f"{hosts.folder}:{environment()['PATH']}:/usr/sbin"
-    return {**environment(), "PATH": path, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"}
+    return {**environment(), "PATH": path, "GLOO_SOCKET_IFNAME": "eth0"}
 
 
 def _wait_for(condition: Callable[[], bool], run: _Run, timeout_s: float) -> None:

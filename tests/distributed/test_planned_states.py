@@ -3,14 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.distributed import run_distributed
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES: dict[int, list[dict[str, Any]]] = {
     2: [
         {"ep": 2, "stage": 3},

@@ -13,11 +13,12 @@ from unittest.mock import patch
 
 import torch
 
-from mythos_ds.checkpoint import files, torch_files
+from mythos_ds.checkpoint import deepspeed_io
+from mythos_ds.checkpoint import manifest as files
 from mythos_ds.checkpoint.load import find_checkpoint, load_checkpoint
 from mythos_ds.checkpoint.save import CheckpointWriter, TrainingState, layout_of
 from mythos_ds.config.schema import CheckpointConfig
-from mythos_ds.engine.engine import TrainingEngine
+from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import MythosError
 from mythos_ds.parallel.groups import ParallelGroups
 from tests.distributed.cases import LOOPS, opened, own_batches
@@ -203,14 +204,14 @@ def _put_payload(tag: Path, executed: Path) -> None:
 @contextmanager
 def _other_bits() -> Iterator[None]:
     """Every file differs from what was written to it, in one bit."""
-    write = torch_files._write
+    write = deepspeed_io._write
 
     def changed(path: Path, content: Any) -> files.FileRecord:
         record = write(path, content)
         _flip_bit(path)
         return record
 
-    with patch.object(torch_files, "_write", changed):
+    with patch.object(deepspeed_io, "_write", changed):
         yield
 
 
@@ -223,7 +224,7 @@ def _flip_bit(path: Path) -> None:
 def beside_training(folder: str, case: dict[str, Any]) -> dict[str, Any]:
     """A save whose writing takes until two steps later, against one that training waited for."""
     root, released = Path(folder), threading.Event()
-    write = torch_files._write
+    write = deepspeed_io._write
 
     def held_back(path: Path, content: Any) -> Any:
         released.wait()
@@ -233,7 +234,7 @@ def beside_training(folder: str, case: dict[str, Any]) -> dict[str, Any]:
         _step(engine, groups, 0)
         CheckpointWriter(engine, groups, root / "waiting", CheckpointConfig()).save(_state(engine, 1))
         writer = CheckpointWriter(engine, groups, root / "beside", CheckpointConfig(asynchronous=True))
-        with patch.object(torch_files, "_write", held_back):
+        with patch.object(deepspeed_io, "_write", held_back):
             writer.save(_state(engine, 1))
             losses, early = [], []
             for step in (1, 2):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mythos_ds.checkpoint import files
-from mythos_ds.checkpoint.torch_files import to_host
+from mythos_ds.checkpoint import manifest
+from mythos_ds.checkpoint.deepspeed_io import to_host
 from tests.faults.checkpoint_fault_cases import DAMAGES
 from tests.helpers.distributed import run_distributed
 
@@ -18,11 +18,11 @@ def test_damage_is_named_once_and_the_good_checkpoint_before_it_used(tmp_path):
         name = damage.__name__
         first, second = (found["results"][name] for found in by_rank)
         said = first["said"] + second["said"]
-        of_latest = first["file"] == files.LATEST
+        of_latest = first["file"] == manifest.LATEST
         assert len(said) == 1, (name, said)
         assert first["file"] in said[0], name
         assert said[0].startswith("skipping checkpoint step_00000002") != of_latest
-        assert first["found"] == second["found"] == files.tag_name(2 if of_latest else 1), name
+        assert first["found"] == second["found"] == manifest.tag_name(2 if of_latest else 1), name
     went_on, resumed = by_rank[0]["losses"]
     assert went_on == resumed
 
@@ -53,7 +53,7 @@ def test_a_bad_disk_of_one_rank_ends_all_and_keeps_the_former_checkpoint(tmp_pat
             assert "checksum differs" in told
         assert f"_rank_{name[-1]}_mp" in told, "the file is named"
         for each in found:
-            assert each["left"] == [files.LATEST, files.tag_name(1)]
+            assert each["left"] == [manifest.LATEST, manifest.tag_name(1)]
             assert each["after"] == [3, 1]
 
 
@@ -84,6 +84,6 @@ def test_a_snapshot_shares_nothing_with_what_it_was_taken_of():
 
 def test_every_so_many_steps_stay_for_good(tmp_path):
     for step in range(1, 8):
-        (tmp_path / files.tag_name(step)).mkdir()
-    files.prune(tmp_path, 2, 7, keep_every=3)
-    assert [files.tag_step(tag) for tag in files.list_tags(tmp_path)] == [7, 6, 3]
+        (tmp_path / manifest.tag_name(step)).mkdir()
+    manifest.prune(tmp_path, 2, 7, keep_every=3)
+    assert [manifest.tag_step(tag) for tag in manifest.list_tags(tmp_path)] == [7, 6, 3]

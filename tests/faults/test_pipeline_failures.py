@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tests.helpers.paths import ROOT
 from tests.helpers.pretrain import SMALL, Pretrain, metrics, small_data
 
 RING = (
@@ -40,7 +41,7 @@ def test_a_killed_rank_ends_the_others(tmp_path, data):
 
 @pytest.mark.parametrize(("how", "stopped"), [("raise", [0, 1, 2, 3]), ("hang", [0, 2, 3])])
 def test_a_rank_that_fails_in_a_step(tmp_path, data, how, stopped):
-    program = ("-m", "tests.helpers.failing_pretrain", "1", "2", how)
+    program = (str(ROOT / "tests" / "helpers" / "failing_pretrain.py"), "1", "2", how)
     with Pretrain(arguments(tmp_path, data), nprocs=4, folder=tmp_path, program=program) as run:
         run.wait_until(lambda: any("loss" in line for line in metrics(tmp_path / "run")), 240)
         reached = time.monotonic()

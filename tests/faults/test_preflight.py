@@ -123,7 +123,7 @@ def test_another_configuration_and_other_packages_on_one_rank(tmp_path):
     other = tmp_path / "other"
     (other / "numpy-0.0.1.dist-info").mkdir(parents=True)
     (other / "numpy-0.0.1.dist-info" / "METADATA").write_text("Name: numpy\nVersion: 0.0.1\n")
-    path = os.pathsep.join([str(other), environment()["PYTHONPATH"]])
+    path = str(other)
     ended = _Ranks(
         tmp_path,
         small_data(tmp_path),
@@ -223,7 +223,7 @@ def test_hosts_by_ssh(tmp_path):
         def ask(*numbers: int) -> _Ended:
             addresses = [hosts.all[number].address for number in numbers]
             file = hosts.hostfile(hosts=addresses)
-            path = os.pathsep.join([str(tmp_path / "packages"), environment()["PYTHONPATH"]])
+            path = str(tmp_path / "packages")
             command = [sys.executable, str(SCRIPT), "--hostfile", str(file), "--timeout", "60", *arguments]
             variables = {**environment(), "PYTHONPATH": path, "PATH": f"{hosts.folder}:{os.environ['PATH']}"}
             log = tmp_path / "log"

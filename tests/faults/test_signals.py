@@ -37,7 +37,7 @@ def _last_step(run_dir) -> int:
 
 PROGRAM = """
 import os, signal, sys, time
-from mythos_ds.train import interruption
+from mythos_ds.resilience import signals as interruption
 interruption.SAME_REQUEST_SECONDS = {window}
 with interruption.StopSignals() as stop:
     os.kill(os.getpid(), signal.SIGTERM)

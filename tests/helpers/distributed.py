@@ -18,7 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 POLL_S = 0.1
 
 
@@ -58,7 +59,6 @@ def _start(function: str, folder: Path, rank: int, nprocs: int, port: int) -> su
     launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nprocs, "LOCAL_WORLD_SIZE": nprocs}
     added = {**launcher, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
     environment = os.environ | {key: str(value) for key, value in added.items()}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools"), environment.get("PYTHONPATH", "")])
     # Private: a killed run leaves a lock in the shared folder that hangs every later one.
     environment["TORCH_EXTENSIONS_DIR"] = str(folder / "torch_extensions")
     with (folder / f"log_{rank}").open("w") as log:

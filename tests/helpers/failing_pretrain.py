@@ -1,4 +1,4 @@
-"""launch/pretrain.py with a rank that fails: `python -m tests.helpers.failing_pretrain RANK STEP HOW ARGUMENTS...`.
+"""launch/pretrain.py with a rank that fails: `python tests/helpers/failing_pretrain.py RANK STEP HOW ARGUMENTS...`.
 
 HOW is "raise" (an exception in the middle of a step's schedule) or "hang" (the rank goes no further).
 """
@@ -8,13 +8,13 @@ import sys
 import time
 from typing import Any
 
-from launch.pretrain import main
+from mythos_ds.launch.pretrain import main
 
 
 def fail_in_step(step: int, how: str) -> None:
     """Makes the calling process fail in the second forward of step `step`, counted from 1."""
-    from mythos_ds.engine.engine import TrainingEngine
-    from mythos_ds.model.stage import StageModel
+    from mythos_ds.engine.training_engine import TrainingEngine
+    from mythos_ds.model.pipeline_stage import StageModel
 
     train_step, forward = TrainingEngine.train_step, StageModel.forward
     calls = {"step": 0, "forward": 0}

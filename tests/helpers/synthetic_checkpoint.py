@@ -8,17 +8,17 @@ from math import prod
 from pathlib import Path
 
 import torch
-from conversion.planned import rank_files
 
-from mythos_ds.checkpoint import files
+from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.save import TrainingState, layout_of
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.conversion.planned_checkpoint import rank_files
 from mythos_ds.model.mythos import MythosModel
 
 
 def write_synthetic(resolved: ResolvedRun, directory: Path) -> Path:
     """A ZeRO-3 checkpoint of weights only (no moments), a file at a time."""
-    tag = directory / files.tag_name(1)
+    tag = directory / manifest.tag_name(1)
     with torch.device("meta"):
         shapes_of_buffers = {name: b.shape for name, b in MythosModel(resolved.config.model).named_buffers()}
     buffers = {name: torch.zeros(shape) for name, shape in shapes_of_buffers.items()}
@@ -40,7 +40,7 @@ def write_synthetic(resolved: ResolvedRun, directory: Path) -> Path:
             torch.save(model, path.with_name(path.name.replace("optim_states", "model_states")))
     config = resolved.config.model_dump(mode="json")
     state_file = TrainingState(1, 8, None, layout_of(resolved), config)
-    (tag / files.STATE).write_text(json.dumps(asdict(state_file)))
-    records = {str(path.relative_to(tag)): asdict(files.digest(path)) for path in files.data_files(tag)}
-    (tag / files.MANIFEST).write_text(json.dumps({"format": 1, "files": records}))
+    (tag / manifest.STATE).write_text(json.dumps(asdict(state_file)))
+    records = {str(path.relative_to(tag)): asdict(manifest.digest(path)) for path in manifest.data_files(tag)}
+    (tag / manifest.MANIFEST).write_text(json.dumps({"format": 1, "files": records}))
     return tag

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mythos_ds.data.dataset_info import DatasetInfo
 from mythos_ds.data.prepare import prepare_dataset
-from mythos_ds.data.sidecar import DatasetInfo
 from mythos_ds.data.tokenizer import Tokenizer, train_tokenizer
 
 SYLLABLES = ("ka", "lo", "mi", "ru", "se", "to", "vi", "na", "pe", "du")

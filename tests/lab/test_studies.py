@@ -5,21 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments.controls import CONTROLS
-from experiments.report import write_summary
-from experiments.spec import RunSpec
-from experiments.study import write_report
-from experiments.worker import MODEL, SPEC
-from studies import inspections, trained
-from studies.grokking import WORKER
-from studies.grokking_task import SPLITS
-from studies.registry import STUDIES
 from torch import Tensor
 
-from mythos_ds.checkpoint.model_folder import save_model
 from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.lab import trained_models
+from mythos_ds.lab.spec import RunSpec
+from mythos_ds.lab.studies import inspections
+from mythos_ds.lab.studies.grokking import WORKER
+from mythos_ds.lab.studies.registry import STUDIES
+from mythos_ds.lab.study import write_report
+from mythos_ds.lab.summary_page import write_summary
+from mythos_ds.lab.tasks.facts import SPLITS
+from mythos_ds.lab.variants import CONTROLS
+from mythos_ds.lab.worker import MODEL, SPEC
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.weights.model_folder import save_model
 
 INSPECTIONS = ("routing", "stability", "halting")
 CASES = [(name, scale) for name, study in STUDIES.items() for scale in study.scales]
@@ -91,7 +92,7 @@ def test_analysis_makes_a_page(name: str, scale: str, tmp_path: Path, monkeypatc
     specs = study.runs(scale, "data")
     folders = dict.fromkeys(specs, tmp_path)
     if name in INSPECTIONS:
-        monkeypatch.setattr(trained, "text", _made_up_text)
+        monkeypatch.setattr(trained_models, "text", _made_up_text)
         monkeypatch.setattr(inspections, "text", _made_up_text)
         monkeypatch.setattr(inspections, "_GATE_STEPS", 2)
         specs = {key: spec for key, spec in specs.items() if key[1] < 2}

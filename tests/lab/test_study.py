@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from experiments.spec import Arm, RunSpec, make_spec
-from experiments.sweep import run_all, run_folder, start_run
-from studies.language import base
 
 from mythos_ds.errors import LabError
+from mythos_ds.lab.spec import Arm, RunSpec, make_spec
+from mythos_ds.lab.studies.language import base
+from mythos_ds.lab.sweep import run_all, run_folder, start_run
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STUDY = "khop-smoke"
 
 

@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-from conversion.huggingface import export
-
+from mythos_ds.conversion.huggingface import export
 from tests.parity.test_hf import TINY, make_folder
 
 LATENT = {

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
+from tests.helpers.paths import ROOT
+
+TINY = ROOT / "models" / "tiny"
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The released tiny model as a Hugging Face folder, fp32."""
     pytest.importorskip("transformers")
-    from conversion.huggingface import export
+    from mythos_ds.conversion.huggingface import export
 
     folder = tmp_path_factory.mktemp("tiny") / "hf"
     export(TINY, folder, dtype="float32")

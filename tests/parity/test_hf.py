@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from conversion.huggingface import export, hf_config, hf_notes, import_hf
 from safetensors.torch import load_file, save_file
 
-from mythos_ds.checkpoint.model_folder import load_model, read_facts, save_model
+from mythos_ds.conversion.huggingface import export, hf_config, hf_notes, import_hf
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.weights.model_folder import load_model, read_facts, save_model
 from tests.helpers.toy_model import toy_model
 
 transformers = pytest.importorskip("transformers")
 import mythos_hf
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
 GQA: dict[str, Any] = {
     "attn_type": "gqa", "n_heads": 4, "n_kv_heads": 2, "kv_lora_rank": None, "q_lora_rank": None,
@@ -180,7 +180,7 @@ def test_a_fresh_process_needs_the_folder_and_the_package_only(remote, tiny, tmp
     code = FRESH.format(
         imports="" if remote else "import mythos_hf", options=", trust_remote_code=True" if remote else ""
     )
-    environment = {"PATH": "/usr/bin", "PYTHONPATH": "" if remote else str(ROOT), "HOME": str(tmp_path)}
+    environment = {"PATH": "/usr/bin", "HOME": str(tmp_path)}
     command = [sys.executable, "-c", code, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -1,7 +1,6 @@
 """No forward swallows an argument: what is unknown is named, what is known does something."""
 
 import ast
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +11,9 @@ transformers = pytest.importorskip("transformers")
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
 import mythos_hf
-from mythos_ds.checkpoint.model_folder import load_model
+from mythos_ds.weights.model_folder import load_model
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKED = {"mythos_hf.MythosModel", "mythos_hf.MythosForCausalLM"}
 """The classes whose forward takes more than it names; each compares it with a list."""
 TOKENS = torch.tensor([[5, 77, 312, 2044]])

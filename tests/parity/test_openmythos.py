@@ -5,8 +5,8 @@ from typing import Any
 import open_mythos.main as oracle
 import pytest
 import torch
-from conversion.openmythos import convert_openmythos, openmythos_config
 
+from mythos_ds.conversion.openmythos import convert_openmythos, openmythos_config
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
 

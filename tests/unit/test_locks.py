@@ -2,13 +2,13 @@
 
 import re
 from importlib.metadata import requires
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 LOCKS = ("requirements.lock", "requirements-vllm.lock")
 PYTHONS = ("3.11", "3.12", "3.13")
 OF_A_MACHINE = re.compile(r"^(torch|torchvision|torchaudio|torchcodec|triton|nvidia-.*|cuda-.*|pytorch-.*)$")

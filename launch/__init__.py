@@ -1,0 +1,1 @@
+"""Mains and job files that start training on a machine or a cluster."""

@@ -1,0 +1,1 @@
+"""Measurements on real engines, against which the planner's predictions are held."""

@@ -1,0 +1,360 @@
+"""Training checkpoints as logical tensors: which pieces of which files make up each weight and each optimizer state.
+
+DeepSpeed's files say by themselves what they hold; this module is the one place that knows their form. ZeRO-3 cuts each
+parameter into equal parts over its ranks; ZeRO 1 and 2 cut a whole group of parameters; ZeRO 0 keeps tensors whole.
+Expert weights are first cut by expert over the expert-parallel ranks. A pipeline stage has a folder of its own.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mythos_ds.checkpoint.manifest import MANIFEST
+from mythos_ds.engine.optimizer import role_of
+from mythos_ds.errors import CheckpointError
+from mythos_ds.weights.reader import TensorSpec
+from mythos_ds.weights.safe_load import executes_pickles, executing_pickles, load_trusted
+
+WEIGHTS = "weights"
+"""Kind of the fp32 weights; other kinds are the optimizer's: exp_avg, exp_avg_sq, momentum_buffer."""
+STEP = "step"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of a logical tensor: `numel` of them from `offset` on are those of `file` from `start` on, in the flat
+    group `group` (ZeRO) or under the tensor's own name (ZeRO 0, group None)."""
+
+    offset: int
+    numel: int
+    file: str
+    group: int | None
+    start: int
+
+
+@dataclass(frozen=True)
+class LogicalTensor:
+    """A tensor as the model names it, and the pieces that tile it, by offset. More than one tiling: copies that
+    pipeline stages hold of tied weights, equal bit for bit."""
+
+    shape: tuple[int, ...]
+    tilings: tuple[tuple[Piece, ...], ...]
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """The parameters of one flat group (None: kept whole) as one rank's file lists them: name -> shape there.
+
+    `slices` (ZeRO 1, 2): name -> start and length in the rank's part; `rank` of `ranks`: place among those that share
+    the group (ZeRO 3).
+    """
+
+    index: int | None
+    shapes: Mapping[str, tuple[int, ...]]
+    slices: Mapping[str, tuple[int, int]] | None
+    rank: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """What one rank wrote. `ep_rank`: which experts it holds."""
+
+    file: str
+    ep_rank: int
+    groups: tuple[RankGroup, ...]
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is a stack of routed experts, cut over the expert-parallel ranks."""
+    return ".moe.experts." in name
+
+
+def plan(stages: Iterable[Iterable[RankFile]], ep_size: int) -> dict[str, LogicalTensor]:
+    """Where every parameter's elements are, from what the ranks of each stage wrote. Pure.
+
+    Raises CheckpointError where pieces are missing, overlap or contradict each other.
+    """
+    found: dict[str, tuple[tuple[int, ...], list[tuple[Piece, ...]]]] = {}
+    for stage in stages:
+        pieces: dict[str, list[Piece]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        progress: dict[tuple[str, int], int] = {}
+        for rank_file in stage:
+            for group in rank_file.groups:
+                for name, local, piece in _pieces_of(rank_file, group, progress):
+                    cut = is_expert(name) and ep_size > 1
+                    shape = (local[0] * ep_size, *local[1:]) if cut else local
+                    if shapes.setdefault(name, shape) != shape:
+                        raise CheckpointError(f"{rank_file.file}: {name} is {shape}, {shapes[name]} in another file")
+                    offset = piece.offset + (rank_file.ep_rank * prod(local) if cut else 0)
+                    pieces.setdefault(name, []).append(
+                        Piece(offset, piece.numel, piece.file, piece.group, piece.start)
+                    )
+        for name, parts in pieces.items():
+            tiling = _tile(name, prod(shapes[name]), parts)
+            shape, tilings = found.setdefault(name, (shapes[name], []))
+            if shape != shapes[name]:
+                raise CheckpointError(f"{name}: stages disagree on its shape, {shape} and {shapes[name]}")
+            tilings.append(tiling)
+    return {name: LogicalTensor(shape, tuple(tilings)) for name, (shape, tilings) in found.items()}
+
+
+def _pieces_of(
+    rank_file: RankFile, group: RankGroup, progress: dict[tuple[str, int], int]
+) -> Iterator[tuple[str, tuple[int, ...], Piece]]:
+    """Pieces of one rank's group, with offsets in the rank's local tensor. `progress`: elements of a parameter that
+    lower ranks hold, which is where this rank's slice of it begins (ZeRO 1 and 2); ranks must come in order."""
+    start = 0
+    for name, shape in group.shapes.items():
+        numel = prod(shape)
+        if group.slices is None:
+            part = -(-numel // group.ranks)
+            offset = min(group.rank * part, numel)
+            here = min(part, numel - offset)
+            if here:
+                yield name, shape, Piece(offset, here, rank_file.file, group.index, start)
+            start += part
+        elif name in group.slices:
+            first, length = group.slices[name]
+            key = name, rank_file.ep_rank if is_expert(name) else 0
+            offset = progress.get(key, 0)
+            progress[key] = offset + length
+            yield name, shape, Piece(offset, length, rank_file.file, group.index, first)
+
+
+def _tile(name: str, numel: int, pieces: list[Piece]) -> tuple[Piece, ...]:
+    ordered = sorted(pieces, key=lambda piece: piece.offset)
+    end = 0
+    for piece in ordered:
+        if piece.offset != end:
+            raise CheckpointError(f"{name}: element {min(end, piece.offset)} is in no file, or in two ({piece.file})")
+        end += piece.numel
+    if end != numel:
+        raise CheckpointError(f"{name}: {end} of {numel} elements are in the files")
+    return tuple(ordered)
+
+
+class ShardReader:
+    """The contents of a checkpoint's files, mapped into memory; nothing is executed (see `load_trusted`), unless
+    `trusting`."""
+
+    def __init__(self, tag: Path, *, trusting: bool | None = None):
+        self.tag = tag
+        self.trusting = executes_pickles() if trusting is None else trusting
+        self._open: dict[str, Any] = {}
+
+    def content(self, file: str) -> Any:
+        """What torch saved in `file`."""
+        if file not in self._open:
+            with executing_pickles(self.trusting):
+                self._open[file] = load_trusted(self.tag / file)
+        return self._open[file]
+
+    def elements(self, piece: Piece, name: str, kind: str) -> Tensor:
+        """The flat elements of a piece of the tensor `name`."""
+        return self.flat(piece.file, piece.group, name, kind).detach()[piece.start : piece.start + piece.numel]
+
+    def flat(self, file: str, group: int | None, name: str, kind: str) -> Tensor:
+        """The flat tensor that a piece is cut from. Raises CheckpointError where there is none of that kind."""
+        content = self.content(file)
+        try:
+            if group is None:
+                masters, states = _whole_states(content)
+                if kind != WEIGHTS:
+                    return states[_order(content)[name]][kind].reshape(-1)
+                return (masters[_order(content)[name]] if masters else content["module"][name]).reshape(-1)
+            state = content["optimizer_state_dict"]
+            if kind == WEIGHTS:
+                return _first(state, "fp32_flat_groups", "single_partition_of_fp32_groups")[group].reshape(-1)
+            return _first(state, "optimizer_state_dict", "base_optimizer_state")["state"][group][kind].reshape(-1)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.tag / file}: has no {kind} of {name} ({error!r})") from None
+
+    def kinds(self, file: str, group: int | None, name: str) -> dict[str, float | None]:
+        """Optimizer states kept for a parameter; for `step`, its value."""
+        content = self.content(file)
+        if group is None:
+            state = _whole_states(content)[1].get(_order(content).get(name, -1), {})
+        else:
+            state = _first(content["optimizer_state_dict"], "optimizer_state_dict", "base_optimizer_state")
+            state = state["state"].get(group, {})
+        return {kind: float(value) if kind == STEP else None for kind, value in state.items() if value is not None}
+
+
+def _first(state: Mapping[str, Any], *names: str) -> Any:
+    for name in names:
+        if name in state:
+            return state[name]
+    raise KeyError(names[0])
+
+
+def _whole_states(content: Mapping[str, Any]) -> tuple[list[Tensor], Mapping[int, Any]]:
+    """fp32 weights, where the module's are not, and states of an unpartitioned optimizer, in `_order`."""
+    optimizer = content["optimizer"]
+    masters = [master for group in optimizer.get("fp32_groups", ()) for master in group]
+    return masters, optimizer.get("optimizer_state_dict", optimizer)["state"]
+
+
+def _order(content: Mapping[str, Any]) -> dict[str, int]:
+    """Index of each parameter in an unpartitioned optimizer: the order in which `parameter_groups` collects them."""
+    buffers = set(content["buffer_names"])
+    module = {name: tensor for name, tensor in content["module"].items() if name not in buffers}
+    roles: dict[str, list[str]] = {}
+    for name, tensor in module.items():
+        if name == "lm_head.weight" and tensor.data_ptr() == module["embed.weight"].data_ptr():
+            continue
+        roles.setdefault(role_of(name, tensor.dim()).name, []).append(name)
+    return {name: index for index, name in enumerate(name for members in roles.values() for name in members)}
+
+
+class CheckpointTensors:
+    """One kind of tensors of a training checkpoint, whole, in fp32: a TensorSource. `WEIGHTS` include the buffers.
+
+    The kinds of one checkpoint share a plan: see `open_checkpoint`.
+    """
+
+    def __init__(
+        self, tag: Path, kind: str, tensors: dict[str, LogicalTensor], buffers: dict[str, tuple[str, TensorSpec]]
+    ):
+        self.tag, self.kind, self.tensors, self.buffers = tag, kind, tensors, buffers
+        self._reader = ShardReader(tag)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # With the manifest, two checkpoints of one name are not taken for each other when a conversion goes on.
+        manifest = self.tag / MANIFEST
+        own = {"tag": self.tag, "kind": self.kind, "tensors": self.tensors, "buffers": self.buffers}
+        content = manifest.read_bytes() if manifest.is_file() else None
+        return {**own, "trusting": self._reader.trusting, "manifest": content}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.tag, self.kind, self.tensors, self.buffers = (
+            state[name] for name in ("tag", "kind", "tensors", "buffers")
+        )
+        self._reader = ShardReader(self.tag, trusting=state["trusting"])
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor of the kind."""
+        specs = {name: TensorSpec(torch.float32, tensor.shape) for name, tensor in self.tensors.items()}
+        return {**specs, **{name: spec for name, (_, spec) in self.buffers.items()}}
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor or some of its rows. Raises CheckpointError where copies of a tied weight differ."""
+        if name in self.buffers:
+            whole = self._reader.content(self.buffers[name][0])["module"][name]
+            return whole.clone() if rows is None else whole[rows].clone()
+        shape = self.tensors[name].shape
+        if rows is not None:
+            per_row = prod(shape[1:])
+            return self.elements(name, rows.start * per_row, rows.stop * per_row).view(-1, *shape[1:])
+        return self.elements(name, 0, prod(shape)).view(shape)
+
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements start:stop of the flattened tensor, fp32."""
+        first, *copies = (self._gather(tiling, name, start, stop) for tiling in self.tensors[name].tilings)
+        if any(not torch.equal(first, copy) for copy in copies):
+            raise CheckpointError(f"{self.tag}: the pipeline stages' copies of {name} ({self.kind}) differ")
+        return first
+
+    def _gather(self, tiling: tuple[Piece, ...], name: str, start: int, stop: int) -> Tensor:
+        result = torch.empty(stop - start, dtype=torch.float32)
+        for piece in tiling:
+            low, high = max(start, piece.offset), min(stop, piece.offset + piece.numel)
+            if low < high:
+                held = self._reader.elements(piece, name, self.kind)
+                result[low - start : high - start] = held[low - piece.offset : high - piece.offset]
+        return result
+
+
+def open_checkpoint(tag: Path, ep_size: int, n_stages: int) -> tuple[dict[str, CheckpointTensors], float]:
+    """Kind -> its tensors, for the weights and each optimizer state of a DeepSpeed checkpoint, and the optimizer's
+    step count. Raises CheckpointError where files are missing or do not fit together."""
+    reader = ShardReader(tag)
+    stages, buffers = [], {}
+    for stage in range(n_stages):
+        folder = Path(f"stage_{stage}") if n_stages > 1 else Path()
+        files = _rank_files(reader, folder, ep_size)
+        stages.append(files)
+        buffers.update(_buffers(reader, folder))
+    tensors = plan(stages, ep_size)
+    by_kind: dict[str, dict[str, LogicalTensor]] = {WEIGHTS: tensors}
+    steps = set()
+    for name, tensor in tensors.items():
+        piece = tensor.tilings[0][0]
+        for kind, value in reader.kinds(piece.file, piece.group, name).items():
+            if value is not None:
+                steps.add(value)
+            else:
+                by_kind.setdefault(kind, {})[name] = tensor
+    if len(steps) > 1:
+        raise CheckpointError(f"{tag}: its parameters have been updated {sorted(steps)} times")
+    own_buffers = {WEIGHTS: buffers}
+    sources = {kind: CheckpointTensors(tag, kind, own, own_buffers.get(kind, {})) for kind, own in by_kind.items()}
+    return sources, steps.pop() if steps else 0.0
+
+
+def _rank_files(reader: ShardReader, folder: Path, ep_size: int) -> list[RankFile]:
+    paths = sorted((reader.tag / folder).glob("*zero_pp_rank_*_optim_states.pt"), key=_dp_rank)
+    if not paths:
+        return [_whole_file(reader, str(folder / "mp_rank_00_model_states.pt"))]
+    if [_dp_rank(path) for path in paths] != list(range(len(paths))):
+        raise CheckpointError(f"{reader.tag / folder}: the files of some ranks are missing")
+    return [_rank_file(reader, path, ep_size) for path in paths]
+
+
+def _rank_file(reader: ShardReader, path: Path, ep_size: int) -> RankFile:
+    file = str(path.relative_to(reader.tag))
+    rank, states = _dp_rank(path), reader.content(file)["optimizer_state_dict"]
+    own = path.with_name(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    model_states = own if own.is_file() else path.with_name("mp_rank_00_model_states.pt")
+    shapes = reader.content(str(model_states.relative_to(reader.tag)))["param_shapes"]
+    groups = []
+    places = states.get("ds_zero_partition_groups")  # None where no weight is expert-parallel
+    for index, names in enumerate(shapes):
+        slices = None
+        if "param_slice_mappings" in states:
+            slices = {name: (part.start, part.numel) for name, part in states["param_slice_mappings"][index].items()}
+            place = 0, 0
+        elif places is None:
+            place = rank, states["partition_count"]
+        else:
+            place = places[index]["partition_rank"], places[index]["partition_count"]
+        local = {name: tuple(shape) for name, shape in names.items()}
+        groups.append(RankGroup(index, local, slices, *place))
+    return RankFile(file, rank % ep_size, tuple(groups))
+
+
+def _whole_file(reader: ShardReader, file: str) -> RankFile:
+    """ZeRO 0: every tensor under its name, on every rank the same."""
+    content = reader.content(file)
+    groups = []
+    for name in _order(content):
+        tensor = content["module"][name]
+        shape = tuple(tensor.shape)
+        groups.append(RankGroup(None, {name: shape}, {name: (0, tensor.numel())}, 0, 1))
+    return RankFile(file, 0, tuple(groups))
+
+
+def _buffers(reader: ShardReader, folder: Path) -> dict[str, tuple[str, TensorSpec]]:
+    """Buffers of a stage, which all of its ranks hold alike. Raises CheckpointError where they differ."""
+    found: dict[str, tuple[str, TensorSpec]] = {}
+    for path in sorted((reader.tag / folder).glob("*mp_rank_00_model_states.pt")):
+        if path.name.startswith("layer_"):
+            continue  # the experts' copies that DeepSpeed keeps beside ZeRO 1 and 2
+        file = str(path.relative_to(reader.tag))
+        content = reader.content(file)
+        for name in content["buffer_names"]:
+            tensor = content["module"][name]
+            first = found.setdefault(name, (file, TensorSpec(tensor.dtype, tuple(tensor.shape))))
+            if not torch.equal(reader.content(first[0])["module"][name], tensor):
+                raise CheckpointError(f"{path}: its {name} differs from that of another rank")
+    return found
+
+
+def _dp_rank(path: Path) -> int:
+    return int(path.name.split("zero_pp_rank_")[1].split("_")[0])

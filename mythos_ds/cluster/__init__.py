@@ -1,0 +1,1 @@
+"""The hosts of a run: the hostfile, and the checks before a run starts."""

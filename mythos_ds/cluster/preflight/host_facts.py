@@ -1,0 +1,242 @@
+"""What one process sees on its host, as plain JSON values, and what follows from everybody's. No torch."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mythos_ds.cluster.preflight.report import Check, places
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.config.schema import DataConfig
+from mythos_ds.costs.params import checkpoint_bytes
+from mythos_ds.data.dataset_info import read_info
+from mythos_ds.errors import DataError
+from mythos_ds.train.run_directory import git_commit, package_versions
+
+Facts = dict[str, Any]
+
+WRITE_BYTES = 64 * 2**20
+MARKER_WAIT_S = 5.0
+"""A network file system may show another host's new file a little later."""
+CLOCK_LIMIT_S = 1.0
+
+def config_hash(resolved: ResolvedRun) -> str:
+    """A name of the configuration's content, whatever its file looks like."""
+    text = json.dumps(resolved.config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def folders(run_dir: Path, data: DataConfig) -> dict[str, Path]:
+    """The folders that all processes must share."""
+    return {"run directory": run_dir, "index cache": Path(data.data_dir)}
+
+
+class Markers:
+    """A file in each shared folder, by which the others tell that they see the same storage.
+
+    A context manager: removes the files, and the folders that it made.
+    """
+
+    def __init__(self, run_dir: Path, data: DataConfig, token: str):
+        self.problems: list[str] = []
+        self._folders, self._token = folders(run_dir, data), token
+        self._made: list[Path] = []
+
+    def __enter__(self) -> "Markers":
+        for name, folder in self._folders.items():
+            try:
+                self._make(folder)
+                marker = folder / marker_name(self._token)
+                marker.write_text(self._token, encoding="utf-8")
+            except OSError as error:
+                self.problems.append(f"{name} {folder}: not writable ({_reason(error)})")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for folder in self._folders.values():
+            with contextlib.suppress(OSError):
+                (folder / marker_name(self._token)).unlink()
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def _make(self, folder: Path) -> None:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._made += reversed(missing)
+
+
+def marker_name(token: str) -> str:
+    """Name of the file that `Markers` leaves in a shared folder."""
+    return f".preflight-{token}"
+
+
+def gather(resolved: ResolvedRun, run_dir: Path, token: str | None, *, write: bool) -> Facts:
+    """The calling process's facts.
+
+    token: that of the markers to look for; None where they could not be made. write: also measure the run directory's
+    write speed (one process a host).
+    """
+    config = resolved.config
+    facts: Facts = {
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "python": sys.executable,
+        "versions": {**package_versions(), "commit": git_commit()},
+        "config": config_hash(resolved),
+        "data": _data_problems(config.data),
+        "shared": [
+            f"{name} {folder}: not shared, a file made by the first process is not seen here"
+            for name, folder in folders(run_dir, config.data).items()
+            if token is not None and not _appears(folder / marker_name(token))
+        ],
+    }
+    with contextlib.suppress(OSError):
+        facts["free_bytes"] = shutil.disk_usage(run_dir).free
+    if write:
+        facts |= _write_speed(run_dir)
+    return facts
+
+
+def _data_problems(data: DataConfig) -> list[str]:
+    """What is missing or damaged of the data; a dataset's content is compared by its sidecar."""
+    problems = []
+    if data.tokenizer is not None and not os.access(data.tokenizer, os.R_OK):
+        problems.append(f"data.tokenizer {data.tokenizer}: not there, or not readable")
+    for dataset in data.datasets or ():
+        try:
+            info = read_info(Path(dataset.prefix))
+            with Path(f"{dataset.prefix}.bin").open("rb") as file:
+                file.seek(max(0, info.bin_bytes - 1))
+                file.read(1)
+        except DataError as error:
+            problems.append(str(error).split("; make it with")[0])
+        except OSError as error:
+            problems.append(f"{dataset.prefix}: not readable ({_reason(error)})")
+    return problems
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + MARKER_WAIT_S
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _write_speed(run_dir: Path) -> Facts:
+    """Bytes per second of a file forced to disk; a problem where it cannot be written."""
+    path = run_dir / marker_name(f"speed-{socket.gethostname()}-{os.getpid()}")
+    block = os.urandom(2**20)
+    try:
+        started = time.perf_counter()
+        with path.open("wb") as file:
+            for _ in range(WRITE_BYTES // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        return {"write_bytes_per_s": WRITE_BYTES / (time.perf_counter() - started)}
+    except OSError as error:
+        return {"write": f"{run_dir}: {_reason(error)}"}
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _reason(error: OSError) -> str:
+    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+
+
+def verdicts(everybody: Sequence[Facts], resolved: ResolvedRun) -> list[Check]:
+    """Checks of all processes' facts, the first of which is the one that the others are compared with."""
+    return [
+        *_versions(everybody),
+        _equal("configuration", "config", everybody),
+        _problems("data", everybody, "data", "every dataset and the tokenizer are there"),
+        _problems("shared folders", everybody, "shared", "run directory and index cache are the same storage"),
+        _disk_space(everybody, resolved),
+        _write(everybody, resolved),
+    ]
+
+
+def _versions(everybody: Sequence[Facts]) -> list[Check]:
+    first, problems = everybody[0]["versions"], []
+    for facts in everybody[1:]:
+        differing = [
+            f"{package} {facts['versions'].get(package)} (there: {version})"
+            for package, version in first.items()
+            if facts["versions"].get(package) != version
+        ]
+        if differing:
+            problems.append(f"{facts['host']}: {', '.join(differing)}")
+    if problems:
+        return [Check("package versions", False, f"not those of {everybody[0]['host']}: {places(problems)}")]
+    listed = ", ".join(f"{package} {version}" for package, version in first.items() if version and package != "commit")
+    return [Check("package versions", True, f"equal: {listed}")]
+
+
+def _equal(name: str, key: str, everybody: Sequence[Facts]) -> Check:
+    common = Counter(facts[key] for facts in everybody).most_common(1)[0][0]
+    others = [f"{facts['host']} has {facts[key]}" for facts in everybody if facts[key] != common]
+    if others:
+        return Check(name, False, f"most processes have {common}; {places(others)}")
+    return Check(name, True, f"equal: {common}")
+
+
+def _problems(name: str, everybody: Sequence[Facts], key: str, fine: str) -> Check:
+    found = [f"{facts['host']}: {problem}" for facts in everybody for problem in facts[key]]
+    return Check(name, False, places(found)) if found else Check(name, True, fine)
+
+
+def _disk_space(everybody: Sequence[Facts], resolved: ResolvedRun) -> Check:
+    """A new checkpoint is written before the oldest is removed."""
+    keep = resolved.config.checkpoint.keep
+    need = checkpoint_bytes(resolved.config) * (keep + 1)
+    known = [facts for facts in everybody if "free_bytes" in facts]
+    if not known:
+        return Check("disk space", False, "the run directory does not exist and cannot be made")
+    least: Facts = min(known, key=lambda facts: facts["free_bytes"])
+    text = f"{readable(least['free_bytes'])} free; {keep} + 1 checkpoints of {readable(need // (keep + 1))}"
+    text += f" need {readable(need)}"
+    fits = least["free_bytes"] >= need
+    return Check("disk space", fits, text if fits else f"{least['host']}: {text}", least["free_bytes"], "bytes")
+
+
+def _write(everybody: Sequence[Facts], resolved: ResolvedRun) -> Check:
+    failed = [f"{facts['host']}: {facts['write']}" for facts in everybody if "write" in facts]
+    if failed:
+        return Check("write", False, places(failed))
+    speeds: list[tuple[float, str]] = [
+        (facts["write_bytes_per_s"], facts["host"]) for facts in everybody if "write_bytes_per_s" in facts
+    ]
+    if not speeds:
+        return Check("write", None, "not measured")
+    total, slowest = sum(speed for speed, _ in speeds), min(speeds)
+    seconds = checkpoint_bytes(resolved.config) / total
+    text = f"{readable(total)}/s from all hosts together: {seconds:,.1f} s a checkpoint; slowest {slowest[1]}"
+    return Check("write", True, f"{text} {readable(slowest[0])}/s", total, "bytes/s")
+
+
+def clocks(offsets: Sequence[tuple[str, float]], uncertainty_s: float) -> Check:
+    """`offsets`: host and its clock minus the first's, in seconds, known to `uncertainty_s`."""
+    host, worst = max(offsets, key=lambda pair: abs(pair[1]))
+    text = f"largest offset {worst * 1e3:+.0f} ms ({host}), known to {uncertainty_s * 1e3:.0f} ms"
+    fine = abs(worst) <= CLOCK_LIMIT_S + uncertainty_s
+    return Check("clocks", fine, text if fine else f"{text}; allowed: {CLOCK_LIMIT_S:g} s", worst, "s")
+
+
+def readable(count: float) -> str:
+    """Bytes with a decimal prefix."""
+    power = max(0, min(5, int(math.log10(max(abs(count), 1.0)) // 3)))
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"

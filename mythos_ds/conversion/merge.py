@@ -1,0 +1,85 @@
+"""From a training checkpoint to a model in one folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mythos_ds.checkpoint import manifest
+from mythos_ds.checkpoint.deepspeed_format import WEIGHTS
+from mythos_ds.checkpoint.portable import open_state
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.conversion.model_target import WholeModel, check_tokenizer, write_config
+from mythos_ds.data.builtin import BuiltinData
+from mythos_ds.errors import CheckpointError
+from mythos_ds.weights.reader import TensorSource
+from mythos_ds.weights.writer import MAX_FILE_BYTES, write_tensors
+
+
+def newest_tag(path: Path) -> Path:
+    """The checkpoint that `path` names: itself, or the newest complete one of a run, or of its checkpoint folder.
+
+    Raises CheckpointError, naming what is wrong with each, where none is complete.
+    """
+    if manifest.is_tag(path.name):
+        manifest.verify(path, 0, 1)
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    faults = []
+    for tag in manifest.list_tags(folder):
+        try:
+            manifest.verify(tag, 0, 1)
+            return tag
+        except CheckpointError as error:
+            faults.append(str(error))
+    raise CheckpointError("\n".join([f"{folder}: no complete checkpoint", *faults]))
+
+
+def merged_source(tag: Path, model: ModelConfig, dtype: str) -> TensorSource:
+    """The whole model of a checkpoint, from its fp32 masters. Raises CheckpointError unless every tensor that the
+    configuration asks for is there once, with the right shape."""
+    cast = None if dtype == "float32" else torch.bfloat16
+    return WholeModel(open_state(tag)[0][WEIGHTS], model, cast)
+
+
+def merge(
+    tag: Path,
+    output: Path,
+    *,
+    dtype: str = "float32",
+    jobs: int = 1,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    tokenizer: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the model of the verified checkpoint `tag` to `output`; its configuration comes last."""
+    state = manifest.read_json(tag / manifest.STATE)
+    model = model_of(state)
+    source, own = merged_source(tag, model, dtype), tokenizer or tokenizer_of(state["config"])
+    check_tokenizer(own, model)
+    write_tensors(source, output, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
+    write_config(output, model, facts_of(state), own)
+
+
+def model_of(state: dict[str, Any]) -> ModelConfig:
+    """The model's configuration in a training state."""
+    return ModelConfig.model_validate(state["config"]["model"])
+
+
+def facts_of(state: dict[str, Any]) -> dict[str, Any]:
+    """What is worth knowing about a merged model."""
+    training = state["config"]["training"]
+    return {
+        "step": state["step"],
+        "tokens": state["consumed_samples"] * training["seq_len"],
+        "seq_len": training["seq_len"],
+        "training": training,
+        "data": state["config"]["data"],
+    }
+
+
+def tokenizer_of(config: dict[str, Any]) -> Path:
+    """The run's tokenizer, whether it is at hand or not."""
+    given = config["data"].get("tokenizer")
+    return Path(given) if given else BuiltinData.under(Path(config["data"]["data_dir"])).tokenizer

@@ -1,0 +1,293 @@
+"""A pretrained dense model of the Llama family as the start of a recurrent-depth one (arXiv 2511.07384).
+
+Its first layers become the prelude, its last ones the coda, layers before those the recurrent block; what lies between
+is dropped. The block's feed-forwards become mixtures of experts: each is split in `granularity` parts, and copies of
+the parts are the experts (granular upcycling, arXiv 2410.07524). Parts of a copy share a router row and so are chosen
+together, and the routing weights sum to `granularity`: the mixture computes what the feed-forward did, whatever the
+router says. The state starts at zero and A only multiplies it, B is one: the first loop is the source's cut stack.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mythos_ds.config.rules.model import nearest_divisors
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.model.initializer import Initializer
+from mythos_ds.model.injection import INITIAL_DT
+from mythos_ds.weights.reader import TensorSource, TensorSpec
+
+FAMILIES = ("llama", "mistral", "qwen3")
+
+_ATTENTION = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn.q.weight": "self_attn.q_proj.weight",
+    "attn.k.weight": "self_attn.k_proj.weight",
+    "attn.v.weight": "self_attn.v_proj.weight",
+    "attn.o.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+_QK_NORM = {"attn.q_norm.weight": "self_attn.q_norm.weight", "attn.k_norm.weight": "self_attn.k_norm.weight"}
+_FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_WHOLE = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+_HEAD = {"lm_head.weight": "lm_head.weight"}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which layers are taken and how they are upcycled."""
+
+    prelude: int
+    recurrent: int
+    coda: int
+    recurrent_from: int | None = None
+    """First source layer of the recurrent block; None: the block ends where the coda begins."""
+    n_experts: int = 8
+    granularity: int = 4
+    experts_per_token: int = 4
+    mean_recurrence: int = 4
+    max_loops: int = 16
+    seed: int = 0
+    """Draws the router."""
+
+    def layers(self, n_layers: int) -> dict[str, list[int]]:
+        """Source layers by part, and the dropped ones. Raises ConfigError for a cut the source is too short for."""
+        for name, least in (("prelude", 1), ("recurrent", 1), ("coda", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name}: given {getattr(self, name)}; allowed: at least {least}; nearest: {least}")
+        room = n_layers - self.prelude - self.coda
+        if self.recurrent > room:
+            raise ConfigError(
+                f"--prelude {self.prelude} --recurrent {self.recurrent} --coda {self.coda}: given "
+                f"{self.prelude + self.recurrent + self.coda} layers; allowed: at most the {n_layers} of the source; "
+                f"nearest: --recurrent {max(room, 0)}"
+            )
+        last = n_layers - self.coda - self.recurrent
+        start = last if self.recurrent_from is None else self.recurrent_from
+        if not self.prelude <= start <= last:
+            nearest = min(max(start, self.prelude), last)
+            raise ConfigError(
+                f"--recurrent-from: given {start}; allowed: {self.prelude} to {last} (after the prelude, before the "
+                f"coda); nearest: {nearest}"
+            )
+        parts = {
+            "prelude": list(range(self.prelude)),
+            "recurrent": list(range(start, start + self.recurrent)),
+            "coda": list(range(n_layers - self.coda, n_layers)),
+        }
+        taken = {layer for part in parts.values() for layer in part}
+        return {**parts, "dropped": [layer for layer in range(n_layers) if layer not in taken]}
+
+
+def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
+    """The configuration of the model that `cut` makes of a Hugging Face config.json. Raises ConfigError, with every
+    reason, for a source that cannot be expressed exactly."""
+    problems = _source_problems(source)
+    if problems:
+        raise ConfigError(["this source cannot be retrofitted:", *problems])
+    cut.layers(int(source["num_hidden_layers"]))
+    hidden = int(source["intermediate_size"])
+    g, n, k = cut.granularity, cut.n_experts, cut.experts_per_token
+    if g < 1 or hidden % g:
+        near = nearest_divisors(max(g, 1), hidden)
+        problems.append(f"--granularity: given {g}; allowed: divisors of intermediate_size = {hidden}; nearest: {near}")
+    elif n < g or n % g:
+        near = str(max(n // g, 1) * g)
+        problems.append(f"--experts: given {n}; allowed: multiples of --granularity = {g}; nearest: {near}")
+    elif k < g or k % g or k > n:
+        nearest = min(max(k // g, 1) * g, n)
+        problems.append(
+            f"--experts-per-token: given {k}; allowed: multiples of --granularity = {g} up to {n} (whole copies of the "
+            f"feed-forward); nearest: {nearest}"
+        )
+    if not 1 <= cut.mean_recurrence <= cut.max_loops:
+        problems.append(f"--mean-recurrence: given {cut.mean_recurrence}; allowed: 1 to --max-loops = {cut.max_loops}")
+    if problems:
+        raise ConfigError(problems)
+    return ModelConfig(
+        vocab_size=source["vocab_size"],
+        dim=source["hidden_size"],
+        prelude_layers=cut.prelude,
+        recurrent_layers=cut.recurrent,
+        coda_layers=cut.coda,
+        max_loops=cut.max_loops,
+        mean_recurrence=cut.mean_recurrence,
+        attn_type="gqa",
+        n_heads=source["num_attention_heads"],
+        n_kv_heads=source.get("num_key_value_heads") or source["num_attention_heads"],
+        head_dim=source.get("head_dim"),
+        qk_norm=source["model_type"] == "qwen3",
+        rope_theta=_rope(source)[1],
+        ffn_dim=hidden,
+        n_experts=n,
+        n_experts_per_tok=k,
+        expert_dim=hidden // g,
+        route_scale=float(g),
+        prelude_norm=False,
+        tie_embeddings=bool(source.get("tie_word_embeddings", False)),
+        norm_eps=source["rms_norm_eps"],
+    )
+
+
+def _source_problems(source: Mapping[str, Any]) -> list[str]:
+    kind = source.get("model_type")
+    if kind not in FAMILIES:
+        return [f"model_type: given {kind!r}; allowed: {', '.join(FAMILIES)} (dense, without biases)"]
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    problems = [f"{key}: missing" for key in (*needed, "rms_norm_eps") if source.get(key) is None]
+    # What the layers here do not have, and the values that mean "off".
+    absent = {
+        "attention_bias": (None, False),
+        "mlp_bias": (None, False),
+        "hidden_act": (None, "silu"),
+        "partial_rotary_factor": (None, 1.0),
+        "quantization_config": (None,),
+    }
+    if not (kind == "qwen3" and not source.get("use_sliding_window", False)):
+        absent["sliding_window"] = (None,)
+    for key, allowed in absent.items():
+        if source.get(key) not in allowed:
+            problems.append(f"{key}: given {source[key]!r}; allowed: {allowed[-1]!r}")
+    scaling, _ = _rope(source)
+    if scaling != "default":
+        problems.append(f"rope_type: given {scaling!r}; allowed: 'default' (RoPE is not rescaled here)")
+    return problems
+
+
+def _rope(source: Mapping[str, Any]) -> tuple[str, float]:
+    """Kind and base of RoPE: in one dictionary since transformers 5, in two keys before."""
+    old = source.get("rope_scaling") or {}
+    new = source.get("rope_parameters") or old
+    theta = new.get("rope_theta", source.get("rope_theta", 10000.0))
+    if any(isinstance(value, dict) for value in new.values()):
+        return "per layer type", 10000.0
+    return new.get("rope_type", new.get("type", "default")), float(theta)
+
+
+class Retrofitted:
+    """The tensors of the model of `retrofit_config`, from those of the source. Raises CheckpointError for a tensor of
+    the source that is missing, or of which nothing is known (a bias, say)."""
+
+    def __init__(self, source: TensorSource, hf: Mapping[str, Any], cut: Cut):
+        config = retrofit_config(hf, cut)
+        self.source, self.cut = source, cut
+        self.n_layers = int(hf["num_hidden_layers"])
+        self._names = self._copied(config)
+        self._drawn = (config.n_experts, config.dim, config.resolved_init_std)
+        specs = source.specs()
+        self._check(specs, config)
+        self._hidden = config.expert_dim
+        dtype = specs[_WHOLE["embed.weight"]].dtype
+        self._specs = {ours: specs[theirs] for ours, theirs in self._names.items()}
+        for layer in range(config.recurrent_layers):
+            moe = f"recurrent.layers.{layer}.moe"
+            self._specs[f"{moe}.router.weight"] = TensorSpec(torch.float32, (config.n_experts, config.dim))
+            for part in _FEED_FORWARD:
+                shape = (config.dim, config.expert_dim) if part == "w2" else (config.expert_dim, config.dim)
+                self._specs[f"{moe}.experts.{part}"] = TensorSpec(dtype, (config.n_experts, *shape))
+        for name in ("log_A", "dt_bias", "B"):
+            self._specs[f"recurrent.injection.{name}"] = TensorSpec(torch.float32, (config.dim,))
+        self._specs["recurrent.loop_embedding.gain"] = TensorSpec(torch.float32, (config.dim,))
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor of the model but the router's counters, which are zero."""
+        return dict(self._specs)
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor or some of its rows."""
+        if name in self._names:
+            return self.source.read(self._names[name], rows)
+        if ".experts." in name:
+            return self._expert_stack(name, rows or slice(0, self._specs[name].shape[0]))
+        value = self._router(name) if name.endswith("router.weight") else self._injection(name)
+        return value if rows is None else value[rows]
+
+    def _expert_stack(self, name: str, experts: slice) -> Tensor:
+        """Expert i is part i % granularity of the feed-forward's hidden channels."""
+        layer, part = int(name.split(".")[2]), name.rsplit(".", 1)[1]
+        number = self.cut.layers(self.n_layers)["recurrent"][layer]
+        theirs = f"model.layers.{number}.mlp.{_FEED_FORWARD[part]}.weight"
+        starts = [i % self.cut.granularity * self._hidden for i in range(experts.start, experts.stop)]
+        channels = [slice(start, start + self._hidden) for start in starts]
+        if part != "w2":
+            return torch.stack([self.source.read(theirs, own) for own in channels])
+        whole = self.source.read(theirs)
+        return torch.stack([whole[:, own] for own in channels])
+
+    def _router(self, name: str) -> Tensor:
+        """A row per copy of the feed-forward, repeated for its parts."""
+        n_experts, dim, std = self._drawn
+        drawn = torch.zeros(n_experts // self.cut.granularity, dim)
+        Initializer(self.cut.seed).normal_(drawn, name, std)
+        return drawn.repeat_interleave(self.cut.granularity, 0)
+
+    def _injection(self, name: str) -> Tensor:
+        dt_bias = torch.full(self._specs[name].shape, math.log(math.expm1(INITIAL_DT)))
+        if name.endswith("dt_bias"):
+            return dt_bias
+        # B is dt * B by Euler's rule: one over what dt is in fp32.
+        return 1.0 / functional.softplus(dt_bias) if name.endswith(".B") else torch.zeros_like(dt_bias)
+
+    def _copied(self, config: ModelConfig) -> dict[str, str]:
+        names = {**_WHOLE, **({} if config.tie_embeddings else _HEAD)}
+        layers = self.cut.layers(self.n_layers)
+        attention = {**_ATTENTION, **(_QK_NORM if config.qk_norm else {})}
+        for part in ("prelude", "recurrent", "coda"):
+            for i, number in enumerate(layers[part]):
+                ours = f"recurrent.layers.{i}" if part == "recurrent" else f"{part}.{i}"
+                theirs = f"model.layers.{number}"
+                names |= {f"{ours}.{own}": f"{theirs}.{their}" for own, their in attention.items()}
+                if part != "recurrent":
+                    dense = _FEED_FORWARD.items()
+                    names |= {f"{ours}.ffn.{own}.weight": f"{theirs}.mlp.{their}.weight" for own, their in dense}
+        return names
+
+    def _check(self, specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
+        layers = self.cut.layers(self.n_layers)
+        dense = {
+            f"model.layers.{number}.mlp.{part}.weight": (
+                (config.dim, config.ffn_dim) if part == "down_proj" else (config.ffn_dim, config.dim)
+            )
+            for number in layers["recurrent"]
+            for part in _FEED_FORWARD.values()
+        }
+        for name in (*self._names.values(), *dense):
+            if name not in specs:
+                raise CheckpointError(f"{name}: not in the given weights")
+        for name, shape in dense.items():
+            if specs[name].shape != shape:
+                raise CheckpointError(f"{name}: has the shape {specs[name].shape}, config.json says {shape}")
+        dropped = tuple(f"model.layers.{number}." for number in layers["dropped"])
+        known = {*self._names.values(), *dense, *_HEAD.values()}
+        for name in specs:
+            if name not in known and not name.startswith(dropped) and not name.endswith("rotary_emb.inv_freq"):
+                raise CheckpointError(f"{name}: nothing here stands for it; the model would not be the source's")
+
+
+def describe(cut: Cut, n_layers: int) -> list[str]:
+    """Which source layers go where, in words."""
+    parts = cut.layers(n_layers)
+    return [
+        *(f"{part}: source layers {_ranges(parts[part])}" for part in ("prelude", "recurrent", "coda")),
+        f"dropped: {'source layers ' + _ranges(parts['dropped']) if parts['dropped'] else 'none'}",
+        f"experts: {cut.n_experts // cut.granularity} copies of each feed-forward in {cut.granularity} parts, "
+        f"{cut.experts_per_token // cut.granularity} copies used by a token",
+    ]
+
+
+def _ranges(layers: list[int]) -> str:
+    if not layers:
+        return "none"
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,38 @@
+"""Options that the tools which write model folders share."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from mythos_ds.checkpoint.manifest import list_tags
+from mythos_ds.errors import ConfigError
+from mythos_ds.weights.writer import MAX_FILE_BYTES
+
+BANDWIDTH = 2e9
+
+
+def add_writing(parser: ArgumentParser) -> None:
+    """How files are written, or only planned."""
+    parser.add_argument("--jobs", type=int, default=1, help="files written at once")
+    parser.add_argument("--max-file-bytes", type=int, default=MAX_FILE_BYTES, help="a larger tensor has its own file")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument("--bandwidth", type=float, help=f"with --dry-run: bytes per second (default {BANDWIDTH:.0e})")
+    parser.add_argument("--json", action="store_true", help="print the plan or the result as JSON")
+
+
+def check_writing(arguments: Namespace) -> None:
+    """Raises ConfigError for values of these options that make no sense, or have no effect."""
+    for name in ("jobs", "max_file_bytes", "bandwidth"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}: given {value:g}; allowed: more than 0; nearest: 1")
+    if arguments.bandwidth is not None and not arguments.dry_run:
+        raise ConfigError("--bandwidth: given without --dry-run; allowed: with it, for the time it prints")
+    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
+        raise ConfigError(f"--output: given {arguments.output}, which is a file; allowed: a new folder")
+
+
+def refuse_output_in_run(output: Path) -> None:
+    """Raises ConfigError for an output that is a run, or lies in its checkpoints: files of two kinds would mix."""
+    place = output.resolve()
+    if (place / "checkpoints").is_dir() or any(list_tags(folder) for folder in (place, *place.parents)):
+        raise ConfigError(f"--output: given {output}, which is a run or lies in its checkpoints; allowed: a new folder")

@@ -1,0 +1,1 @@
+"""What a run costs, computed from its configuration alone: parameters, FLOPs, cache, pipeline. Imports no torch."""

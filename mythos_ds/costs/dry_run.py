@@ -1,0 +1,103 @@
+"""What `--dry-run` and `--print-config` say about a run, without torch."""
+
+import json
+
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.config.schema import TrainingConfig
+from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, mean_training_depth
+from mythos_ds.costs.params import count_parameters
+from mythos_ds.costs.pipeline import predict
+from mythos_ds.costs.preset_page import short
+
+_LABEL_WIDTH = 18
+
+
+def dry_run_report(resolved: ResolvedRun) -> str:
+    """Layout, batch, parameters, FLOPs, cache and the DeepSpeed configuration, as text."""
+    lines = [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in (*_layout(resolved), *_size(resolved))]
+    deepspeed = json.dumps(resolved.deepspeed, indent=2, sort_keys=True)
+    return "\n".join([*lines, "DeepSpeed configuration:", deepspeed])
+
+
+def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
+    config, ep_size, world = resolved.config, resolved.ep_size, resolved.world_size
+    training, model, zero = config.training, config.model, config.parallel.zero_stage
+    tokens = resolved.max_steps * resolved.tokens_per_step
+    matrix_lr = training.lr * training.lr_reference_dim / model.dim
+    accumulation = resolved.gradient_accumulation_steps
+    pipelined = len(resolved.stages) > 1
+    holders = next(stage.size for stage in resolved.stages if stage.part.recurrent)
+    what = "micro-batches" if pipelined else "accumulation"
+    split = f"{training.micro_batch_size} x {holders} processes x {accumulation} {what}"
+    return [
+        ("processes", f"{world}: expert parallel {ep_size} x {holders // ep_size} expert copies, ZeRO {zero}"),
+        *(_pipeline(resolved) if pipelined else ()),
+        ("experts", f"{model.n_experts // ep_size} of {model.n_experts} per process and layer"),
+        ("batch", f"{training.global_batch_size} sequences = {split} = {resolved.tokens_per_step:,} tokens"),
+        ("length", f"{resolved.max_steps:,} steps = {short(tokens)} tokens, sequences of {training.seq_len}"),
+        (
+            "optimizer",
+            f"{training.optimizer}, lr {training.lr:g} (matrices {matrix_lr:.3g}), {training.dtype}",
+        ),
+        ("schedule", f"{training.schedule}, {training.warmup_steps} warm-up steps"),
+        ("loops", f"mean {mean_training_depth(config):.2f}, at most {model.max_loops}"),
+        ("drawn from", _depth_law(training)),
+        ("gradient", f"through the last {resolved.mean_backprop_depth} loops"),
+    ]
+
+
+def _depth_law(training: TrainingConfig) -> str:
+    growing = training.depth_curriculum_steps
+    return (
+        training.depth_distribution
+        + (", for each sequence; a step runs the largest" if training.depth_per == "sequence" else "")
+        + (f"; its mean grows from 1 over {growing:,} steps" if growing else "")
+    )
+
+
+def _pipeline(resolved: ResolvedRun) -> list[tuple[str, str]]:
+    """One line per stage, and what the schedule costs at the mean depth."""
+    mean = resolved.config.model.mean_recurrence
+    prediction = predict(resolved, mean)
+    rows = []
+    for index, stage in enumerate(resolved.stages):
+        layers = [
+            f"{name} {_span(numbers)}"
+            for name, numbers in (
+                ("prelude", stage.part.prelude),
+                ("recurrent", stage.part.recurrent),
+                ("coda", stage.part.coda),
+            )
+            if numbers
+        ]
+        ends = [*(["embedding"] if stage.part.embeds else []), *layers, *(["head"] if stage.part.predicts else [])]
+        ranks = _span(tuple(range(stage.first_rank, stage.first_rank + stage.size)))
+        held, sent = prediction.peak_held_bytes[index], prediction.sent_bytes[index]
+        text = f"ranks {ranks}: {', '.join(ends)}; rows per micro-batch {stage.rows}"
+        rows.append((f"stage {index}", f"{text}; keeps {short(held)}B of messages, sends {short(sent)}B per step"))
+    return [*rows, ("idle share", f"{prediction.bubble:.1%} of a step at {mean} loops, by simulation")]
+
+
+def _span(numbers: tuple[int, ...]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+def _size(resolved: ResolvedRun) -> list[tuple[str, str]]:
+    config = resolved.config
+    model, counts = config.model, count_parameters(config.model)
+    mean = expected_flops_per_token(config, resolved.mean_backprop_depth)
+    full = flops_per_token(model, context=config.training.seq_len, n_loops=model.max_loops)
+    tokens = resolved.max_steps * resolved.tokens_per_step
+    depths = (model.mean_recurrence, model.max_loops)
+    cache = [f"{short(cache_bytes_per_token(model, loops))}B at {loops} loops" for loops in depths]
+    return [
+        ("parameters", f"{counts.total:,}, of them {counts.routed:,} in routed experts"),
+        ("active", f"{counts.active:,} per token ({counts.active_share:.1%})"),
+        (
+            "FLOPs per token",
+            f"{short(mean.training)} in training at mean depth + {short(mean.recompute)} recompute",
+        ),
+        ("at full depth", f"{short(full.training)} (T = {model.max_loops}, gradient through all loops)"),
+        ("FLOPs of the run", short(mean.training * tokens)),
+        ("cache per token", ", ".join(cache)),
+    ]

@@ -1,0 +1,349 @@
+"""Predicts what a pipeline's schedule costs: idle time, messages, visits that wait for their backward. Pure; no torch.
+
+The orders are those of torch.distributed.pipelining, which the pipeline runs (a test holds both equal). They are
+simulated by list scheduling: a stage takes its actions in order, each as soon as what it reads is there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal, NamedTuple
+
+from mythos_ds.config.layout import Part, is_pipelined
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.costs.flops import dense_layer_flops, head_flops, lora_flops, recurrent_layer_flops
+
+BACKWARD_COST = 2.0
+"""A backward, in forwards (Kaplan et al. 2020, arXiv 2001.08361), without recomputation."""
+
+LOOP_MESSAGE_BYTES = 4
+"""The residual stream leaves a loop's layers in fp32."""
+
+Kind = Literal["prelude", "loop", "loops", "coda"]
+
+
+class Action(NamedTuple):
+    """Forward or backward of one visit of one micro-batch."""
+
+    backward: bool
+    visit: int
+    micro_batch: int
+
+
+Order = tuple[tuple[Action, ...], ...]
+"""What each stage does, in order."""
+
+
+class Span(NamedTuple):
+    """When a stage does something."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A stage's work on a micro-batch that comes by, per process of the stage.
+
+    Attributes:
+        kind: prelude layers, layers of one loop, the whole loop ("loops"), or coda layers.
+        forward: time, in any unit.
+        backward: time, with what is recomputed; 0 without gradient.
+        has_gradient: whether the result does; otherwise the visit is forgotten after its forward.
+        received_bytes: the message it reads; 0 for tokens.
+        sent_bytes: its result as a message; 0 for the last visit.
+    """
+
+    kind: Kind
+    forward: float
+    backward: float
+    has_gradient: bool = True
+    received_bytes: int = 0
+    sent_bytes: int = 0
+
+
+Visits = tuple[tuple[Visit, ...], ...]
+"""Of each stage, by visit number; a micro-batch goes through all stages before it comes to the next number."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One optimizer step without its weight gathers, gradient reduction and update.
+
+    Attributes:
+        makespan: time from the first forward to the last backward, in the unit of the visits.
+        busy: of each stage.
+        peak_held: of each stage, the most (visit, micro-batch) pairs with gradient between forward and backward.
+        peak_held_bytes: of each stage, the most bytes of messages that such pairs keep, per process.
+        timeline: of each stage; without the backwards that do nothing.
+    """
+
+    makespan: float
+    busy: tuple[float, ...]
+    peak_held: tuple[int, ...]
+    peak_held_bytes: tuple[int, ...]
+    timeline: tuple[tuple[Span, ...], ...]
+
+    @property
+    def idle(self) -> tuple[float, ...]:
+        """Share of the makespan in which each stage does nothing, 0..1."""
+        return tuple(1.0 - busy / self.makespan for busy in self.busy)
+
+    def bubble(self, sizes: Sequence[int] | None = None) -> float:
+        """Idle share over all stages, 0..1, each counted by its number of processes (None: equally)."""
+        weights = sizes or [1] * len(self.busy)
+        return sum(w * idle for w, idle in zip(weights, self.idle, strict=True)) / sum(weights)
+
+
+@dataclass(frozen=True)
+class PipelinePrediction:
+    """What an optimizer step of a pipelined run will cost; an estimate by FLOPs, exact in counts and bytes.
+
+    Attributes:
+        n_loops: T.
+        n_micro_batches: M.
+        bubble: idle share of all processes' time, 0..1.
+        idle: that of each stage.
+        peak_held: of each stage, the most (visit, micro-batch) pairs that wait for their backward.
+        peak_held_bytes: of each stage, the most bytes of messages kept for them, per process. The first stage's kept
+            input of the loop, and what a visit computes, are not counted.
+        sent_bytes: of each stage, point-to-point bytes that each of its processes sends per optimizer step.
+        visits: what the stages do; times in FLOPs per process.
+        simulation: where the times come from.
+    """
+
+    n_loops: int
+    n_micro_batches: int
+    bubble: float
+    idle: tuple[float, ...]
+    peak_held: tuple[int, ...]
+    peak_held_bytes: tuple[int, ...]
+    sent_bytes: tuple[int, ...]
+    visits: Visits
+    simulation: Simulation
+
+
+def predict(resolved: ResolvedRun, n_loops: int) -> PipelinePrediction:
+    """An optimizer step at `n_loops` loops. Messages take no time, and FLOPs cost alike wherever they arise.
+
+    Raises ValueError for a run without pipeline, or a loop count below 1.
+    """
+    if not is_pipelined(resolved.config.parallel):
+        raise ValueError("parallel.pp_size: given 1, which is no pipeline")
+    if n_loops < 1:
+        raise ValueError(f"n_loops: given {n_loops}; allowed: at least 1")
+    visits, micro_batches = visits_of(resolved, n_loops), resolved.gradient_accumulation_steps
+    if isinstance(resolved.config.parallel.pp_size, int):
+        order = interleaved_order(len(visits), n_loops + 2, micro_batches)
+    else:
+        order = one_forward_one_backward_order(len(visits), micro_batches)
+    simulation = simulate(order, visits)
+    return PipelinePrediction(
+        n_loops=n_loops,
+        n_micro_batches=micro_batches,
+        bubble=simulation.bubble([stage.size for stage in resolved.stages]),
+        idle=simulation.idle,
+        peak_held=simulation.peak_held,
+        peak_held_bytes=simulation.peak_held_bytes,
+        sent_bytes=sent_bytes(visits, micro_batches),
+        visits=visits,
+        simulation=simulation,
+    )
+
+
+def ring_bubble(n_stages: int, n_loops: int, n_micro_batches: int) -> float:
+    """(P - 1) / (M (T + 2) + P - 1): the idle share of a ring whose visits all take equally long.
+
+    Assumes M a multiple of P, prelude and coda visits as long as a loop's, gradient through every loop, and messages
+    that take no time.
+    """
+    return (n_stages - 1) / (n_micro_batches * (n_loops + 2) + n_stages - 1)
+
+
+def interleaved_order(n_stages: int, n_visits: int, n_micro_batches: int) -> Order:
+    """Interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473), as torch's ScheduleInterleaved1F1B.
+
+    Raises ValueError where n_micro_batches is no multiple of max(1, n_micro_batches // n_stages), the rounds.
+    """
+    rounds = max(1, n_micro_batches // n_stages)
+    if n_micro_batches % rounds:
+        raise ValueError(f"{n_micro_batches} micro-batches; allowed: a multiple of the {rounds} rounds")
+    per_round = n_micro_batches // rounds
+    places = [
+        (visit, m)
+        for first in range(0, n_micro_batches, per_round)
+        for visit in range(n_visits)
+        for m in range(first, first + per_round)
+    ]
+    forwards = [Action(False, visit, m) for visit, m in places]
+    backwards = [Action(True, n_visits - 1 - visit, m) for visit, m in places]
+    ahead = ((n_visits - 1) * per_round + 2 * (n_stages - 1 - stage) for stage in range(n_stages))
+    return tuple(_alternate(forwards, backwards, count) for count in ahead)
+
+
+def one_forward_one_backward_order(n_stages: int, n_micro_batches: int) -> Order:
+    """1F1B with one visit per stage (Narayanan et al. 2019, arXiv 1806.03377), as torch's Schedule1F1B."""
+    forwards = [Action(False, 0, m) for m in range(n_micro_batches)]
+    backwards = [Action(True, 0, m) for m in range(n_micro_batches)]
+    return tuple(_alternate(forwards, backwards, n_stages - 1 - stage) for stage in range(n_stages))
+
+
+def _alternate(forwards: list[Action], backwards: list[Action], ahead: int) -> tuple[Action, ...]:
+    """`ahead` forwards, then a forward and a backward in turn, then the backwards that are left."""
+    ahead = min(ahead, len(forwards))
+    pairs = (action for pair in zip(forwards[ahead:], backwards, strict=False) for action in pair)
+    return (*forwards[:ahead], *pairs, *backwards[len(backwards) - ahead :])
+
+
+def simulate(order: Order, visits: Visits, message_time: float = 0.0) -> Simulation:
+    """Runs `order`; a message arrives `message_time` after its sender is done, which does not wait for it.
+
+    Raises ValueError where the orders wait for each other.
+    """
+    finished: dict[tuple[int, Action], float] = {}
+    clocks, positions = [0.0] * len(order), [0] * len(order)
+    timeline: list[list[Span]] = [[] for _ in order]
+    moved = True
+    while moved:
+        moved = False
+        for stage, actions in enumerate(order):
+            for action in islice(actions, positions[stage], None):
+                needed = _needed(stage, action, visits)
+                if needed is not None and needed not in finished:
+                    break
+                start = clocks[stage] if needed is None else max(clocks[stage], finished[needed] + message_time)
+                visit = visits[stage][action.visit]
+                end = start + (visit.backward if action.backward else visit.forward)
+                if visit.has_gradient or not action.backward:
+                    timeline[stage].append(Span(action, start, end))
+                clocks[stage] = finished[stage, action] = end
+                positions[stage] += 1
+                moved = True
+    if len(finished) < sum(map(len, order)):
+        raise ValueError("the stages' orders wait for each other")
+    peaks = [_peaks(actions, own) for actions, own in zip(order, visits, strict=True)]
+    return Simulation(
+        makespan=max(clocks),
+        busy=tuple(sum(span.end - span.start for span in spans) for spans in timeline),
+        peak_held=tuple(count for count, _ in peaks),
+        peak_held_bytes=tuple(size for _, size in peaks),
+        timeline=tuple(tuple(spans) for spans in timeline),
+    )
+
+
+def _needed(stage: int, action: Action, visits: Visits) -> tuple[int, Action] | None:
+    """The stage and action whose message `action` reads; None where it reads none."""
+    backward, visit, micro_batch = action
+    if not backward:
+        other = _before(stage, visit, visits)
+    elif visits[stage][visit].has_gradient:
+        other = _after(stage, visit, visits)
+    else:
+        other = None
+    return None if other is None else (other[0], Action(backward, other[1], micro_batch))
+
+
+def _before(stage: int, visit: int, visits: Visits) -> tuple[int, int] | None:
+    if stage:
+        return stage - 1, visit
+    return (len(visits) - 1, visit - 1) if visit else None
+
+
+def _after(stage: int, visit: int, visits: Visits) -> tuple[int, int] | None:
+    if stage < len(visits) - 1:
+        return stage + 1, visit
+    return (0, visit + 1) if visit < len(visits[0]) - 1 else None
+
+
+def _peaks(actions: Sequence[Action], visits: Sequence[Visit]) -> tuple[int, int]:
+    """The most held visits at once, and the most bytes. A stage works in order, so times do not matter."""
+    count = size = most = largest = 0
+    for action in actions:
+        visit = visits[action.visit]
+        if visit.has_gradient:
+            sign = -1 if action.backward else 1
+            count, size = count + sign, size + sign * visit.received_bytes
+            most, largest = max(most, count), max(largest, size)
+    return most, largest
+
+
+def sent_bytes(visits: Visits, n_micro_batches: int) -> tuple[int, ...]:
+    """Bytes that each process of each stage sends in a step: results onwards, and gradients of what came in back to
+    where it came from, except where that has none."""
+    totals = []
+    for stage, own in enumerate(visits):
+        total = 0
+        for number, visit in enumerate(own):
+            total += visit.sent_bytes
+            producer = _before(stage, number, visits)
+            if producer is not None and visits[producer[0]][producer[1]].has_gradient:
+                total += visit.received_bytes
+        totals.append(n_micro_batches * total)
+    return tuple(totals)
+
+
+def visits_of(resolved: ResolvedRun, n_loops: int) -> Visits:
+    """The work of a pipelined run's stages at `n_loops` loops; times in FLOPs at the training sequence length, bytes,
+    all per process and micro-batch."""
+    seq_len, dim = resolved.config.training.seq_len, resolved.config.model.dim
+    kinds = _kinds(resolved, n_loops)
+    last = (len(kinds) - 1, len(kinds[0]) - 1)
+    grad_loops = min(resolved.mean_backprop_depth, n_loops)
+    everything = []
+    for index, stage in enumerate(resolved.stages):
+        tokens = stage.rows * seq_len
+        costs = {kind: _costs(resolved, stage.part, kind, n_loops) for kind in set(kinds[index])}
+        visits = []
+        for number, kind in enumerate(kinds[index]):
+            producer = kinds[index - 1][number] if index else kinds[-1][number - 1]
+            has_gradient = kind != "loop" or number > n_loops - grad_loops
+            forward, backward = costs[kind]
+            received = tokens * dim * _message_width(resolved, producer)
+            sent = tokens * dim * _message_width(resolved, kind)
+            visits.append(
+                Visit(
+                    kind=kind,
+                    forward=tokens * forward,
+                    backward=tokens * backward if has_gradient else 0.0,
+                    has_gradient=has_gradient,
+                    received_bytes=received if index or number else 0,
+                    sent_bytes=sent if (index, number) != last else 0,
+                )
+            )
+        everything.append(tuple(visits))
+    return tuple(everything)
+
+
+def _message_width(resolved: ResolvedRun, producer: Kind) -> int:
+    """Bytes of one value of a visit's result."""
+    if producer == "loop":
+        return LOOP_MESSAGE_BYTES
+    return 2 if resolved.config.training.dtype == "bfloat16" else 4
+
+
+def _kinds(resolved: ResolvedRun, n_loops: int) -> tuple[tuple[Kind, ...], ...]:
+    """Of each stage's visits."""
+    if isinstance(resolved.config.parallel.pp_size, int):
+        loop: tuple[Kind, ...] = ("loop",)
+        return (("prelude", *loop * n_loops, "coda"),) * len(resolved.stages)
+    return ("prelude",), ("loops",), ("coda",)
+
+
+def _costs(resolved: ResolvedRun, part: Part, kind: Kind, n_loops: int) -> tuple[float, float]:
+    """FLOPs per token of a visit's forward, and of its backward where it has one."""
+    model, context = resolved.config.model, resolved.config.training.seq_len
+    if kind == "prelude":
+        forward = len(part.prelude) * dense_layer_flops(model, context)
+        return forward, BACKWARD_COST * forward
+    if kind == "coda":
+        head = head_flops(model) if part.predicts else 0.0
+        forward = len(part.coda) * dense_layer_flops(model, context) + head
+        return forward, BACKWARD_COST * forward
+    recompute = 1.0 if resolved.config.parallel.activation_checkpointing == "loop" else 0.0
+    own_parts = lora_flops(model) if part.loops else 0.0
+    forward = len(part.recurrent) * recurrent_layer_flops(model, context) + own_parts
+    backward = (BACKWARD_COST + recompute) * forward
+    if kind == "loop":
+        return forward, backward
+    return n_loops * forward, min(resolved.mean_backprop_depth, n_loops) * backward

@@ -1,0 +1,98 @@
+"""The pipelined way through a step's micro-batches: one ordinary ZeRO-3 engine per process, confined to its stage.
+
+The stage's weights are gathered once, the schedule runs over all visits and micro-batches while gradients add up
+locally, and leaving DeepSpeed's `coalesce_grad_reduction` reduces them once.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import deepspeed
+import torch
+import torch.distributed as torch_distributed
+from torch import Tensor
+
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.engine.deepspeed_patches import DuplicateNorm, couple_gradient_norm, remove_module_hooks
+from mythos_ds.engine.plain_step import Batch, StepRun
+from mythos_ds.errors import ParallelError
+from mythos_ds.model.context import AuxLoss
+from mythos_ds.model.pipeline_stage import StageModel
+from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.parallel.pipeline_executor import Pipeline
+
+
+class PipelinedMicroBatches:
+    """Runs a step's micro-batches through all stages; see `SequentialMicroBatches` for the methods."""
+
+    def __init__(self, engine: Any, resolved: ResolvedRun, groups: ParallelGroups):
+        self._deepspeed, self._groups = engine, groups
+        dtype = torch.bfloat16 if resolved.config.training.dtype == "bfloat16" else torch.float32
+        self._model = cast(StageModel, engine.module)
+        self._pipeline = Pipeline(self._model, groups, resolved.stages, dtype)
+        self._parameters = list(self._model.parameters())
+        self._duplicate = DuplicateNorm()
+        self._tied = resolved.config.model.tie_embeddings and groups.tie_group is not None
+        remove_module_hooks(engine.optimizer)
+        couple_gradient_norm(engine.optimizer, groups, self._duplicate)
+        if dtype != torch.float32:
+            _accumulate_in_float32(self._parameters)
+
+    def train(
+        self, batches: Sequence[Batch], *, n_loops: int, n_grad_loops: int, aux: AuxLoss, details: bool
+    ) -> StepRun:
+        with self._deepspeed.coalesce_grad_reduction():
+            with deepspeed.zero.GatheredParameters(self._parameters):
+                run = self._pipeline.train(
+                    batches, n_loops=n_loops, n_grad_loops=n_grad_loops, aux=aux, details=details
+                )
+            if self._tied:
+                self._share_tied_gradient()
+        return StepRun(self._mean(run.outputs, len(batches)), run.records, run)
+
+    def losses(self, batches: Sequence[Batch], n_loops: int) -> float:
+        with deepspeed.zero.GatheredParameters(self._parameters):
+            outputs = self._pipeline.evaluate(batches, n_loops)
+        return self._mean(outputs, len(batches))
+
+    def logits(self, batch: Batch, n_loops: int) -> Tensor:
+        # Stages of different size cut a micro-batch differently: it needs a row for each process of any stage.
+        rows, copies = batch["tokens"].shape[0], math.lcm(*self._groups.stage_sizes) // self._groups.dp_size
+        batch = {name: tensor.repeat(copies, 1) for name, tensor in batch.items()}
+        with deepspeed.zero.GatheredParameters(self._parameters):
+            outputs = self._pipeline.evaluate([batch], n_loops)
+        return self._from_last_stage([output[:rows] for output in outputs], batch["tokens"][:rows])
+
+    def _mean(self, losses: list[Tensor], n_micro_batches: int) -> float:
+        """The mean of the last stage's losses, on every rank."""
+        own = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64)
+        total = self._groups.all_reduce(own.to(self._groups.device))
+        return total.item() / (n_micro_batches * self._groups.stage_sizes[-1])
+
+    def _from_last_stage(self, outputs: list[Tensor], tokens: Tensor) -> Tensor:
+        """Every rank gets the logits of the last stage's first process: all were asked the same."""
+        shape = (*tokens.shape, self._model.config.vocab_size)
+        source = self._groups.world_size - self._groups.stage_sizes[-1]
+        if outputs and self._groups.rank == source:
+            logits = outputs[0].contiguous()
+        else:
+            logits = torch.empty(shape, device=self._groups.device)
+        torch_distributed.broadcast(logits, source)
+        return logits
+
+    def _share_tied_gradient(self) -> None:
+        """The embedding's gradient is what the first and the last stage found, each averaged over its processes."""
+        weight = self._model.embed.weight
+        if weight.grad is None:
+            raise ParallelError("the tied embedding has no gradient")
+        weight.grad.div_(self._groups.dp_size)
+        torch_distributed.all_reduce(weight.grad, group=self._groups.tie_group)
+        last = self._groups.stage == len(self._groups.stage_sizes) - 1
+        self._duplicate.square = weight.grad.double().square().sum().item() if last else 0.0
+
+
+def _accumulate_in_float32(parameters: list[torch.nn.Parameter]) -> None:
+    """A looped weight's gradient is a sum over loops and micro-batches, which bf16 loses digits of."""
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32

@@ -1,0 +1,178 @@
+"""One optimizer step over micro-batches, and evaluation, on top of a DeepSpeed engine."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.engine.optimizer import set_learning_rate
+from mythos_ds.engine.pipelined_step import PipelinedMicroBatches
+from mythos_ds.engine.plain_step import Batch, SequentialMicroBatches
+from mythos_ds.errors import NumericsError
+from mythos_ds.model.context import AuxLoss
+from mythos_ds.model.forward_stats import ForwardRecords
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.parallel.pipeline_executor import PipelineRun
+from mythos_ds.parallel.routing_stats import Statistics, StepRecords, largest_bias, update_biases
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on all ranks."""
+
+    loss: float
+    """Mean cross-entropy over the global batch, averaged in float64."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    routing: Statistics
+    """Metrics of the routers and the carried state."""
+    pipeline: dict[str, float] = field(default_factory=dict)
+    """With a pipeline and statistics: the mean idle share of the processes, and the most visits that any held for their
+    backward at once."""
+
+
+class TrainingEngine:
+    """Trains and evaluates a sharded model.
+
+    Every method is collective: all ranks call it with the same arguments, except for the batches. With a pipeline, the
+    ranks of different stages get the rows of the same micro-batches.
+    """
+
+    def __init__(self, engine: Any, resolved: ResolvedRun, groups: ParallelGroups):
+        self.deepspeed = engine
+        self.resolved = resolved
+        self.groups = groups
+        training = resolved.config.training
+        self._micro_batches: SequentialMicroBatches | PipelinedMicroBatches = (
+            PipelinedMicroBatches(engine, resolved, groups)
+            if groups.pipelined
+            else SequentialMicroBatches(engine, groups)
+        )
+        self._aux = AuxLoss(
+            balance=training.balance_loss,
+            z=training.z_loss,
+            ponder=training.ponder_cost,
+            # The loss is divided by the number of micro-batches, but these gradients do not pass through the loss.
+            scale=1.0 / resolved.gradient_accumulation_steps,
+        )
+
+    @property
+    def module(self) -> MythosModel:
+        """The model, or this stage's part of it. Under ZeRO-3 its parameters are empty outside of a forward."""
+        return self.deepspeed.module
+
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        *,
+        n_loops: int,
+        n_grad_loops: int,
+        lr: float,
+        statistics: bool = True,
+    ) -> StepResult:
+        """One optimizer step over this rank's micro-batches; n_loops loops, the last n_grad_loops with gradient.
+
+        Where batches have `depths`, n_loops is their maximum over the global batch. lr: the scheduled learning rate,
+        before each group's own factor. statistics: also collect the costlier metrics (shares before the bias, entropy,
+        overlap, state). Errors: NumericsError on every rank where the loss or the gradient norm is not finite, with the
+        weights as they were for the loss; ValueError for a wrong batch count, and for depths outside of 1 .. n_loops or
+        with a pipeline.
+        """
+        if len(batches) != self.resolved.gradient_accumulation_steps:
+            raise ValueError(f"{len(batches)} micro-batches, but {self.resolved.gradient_accumulation_steps} per step")
+        for depths in (batch["depths"] for batch in batches if "depths" in batch):
+            if self.groups.pipelined or depths.min() < 1 or depths.max() > n_loops:
+                raise ValueError(f"depths {depths.tolist()} with {n_loops} loops; allowed: 1 .. n_loops, no pipeline")
+        self.deepspeed.train()
+        set_learning_rate(self.deepspeed.optimizer, lr)
+        run = self._micro_batches.train(
+            [self._on_device(batch) for batch in batches],
+            n_loops=n_loops,
+            n_grad_loops=n_grad_loops,
+            aux=self._aux,
+            details=statistics,
+        )
+        if not math.isfinite(run.loss):
+            raise NumericsError(
+                f"loss is {run.loss} at {n_loops} loops, learning rate {lr}; the step was not applied."
+            )
+        grad_norm = self._optimizer_step()
+        if not math.isfinite(grad_norm):
+            raise NumericsError(
+                f"gradient norm is {grad_norm} (loss {run.loss}) at {n_loops} loops, learning rate {lr}."
+            )
+        routing = self._finish_routing(run.records, n_loops, statistics)
+        pipeline = self._pipeline_metrics(run.pipeline) if statistics and run.pipeline is not None else {}
+        return StepResult(run.loss, grad_norm, routing, pipeline)
+
+    def eval_loss(self, batches: Sequence[Batch], n_loops: int) -> float:
+        """Mean cross-entropy over all ranks' batches (of one shape) at any loop count, in float64."""
+        with self._evaluating():
+            return self._micro_batches.losses([self._on_device(batch) for batch in batches], n_loops)
+
+    def logits(self, tokens: Tensor, n_loops: int, positions: Tensor | None = None) -> Tensor:
+        """fp32 [batch, seq, vocab] for tokens int64 [batch, seq]; one loop count on all ranks, and with a pipeline the
+        same tokens."""
+        batch = {"tokens": tokens} if positions is None else {"tokens": tokens, "positions": positions}
+        with self._evaluating():
+            return self._micro_batches.logits(self._on_device(batch), n_loops)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.groups.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _optimizer_step(self) -> float:
+        """Clips and steps; returns the gradient norm before clipping, inf where DeepSpeed skipped the step for it."""
+        config = self.resolved.config
+        if config.parallel.zero_stage == 0 and config.training.dtype == "float32":
+            norm = self._replicated_grad_norm()
+            self.deepspeed.step()
+            return norm.item()
+        self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():
+            return math.inf  # DeepSpeed still has the norm of the step before
+        return float(self.deepspeed.get_global_grad_norm())
+
+    def _replicated_grad_norm(self) -> Tensor:
+        """ZeRO 0 in fp32: DeepSpeed clips with torch's function and keeps no norm. Gradients are whole on each rank."""
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+
+    def _finish_routing(self, notes: list[ForwardRecords], n_loops: int, details: bool) -> Statistics:
+        auxiliary = bool(self._aux.balance or self._aux.z)
+        records = StepRecords(
+            self.resolved.config.model, n_loops, details=details, auxiliary=auxiliary, device=self.groups.device
+        )
+        for own in notes:
+            records.add(own)
+        records.reduce(self.groups)
+        layers = self.module.moe_layers()
+        update_biases(layers, records.counts, self.resolved.router_bias_rate)
+        largest = largest_bias(layers)
+        holders = next(stage.size for stage in self.resolved.stages if stage.part.recurrent)
+        return {
+            **records.statistics(holders),
+            "router/bias_abs_max": self.groups.max(largest) if self.groups.pipelined else largest,
+        }
+
+    def _pipeline_metrics(self, own: PipelineRun) -> dict[str, float]:
+        (idle,) = self.groups.sum([own.idle_share])
+        return {
+            "pipeline/idle_share": idle / self.groups.world_size,
+            "pipeline/peak_held_visits": self.groups.max(own.peak_held),
+        }
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.deepspeed.training
+        self.deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.deepspeed.train(was_training)

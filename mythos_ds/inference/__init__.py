@@ -1,0 +1,1 @@
+"""Text from a trained model: generation, and the rules by which a token leaves the loop early."""

@@ -1,0 +1,1 @@
+"""Fast functions on tensors that know neither the configuration nor the model."""

@@ -1,0 +1,21 @@
+"""The studies by name."""
+
+from mythos_ds.lab.studies import grokking, inspections, khop, language_studies, scaling, stress, width
+from mythos_ds.lab.study import Study
+
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        khop.STUDY,
+        grokking.STUDY,
+        language_studies.LOOPS,
+        language_studies.COST,
+        language_studies.ATTENTION,
+        language_studies.ROUTING,
+        stress.STUDY,
+        inspections.STABILITY,
+        inspections.HALTING,
+        scaling.STUDY,
+        width.STUDY,
+    )
+}

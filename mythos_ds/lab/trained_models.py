@@ -1,0 +1,63 @@
+"""The models that runs have left, and text to look at them with."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mythos_ds.analysis import exit_rule_comparison
+from mythos_ds.config.schema import RunConfig
+from mythos_ds.data.batches import BatchStream
+from mythos_ds.lab.spec import Arm, RunSpec
+from mythos_ds.lab.study import Results
+from mythos_ds.lab.variants import CONTROLS, JacobianPenalty
+from mythos_ds.lab.worker import MODEL, SPEC
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.train.exit_gate import open_text
+from mythos_ds.weights.model_folder import load_model
+
+Folders = Mapping[tuple[str, int], Path]
+Batches = list[dict[str, Tensor]]
+
+_ROWS = 8
+
+
+def trained_model(folder: Path) -> MythosModel:
+    """The model of a run, as its variant of the block."""
+    spec = RunSpec.from_json((folder / SPEC).read_text(encoding="utf-8"))
+    model = load_model(folder / MODEL, None if spec.control is None else CONTROLS[spec.control])
+    if isinstance(model.recurrent, JacobianPenalty):  # acts in training only
+        model.recurrent = model.recurrent.block
+    return model
+
+
+def text(folder: Path, *, batches: int, training: bool = False) -> Batches:
+    """The first batches of held-out text (or of text to train on) at a run's length, with token classes."""
+    spec = RunSpec.from_json((folder / SPEC).read_text(encoding="utf-8"))
+    config = RunConfig.model_validate(spec.config)
+    n = batches * _ROWS
+    data = open_text(
+        Path(config.data.data_dir), Path("none"), seq_len=config.training.seq_len,
+        train_samples=n if training else 0, valid_samples=0 if training else n, seed=1,
+        vocab_size=config.model.vocab_size,
+    )  # fmt: skip
+    source = data.train if training else data.valid
+    found = list(islice(BatchStream(source, start_sample=0, micro_batch_size=_ROWS, dp_rank=0, dp_size=1), batches))
+    for batch in found:
+        batch["classes"] = exit_rule_comparison.token_classes(data.tokenizer, batch["tokens"])
+    return found
+
+
+def measured(
+    results: Results, folders: Folders, arms: Sequence[Arm], measure: Callable[[MythosModel, Batches], dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """What `measure` says of the arms' models that did not diverge, by arm and in the order of seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for arm in arms:
+        for (name, seed), result in sorted(results.items()):
+            if name == arm.name and "diverged" not in result:
+                folder = folders[name, seed]
+                found.setdefault(arm.name, []).append(measure(trained_model(folder), text(folder, batches=2)))
+    return found

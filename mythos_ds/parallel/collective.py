@@ -1,0 +1,37 @@
+"""Errors that only some ranks meet (a file missing on one node) must end all ranks, with one message."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from mythos_ds.errors import MythosError
+from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.rank_errors import RankError, ReportedElsewhere
+
+Result = TypeVar("Result")
+
+
+def together(groups: ParallelGroups, action: Callable[[], Result]) -> Result:
+    """Run `action` on every rank; if it raises a MythosError or OSError anywhere, every rank raises.
+
+    The lowest failing rank raises RankError with the message, the others ReportedElsewhere. Also a barrier.
+    """
+    failure: MythosError | OSError | None = None
+    result: Result | None = None
+    try:
+        result = action()
+    except (MythosError, OSError) as error:
+        failure = error
+    failing_rank = torch.tensor(groups.rank if failure else groups.world_size, device=groups.device)
+    lowest = int(groups.all_reduce(failing_rank, "min"))
+    if lowest == groups.world_size:
+        return result  # type: ignore[return-value]
+    if lowest == groups.rank:
+        raise RankError(str(failure)) from failure
+    raise ReportedElsewhere(f"rank {lowest} failed")
+
+
+def on_rank_zero(groups: ParallelGroups, action: Callable[[], object]) -> None:
+    """Run `action` on rank 0 only while the others wait; its error ends every rank."""
+    together(groups, action if groups.rank == 0 else lambda: None)

@@ -1,0 +1,166 @@
+"""Expert parallelism: experts are born sharded, and rows travel to them by all-to-all.
+
+A rank only ever allocates its own n_experts / ep_size experts. The marks on their parameters are those of DeepSpeed's
+AutoEP contract: ZeRO then cuts them over the ranks that hold the same experts, averages their gradients over all data
+and counts each once in the gradient norm. DeepSpeed's own router and forward are not used: they know no loops.
+"""
+
+import torch
+import torch.distributed as torch_distributed
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_experts_for_rank,
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AUTOEP_EXPERT_PLACEMENT,
+    AUTOEP_PARAM_EP_RANK,
+    AUTOEP_PARAM_LOCAL_EXPERTS,
+    AUTOEP_PARAM_LOGICAL_SHAPE,
+    DS_AUTOEP_UC_META,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.errors import ParallelError
+from mythos_ds.kernels.permute import inverse_permutation, permute_rows
+from mythos_ds.model.feed_forward import Experts
+from mythos_ds.model.initializer import Initializer
+from mythos_ds.model.moe import Dispatcher, MoE
+from mythos_ds.parallel.groups import (
+    ParallelGroups,
+    expert_group_name,
+    require_expert_data_group,
+    require_expert_group,
+)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to other ranks; the gradient takes the way back."""
+
+    @staticmethod
+    def forward(
+        ctx, rows: Tensor, send: list[int], receive: list[int], group: torch_distributed.ProcessGroup
+    ) -> Tensor:
+        ctx.splits, ctx.group = (send, receive), group
+        return exchange_rows(rows, send, receive, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        send, receive = ctx.splits
+        return exchange_rows(grad, receive, send, ctx.group), None, None, None
+
+
+def exchange_rows(rows: Tensor, send: list[int], receive: list[int], group: torch_distributed.ProcessGroup) -> Tensor:
+    """rows [sum(send), dim] -> [sum(receive), dim]: the next send[r] rows go to rank r of the group. No gradient."""
+    received = rows.new_empty(sum(receive), *rows.shape[1:])
+    torch_distributed.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+class ExpertParallelDispatcher:
+    """Brings rows to the ranks of their experts and back. Dropless: every row arrives, however uneven the load."""
+
+    def __init__(self, group: torch_distributed.ProcessGroup):
+        self.group = group
+        self.size = torch_distributed.get_world_size(group)
+
+    def __call__(self, experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows [n, dim] sorted by global expert, counts int64 [n_experts] -> results [n, dim] in the same order."""
+        outgoing = counts.view(self.size, -1)
+        incoming = torch.empty_like(outgoing)
+        torch_distributed.all_to_all_single(incoming, outgoing, group=self.group)
+        send, receive = torch.stack([outgoing.sum(1), incoming.sum(1)]).tolist()
+        arrived = _AllToAll.apply(rows, send, receive, self.group)
+        order, back = _sort_by_expert(incoming, arrived.shape[0])
+        results = experts(permute_rows(arrived, order, back), incoming.sum(0))
+        return _AllToAll.apply(permute_rows(results, back, order), receive, send, self.group)
+
+
+def _sort_by_expert(incoming: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Row order by (expert, source rank) for rows that arrive by (source rank, expert), and its inverse.
+
+    incoming: int64 [ranks, local experts], rows per source rank and expert.
+    """
+    expert_of_run = torch.arange(incoming.shape[1], device=incoming.device).repeat(incoming.shape[0])
+    order = expert_of_run.repeat_interleave(incoming.flatten(), output_size=rows).argsort(stable=True)
+    return order, inverse_permutation(order)
+
+
+class ShardedExperts(Experts):
+    """The calling rank's experts of one layer, drawn by global expert id and marked for DeepSpeed.
+
+    The marks are set inside `__init__`: under `zero.Init` the parameters are cut up the moment it returns.
+    """
+
+    def __init__(self, config: ModelConfig, init: Initializer, ep_size: int, ep_rank: int):
+        local = config.n_experts // ep_size
+        super().__init__(
+            local, config.dim, config.expert_dim, init, config.resolved_init_std, first_expert=ep_rank * local
+        )
+        placement = legacy_uniform_autoep_placement_descriptor(config.n_experts, local, ep_size)
+        for parameter in (self.w1, self.w2, self.w3):
+            _mark_expert_parameter(parameter, ep_size)
+            _mark_checkpoint_placement(parameter, placement, config.n_experts, ep_rank)
+
+
+def _mark_expert_parameter(parameter: nn.Parameter, ep_size: int) -> None:
+    name = expert_group_name(ep_size)
+    marks = {
+        "allreduce": False,
+        "group_name": name,
+        "ds_zero_placement_family": "autoep_expert",
+        "ds_zero_partition_group_name": name,
+        "ds_zero_partition_process_group": require_expert_data_group(ep_size),
+    }
+    for key, value in marks.items():
+        setattr(parameter, key, value)
+
+
+def _mark_checkpoint_placement(parameter: nn.Parameter, placement: dict, n_experts: int, ep_rank: int) -> None:
+    """DeepSpeed refuses to save an expert parameter that does not say which experts it holds."""
+    shape = [n_experts, *parameter.shape[1:]]
+    metadata = {
+        AUTOEP_EXPERT_PLACEMENT: placement,
+        AFFINE_MAP: autoep_placement_to_affine_map(placement, shape).to_dict(),
+        AUTOEP_PARAM_LOGICAL_SHAPE: shape,
+        AUTOEP_PARAM_EP_RANK: ep_rank,
+        AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, ep_rank)),
+    }
+    setattr(parameter, DS_AUTOEP_UC_META, metadata)
+
+
+class ExpertParallelMoE(MoE, AutoEPMoELayer):
+    """The MoE layer with n_experts / ep_size experts on this rank; same forward and parameter names.
+
+    It is a `deepspeed` AutoEPMoELayer by type only, so that the engine recognises it. Errors: ParallelError where the
+    experts cannot be shared out evenly or the groups do not exist.
+    """
+
+    def __init__(self, config: ModelConfig, init: Initializer, *, groups: ParallelGroups, layer: int = 0):
+        if config.n_experts % groups.ep_size:
+            raise ParallelError(
+                f"parallel.ep_size: given {groups.ep_size}; allowed: a divisor of model.n_experts = {config.n_experts}."
+            )
+        # Read by make_experts and make_dispatcher; the rest is what DeepSpeed's engine and checkpoints ask a layer for.
+        self.ep_size, self.ep_rank = groups.ep_size, groups.ep_rank
+        self.ep_group_name = expert_group_name(groups.ep_size)
+        self.ep_group = require_expert_group(groups.ep_size)
+        super().__init__(config, init, layer=layer)
+        self.num_experts = config.n_experts
+        self.num_local_experts = config.n_experts // groups.ep_size
+        self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
+            self.num_experts, self.num_local_experts, groups.ep_size
+        )
+
+    def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
+        """Only this rank's experts."""
+        return ShardedExperts(config, init, self.ep_size, self.ep_rank)
+
+    def make_dispatcher(self) -> Dispatcher:
+        """All-to-all over the expert-parallel group."""
+        return ExpertParallelDispatcher(self.ep_group)

@@ -1,0 +1,126 @@
+"""Routing counts and statistics of an optimizer step over all ranks, and the router bias they move.
+
+A forward writes its notes per layer and loop and closes them; they are read once per micro-batch. Rows of layers that
+live on other pipeline stages are zero here, so that one sum over all ranks serves every layout.
+"""
+
+import torch
+from torch import Tensor
+
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.errors import ParallelError
+from mythos_ds.model.forward_stats import ForwardRecords, load_imbalance
+from mythos_ds.model.moe import MoE
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.router import Router, update_router_bias
+from mythos_ds.parallel.groups import ParallelGroups
+
+Statistics = dict[str, float | list[float]]
+
+_AUXILIARY_FIELDS = ("balance", "z")
+_DETAIL_FIELDS = ("entropy", "overlap_previous")
+
+
+class StepRecords:
+    """Sums of the micro-batches' notes of one step of n_loops loops, in float64 (counts stay exact)."""
+
+    def __init__(self, model: ModelConfig, n_loops: int, *, details: bool, auxiliary: bool, device: torch.device):
+        self.micro_batches = 0
+        self.layers = model.recurrent_layers
+        self.fields = (_AUXILIARY_FIELDS if auxiliary else ()) + (_DETAIL_FIELDS if details else ())
+        self.details = details
+        shapes: dict[str, tuple[int, ...]] = {"counts": (self.layers, n_loops, model.n_experts)}
+        shapes |= {field: (n_loops,) for field in (*self.fields, "begun")}
+        if details:
+            shapes |= {"prebias_counts": shapes["counts"], "state_rms": (n_loops,), "residual": (n_loops,), "rho_A": ()}
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+
+    def add(self, records: ForwardRecords) -> None:
+        """Reads the notes of one micro-batch."""
+        self.micro_batches += 1
+        begun = torch.ones_like(self.sums["begun"])  # part of the micro-batch's sequences that run in each loop
+        if records.depths is not None:
+            begun = torch.stack([records.depths.begun(loop).double().mean() for loop in range(len(begun))])
+        self.sums["begun"] += begun
+        for layer, by_loop in records.routing.items():
+            for loop, record in by_loop.items():
+                loops = loop if record.counts.dim() == 1 else slice(None)
+                self.sums["counts"][layer, loops] += record.counts
+                if record.prebias_counts is not None:
+                    self.sums["prebias_counts"][layer, loops] += record.prebias_counts
+                for field in self.fields:
+                    value = getattr(record, field)
+                    if value is not None:  # loop 0 overlaps with nothing
+                        part = begun[loop - 1 if field == "overlap_previous" else loop]
+                        self.sums[field][loop] += value.double() / self.layers * part
+        for loop, state in records.loops.items():
+            self.sums["state_rms"][loop] += state.state_rms * begun[loop]
+            self.sums["residual"][loop] += state.residual * begun[loop]
+        if records.decay_maximum is not None:
+            self.sums["rho_A"] += records.decay_maximum
+
+    def reduce(self, groups: ParallelGroups) -> None:
+        """Sums everything over all ranks, in one all-reduce."""
+        flat = groups.all_reduce(torch.cat([value.flatten() for value in self.sums.values()]))
+        parts = flat.split([value.numel() for value in self.sums.values()])
+        self.sums = {name: part.view_as(self.sums[name]) for name, part in zip(list(self.sums), parts, strict=True)}
+        self.sums["begun"] /= self.micro_batches * groups.world_size
+
+    @property
+    def counts(self) -> Tensor:
+        """float64 [n_layers, n_loops, n_experts]: tokens per layer, loop and expert."""
+        return self.sums["counts"]
+
+    def statistics(self, n_ranks: int) -> Statistics:
+        """Metrics of the reduced sums; `n_ranks` processes hold each layer. Lists have one entry per loop; several
+        layers are averaged, imbalances are the worst layer's. With a depth per sequence, expert loads are by the
+        sequences' own loop index, and the other lists by the step's, over the sequences that have begun."""
+        samples = self.micro_batches * n_ranks
+        begun = self.sums["begun"]
+        values: Statistics = {
+            "router/load_max_mean": load_imbalance(self.counts.sum(1)).max().item(),
+            "router/load_max_mean_per_loop": load_imbalance(self.counts).amax(0).tolist(),
+        }
+        means = {field: (self.sums[field] / samples / begun).tolist() for field in self.fields}
+        if "balance" in means:
+            values["loss/balance"] = sum(means["balance"]) / len(means["balance"])
+            values["loss/router_z"] = sum(means["z"]) / len(means["z"])
+        if not self.details:
+            return values
+        prebias = self.sums["prebias_counts"]
+        shares = prebias / prebias.sum(-1, keepdim=True)
+        values["router/prebias_max_share_per_loop"] = shares.amax((0, 2)).tolist()
+        values["router/entropy_per_loop"] = means["entropy"]
+        values["router/overlap_per_loop"] = (self.sums["overlap_previous"][1:] / samples / begun[:-1]).tolist()
+        values["state/rms_per_loop"] = (self.sums["state_rms"] / samples / begun).tolist()
+        values["state/residual_per_loop"] = (self.sums["residual"] / samples / begun).tolist()
+        values["state/rho_A"] = (self.sums["rho_A"] / samples).item()
+        return values
+
+
+def update_biases(layers: list[MoE], counts: Tensor, rate: float) -> None:
+    """Moves the selection bias of each of `layers` once. counts [n_layers, n_loops, n_experts] are those of the whole
+    model and must be the same on all ranks."""
+    for layer in layers:
+        update_router_bias(layer.router, counts[layer.layer].to(layer.router.bias.device), rate)
+
+
+def largest_bias(layers: list[MoE]) -> float:
+    """Largest absolute selection bias of any of `layers`; 0 for none."""
+    return max((layer.router.bias.abs().max().item() for layer in layers), default=0.0)
+
+
+def restore_float_buffers(model: MythosModel, device: torch.device) -> None:
+    """Gives the routers' buffers back their dtype and initial value.
+
+    `zero.Init` with bf16 casts every tensor made under it, buffers too, and their values are lost; DeepSpeed's
+    `keep_in_fp32_modules` brings back the dtype only. Raises ParallelError where a buffer that this function does not
+    know of is not fp32.
+    """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router in routers:
+        for name, buffer in list(router.named_buffers(recurse=False)):
+            setattr(router, name, torch.zeros(buffer.shape, dtype=torch.float32, device=device))
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and buffer.dtype != torch.float32:
+            raise ParallelError(f"buffer {name} is {buffer.dtype}; the model's buffers must stay float32.")

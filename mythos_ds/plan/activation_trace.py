@@ -1,0 +1,306 @@
+"""What a training step holds beside weights and optimizer state, from the model's own code on the meta device.
+
+The forward and backward of a micro-batch run without data, at full size; every tensor is counted as it comes and goes.
+Tokens are taken to be spread evenly over the experts. Weights count while ZeRO-3 has them gathered: each prelude and
+coda layer, the embedding and the head by themselves, the looped block as one, in forward and again in backward; a
+gradient counts until its module's backward is over, when ZeRO-3 has averaged and cut it.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mythos_ds.config.layout import Part
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.kernels import attention
+from mythos_ds.kernels.permute import inverse_permutation, permute_rows
+from mythos_ds.model.context import AuxLoss, ForwardContext
+from mythos_ds.model.feed_forward import Experts, _grouped_swiglu, _looped_swiglu
+from mythos_ds.model.initializer import Embedding, Initializer
+from mythos_ds.model.layers import DenseLayer
+from mythos_ds.model.lm_head import LMHead
+from mythos_ds.model.moe import MoE
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.recurrent import RecurrentBlock
+from mythos_ds.plan.live_bytes import LiveBytes
+
+Checkpointing = Literal["none", "loop"]
+_AUX = AuxLoss(balance=1e-4, z=1e-5, ponder=0.0, scale=1.0)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a process computes at once: `rows` sequences of `seq_len` tokens, the last `grad_loops` loops with gradient;
+    it holds n_experts / ep_size experts of each layer."""
+
+    model: ModelConfig
+    rows: int
+    seq_len: int
+    grad_loops: int
+    ep_size: int
+    dtype: torch.dtype
+    checkpointing: Checkpointing
+    fused: bool = True
+    """Whether experts are one grouped product (GPUs) or a loop of products (CPUs)."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes on one process.
+
+    Attributes:
+        peak: the most there were at once, gathered weights and their gradients included.
+        without_weights: the same with neither.
+    """
+
+    peak: int
+    without_weights: int
+
+
+class _Exchange(torch.autograd.Function):
+    """Stands for an all-to-all: as many rows come as go."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return rows.new_empty(rows.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.new_empty(grad.shape)
+
+
+class _Attention(torch.autograd.Function):
+    """Stands for a fused attention: keeps its inputs, its result and a number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+class _EvenMoE(MoE):
+    """The mixture with this process's experts and as many rows for each."""
+
+    ep_size = 1
+    fused = True
+
+    def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
+        local = config.n_experts // self.ep_size
+        return Experts(local, config.dim, config.expert_dim, init, config.resolved_init_std)
+
+    def make_dispatcher(self) -> Any:
+        return self._dispatch
+
+    def _dispatch(self, experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+        if self.ep_size == 1:
+            return self._compute(experts, rows)
+        arrived = _Exchange.apply(rows)
+        order = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+        back = inverse_permutation(order)
+        results = self._compute(experts, permute_rows(arrived, order, back))
+        return _Exchange.apply(permute_rows(results, back, order))
+
+    def _compute(self, experts: Experts, rows: Tensor) -> Tensor:
+        n = experts.w1.shape[0]
+        if self.fused and rows.dtype == torch.bfloat16:
+            counts = torch.empty(n, dtype=torch.int64, device=rows.device)
+            return _grouped_swiglu(rows, counts, experts.w1, experts.w2, experts.w3)
+        sizes = [rows.shape[0] // n + (i < rows.shape[0] % n) for i in range(n)]
+        return _looped_swiglu(rows, sizes, experts.w1, experts.w2, experts.w3)
+
+
+@cache
+def trace(load: Workload) -> Trace:
+    """Forward and backward of a micro-batch. Long loops are not run: from the third on, each adds what the one before
+    did."""
+    if load.grad_loops <= 3:
+        return _run(load, load.grad_loops)
+    two, three = _run(load, 2), _run(load, 3)
+    more = load.grad_loops - 3
+    return Trace(
+        three.peak + more * (three.peak - two.peak),
+        three.without_weights + more * (three.without_weights - two.without_weights),
+    )
+
+
+@cache
+def dense_layer_bytes(load: Workload) -> int:
+    """What one prelude or coda layer keeps of a micro-batch until its backward."""
+    model, context, x = _piece(load, Part((0,), (), (), embeds=False, loops=False, predicts=False), load.dtype)
+    live = LiveBytes(existing=False)
+    with _substitutes(), live:
+        live.ignore(*model.parameters(), x)
+        kept = model.run_prelude(x, context)
+        return live.now if kept.requires_grad else 0
+
+
+@cache
+def visit_bytes(load: Workload, layers: tuple[int, ...]) -> int:
+    """The most that the forward and backward of some looped layers, once, hold on a pipeline stage; recomputed where
+    the workload says so."""
+    model, context, x = _piece(load, Part((), layers, (), embeds=False, loops=False, predicts=False), torch.float32)
+    live = LiveBytes(existing=False)
+
+    def visit(message: Tensor) -> Tensor:
+        return model.recurrent.run_layers(message, 0, context)[0]
+
+    with _substitutes(), _dropping(model), live:
+        live.ignore(*model.parameters(), *model.buffers(), x)
+        if load.checkpointing == "loop":
+            out = checkpoint(visit, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = visit(x)
+        out.backward(torch.empty_like(out))
+    return live.peak
+
+
+@cache
+def loops_bytes(load: Workload, layers: tuple[int, ...], waiting: int) -> int:
+    """The most that a stage holds which runs all loops of a micro-batch at once, while `waiting` micro-batches wait for
+    their backward."""
+    part = Part((), layers, (), embeds=False, loops=True, predicts=False)
+    model, context, x = _piece(load, part, load.dtype)
+    live = LiveBytes(existing=False)
+    with _substitutes(), _dropping(model), live:
+        live.ignore(*model.parameters(), *model.buffers(), x)
+        out = model.recurrent(model.normed(x), load.grad_loops + 1, context).to(x.dtype)
+        kept = live.now
+        out.backward(torch.empty_like(out))
+    return (waiting - 1) * kept + live.peak
+
+
+@cache
+def coda_bytes(load: Workload, layers: tuple[int, ...]) -> int:
+    """The most that the coda's layers, the head and the loss hold of a micro-batch, the head's gradient included."""
+    model, context, x = _piece(load, Part((), (), layers, embeds=False, loops=False, predicts=True), load.dtype)
+    labels = torch.empty(load.rows, load.seq_len, dtype=torch.int64, device="meta")
+    live = LiveBytes(existing=False)
+    with _substitutes(), _dropping(model), live:
+        live.ignore(*model.parameters(), *model.buffers(), x)
+        model.predict(model.run_coda(x, context), labels).backward()
+    return live.peak
+
+
+def _piece(load: Workload, part: Part, dtype: torch.dtype) -> tuple[MythosModel, ForwardContext, Tensor]:
+    """A part of the model, its context, and an input with gradient."""
+    recomputed = load.checkpointing == "loop"
+    with torch.device("meta"):
+        model = MythosModel(load.model, moe_factory=_even(load), part=part, checkpoint_loops=recomputed)
+        model.to(load.dtype)
+        tokens = torch.empty(load.rows, load.seq_len, dtype=torch.int64)
+        x = torch.empty(load.rows, load.seq_len, load.model.dim, dtype=dtype, requires_grad=True)
+    _keep_buffers(model)
+    return model, model.make_context(tokens, None, _AUX, load.grad_loops), x
+
+
+def _even(load: Workload) -> type[MoE]:
+    class Local(_EvenMoE):
+        ep_size, fused = load.ep_size, load.fused
+
+    return Local
+
+
+@contextmanager
+def _substitutes() -> Iterator[None]:
+    """The attention kernel is replaced by what it allocates. Modules whose inputs carry no gradient warn: no matter."""
+    replaced = patch.object(attention.functional, "scaled_dot_product_attention", _attention)
+    with replaced, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _dropping(model: nn.Module) -> Iterator[None]:
+    """Weight gradients go as soon as they are there: they are counted elsewhere."""
+
+    def drop(parameter: nn.Parameter) -> None:
+        parameter.grad = None
+
+    handles = [parameter.register_post_accumulate_grad_hook(drop) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(load: Workload, loops: int) -> Trace:
+    with torch.device("meta"):
+        model = MythosModel(load.model, moe_factory=_even(load), checkpoint_loops=load.checkpointing == "loop")
+        model.to(load.dtype)
+        tokens = torch.empty(load.rows, load.seq_len, dtype=torch.int64)
+    _keep_buffers(model)
+    live = LiveBytes(existing=False)
+    with _substitutes(), _gathers(model, live), live:
+        live.ignore(*model.parameters(), *model.buffers())
+        loss = model(tokens, n_loops=loops + 1, n_grad_loops=loops, labels=tokens, aux=_AUX)
+        loss.backward()
+    return Trace(live.peak, live.peak_without)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
+    return _Attention.apply(q, k, v)
+
+
+def _keep_buffers(model: nn.Module) -> None:
+    """Buffers stay fp32, whatever the weights are."""
+    for name, buffer in list(model.named_buffers()):
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer.float())
+
+
+@contextmanager
+def _gathers(model: MythosModel, live: LiveBytes) -> Iterator[None]:
+    """Counts the weights of a unit around its forward and its backward. A gradient is dropped once it is whole, but
+    counts until the unit's backward ends."""
+    handles = []
+    units = [m for m in model.modules() if isinstance(m, (DenseLayer, RecurrentBlock, Embedding, LMHead))]
+    held: dict[nn.Module, int] = {}
+    for unit in units:
+        size = sum(parameter.nbytes for parameter in unit.parameters())
+        held[unit] = 0
+        handles += [
+            unit.register_forward_pre_hook(lambda *_, size=size: live.add(size)),
+            unit.register_forward_hook(lambda *_, size=size: live.add(-size)),
+            unit.register_full_backward_pre_hook(lambda *_, size=size: live.add(size)),
+            unit.register_full_backward_hook(lambda unit, *_, size=size: live.add(-size - _released(held, unit))),
+        ]
+        for parameter in unit.parameters():
+            handles.append(
+                parameter.register_post_accumulate_grad_hook(
+                    lambda parameter, unit=unit: _drop(parameter, unit, held, live)
+                )
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drop(parameter: nn.Parameter, unit: nn.Module, held: dict[nn.Module, int], live: LiveBytes) -> None:
+    gradient = parameter.grad
+    assert gradient is not None
+    held[unit] += gradient.nbytes
+    live.ignore(gradient)
+    live.add(gradient.nbytes)
+    parameter.grad = None
+
+
+def _released(held: dict[nn.Module, int], unit: nn.Module) -> int:
+    size, held[unit] = held[unit], 0
+    return size
+

@@ -1,0 +1,117 @@
+"""One rank of a large run on this machine: real groups under a pretended back end, real modules on the meta device.
+
+Sizes of ZeRO-3's parts follow from the planner's arithmetic, which real engines agree with: DeepSpeed's own ZeRO-3
+cannot start without its peers.
+"""
+
+import functools
+import os
+from dataclasses import asdict
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as torch_distributed
+
+from mythos_ds.checkpoint.deepspeed_format import is_expert
+from mythos_ds.config.layout import Stage
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.errors import ParallelError
+from mythos_ds.model.moe import MoE
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.sequence_depths import DepthSampler
+from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
+from mythos_ds.parallel.groups import ParallelGroups, init_parallel
+from mythos_ds.parallel.pipeline_actions import actions_of
+from mythos_ds.plan.memory import parameter_shapes, states
+from mythos_ds.plan.traffic import traffic
+
+
+def rehearse(resolved: ResolvedRun, rank: int, gpus_per_node: int, step: int = 0) -> dict[str, Any]:
+    """What `rank` holds, computes and sends in optimizer step `step`. Ends the process group that it pretended.
+
+    Raises ParallelError where its modules differ from what the planner counts.
+    """
+    groups = pretend(resolved, rank, gpus_per_node)
+    try:
+        return _describe(resolved, groups, gpus_per_node, step)
+    finally:
+        groups.close()
+
+
+def pretend(resolved: ResolvedRun, rank: int, gpus_per_node: int) -> ParallelGroups:
+    """All groups of the run as `rank` sees them; nothing that it sends arrives anywhere."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    world = resolved.world_size
+    torch_distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % gpus_per_node, "LOCAL_WORLD_SIZE": gpus_per_node}
+    variables = {name: str(value) for name, value in place.items()}
+    environment = ProcessEnvironment.detect({**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})
+    return init_parallel(environment, resolved.ep_size, resolved.stages)
+
+
+def _describe(resolved: ResolvedRun, groups: ParallelGroups, gpus_per_node: int, step: int) -> dict[str, Any]:
+    config, stage = resolved.config, resolved.stages[groups.stage]
+    factory = MoE if groups.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
+    with torch.device("meta"):
+        model = MythosModel(config.model, seed=config.training.seed, moe_factory=factory, part=stage.part)
+    held = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    _compare(held, resolved, stage, groups.ep_size)
+    local = config.model.n_experts // groups.ep_size
+    n_loops = DepthSampler.of(config).loops_at(step)
+    first = step * config.training.global_batch_size
+    return {
+        "rank": groups.rank,
+        "node": groups.rank // gpus_per_node,
+        "local_rank": groups.rank % gpus_per_node,
+        "stage": groups.stage,
+        "layers": {name: list(getattr(stage.part, name)) for name in ("prelude", "recurrent", "coda")},
+        "expert_group": _ranks(groups.ep_group),
+        "expert_copies": _copies(groups),
+        "stage_ranks": [groups.first_rank, groups.first_rank + groups.dp_size - 1],
+        "experts": [groups.ep_rank * local, (groups.ep_rank + 1) * local - 1] if stage.part.recurrent else [],
+        "parameters_before_zero": sum(prod(shape) for shape in held.values()),
+        "state_bytes": asdict(states(resolved, groups.stage)),
+        "step": step,
+        "n_loops": n_loops,
+        "n_grad_loops": min(n_loops, resolved.mean_backprop_depth),
+        "micro_batches": resolved.gradient_accumulation_steps,
+        "rows_per_micro_batch": stage.rows,
+        "samples_of_the_step": [first, first + config.training.global_batch_size - 1],
+        "actions": _actions(resolved, groups, n_loops),
+        "traffic_bytes": asdict(traffic(resolved, n_loops, groups.stage)),
+    }
+
+
+def _compare(held: dict[str, tuple[int, ...]], resolved: ResolvedRun, stage: Stage, ep_size: int) -> None:
+    expected = {
+        name: (shape[0] // ep_size, *shape[1:]) if is_expert(name) else shape
+        for name, shape in parameter_shapes(resolved.config.model, stage.part)
+    }
+    if held != expected:
+        name = sorted(set(held.items()) ^ set(expected.items()))[0][0]
+        raise ParallelError(f"{name}: the module has {held.get(name)}, the planner counts {expected.get(name)}")
+
+
+def _ranks(group: Any) -> list[int]:
+    return [] if group is None else list(torch_distributed.get_process_group_ranks(group))
+
+
+def _copies(groups: ParallelGroups) -> list[int]:
+    """Ranks that hold the same experts."""
+    last = groups.first_rank + groups.dp_size
+    return list(range(groups.first_rank + groups.ep_rank, last, groups.ep_size))
+
+
+def _actions(resolved: ResolvedRun, groups: ParallelGroups, n_loops: int) -> dict[str, int]:
+    """How often the stage does what, in a training step of a pipeline."""
+    if not groups.pipelined:
+        return {}
+    visits = n_loops + 2 if isinstance(resolved.config.parallel.pp_size, int) else 1
+    stages, micro_batches = len(groups.stage_sizes), resolved.gradient_accumulation_steps
+    counts: dict[str, int] = {}
+    for action in actions_of(groups.stage, stages, visits, micro_batches, True):
+        counts[action.kind.value] = counts.get(action.kind.value, 0) + 1
+    return counts

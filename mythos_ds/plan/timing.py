@@ -1,0 +1,201 @@
+"""How long a step takes at best, what holds it up, and what a run costs."""
+
+from dataclasses import dataclass
+from math import ceil, sqrt
+
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, mean_training_depth
+from mythos_ds.costs.params import checkpoint_bytes, count_parameters
+from mythos_ds.costs.pipeline import predict
+from mythos_ds.hardware import Gpu
+from mythos_ds.plan.memory import states
+from mythos_ds.plan.traffic import Traffic, mean_graded_loops, traffic
+
+TARGETS = (0.45, 0.35)
+"""Model FLOPs utilisations that runs are also priced at: ambitious, and good."""
+_SERVING_SHARE = 0.9
+"""Of a GPU's memory that weights and cache may take."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Bytes of one kind per GPU and step, over each link, and the seconds they take by themselves."""
+
+    name: str
+    node_bytes: float
+    network_bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A mean step.
+
+    Attributes:
+        compute_s: matrix products, recomputed ones included, at the rate that kernels reach.
+        transfers: what travels.
+        idle_share: of a pipeline.
+        bound_s: if everything that travels were hidden behind computation, or the other way round.
+        serial_s: as built: nothing is hidden.
+        tokens_per_step: of all GPUs.
+        model_flops: of a step per GPU, without what is recomputed.
+    """
+
+    compute_s: float
+    transfers: tuple[Transfer, ...]
+    idle_share: float
+    bound_s: float
+    serial_s: float
+    tokens_per_step: int
+    model_flops: float
+    peak_flops: float
+
+    @property
+    def mfu_bound(self) -> float:
+        """Model FLOPs utilisation of `bound_s`."""
+        return self.model_flops / (self.bound_s * self.peak_flops)
+
+    @property
+    def mfu_serial(self) -> float:
+        """Model FLOPs utilisation of `serial_s`."""
+        return self.model_flops / (self.serial_s * self.peak_flops)
+
+
+def timing(resolved: ResolvedRun, gpu: Gpu) -> Timing:
+    """The mean step of a run; of a pipeline the busiest stage."""
+    config, world = resolved.config, resolved.world_size
+    cost = expected_flops_per_token(config, resolved.mean_backprop_depth)
+    tokens = resolved.tokens_per_step / world
+    compute = (cost.training + cost.recompute) * tokens / (gpu.peak_flops * gpu.kernel_share)
+    loops, graded = mean_training_depth(config), mean_graded_loops(resolved)
+    moved = [
+        transfers(resolved, traffic(resolved, loops, index, graded=graded), gpu, index)
+        for index in range(len(resolved.stages))
+    ]
+    busiest = max(moved, key=lambda found: sum(transfer.seconds for transfer in found))
+    idle = predict(resolved, config.model.mean_recurrence).bubble if len(resolved.stages) > 1 else 0.0
+    network = sum(t.network_bytes for t in busiest) / gpu.network_bandwidth
+    node = sum(t.node_bytes for t in busiest) / gpu.node_bandwidth
+    bound = max(compute, network, node) / (1 - idle)
+    serial = (compute + sum(t.seconds for t in busiest)) / (1 - idle)
+    return Timing(
+        compute, busiest, idle, bound, serial, resolved.tokens_per_step, cost.training * tokens, gpu.peak_flops
+    )
+
+
+def transfers(resolved: ResolvedRun, moved: Traffic, gpu: Gpu, index: int) -> tuple[Transfer, ...]:
+    """Traffic over the links of nodes whose GPUs have consecutive ranks.
+
+    A gather over several nodes enters each node once, through the network links of all its GPUs, and is spread inside;
+    the processes that hold the same experts lie on different nodes, each with its own link.
+    """
+    size, per_node = resolved.stages[index].size, gpu.gpus_per_node
+    nodes = ceil(size / per_node)
+    outside = (1 - 1 / nodes) / per_node
+    ep_size = resolved.ep_size if resolved.stages[index].part.recurrent else 1
+    copies, near = size // ep_size, max(1, min(per_node, size) // ep_size)
+    remote = max(0, ep_size - per_node) / ep_size
+    kinds = (
+        ("gather weights", moved.gather, moved.gather * (1 - 1 / size), moved.gather * outside),
+        ("gather experts", *_between_copies(moved.gather_experts, copies, near)),
+        ("reduce gradients", moved.reduce, moved.reduce * (1 - 1 / size), moved.reduce * outside),
+        ("reduce expert gradients", *_between_copies(moved.reduce_experts, copies, near)),
+        ("dispatch and combine", moved.exchange, moved.exchange * (1 - 1 / ep_size - remote), moved.exchange * remote),
+        ("ring", moved.ring, *((moved.ring, 0.0) if resolved.world_size <= per_node else (0.0, moved.ring))),
+    )
+    made = [
+        Transfer(name, node, network, max(node / gpu.node_bandwidth, network / gpu.network_bandwidth))
+        for name, total, node, network in kinds
+        if total
+    ]
+    if seconds := _offload_seconds(resolved, gpu, index):
+        made.append(Transfer("host memory", 0.0, 0.0, seconds))
+    return tuple(made)
+
+
+def _offload_seconds(resolved: ResolvedRun, gpu: Gpu, index: int) -> float:
+    """Gradients to host memory and new weights back in each step, and with the weights there too, these for the forward
+    and the backward of each micro-batch. The update's own time on the CPU is not in it."""
+    parallel, kept = resolved.config.parallel, states(resolved, index)
+    moved = kept.gradients + kept.weights if parallel.offload_optimizer == "cpu" else 0
+    if parallel.offload_params == "cpu":
+        moved += 2 * resolved.gradient_accumulation_steps * kept.weights
+    return moved / gpu.host_bandwidth
+
+
+def _between_copies(size: float, copies: int, near: int) -> tuple[float, float, float]:
+    """`near` of the copies lie in a node; a gather enters the node once, through the links of these."""
+    travels = size * (1 - 1 / copies)
+    outside = size * (1 - near / copies) / near
+    return travels, travels if near > 1 else 0.0, outside
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A run at a given utilisation."""
+
+    label: str
+    mfu: float
+    tokens_per_second: float
+    days: float
+    days_per_trillion: float
+    dollars: float
+
+
+def costs(found: Timing, gpus: int, gpu: Gpu, tokens: float) -> tuple[Cost, ...]:
+    """At the bound, and at each of TARGETS that the bound allows."""
+    made = []
+    for label, mfu in (("bound", found.mfu_bound), *((f"{target:.0%} MFU", target) for target in TARGETS)):
+        if mfu > found.mfu_bound:
+            continue
+        step = found.model_flops / (mfu * found.peak_flops)
+        rate = found.tokens_per_step / step
+        days = tokens / rate / 86400
+        made.append(Cost(label, mfu, rate, days, 1e12 / rate / 86400, days * 24 * gpus * gpu.price_per_hour))
+    return tuple(made)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Bytes, seconds to write, hours between failures, and how often to save (Young 1974)."""
+
+    bytes: float
+    write_s: float
+    hours_between_failures: float
+    interval_s: float
+
+
+def checkpoint(resolved: ResolvedRun, gpus: int, gpu: Gpu) -> Checkpoint:
+    """Saving all states, each node to its file system."""
+    size = checkpoint_bytes(resolved.config)
+    write = size / (ceil(gpus / gpu.gpus_per_node) * gpu.disk_bandwidth)
+    between = 1 / (gpus * gpu.failures_per_hour)
+    return Checkpoint(size, write, between, sqrt(2 * write * between * 3600))
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The smallest number of whole nodes that holds bf16 weights and a cache, and what the cache then allows."""
+
+    nodes: int
+    cache_bytes_mean: int
+    cache_bytes_max: int
+    largest_context: int
+    batch_at_training_length: int
+
+
+def serving(resolved: ResolvedRun, gpu: Gpu) -> Serving:
+    """Exact cache in bf16, one entry per loop and layer, at full depth."""
+    model = resolved.config.model
+    weights = 2 * count_parameters(model).total
+    node = _SERVING_SHARE * gpu.memory_bytes * gpu.gpus_per_node
+    per_token = cache_bytes_per_token(model, model.max_loops)
+    nodes = ceil((weights + per_token * resolved.config.training.seq_len) / node)
+    free = nodes * node - weights
+    return Serving(
+        nodes,
+        cache_bytes_per_token(model, model.mean_recurrence),
+        per_token,
+        int(free // per_token),
+        int(free // (per_token * resolved.config.training.seq_len)),
+    )

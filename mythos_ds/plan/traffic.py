@@ -1,0 +1,137 @@
+"""Bytes that a process hands to each collective in an optimizer step, by formula; tools/calibrate.py counts them."""
+
+from dataclasses import dataclass
+from math import prod
+
+from mythos_ds.checkpoint.deepspeed_format import is_expert
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.costs.flops import training_depth_pmf
+from mythos_ds.costs.pipeline import predict
+from mythos_ds.plan.memory import parameter_shapes
+
+_BYTES = {"bfloat16": 2, "float32": 4}
+_COUNT_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes per process and optimizer step, as the collectives count them.
+
+    Attributes:
+        gather: results of all-gathers of weights that all processes of a stage share.
+        gather_experts: results of all-gathers of expert weights, over the processes that hold the same experts.
+        reduce: gradients handed to reduce-scatter, of shared weights.
+        reduce_experts: the same, of expert weights.
+        exchange: rows handed to all-to-all, there and back, with even routing.
+        counts: the integers that go before the rows.
+        ring: messages sent to the next stage, and gradients back.
+    """
+
+    gather: float
+    gather_experts: float
+    reduce: float
+    reduce_experts: float
+    exchange: float
+    counts: float
+    ring: float
+
+LIMITED_NODES = 4
+"""Nodes that a token's experts are limited to, where a configuration sets no limit (DeepSeek-V3, arXiv 2412.19437)."""
+
+
+@dataclass(frozen=True)
+class NodeLimit:
+    """What node-limited routing would do for a run whose expert groups span `nodes` nodes; copies of a token that leave
+    its node, per looped layer, with even routing.
+
+    Attributes:
+        limit: nodes that a token's experts would lie on.
+        sent: as it is: a copy for each expert on another node, limited or not.
+        once_per_node: were a token sent once to each node that has experts of its, and handed on there.
+        limited: the same, with the limit. Only there does the limit save anything.
+    """
+
+    nodes: int
+    limit: int
+    sent: float
+    once_per_node: float
+    limited: float
+
+
+def node_limit(resolved: ResolvedRun, gpus_per_node: int) -> NodeLimit | None:
+    """None where expert groups fit a node."""
+    nodes, model = resolved.ep_size // gpus_per_node, resolved.config.model
+    if nodes < 2:
+        return None
+    used = model.n_experts_per_tok
+    limit = min(model.n_limited_groups if model.n_expert_groups == nodes else LIMITED_NODES, nodes, used)
+    elsewhere = 1 - 1 / nodes
+    reached = nodes * (1 - prod(1 - (model.n_experts // nodes) / (model.n_experts - i) for i in range(used)))
+    return NodeLimit(nodes, limit, used * elsewhere, reached * elsewhere, min(limit, reached) * elsewhere)
+
+
+def mean_graded_loops(resolved: ResolvedRun) -> float:
+    """Expected loops with gradient of a step: of min(L, the depth of the gradient)."""
+    pmf = training_depth_pmf(resolved.config)
+    return sum(p * min(loops, resolved.mean_backprop_depth) for loops, p in enumerate(pmf, 1))
+
+
+def traffic(
+    resolved: ResolvedRun, n_loops: float, index: int = 0, *, persistent: bool = True, graded: float | None = None
+) -> Traffic:
+    """The traffic of a process of stage `index` in a step of n_loops loops, `graded` of them with gradient (None: as
+    many as may be). Mean counts of both give the mean.
+
+    persistent: small weights stay gathered between micro-batches, as `stage3_param_persistence_threshold` says.
+    """
+    pipelined = len(resolved.stages) > 1
+    config, stage = resolved.config, resolved.stages[index]
+    ep_size = resolved.ep_size if stage.part.recurrent else 1
+    micro_batches = resolved.gradient_accumulation_steps
+    size = _BYTES[config.training.dtype]
+    zero = resolved.deepspeed.get("zero_optimization", {})
+    kept = int(zero.get("stage3_param_persistence_threshold", 100_000)) if persistent else 0
+    shared = experts = small = reduced = reduced_experts = 0
+    for name, shape in parameter_shapes(config.model, stage.part):
+        cut = ep_size if is_expert(name) else 1
+        ranks = stage.size // cut
+        numel = prod(shape) // cut
+        padded = -(-numel // ranks) * ranks
+        if cut > 1:
+            experts += padded if ranks > 1 else 0
+            reduced_experts += padded
+        else:
+            reduced += padded
+            if ranks > 1 and numel <= kept:
+                small += padded
+            elif ranks > 1:
+                shared += padded
+    if pipelined:
+        gather, gather_experts = size * (shared + small), size * experts
+        reduce, reduce_experts = 4 * reduced, 4 * reduced_experts
+        ring = float(predict(resolved, round(n_loops)).sent_bytes[index])
+    else:
+        gather, gather_experts = size * (2 * micro_batches * shared + small), 2 * size * micro_batches * experts
+        reduce, reduce_experts = size * micro_batches * reduced, size * micro_batches * reduced_experts
+        ring = 0.0
+    graded = min(resolved.mean_backprop_depth, n_loops) if graded is None else graded
+    exchange, counts = _exchange(resolved, n_loops, graded, index)
+    return Traffic(gather, gather_experts, reduce, reduce_experts, exchange, counts, ring)
+
+
+def _exchange(resolved: ResolvedRun, n_loops: float, graded: float, index: int) -> tuple[float, float]:
+    """Rows go to their experts and back in every forward, and their gradients in every backward; a recomputed loop
+    repeats its forward."""
+    config, stage = resolved.config, resolved.stages[index]
+    if resolved.ep_size == 1 or not stage.part.recurrent:
+        return 0.0, 0.0
+    recompute = config.parallel.activation_checkpointing == "loop"
+    model = config.model
+    exchanges = 2 * n_loops + 2 * graded + (2 * graded if recompute else 0)
+    rows = stage.rows * config.training.seq_len * model.n_experts_per_tok
+    layers = len(stage.part.recurrent) * resolved.gradient_accumulation_steps
+    calls = n_loops + (graded if recompute else 0)
+    return (
+        layers * exchanges * rows * model.dim * _BYTES[config.training.dtype],
+        layers * calls * model.n_experts * _COUNT_BYTES,
+    )

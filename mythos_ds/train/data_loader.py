@@ -1,0 +1,114 @@
+"""The batches of every optimizer step, from the datasets of the phases that the run manifest names."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Protocol
+
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.data.batches import Batch, BatchStream
+from mythos_ds.data.datasets import TokenDataset, TokenDatasets, build_datasets, prepare_index_cache
+from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.parallel.collective import on_rank_zero, together
+from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.train.run_directory import Phase, RunManifest
+
+_PROMPT_TOKENS = 16
+
+
+class Feed(Protocol):
+    """Training and held-out batches of this rank; a pure function of the manifest and the step.
+
+    Attributes:
+        tokenizer: of text; None for data that is not text.
+        identity: what the data is, in JSON values; pinned at a run's start.
+    """
+
+    tokenizer: Tokenizer | None
+    identity: dict[str, Any]
+
+    def steps(self, step: int) -> Iterator[list[Batch]]:
+        """Micro-batches of each optimizer step from `step` to the end of the run."""
+        ...
+
+    def validation(self) -> Iterator[list[Batch]]:
+        """The held-out micro-batches of one global batch after the other, the same at every call."""
+        ...
+
+    def held_out_prompt(self) -> list[int]:
+        """The first tokens of the held-out text."""
+        ...
+
+
+class TextFeed:
+    """The feed of the configured datasets."""
+
+    def __init__(
+        self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, datasets: dict[int, TokenDatasets]
+    ):
+        self._training = resolved.config.training
+        self._accumulation = resolved.gradient_accumulation_steps
+        self._workers = resolved.config.data.num_workers
+        self._rows = resolved.stages[groups.stage].rows
+        self._manifest, self._groups, self._datasets = manifest, groups, datasets
+        self.tokenizer: Tokenizer | None = datasets[0].tokenizer
+        self.identity: dict[str, Any] = datasets[0].identity
+
+    @classmethod
+    def open(cls, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> "TextFeed":
+        """Open the datasets needed from `step` on; rank 0 builds their index files first. Raises DataError."""
+        needed = sorted({0, *range(manifest.phase_index(step), len(manifest.phases))})
+        requests = {index: dataset_arguments(resolved, manifest.phases, index) for index in needed}
+        data = resolved.config.data
+
+        def prepare() -> None:
+            for arguments in requests.values():
+                prepare_index_cache(data, **arguments)
+
+        on_rank_zero(groups, prepare)
+        datasets = together(
+            groups, lambda: {index: build_datasets(data, **arguments) for index, arguments in requests.items()}
+        )
+        return cls(resolved, manifest, groups, datasets)
+
+    def steps(self, step: int) -> Iterator[list[Batch]]:
+        for index, phase in enumerate(self._manifest.phases):
+            if step >= phase.end_step:
+                continue
+            start_sample = (step - phase.start_step) * self._training.global_batch_size
+            micro_batches = self._stream(self._datasets[index].train, start_sample)
+            while step < phase.end_step:
+                yield list(islice(micro_batches, self._accumulation))
+                step += 1
+
+    def validation(self) -> Iterator[list[Batch]]:
+        micro_batches = self._stream(self._datasets[0].valid, 0)
+        for _ in range(self._training.eval_batches):
+            yield list(islice(micro_batches, self._accumulation))
+
+    def held_out_prompt(self) -> list[int]:
+        return [int(token) for token in self._datasets[0].valid[0]["tokens"][:_PROMPT_TOKENS]]
+
+    def _stream(self, dataset: TokenDataset, start_sample: int) -> Iterator[Batch]:
+        return iter(
+            BatchStream(
+                dataset,
+                start_sample=start_sample,
+                micro_batch_size=self._rows,
+                dp_rank=self._groups.dp_rank,
+                dp_size=self._groups.dp_size,
+                num_workers=self._workers,
+            )
+        )
+
+
+def dataset_arguments(resolved: ResolvedRun, phases: tuple[Phase, ...], index: int) -> dict[str, int]:
+    """What `prepare_index_cache` and `build_datasets` need to know of phase `index`."""
+    training, phase = resolved.config.training, phases[index]
+    return {
+        "seq_len": training.seq_len,
+        "train_samples": (phase.end_step - phase.start_step) * training.global_batch_size,
+        # The first phase's held-out part serves all phases, so that validation losses compare.
+        "valid_samples": training.eval_batches * training.global_batch_size if index == 0 else 0,
+        "seed": phase.seed,
+        "vocab_size": resolved.config.model.vocab_size,
+    }

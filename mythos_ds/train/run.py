@@ -1,0 +1,96 @@
+"""One training run in one process of many: groups, checkpoint, data, engine, training, report."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from mythos_ds import log
+from mythos_ds.checkpoint import manifest as files
+from mythos_ds.checkpoint.load import load_checkpoint
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.engine.build import Adapt, build_engine
+from mythos_ds.engine.training_engine import TrainingEngine
+from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.errors import MythosError
+from mythos_ds.parallel.collective import on_rank_zero, together
+from mythos_ds.parallel.groups import ParallelGroups, init_parallel
+from mythos_ds.resilience.failure import abort
+from mythos_ds.resilience.signals import StopSignals
+from mythos_ds.train.data_loader import Feed, TextFeed
+from mythos_ds.train.resume import choose_checkpoint, manifest_for
+from mythos_ds.train.run_directory import RunDirectory, RunManifest, new_manifest, with_dataset
+from mythos_ds.train.summary import show_summary
+from mythos_ds.train.trainer import Progress, RunSummary, Trainer
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a command line asks for. `resume`: "auto", "never" or a path; `source_text`: the file as it was read;
+    `allow_pickle`: execute what a checkpoint's files contain."""
+
+    resolved: ResolvedRun
+    source_text: str
+    run_dir: Path
+    resume: str
+    argv: tuple[str, ...]
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What a study changes about a run: its data, a part of the model, and what happens after the last step."""
+
+    open_feed: Callable[[ResolvedRun, RunManifest, ParallelGroups, int], Feed] = TextFeed.open
+    adapt: Adapt | None = None
+    finish: Callable[[TrainingEngine, Feed, RunSummary], None] | None = None
+
+
+def train(request: RunRequest, environment: ProcessEnvironment, extension: Extension = Extension()) -> None:
+    """Start or resume the run and train it to its end. Raises MythosError subclasses for what a user can mend."""
+    log.configure(environment.rank)
+    # DeepSpeed calls collectives by names that newer torch versions announce to rename: nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    with StopSignals() as stop:
+        resolved = request.resolved
+        groups = init_parallel(
+            environment, resolved.ep_size, resolved.stages, timeout_s=resolved.config.parallel.timeout_s
+        )
+        try:
+            _train(request, groups, stop, extension)
+        except MythosError:
+            groups.close()
+            raise
+        except Exception:
+            abort()
+        groups.close()
+
+
+def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals, extension: Extension) -> None:
+    resolved, run = request.resolved, RunDirectory(request.run_dir)
+    claimed = together(groups, lambda: run.lock() if groups.rank == 0 else None)
+    tag = choose_checkpoint(groups, run, request.resume)
+    manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
+    step = 0 if tag is None else files.tag_step(tag)
+    feed = extension.open_feed(resolved, manifest, groups, step)
+    manifest = together(groups, lambda: with_dataset(manifest, feed.identity))
+    on_rank_zero(groups, lambda: _record(request, run, manifest, step))
+    engine = build_engine(resolved, groups, extension.adapt)
+    progress = Progress()
+    if tag is not None:
+        state = load_checkpoint(engine, groups, tag, allow_pickle=request.allow_pickle)
+        progress = Progress(state.step, state.first_validation_loss)
+    summary = Trainer(resolved, groups, engine, feed, run, manifest, progress).train(stop)
+    if extension.finish is not None:
+        extension.finish(engine, feed, summary)
+    if groups.rank == 0:
+        show_summary(Console(), summary, run, resolved.config.model.mean_recurrence)
+    if claimed is not None:
+        claimed.close()
+
+
+def _record(request: RunRequest, run: RunDirectory, manifest: RunManifest, step: int) -> None:
+    run.write_manifest(manifest)
+    run.record_start(request.resolved, request.source_text, step, request.argv)

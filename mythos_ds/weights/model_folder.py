@@ -1,0 +1,78 @@
+"""A model in one folder: config.json and safetensors, whole, in fp32 or bf16. What tools and studies read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.errors import CheckpointError
+from mythos_ds.io import sync, write_atomic
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.weights.reader import SINGLE, TensorFolder
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+_FORMAT = 1
+
+
+def save_model(model: MythosModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Writes a whole model (all parts, not partitioned) to `folder`; `facts` are JSON values kept beside its
+    configuration. The configuration is written last: a folder without it is not a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
+    temporary = folder / f".{SINGLE}.tmp"
+    save_file(tensors, temporary)
+    sync(temporary)
+    temporary.replace(folder / SINGLE)
+    content = {"format": _FORMAT, "model": model.config.model_dump(mode="json"), "facts": facts}
+    write_atomic(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What `save_model` kept beside the weights. Raises CheckpointError where `folder` is not a model."""
+    return _read(folder)["facts"]
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model's configuration. Raises CheckpointError where `folder` is not a model."""
+    try:
+        return ModelConfig.model_validate(_read(folder)["model"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("model", *first["loc"])))
+        raise CheckpointError(f"{folder / CONFIG}: {place}: {first['msg']}, given {first['input']!r}") from None
+
+
+def load_model(folder: Path, adapt: Callable[[MythosModel], None] | None = None) -> MythosModel:
+    """The model in evaluation mode, on the CPU; `adapt` makes it the variant that was saved. Raises CheckpointError
+    where a file is missing, damaged or does not fit the configuration."""
+    config = read_config(folder)
+    model = MythosModel(config)
+    if adapt is not None:
+        adapt(model)
+    files = TensorFolder(folder)
+    tensors = {name: files.read(name) for name in files.specs()}
+    if config.tie_embeddings:
+        tensors["lm_head.weight"] = tensors["embed.weight"]
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / SINGLE}: {error}") from None
+    return model.eval()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as a model's configuration ({error})") from None
+    parts = (content.get("model"), content.get("facts")) if isinstance(content, dict) else ()
+    if not parts or content.get("format") != _FORMAT or not all(isinstance(part, dict) for part in parts):
+        raise CheckpointError(f"{path}: not a model folder of format {_FORMAT}")
+    return content

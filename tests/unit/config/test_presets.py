@@ -1,0 +1,117 @@
+"""Every preset keeps the limits that were set for it, and the formulas agree with the module."""
+
+import importlib.util
+
+import pytest
+
+from mythos_ds.config.depth_distribution import tail_probability
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.proxy import make_proxy
+from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, training_depth_pmf
+from mythos_ds.costs.params import count_parameters
+from tests.helpers.paths import ROOT
+
+# name: total, largest active share, vocabulary, max_loops, mean_recurrence
+LIMITS = {
+    "1b": (1e9, 0.20, 32768, 16, 8),
+    "3b": (3e9, 0.15, 32768, 16, 8),
+    "10b": (10e9, 0.10, 65536, 24, 12),
+    "50b": (50e9, 0.07, 131072, 32, 16),
+    "100b": (100e9, 0.06, 131072, 32, 16),
+    "500b": (500e9, 0.04, 131072, 48, 16),
+    "1t": (1e12, 0.04, 131072, 64, 16),
+}
+VARIANTS = [
+    {"q_lora_rank": None},
+    {"injection": "post", "discretisation": "direct"},
+    {"halting": "act", "tie_embeddings": True},
+    {"loop_embedding": "none", "lora_rank": 0, "n_shared_experts": 2, "shared_expert_dim": 96},
+    {"n_shared_experts": 0, "lora_target": "output", "coda_layers": 0, "prelude_norm": False},
+]
+
+
+def module_parameters(model) -> int:
+    torch = pytest.importorskip("torch")
+    mythos = pytest.importorskip("mythos_ds.model.mythos")
+    with torch.device("meta"):
+        built = mythos.MythosModel(model)
+    return sum(parameter.numel() for parameter in built.parameters())
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits(name):
+    total, active_share, vocabulary, max_loops, mean_recurrence = LIMITS[name]
+    config = load_config(name).config
+    model, counts = config.model, count_parameters(config.model)
+    assert counts.total == pytest.approx(total, rel=0.015)
+    assert counts.active_share <= active_share
+    assert model.expert_dim <= model.dim / 2
+    assert model.n_shared_experts in (1, 2)
+    assert model.resolved_shared_dim == model.expert_dim
+    assert (model.kv_lora_rank, model.qk_rope_head_dim) == (512, 64)
+    assert (model.vocab_size, model.max_loops, model.mean_recurrence) == (
+        vocabulary,
+        max_loops,
+        mean_recurrence,
+    )
+    assert total < 10e9 or model.n_experts % 64 == 0
+    assert total < 100e9 or model.n_experts & (model.n_experts - 1) == 0
+    assert tail_probability(training_depth_pmf(config), max_loops / 2) >= 0.01
+
+
+def test_tiny_trains_the_whole_architecture():
+    config = load_config("tiny").config
+    model = config.model
+    assert model.lora_rank > 0
+    assert model.loop_embedding == "scaled"
+    assert model.expert_dim <= model.dim / 2
+    assert model.n_shared_experts > 0
+    assert (config.parallel.ep_size, config.parallel.zero_stage, config.data.corpus) == ("auto", 3, "builtin")
+    assert tail_probability(training_depth_pmf(config), model.max_loops / 2) >= 0.01
+
+
+@pytest.mark.parametrize("name", ["tiny", *LIMITS])
+def test_formula_equals_module(name):
+    config = load_config(name).config
+    assert module_parameters(config.model) == count_parameters(config.model).total
+    proxy, _ = make_proxy(config, 2)
+    assert module_parameters(proxy.model) == count_parameters(proxy.model).total
+
+
+@pytest.mark.parametrize("update", VARIANTS)
+def test_formula_equals_module_for_variants(update):
+    model = load_config("1b").config.model.model_copy(update=update)
+    assert module_parameters(model) == count_parameters(model).total
+
+
+def test_flops_follow_from_the_parameters():
+    """Two FLOPs per active weight at one loop, three times that with gradient."""
+    model = load_config("1b").config.model
+    counts = count_parameters(model)
+    cost = flops_per_token(model, context=1, n_loops=1)
+    assert cost.forward == pytest.approx(2 * counts.active, rel=2e-3)  # norms and gains are not matrices
+    assert cost.training == 3 * (cost.forward + cost.attention)
+    loop = flops_per_token(model, context=4096, n_loops=5)
+    once = flops_per_token(model, context=4096, n_loops=4)
+    partial = flops_per_token(model, context=4096, n_loops=5, n_grad_loops=2, recompute=True)
+    one_loop = loop.forward + loop.attention - once.forward - once.attention
+    assert loop.training - partial.training == pytest.approx(2 * 3 * one_loop)
+    assert partial.recompute == pytest.approx(2 * one_loop)
+
+
+def test_trillion_costs_a_tenth_of_the_usual_layout():
+    """3.9 TFLOP per token at full depth; the depth distribution needs under a fifth of it."""
+    config = load_config("1t").config
+    full = flops_per_token(config.model, context=config.training.seq_len, n_loops=64)
+    assert 3.5e12 < full.training < 4.2e12
+    assert expected_flops_per_token(config, 8).training < full.training / 5
+    assert cache_bytes_per_token(config.model, 64) == (8 + 8 * 64) * (512 + 64) * 2
+
+
+@pytest.mark.parametrize("tool", ["preset_table", "config_schema"])
+def test_generated_files_are_current(tool, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr("sys.argv", [tool, "--check"])
+    assert module.main() == 0, capsys.readouterr().out

@@ -1,0 +1,42 @@
+"""tokenizer.json gives the ids of the sentencepiece model, whichever kind that is."""
+
+import random
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+from mythos_ds.conversion.huggingface import write_tokenizer
+from mythos_ds.data.tokenizer import Tokenizer, train_tokenizer
+from tests.helpers.paths import ROOT
+
+SOURCES = sorted((ROOT / "mythos_ds").rglob("*.py"))
+ODD = ["</s>", "<s>", "<unk>", "<pad>", "<0x0A>", "\x00", "\t", "\n", "\r\n", "\u2581", "\u200b", "\U0001f642", "漢"]
+
+
+def samples():
+    """Code, and strings of rare characters, runs of spaces and pieces that no text gives."""
+    generator = random.Random(0)
+    alphabet = [*map(chr, range(0x20, 0x180)), *ODD, *[" "] * 60, *["\n"] * 20]
+    yield from (path.read_text(encoding="utf-8") for path in SOURCES[:20])
+    yield from ("", " ", "  \n    x\n", "x" * 300)
+    for _ in range(500):
+        yield "".join(generator.choices(alphabet, k=generator.randrange(60)))
+
+
+@pytest.mark.parametrize("kind", ["the tiny model's", "bpe", "unigram"])
+def test_ids_and_text_are_the_same(kind, tmp_path):
+    path = ROOT / "models" / "tiny" / "tokenizer.model"
+    if kind in ("bpe", "unigram"):
+        path = tmp_path / "tokenizer.model"
+        documents = [source.read_text(encoding="utf-8") for source in SOURCES[20:60]]
+        train_tokenizer(documents, path, vocab_size=800, kind=kind)
+    ids = write_tokenizer(path, tmp_path / "hf")
+    fast, own = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer.load(path)
+    assert (fast.eos_token_id, fast.pad_token_id) == (own.eos_id, own.pad_id)
+    assert (ids["eos_token_id"], ids["pad_token_id"]) == (own.eos_id, own.pad_id)
+    for text in samples():
+        encoded, found = own.encode(text), fast(text).input_ids
+        # In a unigram model, two orders of the same pieces have the same score: either is the best.
+        same = sorted(found) == sorted(encoded) if kind == "unigram" else found == encoded
+        assert same, text[:60]
+        assert fast.decode(encoded) == own.decode(encoded), text[:60]

@@ -1,0 +1,137 @@
+"""The tools on checkpoints as files: merging, resharding, inspecting; memory at two gigabytes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mythos_ds.checkpoint.deepspeed_format import WEIGHTS
+from mythos_ds.checkpoint.portable import open_state
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import ResolvedRun, resolve
+from mythos_ds.weights.model_folder import load_model, read_facts
+from mythos_ds.weights.reader import TensorFolder
+from tests.helpers.paths import ROOT
+from tests.helpers.synthetic_checkpoint import write_synthetic
+
+LIMIT_BYTES = 500_000_000
+
+
+def run_of(world_size: int, *overrides: str) -> ResolvedRun:
+    return resolve(load_config("tiny", list(overrides)).config, world_size)
+
+
+def start(tool: str, *arguments: object) -> subprocess.Popen:
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return output
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    resolved = run_of(4, "parallel.ep_size=2", "model.recurrent_layers=2", "training.micro_batch_size=1")
+    return write_synthetic(resolved, tmp_path_factory.mktemp("run") / "checkpoints")
+
+
+def test_a_merged_model_loads_and_has_the_checkpoints_values(checkpoint, tmp_path):
+    finish(start("merge_checkpoint.py", checkpoint.parent.parent, "--output", tmp_path / "merged"))
+    weights = open_state(checkpoint)[0][WEIGHTS]
+    state = load_model(tmp_path / "merged").state_dict()
+    for name, value in state.items():
+        assert torch.equal(value, weights.read(name)), name
+    assert read_facts(tmp_path / "merged")["step"] == 1
+    half = tmp_path / "half"
+    finish(start("merge_checkpoint.py", checkpoint, "--output", half, "--dtype", "bfloat16", "--max-file-bytes", 10**6))
+    found = TensorFolder(half)
+    assert found.specs()["recurrent.injection.log_A"].dtype == torch.float32
+    name = "recurrent.layers.1.moe.experts.w2"
+    assert torch.equal(found.read(name), weights.read(name).bfloat16())
+    assert (half / "model.safetensors.index.json").is_file()
+
+
+def test_dry_runs_write_nothing_and_say_the_size(checkpoint, tmp_path):
+    plan = json.loads(finish(start("merge_checkpoint.py", checkpoint, "--dry-run", "--json")))
+    weights = open_state(checkpoint)[0][WEIGHTS]
+    assert plan["bytes"] == sum(spec.nbytes for spec in weights.specs().values())
+    assert plan["tensors"] == len(weights.specs())
+    plan = json.loads(finish(start("merge_checkpoint.py", "--config", "1t", "--dry-run", "--json")))
+    assert 3.9e12 < plan["bytes"] < 4.1e12
+    assert plan["hours"] == pytest.approx(2 * plan["bytes"] / plan["bandwidth"] / 3600, rel=0.01)
+
+
+def test_inspection_counts_and_finds_what_is_not_finite(checkpoint, tmp_path):
+    found = json.loads(finish(start("inspect_checkpoint.py", checkpoint, "--json")))
+    assert found["layout"]["ep_size"] == 2
+    embedding = found["tensors"]["weights"]["embed.weight"]
+    assert embedding["shape"] == [4096, 128]
+    assert embedding["rms"] == pytest.approx(1.0, abs=0.02)
+    assert embedding["not_finite"] == 0
+    process = start("inspect_checkpoint.py", tmp_path)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.count("\n")) == (2, 1)
+    assert "no complete checkpoint" in errors
+
+
+@pytest.mark.slow
+def test_two_gigabytes_are_merged_in_less_than_half_a_gigabyte(tmp_path):
+    resolved = run_of(
+        8, "parallel.ep_size=4", "model.dim=1024", "model.n_heads=8", "model.n_kv_heads=4", "model.ffn_dim=4096",
+        "model.n_experts=64", "model.expert_dim=576", "model.recurrent_layers=4", "training.micro_batch_size=1",
+    )  # fmt: skip
+    tag = write_synthetic(resolved, tmp_path / "checkpoints")
+    size = sum(path.stat().st_size for path in tag.glob("*optim_states.pt"))
+    assert size > 1.9e9
+    process = start("merge_checkpoint.py", tag, "--output", tmp_path / "merged", "--dtype", "bfloat16")
+    most = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status")
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
+        most = max(most, int(fields.get("RssAnon", "0 kB").split()[0]) * 1024)
+        time.sleep(0.02)
+    finish(process)
+    assert 50e6 < most < LIMIT_BYTES
+    weights = open_state(tag)[0][WEIGHTS]
+    name = "recurrent.layers.3.moe.experts.w3"
+    rows = slice(60, 64)
+    assert torch.equal(TensorFolder(tmp_path / "merged").read(name, rows), weights.read(name, rows).bfloat16())
+
+
+def test_verification_names_every_fault(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoints" / checkpoint.name)
+    tag = tmp_path / "run" / "checkpoints" / checkpoint.name
+    (tag.parent / "latest").write_text(tag.name)
+    assert "whole" in finish(start("verify_checkpoint.py", tmp_path / "run"))
+    first, second, third = sorted(tag.glob("*optim_states.pt"))[:3]
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 4
+    first.write_bytes(content)
+    second.write_bytes(second.read_bytes()[:-1])
+    third.unlink()
+    (tag.parent / "latest").write_text("")
+    process = start("verify_checkpoint.py", tmp_path / "run", "--json")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    found = json.loads(output)
+    named = " ".join(found[str(tag)])
+    assert len(found[str(tag)]) == 3
+    assert all(path.name in named for path in (first, second, third))
+    assert found[str(tag.parent / "latest")] == ["names 'nothing', which is no checkpoint"]
+    finish(start("merge_checkpoint.py", checkpoint, "--output", tmp_path / "merged"))
+    assert "whole" in finish(start("verify_checkpoint.py", tmp_path / "merged"))
+    weights = tmp_path / "merged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    process = start("verify_checkpoint.py", tmp_path / "merged")
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, "not what was written" in output) == (1, True)

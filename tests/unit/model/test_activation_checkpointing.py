@@ -1,0 +1,81 @@
+"""Recomputing loops in backward changes nothing: loss, gradients and counts are bitwise the same."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mythos_ds.model.context import AuxLoss
+from mythos_ds.model.forward_stats import ForwardRecords
+from mythos_ds.model.moe import MoE
+from mythos_ds.model.mythos import MythosModel
+from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
+
+ACT: dict[str, Any] = {"halting": "act", "act_threshold": 0.8}
+
+
+def run(
+    changes: dict[str, Any], checkpoint_loops: bool, n_loops: int, n_grad_loops: int | None
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    """Loss, gradients and counts after backward."""
+    config = toy_config(**changes)
+    model = randomise(MythosModel(config, checkpoint_loops=checkpoint_loops))
+    records = ForwardRecords(details=True)
+    aux = AuxLoss(balance=0.3, z=0.02, ponder=0.1, scale=0.5)
+    loss = model(**toy_batch(config), n_loops=n_loops, n_grad_loops=n_grad_loops, aux=aux, records=records)
+    loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    counts = [
+        torch.stack([own[loop].counts, own[loop].prebias_counts])
+        for own in records.routing.values()
+        for loop in range(n_loops)
+    ]
+    return loss.detach(), gradients, counts
+
+
+@pytest.mark.parametrize("changes", [{}, MLA, {"injection": "post"}, ACT, {**ACT, **MLA}], ids=str)
+@pytest.mark.parametrize(("n_loops", "n_grad_loops"), [(5, 2), (4, None), (3, 1)])
+def test_bitwise_equal(changes: dict[str, Any], n_loops: int, n_grad_loops: int | None) -> None:
+    loss, gradients, counts = run(changes, False, n_loops, n_grad_loops)
+    again, recomputed, counted = run(changes, True, n_loops, n_grad_loops)
+    assert torch.equal(loss, again)
+    assert gradients.keys() == recomputed.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, recomputed[name]), name
+    assert all(torch.equal(a, b) for a, b in zip(counts, counted, strict=True))
+
+
+def test_only_loops_with_gradient_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    visited: list[int] = []
+    forward = MoE.forward
+
+    def counting(self: MoE, x: Tensor, loop: int, *rest: Any) -> Tensor:
+        visited.append(loop)
+        return forward(self, x, loop, *rest)
+
+    monkeypatch.setattr(MoE, "forward", counting)
+    run({"recurrent_layers": 1}, True, 5, 2)
+    assert visited == [0, 1, 2, 3, 4, 4, 3]
+    visited.clear()
+    run({"recurrent_layers": 1}, False, 5, 2)
+    assert visited == [0, 1, 2, 3, 4]
+
+
+def test_memory_held_for_backward_hardly_grows_with_loops() -> None:
+    def saved(checkpoint_loops: bool, n_loops: int) -> int:
+        config = toy_config()
+        model = MythosModel(config, checkpoint_loops=checkpoint_loops)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**toy_batch(config), n_loops=n_loops)
+        loss.backward()
+        return sum(sizes.values())
+
+    growth = [saved(flag, 9) - saved(flag, 3) for flag in (False, True)]
+    assert growth[1] < growth[0] / 10

@@ -1,0 +1,242 @@
+"""The planner: presets fit what they name, costs agree with hand calculations, and what it writes runs."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import planned_world_size, resolve
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.costs.flops import flops_per_token
+from mythos_ds.errors import ConfigError
+from mythos_ds.hardware import GPUS, read_gpu
+from mythos_ds.plan import layouts
+from mythos_ds.plan.activation_trace import Workload, trace
+from mythos_ds.plan.layouts import candidates, examine, first_remedy, ranked, remedies, with_changes
+from mythos_ds.plan.memory import held_elements, memory, states
+from mythos_ds.plan.report import as_numbers, draw
+from mythos_ds.plan.timing import checkpoint, costs, timing
+from mythos_ds.plan.traffic import node_limit, traffic
+from tests.helpers.paths import ROOT
+from tests.helpers.toy_model import toy_model
+
+PRESETS = ("1b", "3b", "10b", "50b", "100b", "500b", "1t")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fits_the_cluster_it_names(name):
+    config = load_config(name, []).config
+    found = memory(resolve(config, planned_world_size(config)))
+    assert found.total <= GPUS[config.cluster.gpu].memory_bytes
+    assert found.total >= 0.2 * GPUS[config.cluster.gpu].memory_bytes, "a layout that leaves most of the GPU empty"
+
+
+def test_the_largest_preset_does_not_fit_smaller_gpus_and_the_plan_says_what_helps():
+    config = load_config("1t", []).config
+    h100 = GPUS["h100"]
+    layout = examine(config, 1024, h100, {})
+    assert not layout.fits(h100)
+    remedy = first_remedy(config, 1024, h100)
+    assert remedy is not None
+    assert remedy.fits(h100)
+    assert any(remedy.changes.items() >= changes.items() for changes in remedies(config))
+    numbers = as_numbers(layout, h100, 1e12, remedy, [])
+    assert numbers["fits"] is False
+    assert numbers["binding"] == "activations"
+    assert numbers["remedy"] == remedy.changes
+    json.dumps(numbers)
+
+
+def peer(shared_width: int) -> ModelConfig:
+    """The one-trillion preset of OpenMythos."""
+    return ModelConfig(
+        vocab_size=100_000, dim=16384, prelude_layers=6, recurrent_layers=1, coda_layers=6, max_loops=64,
+        mean_recurrence=64, attn_type="mla", n_heads=128, q_lora_rank=3072, kv_lora_rank=1024,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, ffn_dim=65536 // 3 * 2, n_experts=512,
+        n_experts_per_tok=8, expert_dim=34560, n_shared_experts=8, shared_expert_dim=shared_width,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("shared_width", "teraflops"), [(8 * 34560, 47.3), (34560, 10.7)])
+def test_the_peers_cost_agrees_with_the_hand_calculation(shared_width, teraflops):
+    """6 (T P_loop + P_once) FLOPs per trained token, without attention scores: 47.3 TFLOP with shared experts as wide
+    as OpenMythos makes them, 10.7 with narrow ones; 1,336 and 304 days per trillion tokens on 1,024 GPUs at 400
+    TFLOP/s."""
+    cost = flops_per_token(peer(shared_width), context=1, n_loops=64)
+    trained = 3 * cost.forward
+    assert trained / 1e12 == pytest.approx(teraflops, rel=0.02)
+    days = 1e12 * trained / (1024 * 400e12) / 86400
+    assert days == pytest.approx({47.3: 1336, 10.7: 304}[teraflops], rel=0.02)
+
+
+def test_states_are_counted_with_padding():
+    shapes = (("a.weight", (5, 3)), ("recurrent.layers.0.moe.experts.w1", (4, 3, 1)))
+    assert held_elements(shapes, 4, 2) == (4 + 3, 4 + 3)
+    resolved = resolve(load_config("1t", []).config, 1024)
+    kept = states(resolved)
+    assert kept.masters == 2 * kept.weights == kept.gradients == kept.optimizer // 2
+    assert kept.masters * 1024 / 4 == pytest.approx(998.6e9, rel=1e-3)
+
+
+def test_a_longer_loop_costs_its_state_and_no_more():
+    model = toy_model()
+    loads = [Workload(model, 2, 32, loops, 2, torch.bfloat16, "loop") for loops in (3, 4, 9)]
+    three, four, nine = (trace(load).peak for load in loads)
+    assert nine - four == 5 * (four - three)
+    assert four - three == pytest.approx(2 * 32 * model.dim * 4, rel=0.1)
+    everything = Workload(model, 2, 32, 9, 2, torch.bfloat16, "none")
+    assert trace(everything).peak > 2 * nine
+
+
+def test_traffic_grows_with_loops_only_where_tokens_travel():
+    config = load_config("10b", []).config
+    resolved = resolve(config, planned_world_size(config))
+    one, two = traffic(resolved, 8), traffic(resolved, 16)
+    assert (one.gather, one.reduce, one.gather_experts) == (two.gather, two.reduce, two.gather_experts)
+    assert 1.3 < two.exchange / one.exchange < 2.0
+
+
+def test_node_limited_routing_saves_only_where_a_token_is_sent_once_to_a_node():
+    config = load_config("1t", []).config
+    found = node_limit(resolve(config, 1024), 8)
+    nodes, used, experts = 32, config.model.n_experts_per_tok, config.model.n_experts
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(4000, experts, generator=generator).topk(used).indices // (experts // nodes)
+    away = drawn[drawn != 0].numel() / len(drawn)
+    distinct = sum(len(set(row) - {0}) for row in drawn.tolist()) / len(drawn)
+    assert found.nodes == nodes
+    assert found.sent == pytest.approx(away, rel=0.02)
+    assert found.once_per_node == pytest.approx(distinct, rel=0.02)
+    assert found.limited == pytest.approx(4 * 31 / 32)
+    limited = {"model.n_expert_groups": 32, "model.n_limited_groups": 2}
+    again = node_limit(resolve(with_changes(config, limited), 1024), 8)
+    assert (again.limit, again.sent, again.limited) == (2, found.sent, pytest.approx(2 * 31 / 32))
+    assert node_limit(resolve(load_config("1b", []).config, 8), 8) is None
+
+
+def test_costs_and_checkpoints_are_consistent():
+    config = load_config("1t", []).config
+    resolved, gpu = resolve(config, 1024), GPUS["h200"]
+    step = timing(resolved, gpu)
+    assert step.serial_s > step.bound_s >= step.compute_s
+    for cost in costs(step, 1024, gpu, 15e12):
+        assert cost.days == pytest.approx(15 * cost.days_per_trillion)
+        assert cost.dollars == pytest.approx(cost.days * 24 * 1024 * gpu.price_per_hour)
+    saved = checkpoint(resolved, 1024, gpu)
+    assert saved.bytes == pytest.approx(12e12, rel=0.01)
+    assert saved.hours_between_failures == pytest.approx(49.6, rel=0.01)
+
+
+def test_a_gpu_from_a_file_and_what_is_wrong_with_one(tmp_path):
+    path = tmp_path / "gpu.json"
+    fields = {"name": "mine", "memory_bytes": 48e9, "peak_flops": 181e12, "kernel_share": 0.7}
+    path.write_text(json.dumps({**fields, "node_bandwidth": 32e9, "network_bandwidth": 12e9}))
+    assert read_gpu(str(path)).memory_bytes == 48e9
+    links = {"node_bandwidth": 32e9, "network_bandwidth": 12e9}
+    odd = {"peak_flops": -1}, {"memory_bytes": 1e400}, {"gpus_per_node": 2.5}, {"kernel_share": 75}, {"name": 5}
+    wrong = [json.dumps({**fields, **links, **change}) for change in odd]
+    for content in ('{"memory": 1}', "[]", "no json", *wrong):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match="--gpu"):
+            read_gpu(str(path))
+    with pytest.raises(ConfigError, match="h100"):
+        read_gpu("h999")
+
+
+def test_the_command_writes_a_configuration_that_loads_and_a_picture(tmp_path):
+    chosen, picture = tmp_path / "chosen.json", tmp_path / "plan.png"
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config", "1b.json", "--json", "--compare"]
+    command += ["--write", str(chosen), "--picture", str(picture), "--objective", "time", "--layouts", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads(result.stdout)
+    assert numbers["fits"] is True
+    assert len(numbers["layouts"]) == 2
+    first, second = numbers["layouts"]
+    assert first["step_as_built_s"] / first["tokens_per_step"] <= second["step_as_built_s"] / second["tokens_per_step"]
+    assert {row["model"] for row in numbers["comparison"]} >= {"looped, 8 loops", "looped, 16 loops"}
+    written = load_config(str(chosen), []).config
+    resolve(written, planned_world_size(written))
+    assert picture.stat().st_size > 10_000
+    stage_one = ["parallel.zero_stage=1"]
+    for wrong in (stage_one, ["--tokens", "many"], ["--gpu", "h999"], ["--gpus", "0"]):
+        refused = subprocess.run([*command[:4], *wrong], capture_output=True, text=True, timeout=120)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+
+
+def test_experts_copies_on_many_nodes_and_rings_in_one_travel_where_they_lie():
+    config = load_config("10b", []).config
+    node = GPUS["h100"]
+
+    def moved(changes, gpus):
+        found = timing(resolve(with_changes(config, changes), gpus), node)
+        return {transfer.name: transfer for transfer in found.transfers}
+
+    for ep_size in (2, 4, 8, 16):
+        resolved = resolve(with_changes(config, {"parallel.ep_size": ep_size}), 64)
+        total = traffic(resolved, 4).gather_experts
+        copies, near = 64 // ep_size, max(1, 8 // ep_size)
+        found = moved({"parallel.ep_size": ep_size}, 64)["gather experts"]
+        assert found.network_bytes == pytest.approx(total * (1 - near / copies) / near), ep_size
+        assert (found.node_bytes > 0) == (near > 1)
+    ring = {"parallel.pp_size": 2, "parallel.ep_size": 4, "training.global_batch_size": 512}
+    assert moved(ring, 8)["ring"].network_bytes == 0 < moved(ring, 8)["ring"].node_bytes
+    assert moved(ring, 64)["ring"].node_bytes == 0 < moved(ring, 64)["ring"].network_bytes
+
+
+def test_optimizer_state_in_host_memory_takes_time_and_no_room():
+    config = load_config("10b", []).config
+    changes = ({"parallel.offload_optimizer": kept} for kept in ("none", "cpu"))
+    with_it, without = (examine(config, 64, GPUS["h100"], change) for change in changes)
+    assert without.memory.total < with_it.memory.total
+    moved = states(with_it.resolved).gradients + states(with_it.resolved).weights
+    assert without.timing.serial_s - with_it.timing.serial_s == pytest.approx(moved / GPUS["h100"].host_bandwidth)
+
+
+def test_what_is_written_names_the_machines_that_were_asked_for(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config", "1b.json"]
+    command += ["--write", str(tmp_path / "w.json")]
+    own = {"name": "mine", "memory_bytes": 141e9, "peak_flops": 9e14, "kernel_share": 0.7}
+    (tmp_path / "g.json").write_text(json.dumps({**own, "node_bandwidth": 4e11, "network_bandwidth": 5e10}))
+    cases = (
+        (["--gpus", "4", "--gpu", "h200", "parallel.ep_size=4"], ("h200", 1, 4)),
+        (["cluster.nodes=4", "cluster.gpus_per_node=2", "parallel.ep_size=2"], ("h100", 4, 2)),
+        (["--gpus", "16", "--gpu", str(tmp_path / "g.json")], (str(tmp_path / "g.json"), 2, 8)),
+    )
+    for more, (gpu, nodes, per_node) in cases:
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        cluster = json.loads((tmp_path / "w.json").read_text())["cluster"]
+        assert cluster == {"gpu": gpu, "nodes": nodes, "gpus_per_node": per_node}
+    command = [*command[:4], "--picture", str(tmp_path / "x.foo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "ends in .png" in done.stderr) == (2, True)
+
+
+def test_layouts_are_tried_with_less_where_none_fits(monkeypatch):
+    config, gpu = load_config("10b", []).config, GPUS["h100"]
+    rows, looked_at = config.training.micro_batch_size, list(candidates(config, 64, gpu))
+    tried = {(c["training.micro_batch_size"], c["parallel.activation_checkpointing"]) for c in looked_at}
+    assert tried == {(n, kept) for n in {max(1, rows // 2), rows, 2 * rows} for kept in ("loop", "none")}
+    one = {"training.micro_batch_size": rows, "parallel.activation_checkpointing": "loop"}
+    monkeypatch.setattr(layouts, "candidates", lambda *_: [one])
+    least = examine(config, 64, gpu, one)
+    assert ranked(config, 64, gpu, "time", most=1)[0].changes == one
+    small = replace(gpu, memory_bytes=least.memory.total - 1)
+    (found,) = ranked(config, 64, small, "time", most=1)
+    assert found.changes == {**one, "parallel.offload_optimizer": "cpu"}
+    smaller = replace(gpu, memory_bytes=found.memory.total - 1)
+    (last,) = ranked(config, 64, smaller, "time", most=1)
+    assert set(last.changes) == {*found.changes, "training.mean_backprop_depth"}
+
+
+def test_the_picture_shows_a_plan_that_does_not_fit(tmp_path):
+    config = load_config("10b", []).config
+    small = GPUS["h100"]
+    layout = examine(config, 64, small, {"training.micro_batch_size": 4})
+    draw("10b", as_numbers(layout, small, 1e12, None, []), tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000

@@ -1,0 +1,1 @@
+"""Mains: each parses arguments, calls the package and prints."""
