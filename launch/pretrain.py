@@ -76,7 +76,8 @@ def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: li
 def plan(
     arguments: argparse.Namespace, loaded: LoadedConfig, environment: ProcessEnvironment
 ) -> tuple[ResolvedRun, list[str]]:
-    config, changes = loaded.config, []
+    config = loaded.config
+    changes: list[str] = []
     world_size = environment.world_size
     planning, asked = arguments.dry_run or arguments.print_config, arguments.world_size
     if asked is not None and not planning:

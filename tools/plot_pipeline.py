@@ -88,7 +88,7 @@ def _draw(prediction: PipelinePrediction, title: str, path: Path) -> None:
     figure = Figure(figsize=(14, 1.6 + 0.7 * len(timeline)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    seen = set()
+    seen: set[tuple[str, bool]] = set()
     for stage, spans in enumerate(timeline):
         bars: dict[tuple[str, bool], list[tuple[float, float]]] = defaultdict(list)
         for action, start, end in spans:

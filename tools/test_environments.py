@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def listed(tests: list[str]) -> str:
     return f"breaks {len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
-def show(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def show(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     for row in [heads, *rows]:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))

@@ -56,7 +56,9 @@ def paced_step(
     """The first start and last end of this process's computations (monotonic clock, s), their sum, and by how many
     seconds the slowest took longer than it should. Raises ValueError where a predicted computation was not run."""
     timeline = predict(resolved, n_loops).simulation.timeline
-    planned = [{tuple(span.action): span.end - span.start for span in spans} for spans in timeline]
+    planned = [
+        {(a.backward, a.visit, a.micro_batch): end - start for a, start, end in spans} for spans in timeline
+    ]
     unit = SHORTEST_S / min(work for spans in planned for work in spans.values() if work)
     paced = Paced({action: unit * work for action, work in planned[stage].items()})
     with patch.object(pipeline_executor, "Stopwatch", lambda device: paced), patch.object(

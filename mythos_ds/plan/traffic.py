@@ -64,7 +64,8 @@ def node_limit(resolved: ResolvedRun, gpus_per_node: int) -> NodeLimit | None:
     if nodes < 2:
         return None
     used = model.n_experts_per_tok
-    limit = min(model.n_limited_groups if model.n_expert_groups == nodes else LIMITED_NODES, nodes, used)
+    limited = model.n_limited_groups if model.n_expert_groups == nodes else None
+    limit = min(LIMITED_NODES if limited is None else limited, nodes, used)
     elsewhere = 1 - 1 / nodes
     reached = nodes * (1 - prod(1 - (model.n_experts // nodes) / (model.n_experts - i) for i in range(used)))
     return NodeLimit(nodes, limit, used * elsewhere, reached * elsewhere, min(limit, reached) * elsewhere)

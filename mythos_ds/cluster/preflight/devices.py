@@ -104,7 +104,9 @@ class Links:
         return cls(list(nodes.values()), [list(rail) for rail in rails])
 
 
-def open_group(environment: ProcessEnvironment, device: torch.device, store: object, limit_s: float) -> None:
+def open_group(
+    environment: ProcessEnvironment, device: torch.device, store: torch_distributed.Store, limit_s: float
+) -> None:
     """Start torch.distributed at the meeting's store. Collective."""
     torch_distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
