@@ -1,7 +1,7 @@
 """Whether a run has reached its planned length: exit code 0; or stopped before: 75, start it again. No torch.
 
-    python launch/finished.py --config 1t.json [--run-dir DIR] ...      # the arguments of pretrain.py
-    python launch/finished.py --config 1t.json --proxy --world-size 8   # a proxy's directory: on so many processes
+python launch/finished.py --config 1t.json [--run-dir DIR] ...      # the arguments of pretrain.py
+python launch/finished.py --config 1t.json --proxy --world-size 8   # a proxy's directory: on so many processes
 """
 
 import json

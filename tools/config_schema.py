@@ -12,19 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 when a file is not current"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is not current")
     arguments = parser.parse_args()
     contents = {
         ROOT / "ds_configs" / "schema.json": json.dumps(json_schema(), indent=2) + "\n",
         ROOT / "docs" / "config.md": reference_page(),
     }
-    stale = [
-        path
-        for path, text in contents.items()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
+    stale = [path for path, text in contents.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if not arguments.check:
             path.write_text(contents[path], encoding="utf-8")

@@ -1,7 +1,7 @@
 """Continue a text with a model from its folder, at any depth.
 
-    python tools/generate.py "def main(" --model models/tiny
-    python tools/generate.py "The function returns" --loops 8 --tokens 100 --temperature 0
+python tools/generate.py "def main(" --model models/tiny
+python tools/generate.py "The function returns" --loops 8 --tokens 100 --temperature 0
 """
 
 import sys

@@ -13,9 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 when the page is not current"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is not current")
     arguments = parser.parse_args()
     page = build_page()
     path = ROOT / "docs" / "presets.md"

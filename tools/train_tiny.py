@@ -1,7 +1,7 @@
 """Make the released tiny model: train tiny.json longer, on one process, and write its folder with a model card.
 
-    python tools/train_tiny.py --output models/tiny --steps 2000
-    python tools/train_tiny.py --output /tmp/try --steps 20 training.eval_batches=1
+python tools/train_tiny.py --output models/tiny --steps 2000
+python tools/train_tiny.py --output /tmp/try --steps 20 training.eval_batches=1
 """
 
 import json

@@ -56,17 +56,14 @@ def paced_step(
     """The first start and last end of this process's computations (monotonic clock, s), their sum, and by how many
     seconds the slowest took longer than it should. Raises ValueError where a predicted computation was not run."""
     timeline = predict(resolved, n_loops).simulation.timeline
-    planned = [
-        {(a.backward, a.visit, a.micro_batch): end - start for a, start, end in spans} for spans in timeline
-    ]
+    planned = [{(a.backward, a.visit, a.micro_batch): end - start for a, start, end in spans} for spans in timeline]
     unit = SHORTEST_S / min(work for spans in planned for work in spans.values() if work)
     paced = Paced({action: unit * work for action, work in planned[stage].items()})
-    with patch.object(pipeline_executor, "Stopwatch", lambda device: paced), patch.object(
-        pipeline_executor, "actions_of", paced.announced
+    with (
+        patch.object(pipeline_executor, "Stopwatch", lambda device: paced),
+        patch.object(pipeline_executor, "actions_of", paced.announced),
     ):
-        engine.train_step(
-            batches, n_loops=n_loops, n_grad_loops=min(resolved.mean_backprop_depth, n_loops), lr=1e-3
-        )
+        engine.train_step(batches, n_loops=n_loops, n_grad_loops=min(resolved.mean_backprop_depth, n_loops), lr=1e-3)
     if paced.seconds:
         raise ValueError(f"{len(paced.seconds)} predicted computations were not run, {min(paced.seconds)} among them")
     busy = sum(end - start for start, end in paced.spans)

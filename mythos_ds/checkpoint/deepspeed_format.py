@@ -93,9 +93,7 @@ def plan(stages: Iterable[Iterable[RankFile]], ep_size: int) -> dict[str, Logica
                     if shapes.setdefault(name, shape) != shape:
                         raise CheckpointError(f"{rank_file.file}: {name} is {shape}, {shapes[name]} in another file")
                     offset = piece.offset + (rank_file.ep_rank * prod(local) if cut else 0)
-                    pieces.setdefault(name, []).append(
-                        Piece(offset, piece.numel, piece.file, piece.group, piece.start)
-                    )
+                    pieces.setdefault(name, []).append(Piece(offset, piece.numel, piece.file, piece.group, piece.start))
         for name, parts in pieces.items():
             tiling = _tile(name, prod(shapes[name]), parts)
             shape, tilings = found.setdefault(name, (shapes[name], []))

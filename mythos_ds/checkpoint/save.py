@@ -100,12 +100,14 @@ class CheckpointWriter:
         notes = {random_state_file(groups.rank): random_state.capture(groups.device)}
         if groups.rank == 0:
             notes[manifest.STATE] = asdict(state)
-        self._phases.extend((
-            ("written", lambda: _write(partial, groups.rank, pending, notes)),
-            ("completed", lambda: _write_manifest(partial, groups)),
-            ("read back", lambda: manifest.verify(partial, groups.rank, groups.world_size)),
-            ("published", lambda: self._publish(partial, tag)),
-        ))
+        self._phases.extend(
+            (
+                ("written", lambda: _write(partial, groups.rank, pending, notes)),
+                ("completed", lambda: _write_manifest(partial, groups)),
+                ("read back", lambda: manifest.verify(partial, groups.rank, groups.world_size)),
+                ("published", lambda: self._publish(partial, tag)),
+            )
+        )
         self._start_phase()
         self._waited = time.monotonic() - self._started
         if not self.config.asynchronous:
@@ -157,9 +159,7 @@ class CheckpointWriter:
         now = time.monotonic()
         self._waited += 0.0 if waiting_since is None else now - waiting_since
         self._times = {"checkpoint/stall_seconds": self._waited, "checkpoint/seconds": now - self._started}
-        _logger.info(
-            "saved checkpoint %s: training stood still for %.2f s of %.2f s", self._tag, *self._times.values()
-        )
+        _logger.info("saved checkpoint %s: training stood still for %.2f s of %.2f s", self._tag, *self._times.values())
 
     def _publish(self, partial: Path, tag: Path) -> None:
         if self.groups.rank == 0:

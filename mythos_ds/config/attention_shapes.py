@@ -18,8 +18,6 @@ def mla_widths(model: ModelConfig) -> tuple[int, int, int, int]:
     """kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim. Raises ValueError where one is not given."""
     widths = (model.kv_lora_rank, model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim)
     if any(width is None for width in widths):
-        raise ValueError(
-            "attn_type 'mla' needs kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim"
-        )
+        raise ValueError("attn_type 'mla' needs kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim")
     kv_lora, nope, rope, value = (int(width or 0) for width in widths)
     return kv_lora, nope, rope, value

@@ -189,21 +189,14 @@ def _field_location(location: Location) -> Location:
             field = model.model_fields.get(str(part))
             annotation = field.annotation if field is not None else None
             model = None if _is_list(annotation) else section_type(annotation)
-        elif (
-            isinstance(part, int)
-            and _is_list(annotation)
-            and getattr(annotation, "__origin__", None) is not tuple
-        ):
+        elif isinstance(part, int) and _is_list(annotation) and getattr(annotation, "__origin__", None) is not tuple:
             kept.append(part)
             model = section_type(annotation)
     return tuple(kept)
 
 
 def _is_list(annotation: Any) -> bool:
-    return any(
-        getattr(option, "__origin__", option) in (list, tuple)
-        for option in [annotation, *get_args(annotation)]
-    )
+    return any(getattr(option, "__origin__", option) in (list, tuple) for option in [annotation, *get_args(annotation)])
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:

@@ -77,9 +77,7 @@ def cut(config: RunConfig, world_size: int) -> tuple[Stage, ...]:
     sizes, rows = stage_sizes(config.parallel, world_size), rows_per_micro_batch(config, world_size)
     parts = _ring(config.model, len(sizes)) if isinstance(config.parallel.pp_size, int) else _literal(config.model)
     firsts = [last - size for last, size in zip(accumulate(sizes), sizes, strict=True)]
-    return tuple(
-        Stage(part, first, size, rows // size) for part, first, size in zip(parts, firsts, sizes, strict=True)
-    )
+    return tuple(Stage(part, first, size, rows // size) for part, first, size in zip(parts, firsts, sizes, strict=True))
 
 
 def _ring(model: ModelConfig, n_stages: int) -> list[Part]:

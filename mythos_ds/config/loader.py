@@ -80,9 +80,7 @@ def find_config(name: str) -> Path:
 
 def list_presets() -> list[str]:
     """Names of the presets that can be found, smallest first where the name is a size."""
-    names = {path.stem for folder in _preset_folders() for path in folder.glob("*.json")} - {
-        Path(SCHEMA_FILE).stem
-    }
+    names = {path.stem for folder in _preset_folders() for path in folder.glob("*.json")} - {Path(SCHEMA_FILE).stem}
     return sorted(names, key=_preset_size)
 
 
@@ -112,9 +110,7 @@ def parse_json(text: str, source: str, problems: list[str]) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
         where = f"line {error.lineno} column {error.colno}"
-        raise ConfigError(
-            f"{source}: {where}: not valid JSON: {error.msg}; the line reads: {line[:80]}"
-        ) from None
+        raise ConfigError(f"{source}: {where}: not valid JSON: {error.msg}; the line reads: {line[:80]}") from None
     if not isinstance(parsed, _Pairs):
         raise ConfigError(f"{source}: a JSON object with the sections of a run is expected")
     plain: dict[str, Any] = _plain(parsed, source, "", problems)

@@ -50,9 +50,7 @@ def make_proxy(config: RunConfig, world_size: int) -> tuple[RunConfig, list[str]
                 lines.append(f"proxy: {name}.{key}: {_brief(old)} -> {_brief(value)}")
                 sections.setdefault(name, {})[key] = value
     if sections.pop("cluster", None) is not None:
-        lines.append(
-            f"proxy: cluster: removed (this is {world_size} process{'es' if world_size > 1 else ''})"
-        )
+        lines.append(f"proxy: cluster: removed (this is {world_size} process{'es' if world_size > 1 else ''})")
     return RunConfig.model_validate(sections), lines
 
 
@@ -95,9 +93,7 @@ def _model_changes(config: RunConfig, pp_size: PipelineSize) -> dict[str, Any]:
     if model.n_expert_groups is not None and model.n_limited_groups is not None:
         groups = math.gcd(model.n_expert_groups, EXPERTS)
         needed = -(-changes["n_experts_per_tok"] * groups // EXPERTS)
-        changes.update(
-            n_expert_groups=groups, n_limited_groups=max(needed, min(model.n_limited_groups, groups))
-        )
+        changes.update(n_expert_groups=groups, n_limited_groups=max(needed, min(model.n_limited_groups, groups)))
     return changes
 
 

@@ -305,9 +305,7 @@ def export(
     write_companions(model_folder, output, config, with_remote_code=with_remote_code)
 
 
-def import_hf(
-    folder: Path, output: Path, *, jobs: int = 1, progress: Callable[[int], None] | None = None
-) -> None:
+def import_hf(folder: Path, output: Path, *, jobs: int = 1, progress: Callable[[int], None] | None = None) -> None:
     """Write a Hugging Face folder of this model as a mythos folder. Raises CheckpointError for another model."""
     hf = read_json(folder / CONFIG)
     source, config = mythos_source(TensorFolder(folder), hf)

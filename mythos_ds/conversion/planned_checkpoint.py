@@ -39,9 +39,7 @@ def rank_files(resolved: ResolvedRun, index: int, stage: Stage) -> Iterator[Rank
         yield RankFile(file, rank % ep_size, tuple(placed))
 
 
-def _groups(
-    shapes: Mapping[str, tuple[int, ...]], ep_size: int
-) -> list[tuple[bool, dict[str, tuple[int, ...]]]]:
+def _groups(shapes: Mapping[str, tuple[int, ...]], ep_size: int) -> list[tuple[bool, dict[str, tuple[int, ...]]]]:
     """Flat groups: one per role, and one for expert-parallel weights, with the shapes that a rank sees."""
     found: dict[tuple[str, bool], dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -49,5 +47,3 @@ def _groups(
         local = (shape[0] // ep_size, *shape[1:]) if cut else shape
         found.setdefault((role_of(name, len(shape)).name, cut), {})[name] = local
     return [(cut, names) for (_, cut), names in found.items()]
-
-

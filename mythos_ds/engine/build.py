@@ -76,9 +76,7 @@ def build_model(
     config = resolved.config
     context: AbstractContextManager = contextlib.nullcontext()
     if config.parallel.zero_stage == 3:
-        context = deepspeed.zero.Init(
-            config_dict_or_path=section, data_parallel_group=groups.dp_group, mpu=groups.mpu
-        )
+        context = deepspeed.zero.Init(config_dict_or_path=section, data_parallel_group=groups.dp_group, mpu=groups.mpu)
     # One expert-parallel rank holds all experts: its MoE is the plain one, replicated or cut like any other weight.
     factory = MoE if groups.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
     kind = StageModel if groups.pipelined else MythosModel

@@ -99,9 +99,7 @@ class TrainingEngine:
             details=statistics,
         )
         if not math.isfinite(run.loss):
-            raise NumericsError(
-                f"loss is {run.loss} at {n_loops} loops, learning rate {lr}; the step was not applied."
-            )
+            raise NumericsError(f"loss is {run.loss} at {n_loops} loops, learning rate {lr}; the step was not applied.")
         grad_norm = self._optimizer_step()
         if not math.isfinite(grad_norm):
             raise NumericsError(

@@ -46,9 +46,7 @@ class LoopTrace:
 
 
 @torch.no_grad()
-def loop_steps(
-    model: MythosModel, tokens: Tensor, n_loops: int, positions: Tensor | None = None
-) -> Iterator[LoopStep]:
+def loop_steps(model: MythosModel, tokens: Tensor, n_loops: int, positions: Tensor | None = None) -> Iterator[LoopStep]:
     """A forward of n_loops loops, loop by loop; the last logits are those of `model.forward`.
 
     tokens, positions: int64 [batch, seq]. Costs a coda and a head per loop; holds one loop at a time. Raises ValueError

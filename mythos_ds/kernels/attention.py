@@ -50,9 +50,7 @@ class DocumentBounds:
         return functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: DocumentBounds | None
-) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: DocumentBounds | None) -> Tensor:
     """softmax(scale q k^T) v, causal and inside documents.
 
     q [batch, seq, heads, width], k [batch, seq, kv_heads, width], v [batch, seq, kv_heads, v_width] ->
@@ -82,9 +80,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _sdpa_by_document(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: DocumentBounds) -> Tensor:
     batch, seq = q.shape[:2]
     sizes = [count * length for count, length in documents.runs]
-    parts = [
-        permute_rows(x.flatten(0, 1), documents.order, documents.inverse).split(sizes) for x in (q, k, v)
-    ]
+    parts = [permute_rows(x.flatten(0, 1), documents.order, documents.inverse).split(sizes) for x in (q, k, v)]
     outputs = []
     for run, *group in zip(documents.runs, *parts, strict=True):
         run_q, run_k, run_v = (x.unflatten(0, run) for x in group)
@@ -101,14 +97,10 @@ def _flash_attention() -> Any:
     return flash_attn
 
 
-def _flash(
-    flash: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: DocumentBounds | None
-) -> Tensor:
+def _flash(flash: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: DocumentBounds | None) -> Tensor:
     if documents is None:
         return flash.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
     bounds, longest = documents.cu_seqlens(), max(length for _, length in documents.runs)
     flat = [x.flatten(0, 1) for x in (q, k, v)]
-    out = flash.flash_attn_varlen_func(
-        *flat, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
-    )
+    out = flash.flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, softmax_scale=scale, causal=True)
     return out.unflatten(0, q.shape[:2])

@@ -47,9 +47,7 @@ class MoE(nn.Module):
         self.shared_experts: FeedForward | None = None
         if config.n_shared_experts:
             width = config.n_shared_experts * config.resolved_shared_dim
-            self.shared_experts = FeedForward(
-                config.dim, width, init.at("shared_experts"), config.resolved_init_std
-            )
+            self.shared_experts = FeedForward(config.dim, width, init.at("shared_experts"), config.resolved_init_std)
         self.dispatcher = self.make_dispatcher()
 
     def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:

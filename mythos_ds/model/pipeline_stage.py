@@ -69,9 +69,7 @@ class StageModel(MythosModel):
             e = self.normed(message)
             return self.recurrent(e, visit.n_loops, batch.context).to(e.dtype), ()
         if self.recurrent.checkpoint_loops and torch.is_grad_enabled() and visit.has_gradient:
-            return checkpoint(
-                self._loop, visit, message, kept, batch, use_reentrant=False, preserve_rng_state=False
-            )
+            return checkpoint(self._loop, visit, message, kept, batch, use_reentrant=False, preserve_rng_state=False)
         return self._loop(visit, message, kept, batch)
 
     def _loop(self, visit: Visit, message: Tensor, kept: Kept, batch: MicroBatch) -> tuple[Tensor, Kept]:

@@ -218,9 +218,7 @@ class _ExpertGroups:
     edp_ranks: tuple[int, ...]
 
 
-def _check_sizes(
-    env: ProcessEnvironment, ep_size: int, sizes: tuple[int, ...], expert_stages: tuple[int, ...]
-) -> None:
+def _check_sizes(env: ProcessEnvironment, ep_size: int, sizes: tuple[int, ...], expert_stages: tuple[int, ...]) -> None:
     if sum(sizes) != env.world_size:
         raise ParallelError(f"pipeline stages of {list(sizes)} processes, but there are {env.world_size} in all.")
     processes = math.gcd(*(sizes[i] for i in expert_stages))

@@ -43,9 +43,7 @@ class Action:
 
 
 @lru_cache(maxsize=_CACHED)
-def actions_of(
-    stage: int, n_stages: int, n_visits: int, n_micro_batches: int, training: bool
-) -> tuple[Action, ...]:
+def actions_of(stage: int, n_stages: int, n_visits: int, n_micro_batches: int, training: bool) -> tuple[Action, ...]:
     """The actions of one stage for one optimizer step, or for forwards alone where not `training`.
 
     Raises ValueError where n_visits > 1 and n_micro_batches is no multiple of max(1, n_micro_batches // n_stages).

@@ -91,9 +91,7 @@ class Pipeline:
     def _run(self, micro_batches: list[MicroBatch], n_loops: int, n_grad_loops: int, *, training: bool) -> PipelineRun:
         run = _Run(self, micro_batches, n_loops, n_grad_loops, training)
         n_visits = n_loops + 2 if self.ring else 1
-        run.execute(
-            actions_of(self.groups.stage, len(self.stages), n_visits, len(micro_batches), training=training)
-        )
+        run.execute(actions_of(self.groups.stage, len(self.stages), n_visits, len(micro_batches), training=training))
         return run.result()
 
     def visit_at(self, stage: int, visit: int, n_loops: int, n_grad_loops: int) -> Visit:

@@ -303,4 +303,3 @@ def _drop(parameter: nn.Parameter, unit: nn.Module, held: dict[nn.Module, int], 
 def _released(held: dict[nn.Module, int], unit: nn.Module) -> int:
     size, held[unit] = held[unit], 0
     return size
-

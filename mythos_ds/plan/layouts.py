@@ -122,9 +122,7 @@ def _savers(config: RunConfig) -> list[dict[str, Any]]:
     return [{}, offload, {**offload, "training.mean_backprop_depth": -(-depth // 2)}]
 
 
-def ranked(
-    config: RunConfig, gpus: int, gpu: Gpu, objective: str, *, most: int
-) -> list[Layout]:
+def ranked(config: RunConfig, gpus: int, gpu: Gpu, objective: str, *, most: int) -> list[Layout]:
     """The best layouts that fit: by time of a step as built, or by memory. Times come first, as they are quick to find;
     memory is looked at in that order until `most` layouts fit. A layout that has no room is not tried with more."""
     for saver in _savers(config):

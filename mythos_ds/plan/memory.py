@@ -242,4 +242,3 @@ def _update_items(resolved: ResolvedRun, index: int, offloaded: bool) -> list[It
     _, held = held_elements(parameter_shapes(resolved.config.model, stage.part), stage.size, ep_size)
     largest = min(held, int(zero.get("sub_group_size", _SUB_GROUP)))
     return [Item("update", 4 * largest, "gradients of one sub-group, fp32")]
-

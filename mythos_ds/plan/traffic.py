@@ -35,6 +35,7 @@ class Traffic:
     counts: float
     ring: float
 
+
 LIMITED_NODES = 4
 """Nodes that a token's experts are limited to, where a configuration sets no limit (DeepSeek-V3, arXiv 2412.19437)."""
 

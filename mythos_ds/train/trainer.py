@@ -122,17 +122,20 @@ class Trainer:
         self.throughput.add(n_loops, time.perf_counter() - started)
         recorder.progress(self.step, result.loss, n_loops)
         if logged:
-            recorder.step(self.step, {
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "lr": lr,
-                "n_loops": n_loops,
-                **({"mean_depth": sum(depths) / len(depths)} if depths else {}),
-                **self.throughput.read(),
-                "peak_memory_bytes": peak_memory_bytes(),
-                **result.routing,
-                **self._pipeline_metrics(result, n_loops),
-            })
+            recorder.step(
+                self.step,
+                {
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "lr": lr,
+                    "n_loops": n_loops,
+                    **({"mean_depth": sum(depths) / len(depths)} if depths else {}),
+                    **self.throughput.read(),
+                    "peak_memory_bytes": peak_memory_bytes(),
+                    **result.routing,
+                    **self._pipeline_metrics(result, n_loops),
+                },
+            )
 
     def _pipeline_metrics(self, result: StepResult, n_loops: int) -> dict[str, float]:
         """Idle time and held visits as measured, beside what the schedule's simulation says."""

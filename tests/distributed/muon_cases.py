@@ -116,9 +116,7 @@ def _compare(case: dict[str, Any]) -> dict[str, Any]:
         z=training.z_loss,
     )
     trainer._optimizer = Both(trainer, {"betas": (training.beta1, training.beta2), "eps": training.eps})
-    expected = [
-        trainer.step(global_batches(step, 2), t, GRAD_LOOPS, LEARNING_RATE)[0] for step, t in enumerate(LOOPS)
-    ]
+    expected = [trainer.step(global_batches(step, 2), t, GRAD_LOOPS, LEARNING_RATE)[0] for step, t in enumerate(LOOPS)]
     return {
         "loss": largest(abs(a - b) / b for a, b in zip(losses, expected, strict=True)),
         "weight": {name: (weights[name] - value).abs().max().item() for name, value in trainer.params.items()},

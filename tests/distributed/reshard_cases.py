@@ -81,9 +81,7 @@ def _save(engine: TrainingEngine, groups: ParallelGroups, folder: Path) -> Path:
     return CheckpointWriter(engine, groups, folder, CheckpointConfig(keep=9)).save(state)
 
 
-def _steps(
-    engine: TrainingEngine, groups: ParallelGroups, case: dict[str, Any], start: int, count: int
-) -> list[float]:
+def _steps(engine: TrainingEngine, groups: ParallelGroups, case: dict[str, Any], start: int, count: int) -> list[float]:
     lr = LEARNING_RATE.get(case.get("optimizer", "adamw"), 3e-3)
     results = [
         engine.train_step(

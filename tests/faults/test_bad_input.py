@@ -76,9 +76,7 @@ def run_as_one_of(world_size, overrides, folder):
     size = str(world_size)
     variables = {**environment(), "RANK": "0", "WORLD_SIZE": size, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": size}
     command = [sys.executable, str(SCRIPT), "--config", "tiny", *overrides]
-    return subprocess.run(
-        command, env=variables, cwd=folder, capture_output=True, text=True, timeout=120, check=False
-    )
+    return subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_zero_0_with_expert_parallelism_names_the_nearest(tmp_path):

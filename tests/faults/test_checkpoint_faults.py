@@ -57,10 +57,13 @@ def test_a_bad_disk_of_one_rank_ends_all_and_keeps_the_former_checkpoint(tmp_pat
             assert each["after"] == [3, 1]
 
 
-@pytest.mark.parametrize(("nprocs", "case"), [
-    (2, {"ep": 2, "stage": 2}),
-    (1, {"ep": 1, "stage": 0, "model": {"tie_embeddings": True}}),
-])
+@pytest.mark.parametrize(
+    ("nprocs", "case"),
+    [
+        (2, {"ep": 2, "stage": 2}),
+        (1, {"ep": 1, "stage": 0, "model": {"tie_embeddings": True}}),
+    ],
+)
 def test_what_is_written_late_is_of_its_step(nprocs, case, tmp_path):
     found = run_distributed(f"{CASES}:beside_training", nprocs, TIMEOUT_S, folder=str(tmp_path), case=case)[0]
     assert found["different"] == []

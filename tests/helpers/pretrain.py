@@ -68,9 +68,7 @@ class Finished:
 class Pretrain:
     """The ranks of one started run of `program`. Ends them when left as a context manager."""
 
-    def __init__(
-        self, arguments: Sequence[str], *, nprocs: int, folder: Path, program: Sequence[str] = (str(SCRIPT),)
-    ):
+    def __init__(self, arguments: Sequence[str], *, nprocs: int, folder: Path, program: Sequence[str] = (str(SCRIPT),)):
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
         self.logs = [folder / f"rank_{rank}.log" for rank in range(nprocs)]

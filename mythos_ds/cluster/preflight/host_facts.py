@@ -30,6 +30,7 @@ MARKER_WAIT_S = 5.0
 """A network file system may show another host's new file a little later."""
 CLOCK_LIMIT_S = 1.0
 
+
 def config_hash(resolved: ResolvedRun) -> str:
     """A name of the configuration's content, whatever its file looks like."""
     text = json.dumps(resolved.config.model_dump(mode="json"), sort_keys=True)

@@ -136,9 +136,7 @@ def _ep_fits_nodes(config: RunConfig) -> str | None:
     )
 
 
-def _no_effect(
-    fields: tuple[str, ...], section: str, why: str, when: Callable[[RunConfig], bool]
-) -> list[Rule]:
+def _no_effect(fields: tuple[str, ...], section: str, why: str, when: Callable[[RunConfig], bool]) -> list[Rule]:
     """Rules that refuse a setting that would do nothing."""
 
     def rule(field: str) -> Rule:
@@ -208,9 +206,7 @@ def _deep_loops_are_trained(config: RunConfig) -> str | None:
 
 def _deep_share(config: RunConfig, max_loops: int) -> float:
     training = config.training
-    pmf = depth_pmf(
-        training.depth_distribution, config.model.mean_recurrence, training.depth_sigma, max_loops
-    )
+    pmf = depth_pmf(training.depth_distribution, config.model.mean_recurrence, training.depth_sigma, max_loops)
     return tail_probability(pmf, max_loops / 2)
 
 
@@ -366,9 +362,7 @@ RULES: tuple[Rule, ...] = (
     _model("n_experts_per_tok", model_rules.top_k),
     _model("n_expert_groups", model_rules.groups),
     _model("n_limited_groups", model_rules.limited_groups),
-    *_no_effect(
-        ("shared_expert_dim",), "model", "with n_shared_experts 0", lambda c: c.model.n_shared_experts == 0
-    ),
+    *_no_effect(("shared_expert_dim",), "model", "with n_shared_experts 0", lambda c: c.model.n_shared_experts == 0),
     _model("mean_recurrence", model_rules.mean_recurrence),
     Rule("model.max_loops", _deep_loops_are_trained),
     _model(
@@ -384,16 +378,10 @@ RULES: tuple[Rule, ...] = (
     *_no_effect(("act_threshold",), "model", 'with halting "none"', lambda c: c.model.halting == "none"),
     _training("max_steps", _length),
     _training("micro_batch_size", _micro_batch),
-    *_no_effect(
-        ("decay_fraction",), "training", 'unless schedule is "wsd"', lambda c: c.training.schedule != "wsd"
-    ),
-    *_no_effect(
-        ("min_lr_ratio",), "training", 'with schedule "constant"', lambda c: c.training.schedule == "constant"
-    ),
+    *_no_effect(("decay_fraction",), "training", 'unless schedule is "wsd"', lambda c: c.training.schedule != "wsd"),
+    *_no_effect(("min_lr_ratio",), "training", 'with schedule "constant"', lambda c: c.training.schedule == "constant"),
     *_no_effect(_ADAM_ONLY, "training", 'with optimizer "sgd"', lambda c: c.training.optimizer == "sgd"),
-    *_no_effect(
-        ("muon_lr", "muon_momentum"), "training", 'unless optimizer is "muon"', lambda c: not _is_muon(c)
-    ),
+    *_no_effect(("muon_lr", "muon_momentum"), "training", 'unless optimizer is "muon"', lambda c: not _is_muon(c)),
     *_needed(("muon_lr",), "training", 'with optimizer "muon"', _is_muon),
     Rule("training.grad_clip", _muon_clip),
     Rule("training.optimizer", _muon_layout),

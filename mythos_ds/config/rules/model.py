@@ -41,11 +41,7 @@ def head_dim(model: ModelConfig) -> str | None:
     if model.head_dim is None and model.dim % model.n_heads:
         return f"missing; required where n_heads = {model.n_heads} does not divide dim = {model.dim}"
     width = model.resolved_head_dim
-    return (
-        f"{width} given; allowed: even numbers (RoPE rotates pairs); nearest: {width + 1}"
-        if width % 2
-        else None
-    )
+    return f"{width} given; allowed: even numbers (RoPE rotates pairs); nearest: {width + 1}" if width % 2 else None
 
 
 def rope_dim(model: ModelConfig) -> str | None:

@@ -94,9 +94,7 @@ def runs(scale: str, data_dir: str) -> dict[tuple[str, int], RunSpec]:
         loops = (1,) if arm.name == "once" else LOOPS
         for seed in SEEDS[scale]:
             task = {"worker": WORKER, **asdict(FactTask(*graph, graph_seed=seed))}
-            specs[arm.name, seed] = make_spec(
-                {**_BASE, **size}, arm, seed, loops=loops, data_dir=data_dir, chains=task
-            )
+            specs[arm.name, seed] = make_spec({**_BASE, **size}, arm, seed, loops=loops, data_dir=data_dir, chains=task)
     return specs
 
 

@@ -226,9 +226,7 @@ class FactWorker(Worker):
     def open_feed(self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> Feed:
         """See Worker."""
         self.started = time.perf_counter()
-        return FactFeed(
-            self.splits, resolved, manifest, groups, identity=asdict(self.task), before_step=self.measure
-        )
+        return FactFeed(self.splits, resolved, manifest, groups, identity=asdict(self.task), before_step=self.measure)
 
     def measure(self, completed: int) -> None:
         """Note the accuracies after `completed` steps, where they are due."""

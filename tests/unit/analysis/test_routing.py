@@ -77,7 +77,7 @@ def test_measure_agrees_with_the_records_of_a_forward() -> None:
 
 def test_a_bias_moves_the_load_and_leaves_experts_dead(tmp_path: Path) -> None:
     model = _model()
-    model.moe_layers()[1].router.bias[:CONFIG.n_experts_per_tok] = 100.0
+    model.moe_layers()[1].router.bias[: CONFIG.n_experts_per_tok] = 100.0
     plain, biased = routing.measure(model, [_batch(0)], n_loops=2 * T)["layers"]
     k = CONFIG.n_experts_per_tok
     assert biased["dead_experts"] == [CONFIG.n_experts - k] * (2 * T)

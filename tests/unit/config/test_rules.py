@@ -78,9 +78,7 @@ PER_SEQUENCE = ["training.depth_per=sequence"]
 def test_rule(overrides, key, expected):
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", overrides)
-    assert any(f" {key}: " in line and expected in line for line in caught.value.problems), (
-        caught.value.problems
-    )
+    assert any(f" {key}: " in line and expected in line for line in caught.value.problems), caught.value.problems
 
 
 def test_valid_variants_load():
@@ -115,10 +113,7 @@ def test_derived_values():
     assert (run.ep_size, run.gradient_accumulation_steps, run.max_steps) == (2, 2, 900)
     assert (run.tokens_per_step, run.mean_backprop_depth, run.router_bias_rate) == (2048, 2, 0.01)
     assert (
-        resolve(
-            load_config("tiny", ["training.max_tokens=4097", "training.warmup_steps=0"]).config, 1
-        ).max_steps
-        == 3
+        resolve(load_config("tiny", ["training.max_tokens=4097", "training.warmup_steps=0"]).config, 1).max_steps == 3
     )
     assert resolve(load_config("1b").config, 8).router_bias_rate == 1e-3 / 8
     assert resolve(load_config("tiny", ["parallel.zero_stage=0"]).config, 2).ep_size == 1
@@ -236,11 +231,7 @@ def test_garbage_never_escapes_as_another_error(tmp_path):
     generator = random.Random(0)
     raw = json.loads(load_config("1b").text)
     values = [None, -1, 0, 7, 1e9, 0.5, "x", True, [], {}, [1], {"a": 1}]
-    keys = [
-        (section, key)
-        for section in ("model", "parallel", "training", "data", "cluster")
-        for key in raw[section]
-    ]
+    keys = [(section, key) for section in ("model", "parallel", "training", "data", "cluster") for key in raw[section]]
     path = tmp_path / "run.json"
     for _ in range(120):
         edited = json.loads(json.dumps(raw))

@@ -70,9 +70,7 @@ def test_sums_are_fp32_and_cast_once(tmp_path: Path) -> None:
     assert torch.equal(mean, torch.full((2, 4), 1.0 + 2**-7, dtype=torch.bfloat16))
 
 
-def test_models_of_other_starts_are_refused_unless_forced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_models_of_other_starts_are_refused_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = _folder(tmp_path / "one", 0), _folder(tmp_path / "other", 1)
     assert abs(likeness(TensorFolder(one), TensorFolder(other))) < 0.05
     assert _run(one, other, "--output", tmp_path / "out") == 2

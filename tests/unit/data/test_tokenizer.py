@@ -1,6 +1,5 @@
 """Tokenizers: lossless, the same on every training, and clear about what is wrong."""
 
-
 import pytest
 
 from mythos_ds.data.tokenizer import Tokenizer, train_tokenizer
