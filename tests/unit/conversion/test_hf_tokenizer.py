@@ -34,9 +34,14 @@ def test_ids_and_text_are_the_same(kind, tmp_path):
     fast, own = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer.load(path)
     assert (fast.eos_token_id, fast.pad_token_id) == (own.eos_id, own.pad_id)
     assert (ids["eos_token_id"], ids["pad_token_id"]) == (own.eos_id, own.pad_id)
+    ties = 0
     for text in samples():
         encoded, found = own.encode(text), fast(text).input_ids
-        # In a unigram model, two orders of the same pieces have the same score: either is the best.
-        same = sorted(found) == sorted(encoded) if kind == "unigram" else found == encoded
-        assert same, text[:60]
+        if kind == "unigram" and found != encoded:
+            # Two orders of the same pieces have the same score, and each library takes another: "\n\n\n" "\n".
+            assert sorted(found) == sorted(encoded), text[:60]
+            ties += 1
+        else:
+            assert found == encoded, text[:60]
         assert fast.decode(encoded) == own.decode(encoded), text[:60]
+    assert ties <= 2
