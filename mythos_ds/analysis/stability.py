@@ -117,12 +117,9 @@ def plane(points: Tensor) -> tuple[Tensor, float]:
 
 
 def loop_input(model: MythosModel, batch: dict[str, Tensor]) -> tuple[Tensor, ForwardContext]:
-    """e [batch, seq, dim] and the context (that notes nothing) for {tokens, positions} int64 [batch, seq]."""
+    """`encode` of {tokens, positions} int64 [batch, seq], on the model's device."""
     device = next(model.parameters()).device
-    tokens, positions = batch["tokens"].to(device), batch["positions"].to(device)
-    context = model.make_context(tokens, positions, None, 1)
-    context.records.close()
-    return model.normed(model.run_prelude(model.embed(tokens), context)), context
+    return model.encode(batch["tokens"].to(device), positions=batch["positions"].to(device))
 
 
 @contextmanager
@@ -158,7 +155,7 @@ def measure(
     with torch.no_grad():
         for batch in batches:
             e, context = loop_input(model, batch)
-            seen.append(follow(_loop_map(model, e, context), model.recurrent.start(e, context), loops))
+            seen.append(follow(_loop_map(model, e, context), model.start_loop(e, context=context)[0], loops))
         decay = model.recurrent.injection.decay().float().cpu()
     joined = [torch.cat([getattr(own, field.name) for own in seen], 1) for field in fields(Trajectory)[:4]]
     mean_square, residual, cosine, returned = joined
@@ -192,7 +189,7 @@ def measure(
 def _local(model: MythosModel, batch: dict[str, Tensor], loops: int, trained: int, iterations: int) -> dict[str, Any]:
     wanted = sorted({loop for loop in (1, trained, 2 * trained, 8 * trained) if loop <= loops})
     e, context = loop_input(model, batch)
-    step, h = _loop_map(model, e, context), model.recurrent.start(e, context).float()
+    step, h = _loop_map(model, e, context), model.start_loop(e, context=context)[0].float()
     direction, norms, rates = _noise(h, 1), [], []
     for loop in range(loops):
         with smooth(model):
@@ -253,7 +250,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _loop_map(model: MythosModel, e: Tensor, context: ForwardContext) -> Callable[[Tensor, int], Tensor]:
-    return lambda h, loop: model.recurrent.run_loop(h, e, loop, False, context, None)[0]
+    return lambda h, loop: model.step_loop(h, e, loop=loop, context=context)[0]
 
 
 def _once(choose: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -52,18 +52,14 @@ def loop_steps(model: MythosModel, tokens: Tensor, n_loops: int, positions: Tens
     tokens, positions: int64 [batch, seq]. Costs a coda and a head per loop; holds one loop at a time. Raises ValueError
     for a loop count below 1 or a model with ACT, whose output is not the state of one loop.
     """
-    block = model.recurrent
-    if n_loops < 1 or block.halting is not None:
+    if n_loops < 1 or model.recurrent.halting is not None:
         raise ValueError(f"n_loops {n_loops}, halting {model.config.halting!r}; allowed: 1 or more, and no ACT")
-    context = model.make_context(tokens, positions, None, n_loops)
-    context.records.close()
-    e = model.normed(model.run_prelude(model.embed(tokens), context))
-    h = block.start(e, context)
+    e, context = model.encode(tokens, positions=positions)
+    h, _ = model.start_loop(e, context=context)
     for loop in range(n_loops):
         before = h
-        h, _ = block.run_loop(h, e, loop, loop == n_loops - 1, context, None)
-        logits = model.predict(model.run_coda(h.float().to(e.dtype), context), None)
-        yield LoopStep(before.float(), h.float(), logits)
+        h, _ = model.step_loop(h, e, loop=loop, last=loop == n_loops - 1, context=context)
+        yield LoopStep(before.float(), h.float(), model.decode(h, context=context))
 
 
 @torch.no_grad()

@@ -90,7 +90,8 @@ class ResidualStreams(nn.Module):
         streams = torch.stack([self.block.start(e, context)] * self.n)
         for loop in range(n_loops):
             with torch.set_grad_enabled(torch.is_grad_enabled() and loop >= n_loops - context.n_grad_loops):
-                new, _ = self.block.run_loop(_weighted(self.read, streams), e, loop, loop == n_loops - 1, context, None)
+                read, last = _weighted(self.read, streams), loop == n_loops - 1
+                new, _ = self.block.step(read, e, loop=loop, last=last, context=context)
                 mixed = torch.einsum("ij,jbsd->ibsd", self.mix.view(self.n, self.n).float(), streams)
                 streams = mixed + self.write.float()[:, None, None, None] * new
             if context.records.wants_states:
@@ -117,12 +118,11 @@ class JacobianPenalty(nn.Module):
         h = self.block(e, n_loops, context)
         if not torch.is_grad_enabled():
             return h
-        silent = ForwardRecords()
-        silent.close()
-        quiet = replace(context, records=silent, aux=None)
+        quiet = replace(context, records=ForwardRecords.closed(), aux=None)
         state, direction = h.detach(), torch.randn_like(h)
         direction = direction / direction.norm(dim=-1, keepdim=True) * self._STEP * state.norm(dim=-1, keepdim=True)
-        moved, still = (self.block.run_loop(x, e, n_loops, True, quiet, None)[0] for x in (state + direction, state))
+        both = (state + direction, state)
+        moved, still = (self.block.step(x, e, loop=n_loops, last=True, context=quiet)[0] for x in both)
         gain = (moved - still).square().sum(-1) / direction.square().sum(-1).clamp_min(1e-12)
         return attach_loss(h, self.weight * gain.mean())
 

@@ -64,6 +64,13 @@ class ForwardRecords:
         self.depths: SequenceDepths | None = None
         self._state: Tensor | None = None
 
+    @classmethod
+    def closed(cls) -> "ForwardRecords":
+        """Records that take no notes."""
+        records = cls()
+        records.close()
+        return records
+
     @property
     def wants_states(self) -> bool:
         """Whether `start` and `note_state` would write anything."""

@@ -11,6 +11,7 @@ from mythos_ds.kernels.attention import DocumentBounds
 from mythos_ds.model.attention import rotary_width
 from mythos_ds.model.context import AuxLoss, ForwardContext
 from mythos_ds.model.forward_stats import ForwardRecords
+from mythos_ds.model.halting import HaltingState
 from mythos_ds.model.initializer import Embedding, Initializer
 from mythos_ds.model.layers import DenseLayer, MoEFactory
 from mythos_ds.model.lm_head import LMHead
@@ -27,6 +28,9 @@ class MythosModel(nn.Module):
     `moe_factory` builds the experts' layer (expert parallelism passes its own); `checkpoint_loops` recomputes each loop
     in backward, so that activation memory hardly grows with the loop count. `part` says which layers to hold (None:
     all); names and initial values of parameters do not depend on it, and `forward` needs all of them.
+
+    A forward is `encode`, the looped block, `decode`; whoever wants to look between the loops calls `encode`,
+    `start_loop`, `step_loop` for each loop and `decode` instead, with the same result.
     """
 
     def __init__(
@@ -76,16 +80,71 @@ class MythosModel(nn.Module):
         """
         if n_loops < 1 or (n_grad_loops is not None and n_grad_loops < 1):
             raise ValueError(f"n_loops ({n_loops}) and n_grad_loops ({n_grad_loops}) must be at least 1")
-        context = self.make_context(tokens, positions, aux, min(n_grad_loops or n_loops, n_loops), records)
+        own = None
         if depths is not None:
             if depths.shape != tokens.shape[:1] or self.config.halting in ("act", "act_openmythos"):
                 raise ValueError(f"depths {list(depths.shape)} for tokens {list(tokens.shape)}, or with ACT")
-            context.records.depths = SequenceDepths(depths, n_loops)
-            context = replace(context, depths=context.records.depths)
-        e = self.normed(self.run_prelude(self.embed(tokens), context))
+            own = SequenceDepths(depths, n_loops)
+        n_grad_loops = min(n_grad_loops or n_loops, n_loops)
+        e, context = self.encode(
+            tokens,
+            positions=positions,
+            n_grad_loops=n_grad_loops,
+            aux=aux,
+            records=records or ForwardRecords(),
+            depths=own,
+        )
+        # The block's own call, not single steps: it is the unit that ZeRO-3 gathers, once for all loops.
         x = self.recurrent(e, n_loops, context).to(e.dtype)
         context.records.close()
-        return self.predict(self.run_coda(x, context), labels)
+        return self.decode(x, context=context, labels=labels)
+
+    def encode(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        n_grad_loops: int = 1,
+        aux: AuxLoss | None = None,
+        records: ForwardRecords | None = None,
+        depths: SequenceDepths | None = None,
+    ) -> tuple[Tensor, ForwardContext]:
+        """Runs embedding and prelude: tokens int64 [batch, seq] -> the loop's input e [batch, seq, dim], and the
+        context that every loop and the coda take.
+
+        records None: nothing is noted. The other arguments: see `forward`.
+        """
+        context = self.make_context(tokens, positions, aux, n_grad_loops, records or ForwardRecords.closed())
+        if depths is not None:
+            context.records.depths = depths
+            context = replace(context, depths=depths)
+        return self.normed(self.run_prelude(self.embed(tokens), context)), context
+
+    def start_loop(self, e: Tensor, *, context: ForwardContext) -> tuple[Tensor, HaltingState | None]:
+        """Makes the state before the first loop, h_0 [batch, seq, dim], and for a model with ACT its halting state."""
+        h = self.recurrent.start(e, context)
+        return h, None if self.recurrent.halting is None else HaltingState.start(h)
+
+    def step_loop(
+        self,
+        h: Tensor,
+        e: Tensor,
+        *,
+        loop: int,
+        context: ForwardContext,
+        last: bool = False,
+        halting: HaltingState | None = None,
+    ) -> tuple[Tensor, HaltingState | None]:
+        """Runs one loop, counted from 0: h, e [batch, seq, dim] and `encode`'s context -> the new h and halting state.
+
+        `last` matters to ACT alone. halting None: no position halts. Without a depth per sequence.
+        """
+        return self.recurrent.step(h, e, loop=loop, context=context, last=last, halting=halting)
+
+    def decode(self, h: Tensor, *, context: ForwardContext, labels: Tensor | None = None) -> Tensor:
+        """Runs coda and head on the state h [batch, seq, dim], with ACT the halting state's output: fp32 logits
+        [batch, seq, vocab], or the scalar mean loss where labels are given."""
+        return self.logits_or_loss(self.run_coda(h.float().to(self.norm.weight.dtype), context), labels)
 
     def run_prelude(self, x: Tensor, context: ForwardContext) -> Tensor:
         """The prelude layers held here: [batch, seq, dim] -> [batch, seq, dim]."""
@@ -103,8 +162,8 @@ class MythosModel(nn.Module):
             x = layer(x, context)
         return x
 
-    def predict(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """fp32 logits of the coda's output x, or the scalar mean loss where labels are given."""
+    def logits_or_loss(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """Applies the head to the coda's output x: fp32 logits, or the scalar mean loss where labels are given."""
         return self.lm_head(self.norm(x), labels)
 
     def make_context(

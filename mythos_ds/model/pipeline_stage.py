@@ -100,7 +100,7 @@ class StageModel(MythosModel):
         if kept:
             x = self._end_loop(visit, message, kept, batch, visit.n_loops - 1).float().to(kept[0].dtype)
         x = self.run_coda(x, batch.context)
-        return self.predict(x, batch.labels) if self.part.predicts else x
+        return self.logits_or_loss(x, batch.labels) if self.part.predicts else x
 
     @staticmethod
     def _gradient(visit: Visit, loop: int) -> torch.set_grad_enabled:

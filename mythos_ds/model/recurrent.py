@@ -2,10 +2,10 @@
 
 This module owns the whole loop, which makes it the unit that ZeRO-3 gathers: once in forward and once in backward,
 whatever the loop count (docs/deepspeed.md says what goes wrong otherwise). A pipeline stage that holds only some of the
-layers calls `begin`, `run_layers` and `end` itself.
+layers calls `begin`, `run_layers` and `end` itself; exit rules and studies run single loops by `start` and `step`.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class RecurrentBlock(nn.Module):
         for loop in range(n_loops):
             with_gradient = torch.is_grad_enabled() and loop >= n_loops - context.n_grad_loops
             with torch.set_grad_enabled(with_gradient):
-                h, halting = self.run_loop(h, e, loop, loop == n_loops - 1, context, halting)
+                h, halting = self.step(h, e, loop=loop, last=loop == n_loops - 1, context=context, halting=halting)
             if context.depths is not None:
                 # Never without gradient: h_0 may be e, whose gradient a sequence that begins later needs.
                 h = torch.where(context.depths.begun(loop)[:, None, None], h, first)
@@ -123,9 +123,22 @@ class RecurrentBlock(nn.Module):
             x = injected + x
         return x.to(self.state_dtype)
 
-    def run_loop(self, *arguments: Any) -> tuple[Tensor, HaltingState | None]:
-        """One loop: (h, e, loop, whether it is the last, context, halting state or None) -> the new h and halting
-        state; recomputed in backward where the block was made so."""
+    def step(
+        self,
+        h: Tensor,
+        e: Tensor,
+        *,
+        loop: int,
+        context: ForwardContext,
+        last: bool = False,
+        halting: HaltingState | None = None,
+    ) -> tuple[Tensor, HaltingState | None]:
+        """Runs one loop, counted from 0: the state h and the input e [batch, seq, dim] -> the new h and halting state.
+
+        `last`: ACT gives the last loop what is left of a position's weight. `halting` None: no position halts. The loop
+        is recomputed in backward where the block was made so.
+        """
+        arguments = (h, e, loop, last, context, halting)
         if self.checkpoint_loops and torch.is_grad_enabled():
             return checkpoint(self._loop, *arguments, use_reentrant=False, preserve_rng_state=False)
         return self._loop(*arguments)

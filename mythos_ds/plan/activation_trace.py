@@ -190,7 +190,7 @@ def coda_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     live = LiveBytes(existing=False)
     with _substitutes(), _dropping(model), live:
         live.ignore(*model.parameters(), *model.buffers(), x)
-        model.predict(model.run_coda(x, context), labels).backward()
+        model.logits_or_loss(model.run_coda(x, context), labels).backward()
     return live.peak
 
 

@@ -103,7 +103,7 @@ def test_the_norm_is_that_of_the_whole_jacobian(changes: dict[str, object]) -> N
     h = torch.randn(e.shape, generator=torch.Generator().manual_seed(5))
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        return model.recurrent.run_loop(x, e, 1, False, context, None)[0]
+        return model.step_loop(x, e, loop=1, context=context)[0]
 
     with smooth(model):
         step(h)
