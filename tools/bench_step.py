@@ -111,7 +111,7 @@ def _batch(resolved: Any, step: int, rows: int, first: int) -> dict[str, Any]:
     shape = (training.global_batch_size, training.seq_len + 1)
     tokens = torch.randint(0, resolved.config.model.vocab_size, shape, generator=generator)[first : first + rows]
     positions = torch.arange(training.seq_len).repeat(rows, 1)
-    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": positions}
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions}
 
 
 def _time_deepspeed(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _time_torch(arguments: argparse.Namespace) -> dict[str, Any]:
             n_loops=n_loops,
             n_grad_loops=n_grad_loops,
             positions=batch["positions"],
-            labels=batch["labels"],
+            targets=batch["targets"],
             aux=aux,
         )
         loss.backward()

@@ -126,7 +126,7 @@ def held_out(model: MythosModel, checkpoint: Path, data_dir: Path, n: int, seq_l
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(vocab, (n, ROWS, seq_len + 1), generator=generator)
         positions = torch.arange(seq_len).expand(ROWS, -1)
-        batches = [{"tokens": b[:, :-1], "labels": b[:, 1:], "positions": positions} for b in drawn]
+        batches = [{"tokens": b[:, :-1], "targets": b[:, 1:], "positions": positions} for b in drawn]
         return batches, f"**random tokens, since the vocabulary of {vocab} holds no text; losses mean nothing**"
     sizes = {"seq_len": seq_len, "train_samples": 0, "valid_samples": n * ROWS, "seed": 0, "vocab_size": vocab}
     data = open_text(data_dir, own, **sizes)

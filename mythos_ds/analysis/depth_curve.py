@@ -31,7 +31,7 @@ def measure(
 ) -> dict[str, Any]:
     """Mean loss (nats per token) at each of `loops` (None: `depths_up_to`; T and 2T are added), as JSON values by name.
 
-    batches: {tokens, labels, positions} int64 [rows, seq], of one size. `noise` is twice the standard error of a loss
+    batches: {tokens, targets, positions} int64 [rows, seq], of one size. `noise` is twice the standard error of a loss
     less its batch's mean over depths (null for one batch). Raises LabError for fewer than MIN_POINTS depths.
     """
     trained, device = model.config.mean_recurrence, next(model.parameters()).device
@@ -44,7 +44,7 @@ def measure(
                     batch["tokens"].to(device),
                     n_loops=n,
                     positions=batch["positions"].to(device),
-                    labels=batch["labels"].to(device),
+                    targets=batch["targets"].to(device),
                 )
             )
             for n in counts

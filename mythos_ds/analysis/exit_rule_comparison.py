@@ -97,7 +97,7 @@ def measure(
     """Mean loss (nats per token) against mean depth of the exit rules, the oracle, chance (each token, each loop alike)
     and a fixed depth (linear between whole numbers), in JSON values.
 
-    batches: tokens, labels, positions int64 [rows, seq], and where token classes are wanted `classes`, numbers of
+    batches: tokens, targets, positions int64 [rows, seq], and where token classes are wanted `classes`, numbers of
     CLASSES. depths: mean depths for which the shares of tokens by class and exit loop are given; those beyond n_loops
     are left out. A loss is null where a rule cannot go so low. Raises ValueError for a model with ACT.
     """
@@ -129,8 +129,8 @@ def _collect(
     """Losses fp64 and scores fp32 [loops, tokens] of all batches, and the tokens' classes."""
     losses, by_rule = [], []
     for batch in batches:
-        trace = trace_loops(model, batch["tokens"], n_loops, batch["positions"], batch["labels"])
-        assert trace.loss is not None, "labels are given"
+        trace = trace_loops(model, batch["tokens"], n_loops, batch["positions"], batch["targets"])
+        assert trace.loss is not None, "targets are given"
         losses.append(trace.loss.flatten(1).double().cpu())
         by_rule.append({name: score.flatten(1).cpu() for name, score in scores(trace).items()})
     classes = torch.cat([batch["classes"].flatten().cpu() for batch in batches]) if "classes" in batches[0] else None

@@ -75,7 +75,7 @@ def _batches(resolved: ResolvedRun, groups: ParallelGroups, step: int) -> list[d
         text = torch.randint(
             0, resolved.config.model.vocab_size, (stage.rows, training.seq_len + 1), generator=generator
         )
-        batches.append({"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()})
+        batches.append({"tokens": text[:, :-1].contiguous(), "targets": text[:, 1:].contiguous()})
     return batches
 
 

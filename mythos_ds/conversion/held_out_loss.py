@@ -26,7 +26,7 @@ def evaluated_loops(config: ModelConfig) -> list[int]:
 
 
 def held_out_text(folder: Path, config: ModelConfig, data_dir: Path) -> list[Batch]:
-    """Batches {tokens, labels, positions} int64 [4, seq] of the built-in corpus's held-out part, in the model's own
+    """Batches {tokens, targets, positions} int64 [4, seq] of the built-in corpus's held-out part, in the model's own
     tokenizer. Raises DataError where the folder has none."""
     if not (folder / TOKENIZER).is_file():
         raise DataError(f"{folder}: has no {TOKENIZER}; the text of --evaluate needs it")
@@ -47,7 +47,7 @@ def losses(source: TensorSource, config: ModelConfig, batches: Sequence[Batch], 
     model.eval()
     with torch.inference_mode():
         values = [
-            [float(model(b["tokens"], n_loops=n, positions=b["positions"], labels=b["labels"])) for b in batches]
+            [float(model(b["tokens"], n_loops=n, positions=b["positions"], targets=b["targets"])) for b in batches]
             for n in loops
         ]
     return [math.fsum(own) / len(own) for own in values]

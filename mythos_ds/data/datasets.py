@@ -23,9 +23,9 @@ _COMPLETE = "complete.json"
 
 
 class TokenDataset:
-    """Samples of packed documents: {tokens, labels, positions}, each int64 [seq].
+    """Samples of packed documents: {tokens, targets, positions}, each int64 [seq].
 
-    labels are the next tokens, all of them count. positions start again at 0 with each document when
+    targets are the next tokens, all of them count. positions start again at 0 with each document when
     `document_mask`, else they are 0 .. seq - 1.
     """
 
@@ -40,8 +40,8 @@ class TokenDataset:
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
         sample = self._samples[index]
-        tokens, labels = sample["tokens"].numpy(), sample["labels"].numpy()
-        return {"tokens": tokens, "labels": labels, "positions": self._positions(tokens)}
+        tokens, targets = sample["tokens"].numpy(), sample["labels"].numpy()
+        return {"tokens": tokens, "targets": targets, "positions": self._positions(tokens)}
 
     def _positions(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         if not self._document_mask:

@@ -13,7 +13,7 @@ from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.pipeline_executor import PipelineRun
 
 Batch = dict[str, Tensor]
-"""tokens, labels, positions: int64 [rows, seq] on this process's device; labels are the next tokens. Where each
+"""tokens, targets, positions: int64 [rows, seq] on this process's device; targets are the next tokens. Where each
 sequence has its own depth, also depths: int64 [rows]."""
 
 
@@ -60,7 +60,7 @@ class SequentialMicroBatches:
         return self._deepspeed(batch["tokens"], n_loops=n_loops, positions=batch.get("positions"))
 
     def _forward(self, batch: Batch, n_loops: int, **options: Any) -> Tensor:
-        inputs = {name: batch.get(name) for name in ("labels", "positions", "depths")}
+        inputs = {name: batch.get(name) for name in ("targets", "positions", "depths")}
         return self._deepspeed(batch["tokens"], n_loops=n_loops, **inputs, **options)
 
     def _mean(self, losses: list[Tensor]) -> float:

@@ -40,7 +40,7 @@ class LoopTrace:
     argmax: Tensor
     """int64, the likeliest token."""
     loss: Tensor | None
-    """fp32 -log p_t(label) in nats; None without labels."""
+    """fp32 -log p_t(target) in nats; None without targets."""
     gate: Tensor | None
     """fp32, what the gate expects of one more loop, in nats; None for a model without one."""
 
@@ -68,9 +68,10 @@ def trace_loops(
     tokens: Tensor,
     n_loops: int,
     positions: Tensor | None = None,
-    labels: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> LoopTrace:
-    """What the rules read, of a batch of int64 [batch, seq]; holds two loops' logits. Errors: see `loop_steps`."""
+    """Measures what the rules read of tokens int64 [batch, seq]; holds two loops' logits. `targets`: the next tokens,
+    int64 [batch, seq], for the losses. Errors: see `loop_steps`."""
     gate, notes = model.recurrent.gate, defaultdict(list)
     previous: Tensor | None = None
     for loop, step in enumerate(loop_steps(model, tokens, n_loops, positions)):
@@ -83,8 +84,8 @@ def trace_loops(
         kl = torch.full_like(size, torch.inf) if previous is None else (p * (log_p - previous)).sum(-1).clamp_min(0)
         notes["kl"].append(kl)
         notes["argmax"].append(step.logits.argmax(-1))
-        if labels is not None:
-            notes["loss"].append(-log_p.gather(-1, labels[..., None])[..., 0])
+        if targets is not None:
+            notes["loss"].append(-log_p.gather(-1, targets[..., None])[..., 0])
         if gate is not None:
             notes["gate"].append(gate(step.after, step.before, loop))
         previous = log_p

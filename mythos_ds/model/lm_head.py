@@ -65,8 +65,8 @@ class LMHead(nn.Module):
         if tied is None:
             init.normal_(self.weight.data, "weight", config.resolved_init_std)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """hidden [batch, seq, dim] -> fp32 logits [batch, seq, vocab]; with labels [batch, seq] the mean loss."""
-        if labels is None:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Maps hidden [..., dim] to fp32 logits [..., vocab], or with targets int64 [...] to the scalar mean loss."""
+        if targets is None:
             return nn.functional.linear(hidden, self.weight).float()
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
+        return chunked_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten())

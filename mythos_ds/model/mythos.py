@@ -21,6 +21,9 @@ from mythos_ds.model.recurrent import RecurrentBlock
 from mythos_ds.model.rope import Rotary
 from mythos_ds.model.sequence_depths import SequenceDepths
 
+IGNORED_LABEL = -100
+"""The label that does not count, as in transformers and torch's cross-entropy."""
+
 
 class MythosModel(nn.Module):
     """Recurrent-depth mixture-of-experts language model; depth is an argument of the forward.
@@ -63,21 +66,28 @@ class MythosModel(nn.Module):
         self,
         tokens: Tensor,
         *,
-        n_loops: int,
+        n_loops: int | None = None,
         n_grad_loops: int | None = None,
         positions: Tensor | None = None,
         labels: Tensor | None = None,
+        targets: Tensor | None = None,
         aux: AuxLoss | None = None,
         records: ForwardRecords | None = None,
         depths: Tensor | None = None,
     ) -> Tensor:
-        """tokens int64 [batch, seq] -> fp32 logits [batch, seq, vocab], or the scalar mean loss where labels are given.
+        """Runs the model: tokens int64 [batch, seq] -> fp32 logits [batch, seq, vocab], or the scalar mean loss where
+        labels or targets are given.
 
-        n_grad_loops: the last loops that get a gradient (None: all). positions int64 [batch, seq] restart at 0 where a
-        document starts (None: one document per sequence). `records` are filled and closed. depths int64 [batch], each
+        n_loops: None takes the configuration's mean_recurrence. n_grad_loops: the last loops that get a gradient (None:
+        all). positions int64 [batch, seq] restart at 0 where a document starts (None: one document per sequence).
+        labels int64 [batch, seq]: the tokens themselves, shifted here; those that are -100 do not count. targets int64
+        [batch, seq]: the token after each token; all count. `records` are filled and closed. depths int64 [batch], each
         1 .. n_loops: loops of each sequence, not with ACT (None: n_loops; see SequenceDepths). Raises ValueError for a
-        loop count below 1, or depths with ACT or of another shape.
+        loop count below 1, labels beside targets, or depths with ACT or of another shape.
         """
+        if labels is not None and targets is not None:
+            raise ValueError("both labels and targets are given; allowed: labels (shifted inside) or targets (shifted)")
+        n_loops = self.config.mean_recurrence if n_loops is None else n_loops
         if n_loops < 1 or (n_grad_loops is not None and n_grad_loops < 1):
             raise ValueError(f"n_loops ({n_loops}) and n_grad_loops ({n_grad_loops}) must be at least 1")
         own = None
@@ -97,7 +107,7 @@ class MythosModel(nn.Module):
         # The block's own call, not single steps: it is the unit that ZeRO-3 gathers, once for all loops.
         x = self.recurrent(e, n_loops, context).to(e.dtype)
         context.records.close()
-        return self.decode(x, context=context, labels=labels)
+        return self.decode(x, context=context, labels=labels, targets=targets)
 
     def encode(
         self,
@@ -141,10 +151,16 @@ class MythosModel(nn.Module):
         """
         return self.recurrent.step(h, e, loop=loop, context=context, last=last, halting=halting)
 
-    def decode(self, h: Tensor, *, context: ForwardContext, labels: Tensor | None = None) -> Tensor:
+    def decode(
+        self, h: Tensor, *, context: ForwardContext, labels: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
         """Runs coda and head on the state h [batch, seq, dim], with ACT the halting state's output: fp32 logits
-        [batch, seq, vocab], or the scalar mean loss where labels are given."""
-        return self.logits_or_loss(self.run_coda(h.float().to(self.norm.weight.dtype), context), labels)
+        [batch, seq, vocab], or the scalar mean loss where labels or targets are given (see `forward`)."""
+        x = self.run_coda(h.float().to(self.norm.weight.dtype), context)
+        if labels is None:
+            return self.logits_or_loss(x, targets)
+        counted = labels[:, 1:] != IGNORED_LABEL
+        return self.logits_or_loss(x[:, :-1][counted], labels[:, 1:][counted])
 
     def run_prelude(self, x: Tensor, context: ForwardContext) -> Tensor:
         """The prelude layers held here: [batch, seq, dim] -> [batch, seq, dim]."""
@@ -162,9 +178,9 @@ class MythosModel(nn.Module):
             x = layer(x, context)
         return x
 
-    def logits_or_loss(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """Applies the head to the coda's output x: fp32 logits, or the scalar mean loss where labels are given."""
-        return self.lm_head(self.norm(x), labels)
+    def logits_or_loss(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """Applies the head to the coda's output x: fp32 logits, or the scalar mean loss where targets are given."""
+        return self.lm_head(self.norm(x), targets)
 
     def make_context(
         self,

@@ -39,8 +39,8 @@ class MicroBatch:
 
     tokens: Tensor
     """int64 [batch, seq]."""
-    labels: Tensor | None
-    """int64 [batch, seq]; None where logits are wanted."""
+    targets: Tensor | None
+    """The next tokens, int64 [batch, seq]; None where logits are wanted."""
     context: ForwardContext
 
 
@@ -56,7 +56,7 @@ class StageModel(MythosModel):
     ) -> tuple[Tensor, Kept]:
         """message: what the stage before sent, [batch, seq, dim]; None for the first prelude visit.
 
-        Returns the message to the next stage (in the last one the loss, or logits without labels), and what the stage
+        Returns the message to the next stage (in the last one the loss, or logits without targets), and what the stage
         keeps for its next visit.
         """
         if visit.kind == "prelude":
@@ -100,7 +100,7 @@ class StageModel(MythosModel):
         if kept:
             x = self._end_loop(visit, message, kept, batch, visit.n_loops - 1).float().to(kept[0].dtype)
         x = self.run_coda(x, batch.context)
-        return self.logits_or_loss(x, batch.labels) if self.part.predicts else x
+        return self.logits_or_loss(x, batch.targets) if self.part.predicts else x
 
     @staticmethod
     def _gradient(visit: Visit, loop: int) -> torch.set_grad_enabled:

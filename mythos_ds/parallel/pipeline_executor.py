@@ -45,7 +45,7 @@ class PipelineRun:
 
 class Pipeline:
     """The calling process's stage. Every method is collective: all ranks call it with the same arguments and with the
-    rows of the same micro-batches; `tokens`, `labels` and `positions` are int64 [rows, seq]."""
+    rows of the same micro-batches; `tokens`, `targets` and `positions` are int64 [rows, seq]."""
 
     def __init__(self, model: StageModel, groups: ParallelGroups, stages: Sequence[Stage], dtype: torch.dtype):
         self.model, self.groups, self.stages, self.dtype = model, groups, stages, dtype
@@ -64,29 +64,29 @@ class Pipeline:
         """Forward and backward of all micro-batches; gradients of the mean loss are left in `.grad`."""
         n_grad_loops = min(n_grad_loops, n_loops)
         micro_batches = [
-            self._micro_batch(batch, batch["labels"], aux, n_grad_loops, ForwardRecords(details=details))
+            self._micro_batch(batch, batch["targets"], aux, n_grad_loops, ForwardRecords(details=details))
             for batch in batches
         ]
         return self._run(micro_batches, n_loops, n_grad_loops, training=True)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[dict[str, Tensor]], n_loops: int) -> list[Tensor]:
-        """Forwards alone: on the last stage the loss of each micro-batch, or its logits where it has no "labels"."""
+        """Forwards alone: on the last stage the loss of each micro-batch, or its logits where it has no "targets"."""
         micro_batches = [
-            self._micro_batch(batch, batch.get("labels"), None, n_loops, ForwardRecords()) for batch in batches
+            self._micro_batch(batch, batch.get("targets"), None, n_loops, ForwardRecords()) for batch in batches
         ]
         return self._run(micro_batches, n_loops, n_loops, training=False).outputs
 
     def _micro_batch(
         self,
         batch: dict[str, Tensor],
-        labels: Tensor | None,
+        targets: Tensor | None,
         aux: AuxLoss | None,
         n_grad_loops: int,
         records: ForwardRecords,
     ) -> MicroBatch:
         context = self.model.make_context(batch["tokens"], batch.get("positions"), aux, n_grad_loops, records)
-        return MicroBatch(batch["tokens"], labels, context)
+        return MicroBatch(batch["tokens"], targets, context)
 
     def _run(self, micro_batches: list[MicroBatch], n_loops: int, n_grad_loops: int, *, training: bool) -> PipelineRun:
         run = _Run(self, micro_batches, n_loops, n_grad_loops, training)

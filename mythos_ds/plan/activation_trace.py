@@ -186,11 +186,11 @@ def loops_bytes(load: Workload, layers: tuple[int, ...], waiting: int) -> int:
 def coda_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     """The most that the coda's layers, the head and the loss hold of a micro-batch, the head's gradient included."""
     model, context, x = _piece(load, Part((), (), layers, embeds=False, loops=False, predicts=True), load.dtype)
-    labels = torch.empty(load.rows, load.seq_len, dtype=torch.int64, device="meta")
+    targets = torch.empty(load.rows, load.seq_len, dtype=torch.int64, device="meta")
     live = LiveBytes(existing=False)
     with _substitutes(), _dropping(model), live:
         live.ignore(*model.parameters(), *model.buffers(), x)
-        model.logits_or_loss(model.run_coda(x, context), labels).backward()
+        model.logits_or_loss(model.run_coda(x, context), targets).backward()
     return live.peak
 
 
@@ -246,7 +246,7 @@ def _run(load: Workload, loops: int) -> Trace:
     live = LiveBytes(existing=False)
     with _substitutes(), _gathers(model, live), live:
         live.ignore(*model.parameters(), *model.buffers())
-        loss = model(tokens, n_loops=loops + 1, n_grad_loops=loops, labels=tokens, aux=_AUX)
+        loss = model(tokens, n_loops=loops + 1, n_grad_loops=loops, targets=tokens, aux=_AUX)
         loss.backward()
     return Trace(live.peak, live.peak_without)
 

@@ -82,10 +82,10 @@ def explained_share(model: MythosModel, batches: Iterable[Batch], n_loops: int) 
 def _improvements(model: MythosModel, batch: Batch, n_loops: int) -> tuple[Tensor, Tensor]:
     """What the gate expects after loops 1 .. n_loops - 1 and what the next loop then gave, fp32 [n_loops - 1, batch,
     seq] in nats; with gradient in the gate only."""
-    gate, labels = _gate(model), batch["labels"]
+    gate, targets = _gate(model), batch["targets"]
     losses, expected = [], []
     for loop, step in enumerate(loop_steps(model, batch["tokens"], n_loops, batch["positions"])):
-        losses.append(nn.functional.cross_entropy(step.logits.transpose(1, 2), labels, reduction="none"))
+        losses.append(nn.functional.cross_entropy(step.logits.transpose(1, 2), targets, reduction="none"))
         if loop < n_loops - 1:
             expected.append(gate(step.after, step.before, loop))
     by_loop = torch.stack(losses)

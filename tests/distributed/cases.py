@@ -88,7 +88,7 @@ def global_batches(step: int, accumulation: int) -> list[dict[str, Tensor]]:
     text = torch.where(torch.rand(text.shape, generator=generator) < 0.3, 7, text)
     positions = torch.arange(SEQ_LEN).repeat(GLOBAL_BATCH, 1)
     positions[1::2, 5:] -= 5
-    whole = {"tokens": text[:, :-1], "labels": text[:, 1:], "positions": positions}
+    whole = {"tokens": text[:, :-1], "targets": text[:, 1:], "positions": positions}
     size = GLOBAL_BATCH // accumulation
     return [{name: value[i * size : (i + 1) * size] for name, value in whole.items()} for i in range(accumulation)]
 

@@ -33,7 +33,7 @@ def _train(preset: str, environment: ProcessEnvironment) -> dict[str, Any]:
     shape = (training.micro_batch_size, training.seq_len + 1)
     text = torch.randint(0, model.vocab_size, shape, generator=generator)
     positions = torch.arange(training.seq_len).repeat(training.micro_batch_size, 1)
-    batch = {"tokens": text[:, :-1], "labels": text[:, 1:], "positions": positions}
+    batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "positions": positions}
     results = [
         engine.train_step(
             [batch] * resolved.gradient_accumulation_steps,

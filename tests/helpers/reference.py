@@ -187,7 +187,7 @@ def reference_loss(
     params: Params,
     config: ModelConfig,
     tokens: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     n_loops: int,
     n_grad_loops: int | None = None,
     positions: Tensor | None = None,
@@ -199,14 +199,14 @@ def reference_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy, and the same plus the weighted auxiliary losses."""
     logits, out = forward(params, config, tokens, n_loops, n_grad_loops, positions, router_bias)
-    return losses(config, logits, labels, out, balance, z, ponder)
+    return losses(config, logits, targets, out, balance, z, ponder)
 
 
 def losses(
-    config: ModelConfig, logits: Tensor, labels: Tensor, out: Pass, balance: float, z: float, ponder: float
+    config: ModelConfig, logits: Tensor, targets: Tensor, out: Pass, balance: float, z: float, ponder: float
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and total; balance and z are means over the loops with gradient, summed over layers."""
-    cross_entropy = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    cross_entropy = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     total = cross_entropy
     grad_loops = len(out.balance) / config.recurrent_layers
     if grad_loops:
@@ -271,7 +271,7 @@ class ReferenceTrainer:
                 batch.get("positions"),
                 self.router_bias,
             )
-            cross_entropy, total = losses(self.config, logits, batch["labels"], out, *self._weights)
+            cross_entropy, total = losses(self.config, logits, batch["targets"], out, *self._weights)
             (total / len(micro_batches)).backward()
             loss += cross_entropy.item() / len(micro_batches)
             for layer, counts in out.counts.items():

@@ -90,7 +90,7 @@ def randomise(model: MythosModel, seed: int = 0) -> MythosModel:
 
 
 def toy_batch(config: ModelConfig, batch: int = 3, seq: int = 20, seed: int = 1) -> dict[str, Tensor]:
-    """Tokens, labels and positions of several documents per sequence, int64 [batch, seq]."""
+    """Tokens, targets and positions of several documents per sequence, int64 [batch, seq]."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, config.vocab_size, (batch, seq + 1), generator=generator)
     positions = torch.arange(seq).repeat(batch, 1)
@@ -99,4 +99,4 @@ def toy_batch(config: ModelConfig, batch: int = 3, seq: int = 20, seed: int = 1)
     positions[1, 1:] -= 1
     positions[2] += 3  # starts inside a document
     positions[2, 12:] -= 15
-    return {"tokens": text[:, :-1], "labels": text[:, 1:], "positions": positions}
+    return {"tokens": text[:, :-1], "targets": text[:, 1:], "positions": positions}

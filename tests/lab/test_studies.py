@@ -70,7 +70,7 @@ def _made_up_text(folder: Path, *, batches: int, training: bool = False) -> list
     tokens = torch.randint(4096, (batches, 2, 9), generator=torch.Generator().manual_seed(batches))
     positions = torch.arange(8).expand(2, -1)
     return [
-        {"tokens": rows[:, :-1], "labels": rows[:, 1:], "positions": positions, "classes": rows[:, 1:] % 5}
+        {"tokens": rows[:, :-1], "targets": rows[:, 1:], "positions": positions, "classes": rows[:, 1:] % 5}
         for rows in tokens
     ]
 

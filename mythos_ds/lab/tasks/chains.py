@@ -81,7 +81,7 @@ class Chains:
             else:
                 current = self._tables[relations[place], current]
             labels[place] = current
-        return {"tokens": tokens, "labels": labels, "positions": np.arange(task.length)}
+        return {"tokens": tokens, "targets": labels, "positions": np.arange(task.length)}
 
 
 class ChainFeed:
@@ -127,7 +127,7 @@ def accuracy(
     """Share of right answers after 1 .. test_hops hops, by loop count, on fresh chains."""
     dataset = Chains(task, _TEST, seed, chains)
     items = [dataset[index] for index in range(chains)]
-    tokens, labels = (torch.from_numpy(np.stack([item[name] for item in items])) for name in ("tokens", "labels"))
+    tokens, labels = (torch.from_numpy(np.stack([item[name] for item in items])) for name in ("tokens", "targets"))
     return {n_loops: _hits(engine, tokens, labels, n_loops) for n_loops in loop_counts}
 
 

@@ -126,7 +126,7 @@ class Repeated:
             self._epoch = epoch
             self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._tokens))
         row = self._order[place]
-        return {"tokens": self._tokens[row], "labels": self._labels[row], "positions": np.arange(LENGTH)}
+        return {"tokens": self._tokens[row], "targets": self._labels[row], "positions": np.arange(LENGTH)}
 
 
 class FactFeed:

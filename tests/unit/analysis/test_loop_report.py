@@ -55,10 +55,10 @@ def test_what_the_law_does_not_explain_shows() -> None:
 def test_losses_are_those_of_the_forward() -> None:
     model = _model(50)
     tokens = torch.arange(40).view(2, 20)
-    batch = {"tokens": tokens, "labels": tokens + 1, "positions": torch.arange(20).expand(2, -1)}
+    batch = {"tokens": tokens, "targets": tokens + 1, "positions": torch.arange(20).expand(2, -1)}
     found = depth_curve.measure(model, [batch, {**batch, "tokens": tokens + 2}])
     with torch.no_grad():
-        two = [float(model(tokens + shift, n_loops=6, labels=tokens + 1)) for shift in (0, 2)]
+        two = [float(model(tokens + shift, n_loops=6, targets=tokens + 1)) for shift in (0, 2)]
     assert found["loss"][found["loops"].index(6)] == pytest.approx(sum(two) / 2, rel=1e-6)
     assert found["noise"] > 0
     assert found["ppl_ratio"] == pytest.approx(math.exp(found["loss"][3] - found["loss"][1]))  # loops 4 and 2

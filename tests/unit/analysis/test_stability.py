@@ -19,7 +19,7 @@ T = CONFIG.mean_recurrence
 
 def _batch(rows: int = 2, seq: int = 6) -> dict[str, torch.Tensor]:
     tokens = torch.arange(rows * seq).view(rows, seq) * 37 % CONFIG.vocab_size
-    return {"tokens": tokens, "labels": tokens.roll(-1, 1), "positions": torch.arange(seq).expand(rows, -1)}
+    return {"tokens": tokens, "targets": tokens.roll(-1, 1), "positions": torch.arange(seq).expand(rows, -1)}
 
 
 def _model(scale: float = 0.05, **changes: object) -> MythosModel:

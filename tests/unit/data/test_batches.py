@@ -21,7 +21,7 @@ class Numbered:
     def __getitem__(self, index):
         return {
             "tokens": np.full(SEQ, index, dtype=np.int64),
-            "labels": np.full(SEQ, index + 1, dtype=np.int64),
+            "targets": np.full(SEQ, index + 1, dtype=np.int64),
         }
 
 
@@ -73,7 +73,7 @@ def test_batches_are_tensors():
     stream = BatchStream(Numbered(8), start_sample=0, micro_batch_size=2, dp_rank=0, dp_size=1)
     batch = next(stream)
     assert batch["tokens"].dtype == torch.int64
-    assert batch["labels"].tolist() == [[1] * SEQ, [2] * SEQ]
+    assert batch["targets"].tolist() == [[1] * SEQ, [2] * SEQ]
 
 
 @pytest.mark.parametrize(("length", "start"), [(7, 0), (8, 1), (0, 0), (8, 100)])

@@ -64,10 +64,10 @@ def test_items(workshop, tmp_path):
     assert (len(data.train), len(data.valid)) == (TRAIN, VALID)
     for i in range(TRAIN):
         item = data.train[i]
-        assert set(item) == {"tokens", "labels", "positions"}
+        assert set(item) == {"tokens", "targets", "positions"}
         assert all(array.dtype == np.int64 and array.shape == (SEQ,) for array in item.values())
-        assert (item["labels"][:-1] == item["tokens"][1:]).all()
-        assert item["labels"].min() >= 0
+        assert (item["targets"][:-1] == item["tokens"][1:]).all()
+        assert item["targets"].min() >= 0
     for index in (-1, TRAIN):
         with pytest.raises(IndexError):
             data.train[index]
@@ -151,7 +151,7 @@ def test_same_samples_as_megatrons_own_builder(workshop, tmp_path, weighted):
     built = BlendedMegatronDatasetBuilder(GPTDataset, [TRAIN, VALID, 0], lambda: True, theirs).build()
     for dataset, expected in ((ours.train, built[0]), (ours.valid, built[1])):
         for i in range(len(dataset)):
-            for mine, its in (("tokens", "tokens"), ("labels", "labels"), ("positions", "position_ids")):
+            for mine, its in (("tokens", "tokens"), ("targets", "labels"), ("positions", "position_ids")):
                 assert (dataset[i][mine] == expected[i][its].numpy()).all()
 
 

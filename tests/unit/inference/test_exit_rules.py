@@ -28,7 +28,7 @@ def made(changes: dict[str, Any]) -> tuple[MythosModel, dict[str, Tensor]]:
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_every_loop_is_a_forward_of_so_many_loops(changes: dict[str, Any]) -> None:
     model, batch = made(changes)
-    trace = trace_loops(model, batch["tokens"], LOOPS, batch["positions"], batch["labels"])
+    trace = trace_loops(model, batch["tokens"], LOOPS, batch["positions"], batch["targets"])
     assert trace.loss is not None
     before = torch.empty(0)
     for loop, step in enumerate(loop_steps(model, batch["tokens"], LOOPS, batch["positions"])):

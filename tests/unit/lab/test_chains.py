@@ -21,7 +21,7 @@ def _follow(tokens: np.ndarray) -> list[int]:
 def test_labels_are_the_entities_reached(split: int) -> None:
     for index in range(50):
         item = Chains(TASK, split, seed=1, samples=50)[index]
-        assert item["labels"].tolist() == _follow(item["tokens"])
+        assert item["targets"].tolist() == _follow(item["tokens"])
 
 
 def test_training_chains_are_short_and_test_chains_fill_the_sequence() -> None:

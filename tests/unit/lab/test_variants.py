@@ -46,7 +46,7 @@ def test_streams_start_as_the_model() -> None:
 @pytest.mark.parametrize("control", sorted(CONTROLS))
 def test_every_parameter_of_a_variant_gets_a_gradient(control: str) -> None:
     model = _model(control)
-    model(TOKENS, n_loops=3, labels=TOKENS).backward()
+    model(TOKENS, n_loops=3, targets=TOKENS).backward()
     unused = {"addition": (), "concat": (), "decayed_no_input": ("injection.B",)}.get(control, ())
     for name, parameter in model.named_parameters():
         if not name.endswith(tuple(unused)) or not unused:

@@ -44,7 +44,7 @@ def _train(rate: float) -> tuple[list[float], MythosModel]:
             text.append(torch.where(noise, torch.randint(0, 256, (4, 1), generator=generator), successor[text[-1]]))
         tokens = torch.cat(text, dim=1)
         records = ForwardRecords()
-        options = {"labels": tokens[:, 1:], "aux": AuxLoss(1e-4, 1e-5), "records": records}
+        options = {"targets": tokens[:, 1:], "aux": AuxLoss(1e-4, 1e-5), "records": records}
         loss = model(tokens[:, :-1], n_loops=depth.loops_at(step), **options)
         optimizer.zero_grad()
         loss.backward()

@@ -141,7 +141,7 @@ def test_records_are_closed_after_the_forward() -> None:
     config = toy_config()
     model = MythosModel(config, checkpoint_loops=True)
     records, tokens = ForwardRecords(details=True), toy_batch(config)["tokens"]
-    loss = model(tokens, n_loops=2, labels=tokens, records=records)
+    loss = model(tokens, n_loops=2, targets=tokens, records=records)
     noted = {layer: dict(own) for layer, own in records.routing.items()}
     assert sorted(records.loops) == [0, 1]
     assert [sorted(own) for own in noted.values()] == [[0, 1]] * config.recurrent_layers

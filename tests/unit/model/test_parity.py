@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
@@ -174,3 +175,26 @@ def test_training_steps_equal_the_reference(optimizer: str) -> None:
         assert torch.equal(trainer.counts[0], counts)
     for name, value in model.named_parameters():
         assert (value - trainer.params[name]).abs().max() <= 1e-5, name
+
+
+def test_labels_are_the_tokens_themselves_and_shifted_inside() -> None:
+    config = toy_config()
+    model, tokens = randomise(MythosModel(config)), toy_batch(config)["tokens"]
+    logits = model(tokens)
+    assert torch.equal(logits, model(tokens, n_loops=config.mean_recurrence)), "the mean is the default"
+    labels = tokens.clone()
+    labels[0, 5:] = -100
+    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    loss = model(tokens, labels=labels)
+    assert torch.allclose(loss, expected, atol=1e-6)
+    assert not torch.allclose(loss, model(tokens, labels=tokens), atol=1e-4), "what is ignored would count"
+    shifted = torch.autograd.grad(model(tokens, labels=tokens), model.embed.weight)[0]
+    want = functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert torch.allclose(shifted, torch.autograd.grad(want, model.embed.weight)[0], atol=1e-6)
+
+
+def test_labels_beside_targets_are_refused() -> None:
+    config = toy_config()
+    tokens = toy_batch(config)["tokens"]
+    with pytest.raises(ValueError, match="both labels and targets"):
+        MythosModel(config)(tokens, labels=tokens, targets=tokens)

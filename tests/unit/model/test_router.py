@@ -24,7 +24,7 @@ def test_every_expert_is_used_at_the_start(seed: int, score: str) -> None:
     tokens = torch.randint(0, config.vocab_size, (4, 512), generator=torch.Generator().manual_seed(seed))
     records = ForwardRecords()
     with torch.no_grad():
-        model(tokens, n_loops=3, labels=tokens, records=records)
+        model(tokens, n_loops=3, targets=tokens, records=records)
     assert len(records.routing) == config.recurrent_layers
     for own in records.routing.values():
         for record in own.values():
