@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mythos_ds.kernels.attention import DocumentBounds
 from mythos_ds.model.forward_stats import ForwardRecords
+from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.rope import Rotary
 from mythos_ds.model.sequence_depths import SequenceDepths
 
@@ -36,9 +37,9 @@ class ForwardContext:
     depths: SequenceDepths | None = None
     """None: all sequences run all loops."""
 
-    def index_at(self, loop: int) -> int | Tensor:
-        """The index that the model sees in loop `loop`: with a depth per sequence each one's own, int64 [batch]."""
-        return loop if self.depths is None else self.depths.index(loop)
+    def index_at(self, loop: int) -> LoopIndex:
+        """The index that the model sees in loop `loop`: with a depth per sequence each one's own."""
+        return LoopIndex(loop, None if self.depths is None else self.depths.index(loop))
 
 
 @dataclass(frozen=True)

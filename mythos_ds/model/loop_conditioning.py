@@ -8,23 +8,20 @@ from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.model.initializer import Initializer, Linear
+from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.norm import rms_norm
 
 _THETA = 10000.0
 _RAW_SHARE = 8
 
 
-def sinusoid(index: int | Tensor, width: int, device: torch.device) -> Tensor:
-    """[sin(t f_i), cos(t f_i)] with f_i = 10000^(-2i/width), fp32 [width] (Vaswani et al. 2017); for t int64 [batch]
-    fp32 [batch, 1, width]."""
+def sinusoid(index: LoopIndex, width: int, device: torch.device) -> Tensor:
+    """Computes [sin(t f_i), cos(t f_i)] with f_i = 10000^(-2i/width) of the index t (Vaswani et al. 2017).
+
+    fp32 [width], or [batch, 1, width]."""
     exponent = torch.arange(0, width, 2, device=device).float() / width
-    index = index[:, None, None] if isinstance(index, Tensor) else index
-    angle = index * torch.pow(torch.full_like(exponent, _THETA), -exponent)
+    angle = index.scale(torch.pow(torch.full_like(exponent, _THETA), -exponent))
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
-def _held(index: int | Tensor, last: int) -> int | Tensor:
-    return index.clamp_max(last) if isinstance(index, Tensor) else min(index, last)
 
 
 class LoopEmbedding(nn.Module):
@@ -37,10 +34,10 @@ class LoopEmbedding(nn.Module):
         self.last = config.mean_recurrence - 1
         self.gain = nn.Parameter(torch.zeros(config.dim)) if config.loop_embedding == "scaled" else None
 
-    def forward(self, h: Tensor, loop: int | Tensor) -> Tensor:
-        """fp32 [dim], or [batch, 1, dim] for indices int64 [batch], to be added to the state h [batch, seq, dim]."""
+    def forward(self, h: Tensor, loop: LoopIndex) -> Tensor:
+        """Computes what is added to the state h [batch, seq, dim]: fp32 [dim], or [batch, 1, dim]."""
         if self.gain is not None:
-            return self.gain.float() * sinusoid(_held(loop, self.last), self.dim, h.device)
+            return self.gain.float() * sinusoid(loop.held(self.last), self.dim, h.device)
         width = self.dim // _RAW_SHARE
         return nn.functional.pad(sinusoid(loop, width, h.device), (0, self.dim - width))
 
@@ -56,10 +53,8 @@ class DepthwiseLoRA(nn.Module):
         self.up = Linear(rank, config.dim, init.at("up"), 0.0)
         self.scale = nn.Parameter(torch.ones(config.max_loops, rank))
 
-    def forward(self, x: Tensor, loop: int | Tensor) -> Tensor:
-        """The branch to be added to x [batch, seq, dim]; at the block's input it sees x / rms(x). `loop`: one index, or
-        int64 [batch]."""
+    def forward(self, x: Tensor, loop: LoopIndex) -> Tensor:
+        """Computes the branch that is added to x [batch, seq, dim]; at the block's input it sees x / rms(x)."""
         dtype = self.down.weight.dtype
         inner = (rms_norm(x, self.eps) if self.normed else x).to(dtype)
-        scale = self.scale[_held(loop, self.scale.shape[0] - 1)]
-        return self.up(self.down(inner) * (scale[:, None] if isinstance(loop, Tensor) else scale))
+        return self.up(self.down(inner) * loop.held(self.scale.shape[0] - 1).pick(self.scale))

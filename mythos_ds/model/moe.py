@@ -16,6 +16,7 @@ from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.feed_forward import Experts, FeedForward
 from mythos_ds.model.forward_stats import ForwardRecords, RoutingRecord, jaccard_overlap, masked_mean
 from mythos_ds.model.initializer import Initializer
+from mythos_ds.model.loop_index import repeat_by_token
 from mythos_ds.model.router import Router, Routing, count_experts
 
 
@@ -62,10 +63,7 @@ class MoE(nn.Module):
         """alive: bool [batch, seq], False where a halted position should not count in load and losses; so do sequences
         that have not begun."""
         rows = x.flatten(0, -2)
-        index = context.index_at(loop)
-        if isinstance(index, Tensor):
-            index = _by_token(index, len(rows))
-        routing: Routing = self.router(rows, index)
+        routing: Routing = self.router(rows, context.index_at(loop).by_token(len(rows)))
         weights = self._note(routing, loop, context, alive, x.shape[:2])
         k = routing.indices.shape[-1]
         expert_of_row = routing.indices.flatten()
@@ -97,7 +95,7 @@ class MoE(nn.Module):
             balance, z = balance.detach() / whole, z.detach() / whole
         if context.records.open:
             with torch.no_grad():
-                mask = mask if depths is None else _by_token(depths.begun(loop), len(routing.indices))
+                mask = mask if depths is None else repeat_by_token(depths.begun(loop), len(routing.indices))
                 self._record(context.records, loop, routing, mask, balance, z)
         return weights
 
@@ -115,7 +113,7 @@ class MoE(nn.Module):
         def count(indices: Tensor) -> Tensor:
             if depths is None:
                 return count_experts(indices, self.n_experts, mask).float()
-            row = _by_token(depths.index(loop), len(indices))[:, None]
+            row = repeat_by_token(depths.index(loop), len(indices))[:, None]
             counted = count_experts(indices + self.n_experts * row, self.n_experts * depths.n_loops, mask)
             return counted.view(depths.n_loops, -1).float()
 
@@ -128,7 +126,7 @@ class MoE(nn.Module):
         unbiased = self.router.choose(routing.scores, None)
         overlap = None
         if before is not None and before.indices is not None:
-            both = mask if depths is None else _by_token(depths.begun(loop - 1), len(share))
+            both = mask if depths is None else repeat_by_token(depths.begun(loop - 1), len(share))
             overlap = jaccard_overlap(before.indices, routing.indices, both)
         own[loop] = RoutingRecord(
             counts,
@@ -139,8 +137,3 @@ class MoE(nn.Module):
             indices=routing.indices,
             overlap_previous=overlap,
         )
-
-
-def _by_token(values: Tensor, n_tokens: int) -> Tensor:
-    """values [batch] of the sequences -> [n_tokens], for each of their tokens."""
-    return values.repeat_interleave(n_tokens // len(values))

@@ -83,14 +83,15 @@ class StageModel(MythosModel):
         else:
             e, h = kept[0], self._end_loop(visit, message, kept, batch, visit.loop - 1)
         with self._gradient(visit, visit.loop):
-            x, injected = self.recurrent.begin(h, e, visit.loop)
+            x, injected = self.recurrent.begin(h, e, batch.context.index_at(visit.loop))
             x, _ = self.recurrent.run_layers(x, visit.loop, batch.context)
         return x, (e, injected) if self.recurrent.post else (e,)
 
     def _end_loop(self, visit: Visit, message: Tensor, kept: Kept, batch: MicroBatch, loop: int) -> Tensor:
         """The state after `loop`, whose last layer's output came back from the ring."""
         with self._gradient(visit, loop):
-            h = self.recurrent.end(message, kept[1] if self.recurrent.post else None, loop)
+            injected = kept[1] if self.recurrent.post else None
+            h = self.recurrent.end(message, injected, batch.context.index_at(loop))
         if batch.context.records.wants_states:
             batch.context.records.note_state(loop, h)
         return h

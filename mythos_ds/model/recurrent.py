@@ -20,6 +20,7 @@ from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.injection import Injection
 from mythos_ds.model.layers import MoEFactory, RecurrentLayer
 from mythos_ds.model.loop_conditioning import DepthwiseLoRA, LoopEmbedding
+from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import RMSNorm
 
@@ -92,9 +93,8 @@ class RecurrentBlock(nn.Module):
                 context.records.start(h, self.injection.decay())
         return h
 
-    def begin(self, h: Tensor, e: Tensor, loop: int | Tensor) -> tuple[Tensor, Tensor]:
-        """What the first layer of a loop reads, and the injected state A h + B e, both fp32 [batch, seq, dim]. `loop`:
-        the index that the model sees, one or int64 [batch]."""
+    def begin(self, h: Tensor, e: Tensor, loop: LoopIndex) -> tuple[Tensor, Tensor]:
+        """Computes what a loop's first layer reads, and the injected state A h + B e: both fp32 [batch, seq, dim]."""
         injected = self.injection(h, e)
         x = h if self.post else injected
         if self.loop_embedding is not None:
@@ -115,8 +115,8 @@ class RecurrentBlock(nn.Module):
             keys_values.append(kept)
         return x, tuple(keys_values)
 
-    def end(self, x: Tensor, injected: Tensor | None, loop: int | Tensor) -> Tensor:
-        """The state after `loop` from the last layer's output x; `injected` is needed with `post` only."""
+    def end(self, x: Tensor, injected: Tensor | None, loop: LoopIndex) -> Tensor:
+        """Computes the state after `loop` from the last layer's output x and, with `post`, the injected state."""
         if self.lora is not None and not self.lora_at_input:
             x = x + self.lora(x, loop)
         if self.post and injected is not None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.model.initializer import Initializer
+from mythos_ds.model.loop_index import LoopIndex
 
 MIN_ROW_UPDATES = 100
 """Updates after which a loop's own bias row is trusted; deeper loops use the last trusted row."""
@@ -54,8 +55,8 @@ class Router(nn.Module):
         self.register_buffer("loop_bias", torch.zeros(config.max_loops, config.n_experts, dtype=torch.float32))
         self.register_buffer("loop_updates", torch.zeros(config.max_loops, dtype=torch.float32))
 
-    def forward(self, x: Tensor, loop: int | Tensor) -> Routing:
-        """x [tokens, dim] in loop `loop` (from 0), or in loops int64 [tokens]."""
+    def forward(self, x: Tensor, loop: LoopIndex) -> Routing:
+        """Routes x [tokens, dim] in `loop`, whose own numbers, if any, are those of the tokens."""
         logits = nn.functional.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
@@ -64,12 +65,11 @@ class Router(nn.Module):
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20) * self.route_scale
         return Routing(weights, indices, logits, scores)
 
-    def selection_bias(self, loop: int | Tensor) -> Tensor:
-        """fp32 [n_experts], or [tokens, n_experts], added to the scores for the choice in loop `loop`."""
+    def selection_bias(self, loop: LoopIndex) -> Tensor:
+        """Makes what is added to the scores for the choice in `loop`: fp32 [n_experts], or [tokens, n_experts]."""
         trusted = ((self.loop_updates >= MIN_ROW_UPDATES).sum() - 1).clamp_min(0)
-        row = trusted.clamp(max=loop).view(-1)  # stays on the device: no wait for the host in each loop
-        biases = self.bias + self.loop_bias.index_select(0, row)
-        return biases if isinstance(loop, Tensor) else biases[0]
+        row = loop.limit(trusted)  # stays on the device: no wait for the host in each loop
+        return (self.bias + self.loop_bias.index_select(0, row.view(-1))).view(*row.shape, -1)
 
     def choose(self, scores: Tensor, bias: Tensor | None) -> Tensor:
         """Indices int64 [tokens, k] of the best biased scores; inside the best groups where routing is limited."""

@@ -13,6 +13,7 @@ from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel, write_
 from mythos_ds.conversion.retrofit import Cut, Retrofitted, describe, retrofit_config
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.model.context import ForwardContext
+from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.model_folder import load_model
 from mythos_ds.weights.pickled import open_weights
@@ -82,7 +83,7 @@ def test_whole_copies_compute_the_feed_forward(tmp_path: Path, copies_used: int)
         context: ForwardContext = ours.make_context(TOKENS, None, None, 1)
         expected = source.model.layers[4 + layer].mlp(x)
         assert (moe(x, 0, context) - expected).abs().max() <= 1e-5 * expected.abs().max()
-        chosen = moe.router(x.flatten(0, 1), 0).indices.sort(-1).values
+        chosen = moe.router(x.flatten(0, 1), LoopIndex(0)).indices.sort(-1).values
         assert torch.equal(chosen // 4 * 4 + torch.arange(4).repeat(copies_used), chosen), "whole copies"
         assert len((chosen // 4).unique()) == 3, "the router uses all copies"
 

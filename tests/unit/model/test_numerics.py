@@ -10,6 +10,7 @@ from mythos_ds.config.loader import load_config
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.injection import Injection
+from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.router import Router, update_router_bias
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
@@ -81,7 +82,7 @@ def test_dtype_of_the_carried_state_and_of_the_router(state_dtype: str, injectio
         states.append(inputs[0].dtype)
         assert out.dtype == torch.float32
 
-    def note_router(module: Router, inputs: tuple[Tensor, int], out: Any) -> None:
+    def note_router(module: Router, inputs: tuple[Tensor, LoopIndex], out: Any) -> None:
         logits.add(out.logits.dtype)
 
     model.recurrent.injection.register_forward_hook(note_injection)

@@ -7,6 +7,7 @@ import torch
 
 from mythos_ds.model.forward_stats import ForwardRecords, load_imbalance
 from mythos_ds.model.initializer import Initializer
+from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.router import MIN_ROW_UPDATES, Router, count_experts, update_router_bias
 from tests.helpers.toy_model import toy_config
@@ -69,7 +70,7 @@ def test_deep_loops_use_the_last_trusted_row() -> None:
     module.loop_bias.copy_(10.0 * torch.arange(1.0, 7.0)[:, None].expand(6, 8))
 
     def used(loop: int) -> float:
-        return (module.selection_bias(loop) - module.bias)[0].item() / 10 - 1
+        return (module.selection_bias(LoopIndex(loop)) - module.bias)[0].item() / 10 - 1
 
     assert [used(loop) for loop in (0, 3)] == [0, 0], "nothing trusted yet: the first row"
     module.loop_updates[:3] = torch.tensor([MIN_ROW_UPDATES + 50.0, MIN_ROW_UPDATES, MIN_ROW_UPDATES - 1])
@@ -82,7 +83,7 @@ def test_the_bias_chooses_but_does_not_weigh() -> None:
     module = router(route_scale=2.0)
     x = torch.randn(50, 32)
     module.bias[6:] = 100.0
-    routing = module(x, 0)
+    routing = module(x, LoopIndex(0))
     assert routing.indices.sort(-1).values.tolist() == [[6, 7]] * 50
     chosen = routing.scores.gather(-1, routing.indices)
     assert torch.allclose(routing.weights, 2.0 * chosen / chosen.sum(-1, keepdim=True))
@@ -95,7 +96,7 @@ def test_the_rule_balances_a_skewed_router() -> None:
     loads = []
     with torch.no_grad():
         for _ in range(400):
-            counts = count_experts(module(x, 0).indices, 16).float()
+            counts = count_experts(module(x, LoopIndex(0)).indices, 16).float()
             loads.append(load_imbalance(counts).item())
             update_router_bias(module, counts[None], 2e-3)
     assert loads[0] > 3
@@ -106,7 +107,7 @@ def test_computes_in_fp32_with_bf16_weights() -> None:
     module = router()
     module.weight.data = module.weight.data.bfloat16()
     x = torch.randn(20, 32).bfloat16()
-    routing = module(x, 0)
+    routing = module(x, LoopIndex(0))
     assert routing.logits.dtype == routing.scores.dtype == routing.weights.dtype == torch.float32
     assert torch.equal(routing.logits, x.float() @ module.weight.float().T)
 
@@ -128,7 +129,7 @@ def test_choices_and_weights_equal_megatron(score: str, groups: tuple[int, int] 
     module = router(**changes)
     if score == "sigmoid":
         module.bias.copy_(0.1 * torch.randn(16))
-    routing = module(torch.randn(300, 32), 0)
+    routing = module(torch.randn(300, 32), LoopIndex(0))
     grouped = {} if groups is None else {"num_groups": groups[0], "group_topk": groups[1]}
     if score == "softmax" and groups is not None:
         grouped["use_pre_softmax"] = True  # group scores are sums of probabilities; weights are then not normalised
