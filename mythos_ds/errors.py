@@ -28,7 +28,16 @@ class ParallelError(MythosError):
 
 
 class NumericsError(MythosError):
-    """The loss, a gradient or the state is not finite."""
+    """The loss, a gradient or the state is not finite.
+
+    Attributes:
+        loss: of the step, where it is known.
+        grad_norm: of the step, where the optimizer has moved.
+    """
+
+    def __init__(self, message: str, *, loss: float | None = None, grad_norm: float | None = None):
+        super().__init__(message)
+        self.loss, self.grad_norm = loss, grad_norm
 
 
 class LabError(MythosError):

@@ -14,17 +14,16 @@ from typing import Any
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
-from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
 from mythos_ds.provenance import describe
-from mythos_ds.train.data_loader import Feed
+from mythos_ds.train.callbacks import Callback, CallbackState
 from mythos_ds.train.evaluation import perplexity
-from mythos_ds.train.run import Extension, RunRequest, train
+from mythos_ds.train.run import RunRequest, train
 from mythos_ds.train.run_directory import git_commit
-from mythos_ds.train.trainer import RunSummary
+from mythos_ds.train.summary import RunSummary
 from mythos_ds.weights.model_folder import TOKENIZER, save_model
 from mythos_ds.weights.reader import SINGLE
 
@@ -53,23 +52,31 @@ def work(arguments: Namespace) -> None:
     loaded = load_config("tiny", overrides)
     resolved = resolve(loaded.config, 1)
 
-    def finish(engine: TrainingEngine, feed: Feed, summary: RunSummary) -> None:
-        if not summary.finished or feed.tokenizer is None:
+    request = RunRequest(resolved, loaded.text, arguments.run_dir, "auto", tuple(sys.argv[1:]))
+    train(request, environment, callbacks=[Release(arguments)])
+
+
+class Release(Callback):
+    """Writes the model's folder when training is complete."""
+
+    def __init__(self, arguments: Namespace):
+        self.arguments = arguments
+
+    def on_end(self, state: CallbackState, summary: RunSummary) -> None:
+        if not summary.finished or state.data.tokenizer is None:
             return
         facts: dict[str, Any] = {
             "losses": summary.losses,
-            "tokens": resolved.tokens_per_step * summary.step,
-            "seq_len": loaded.config.training.seq_len,
-            "training": loaded.config.training.model_dump(mode="json"),
-            "data": feed.identity,
+            "tokens": state.engine.resolved.tokens_per_step * summary.step,
+            "seq_len": state.config.training.seq_len,
+            "training": state.config.training.model_dump(mode="json"),
+            "data": state.data.identity,
         }
-        save_model(engine.module, arguments.output, facts)
-        (arguments.output / TOKENIZER).write_bytes(feed.tokenizer.path.read_bytes())
-        parameters = sum(parameter.numel() for parameter in engine.module.parameters())
-        write_atomic(arguments.output / "README.md", card(facts, summary, parameters, arguments))
-
-    request = RunRequest(resolved, loaded.text, arguments.run_dir, "auto", tuple(sys.argv[1:]))
-    train(request, environment, Extension(finish=finish))
+        output = self.arguments.output
+        save_model(state.model, output, facts)
+        (output / TOKENIZER).write_bytes(state.data.tokenizer.path.read_bytes())
+        parameters = sum(parameter.numel() for parameter in state.model.parameters())
+        write_atomic(output / "README.md", card(facts, summary, parameters, self.arguments))
 
 
 def card(facts: dict[str, Any], summary: RunSummary, parameters: int, arguments: Namespace) -> str:

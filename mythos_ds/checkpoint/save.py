@@ -68,8 +68,17 @@ class CheckpointWriter:
     in host memory only.
     """
 
-    def __init__(self, engine: TrainingEngine, groups: ParallelGroups, directory: Path, config: CheckpointConfig):
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        groups: ParallelGroups,
+        directory: Path,
+        config: CheckpointConfig,
+        on_saved: Callable[[Path], None] = lambda tag: None,
+    ):
+        """on_saved: called on all ranks, by the thread that calls these methods, when a checkpoint is published."""
         self.engine, self.groups, self.directory, self.config = engine, groups, directory, config
+        self._on_saved = on_saved
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._phases: deque[tuple[str, Callable[[], None]]] = deque()
         self._running: Future[None] | None = None
@@ -160,6 +169,7 @@ class CheckpointWriter:
         self._waited += 0.0 if waiting_since is None else now - waiting_since
         self._times = {"checkpoint/stall_seconds": self._waited, "checkpoint/seconds": now - self._started}
         _logger.info("saved checkpoint %s: training stood still for %.2f s of %.2f s", self._tag, *self._times.values())
+        self._on_saved(self._tag)
 
     def _publish(self, partial: Path, tag: Path) -> None:
         if self.groups.rank == 0:

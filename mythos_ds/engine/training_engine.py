@@ -1,13 +1,14 @@
 """One optimizer step over micro-batches, and evaluation, on top of a DeepSpeed engine."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.optimizer import set_learning_rate
@@ -75,14 +76,15 @@ class TrainingEngine:
         n_grad_loops: int,
         lr: float,
         statistics: bool = True,
+        after_backward: Callable[[float], None] = lambda loss: None,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches; n_loops loops, the last n_grad_loops with gradient.
 
         Where batches have `depths`, n_loops is their maximum over the global batch. lr: the scheduled learning rate,
         before each group's own factor. statistics: also collect the costlier metrics (shares before the bias, entropy,
-        overlap, state). Errors: NumericsError on every rank where the loss or the gradient norm is not finite, with the
-        weights as they were for the loss; ValueError for a wrong batch count, and for depths outside of 1 .. n_loops or
-        with a pipeline.
+        overlap, state). after_backward: gets the step's loss while its gradients can be read (`gradient`). Errors:
+        NumericsError on every rank where the loss or the gradient norm is not finite, with the weights as they were for
+        the loss; ValueError for a wrong batch count, and for depths outside of 1 .. n_loops or with a pipeline.
         """
         if len(batches) != self.resolved.gradient_accumulation_steps:
             raise ValueError(f"{len(batches)} micro-batches, but {self.resolved.gradient_accumulation_steps} per step")
@@ -98,16 +100,28 @@ class TrainingEngine:
             aux=self._aux,
             details=statistics,
         )
+        after_backward(run.loss)
         if not math.isfinite(run.loss):
-            raise NumericsError(f"loss is {run.loss} at {n_loops} loops, learning rate {lr}; the step was not applied.")
+            raise NumericsError(
+                f"loss is {run.loss} at {n_loops} loops, learning rate {lr}; the step was not applied.", loss=run.loss
+            )
         grad_norm = self._optimizer_step()
         if not math.isfinite(grad_norm):
             raise NumericsError(
-                f"gradient norm is {grad_norm} (loss {run.loss}) at {n_loops} loops, learning rate {lr}."
+                f"gradient norm is {grad_norm} (loss {run.loss}) at {n_loops} loops, learning rate {lr}.",
+                loss=run.loss,
+                grad_norm=grad_norm,
             )
         routing = self._finish_routing(run.records, n_loops, statistics)
         pipeline = self._pipeline_metrics(run.pipeline) if statistics and run.pipeline is not None else {}
         return StepResult(run.loss, grad_norm, routing, pipeline)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The gradient of one of `module`'s parameters, whole, averaged and before clipping; None where it has none.
+
+        To be called in `train_step`'s after_backward. Collective over the ranks that hold the parameter.
+        """
+        return safe_get_full_grad(parameter)
 
     def eval_loss(self, batches: Sequence[Batch], n_loops: int) -> float:
         """Mean cross-entropy over all ranks' batches (of one shape) at any loop count, in float64."""

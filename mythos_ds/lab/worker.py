@@ -25,17 +25,18 @@ from mythos_ds.lab.tasks.chains import ChainFeed, accuracy, task_from
 from mythos_ds.lab.variants import CONTROLS
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.resilience.failure import fail
+from mythos_ds.train.callbacks import Callback, CallbackState
 from mythos_ds.train.data_loader import Feed, TextFeed
-from mythos_ds.train.run import Extension, RunRequest, train
+from mythos_ds.train.run import RunRequest, train
 from mythos_ds.train.run_directory import RunManifest, git_commit, package_versions
-from mythos_ds.train.trainer import RunSummary
+from mythos_ds.train.summary import RunSummary
 from mythos_ds.weights.model_folder import save_model
 
 SPEC, RESULT, MODEL = "spec.json", "result.json", "model"
 _TEST_CHAINS = 1000
 
 
-class Worker:
+class Worker(Callback):
     """One run and its result."""
 
     def __init__(self, folder: Path):
@@ -49,7 +50,7 @@ class Worker:
         """Train to the end and write the result; a run whose numbers stop being finite is a result too."""
         request = RunRequest(self.resolved, self.spec.to_json(), self.folder / "run", "auto", ())
         try:
-            train(request, environment, Extension(self.open_feed, self.adapt(), self.finish))
+            train(request, environment, open_data=self.open_feed, adapt=self.adapt(), callbacks=[self])
         except NumericsError as error:
             self.result = {"finished": True, "diverged": str(error).splitlines()[0]}
         if self.result["finished"]:
@@ -69,16 +70,16 @@ class Worker:
         self.started = time.perf_counter()
         return feed
 
-    def finish(self, engine: TrainingEngine, feed: Feed, summary: RunSummary) -> None:
+    def on_end(self, state: CallbackState, summary: RunSummary) -> None:
         """Evaluate and keep the trained model. Does nothing after an interruption."""
         if not summary.finished:
             return
         self.result = {"finished": True, "seconds": time.perf_counter() - self.started}
         losses = dict(summary.losses)
-        self.result |= self.evaluate(engine, feed, losses)
+        self.result |= self.evaluate(state.engine, state.data, losses)
         self.result["losses"] = dict(sorted(losses.items()))
-        self.result["parameters"] = sum(parameter.numel() for parameter in engine.module.parameters())
-        save_model(engine.module, self.folder / MODEL, {"control": self.spec.control, "losses": self.result["losses"]})
+        self.result["parameters"] = sum(parameter.numel() for parameter in state.model.parameters())
+        save_model(state.model, self.folder / MODEL, {"control": self.spec.control, "losses": self.result["losses"]})
 
     def evaluate(self, engine: TrainingEngine, feed: Feed, losses: dict[int, float]) -> dict[str, Any]:
         """What else the trained model is judged by; for text, the spec's loop counts are added to `losses`."""

@@ -1,7 +1,7 @@
 """One training run in one process of many: groups, checkpoint, data, engine, training, report."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +12,18 @@ from mythos_ds.checkpoint import manifest as files
 from mythos_ds.checkpoint.load import load_checkpoint
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.build import Adapt, build_engine
-from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import MythosError
 from mythos_ds.parallel.collective import on_rank_zero, together
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 from mythos_ds.resilience.failure import abort
 from mythos_ds.resilience.signals import StopSignals
+from mythos_ds.train.callbacks import Callback
 from mythos_ds.train.data_loader import Feed, TextFeed
 from mythos_ds.train.resume import choose_checkpoint, manifest_for
 from mythos_ds.train.run_directory import RunDirectory, RunManifest, new_manifest, with_dataset
-from mythos_ds.train.summary import show_summary
-from mythos_ds.train.trainer import Progress, RunSummary, Trainer
+from mythos_ds.train.summary import RunSummary, show_summary
+from mythos_ds.train.trainer import Progress, Trainer
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,23 @@ class RunRequest:
     allow_pickle: bool = False
 
 
-@dataclass(frozen=True)
-class Extension:
-    """What a study changes about a run: its data, a part of the model, and what happens after the last step."""
-
-    open_feed: Callable[[ResolvedRun, RunManifest, ParallelGroups, int], Feed] = TextFeed.open
-    adapt: Adapt | None = None
-    finish: Callable[[TrainingEngine, Feed, RunSummary], None] | None = None
+OpenData = Callable[[ResolvedRun, RunManifest, ParallelGroups, int], Feed]
+"""Opens a run's data from a step on; the calling process's part of them."""
 
 
-def train(request: RunRequest, environment: ProcessEnvironment, extension: Extension = Extension()) -> None:
-    """Start or resume the run and train it to its end. Raises MythosError subclasses for what a user can mend."""
+def train(
+    request: RunRequest,
+    environment: ProcessEnvironment,
+    *,
+    open_data: OpenData = TextFeed.open,
+    adapt: Adapt | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RunSummary:
+    """Start or resume the run and train it to its end. Raises MythosError subclasses for what a user can mend.
+
+    open_data: other data than the configured ones; adapt: changes the model right after it was made; callbacks: see
+    `callbacks.py`.
+    """
     log.configure(environment.rank)
     # DeepSpeed calls collectives by names that newer torch versions announce to rename: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -59,36 +65,43 @@ def train(request: RunRequest, environment: ProcessEnvironment, extension: Exten
             environment, resolved.ep_size, resolved.stages, timeout_s=resolved.config.parallel.timeout_s
         )
         try:
-            _train(request, groups, stop, extension)
+            summary = _train(request, groups, stop, open_data, adapt, callbacks)
         except MythosError:
             groups.close()
             raise
         except Exception:
             abort()
         groups.close()
+        return summary
 
 
-def _train(request: RunRequest, groups: ParallelGroups, stop: StopSignals, extension: Extension) -> None:
+def _train(
+    request: RunRequest,
+    groups: ParallelGroups,
+    stop: StopSignals,
+    open_data: OpenData,
+    adapt: Adapt | None,
+    callbacks: Sequence[Callback],
+) -> RunSummary:
     resolved, run = request.resolved, RunDirectory(request.run_dir)
     claimed = together(groups, lambda: run.lock() if groups.rank == 0 else None)
     tag = choose_checkpoint(groups, run, request.resume)
     manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
     step = 0 if tag is None else files.tag_step(tag)
-    feed = extension.open_feed(resolved, manifest, groups, step)
+    feed = open_data(resolved, manifest, groups, step)
     manifest = together(groups, lambda: with_dataset(manifest, feed.identity))
     on_rank_zero(groups, lambda: _record(request, run, manifest, step))
-    engine = build_engine(resolved, groups, extension.adapt)
+    engine = build_engine(resolved, groups, adapt)
     progress = Progress()
     if tag is not None:
         state = load_checkpoint(engine, groups, tag, allow_pickle=request.allow_pickle)
         progress = Progress(state.step, state.first_validation_loss)
-    summary = Trainer(resolved, groups, engine, feed, run, manifest, progress).train(stop)
-    if extension.finish is not None:
-        extension.finish(engine, feed, summary)
+    summary = Trainer(resolved, groups, engine, feed, run, manifest, progress, callbacks).train(stop)
     if groups.rank == 0:
         show_summary(Console(), summary, run, resolved.config.model.mean_recurrence)
     if claimed is not None:
         claimed.close()
+    return summary
 
 
 def _record(request: RunRequest, run: RunDirectory, manifest: RunManifest, step: int) -> None:

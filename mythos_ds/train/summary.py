@@ -1,12 +1,24 @@
 """The closing words of a run: loss at each loop count, a text sample, and where everything lies."""
 
+from dataclasses import dataclass
+
 from rich.console import Console
 from rich.table import Table
 
 from mythos_ds.checkpoint import manifest
 from mythos_ds.train.evaluation import perplexity
 from mythos_ds.train.run_directory import RunDirectory
-from mythos_ds.train.trainer import RunSummary
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run shows when it ends. Losses in nats per token by loop count; samples are (prompt, continuation)."""
+
+    step: int
+    finished: bool
+    first_loss: float | None
+    losses: dict[int, float]
+    samples: list[tuple[str, str]]
 
 
 def show_summary(console: Console, summary: RunSummary, run: RunDirectory, mean_recurrence: int) -> None:

@@ -1,8 +1,9 @@
 """The training loop: steps, metrics, evaluation, samples, checkpoints and a clean stop."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -18,11 +19,13 @@ from mythos_ds.monitor.memory import peak_memory_bytes
 from mythos_ds.monitor.throughput import Throughput, peak_flops
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.resilience.signals import StopSignals
+from mythos_ds.train.callbacks import Callback, CallbackList, CallbackState
 from mythos_ds.train.data_loader import Batch, Feed
 from mythos_ds.train.evaluation import depth_counts, losses_at
 from mythos_ds.train.lr_schedule import learning_rate
 from mythos_ds.train.metrics_logger import Recorder
 from mythos_ds.train.run_directory import RunDirectory, RunManifest
+from mythos_ds.train.summary import RunSummary
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -37,19 +40,11 @@ class Progress:
     first_loss: float | None = None
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """What a run shows when it ends. Losses in nats per token by loop count; samples are (prompt, continuation)."""
-
-    step: int
-    finished: bool
-    first_loss: float | None
-    losses: dict[int, float]
-    samples: list[tuple[str, str]]
-
-
 class Trainer:
-    """Trains an engine from `progress` to the end of the manifest, or until a stop is asked for."""
+    """Trains an engine from `progress` to the end of the manifest, or until a stop is asked for.
+
+    `callbacks.py` says when the callbacks are called.
+    """
 
     def __init__(
         self,
@@ -60,6 +55,7 @@ class Trainer:
         run: RunDirectory,
         manifest: RunManifest,
         progress: Progress,
+        callbacks: Sequence[Callback] = (),
     ):
         config = resolved.config
         self.resolved, self.config, self.groups, self.engine = resolved, config, groups, engine
@@ -69,10 +65,17 @@ class Trainer:
         peak = peak_flops(groups.device, _DTYPES[config.training.dtype])
         self.throughput = Throughput(resolved, peak)
         self.saved_step = progress.step if progress.step else -1
-        self.writer = CheckpointWriter(engine, groups, run.checkpoints, config.checkpoint)
+        self.writer = CheckpointWriter(engine, groups, run.checkpoints, config.checkpoint, self._saved)
+        self.callbacks = CallbackList(callbacks)
+        self.state = CallbackState(engine, feed, run.root, manifest.total_steps, self.step)
 
     def train(self, stop: StopSignals) -> RunSummary:
         """Run to the end. Raises NumericsError, with the step, when a loss or gradient norm is not finite."""
+        summary = self._train(stop)
+        self.callbacks.on_end(self.state, summary)
+        return summary
+
+    def _train(self, stop: StopSignals) -> RunSummary:
         total = self.manifest.total_steps
         mean = self.config.model.mean_recurrence
         with Recorder(self.run, self.config.monitor, self.groups.rank == 0, self.step, total) as recorder:
@@ -106,6 +109,8 @@ class Trainer:
             batches = with_depths(batches, depths, self.groups.dp_rank)
         lr = learning_rate(self.step, self.config.training, self.manifest.lengths)
         logged = self._is_logged(self.step + 1)
+        self.state = replace(self.state, n_loops=n_loops, lr=lr, loss=None, grad_norm=None)
+        self.callbacks.before_step(self.state)
         try:
             result = self.engine.train_step(
                 batches,
@@ -113,12 +118,16 @@ class Trainer:
                 n_grad_loops=self.resolved.mean_backprop_depth,
                 lr=lr,
                 statistics=logged,
+                after_backward=self._after_backward,
             )
         except NumericsError as error:
             self.writer.finish()
+            self.state = replace(self.state, loss=error.loss, grad_norm=error.grad_norm)
+            self.callbacks.on_anomaly(self.state)
             advice = "earlier checkpoints are intact: resume with a lower training.lr or a longer warm-up"
             raise NumericsError(f"step {self.step + 1}: {error}\n{advice}") from error
         self.step += 1
+        self.state = replace(self.state, step=self.step, grad_norm=result.grad_norm)
         self.throughput.add(n_loops, time.perf_counter() - started)
         recorder.progress(self.step, result.loss, n_loops)
         if logged:
@@ -136,6 +145,14 @@ class Trainer:
                     **self._pipeline_metrics(result, n_loops),
                 },
             )
+        self.callbacks.after_step(self.state)
+
+    def _after_backward(self, loss: float) -> None:
+        self.state = replace(self.state, loss=loss)
+        self.callbacks.after_backward(self.state)
+
+    def _saved(self, checkpoint: Path) -> None:
+        self.callbacks.on_save(self.state, checkpoint)
 
     def _pipeline_metrics(self, result: StepResult, n_loops: int) -> dict[str, float]:
         """Idle time and held visits as measured, beside what the schedule's simulation says."""

@@ -63,7 +63,7 @@ LINES = {
     "engine": 770,
     "checkpoint": 1_440,
     "inference": 190,
-    "train": 1_200,
+    "train": 1_300,
     "conversion": 2_390,
     "plan": 1_720,
     "analysis": 880,

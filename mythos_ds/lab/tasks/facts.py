@@ -8,7 +8,7 @@ some are trained on and the rest held out (Wang et al. 2024, arXiv 2405.15071; a
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.data.batches import BatchStream, Item, SampleSource
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.engine.build import Adapt
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.io import write_atomic
 from mythos_ds.lab.worker import Worker, leave, main
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.train.callbacks import CallbackState
 from mythos_ds.train.data_loader import Batch, Feed
 from mythos_ds.train.run_directory import RunManifest
 
@@ -130,10 +130,7 @@ class Repeated:
 
 
 class FactFeed:
-    """The trainer's batches: all facts and the training queries; validation is on held-out queries.
-
-    `before_step` is called with the number of completed steps before the next one's batches are given.
-    """
+    """The trainer's batches: all facts and the training queries; validation is on held-out queries."""
 
     tokenizer: Tokenizer | None = None
 
@@ -145,10 +142,9 @@ class FactFeed:
         groups: ParallelGroups,
         *,
         identity: dict[str, Any],
-        before_step: Callable[[int], None],
     ):
         training = resolved.config.training
-        self.identity, self._before_step = identity, before_step
+        self.identity = identity
         self._accumulation, self._batch = resolved.gradient_accumulation_steps, training.global_batch_size
         self._rows, self._groups = resolved.stages[groups.stage].rows, groups
         seen = (splits["atomic"], splits["train"])
@@ -157,9 +153,7 @@ class FactFeed:
 
     def steps(self, step: int) -> Iterator[list[Batch]]:
         """See Feed."""
-        for completed, batches in enumerate(self._grouped(self._train, step * self._batch), step):
-            self._before_step(completed)
-            yield batches
+        return self._grouped(self._train, step * self._batch)
 
     def validation(self) -> Iterator[list[Batch]]:
         """See Feed."""
@@ -207,38 +201,24 @@ class FactWorker(Worker):
         self.task = FactTask(**{name: value for name, value in self.spec.chains.items() if name != "worker"})
         self.splits = self.task.splits()
         self.steps = set(measured_steps(self.resolved.max_steps))
-        self.model: MythosModel | None = None
         self.history: dict[str, dict[str, float]] = {}
         if (folder / _HISTORY).is_file():
             self.history = json.loads((folder / _HISTORY).read_text(encoding="utf-8"))
 
-    def adapt(self) -> Adapt:
-        """Also remembers the model: the trainer has no place to measure in between."""
-        change = super().adapt()
-
-        def remember(model: MythosModel) -> None:
-            if change is not None:
-                change(model)
-            self.model = model
-
-        return remember
-
     def open_feed(self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> Feed:
         """See Worker."""
         self.started = time.perf_counter()
-        return FactFeed(self.splits, resolved, manifest, groups, identity=asdict(self.task), before_step=self.measure)
+        return FactFeed(self.splits, resolved, manifest, groups, identity=asdict(self.task))
 
-    def measure(self, completed: int) -> None:
-        """Note the accuracies after `completed` steps, where they are due."""
-        if completed not in self.steps:
+    def after_step(self, state: CallbackState) -> None:
+        """Note the accuracies, at the steps where they are due."""
+        if state.step not in self.steps:
             return
-        assert self.model is not None, "the engine is built before the first step"
-        self.history[str(completed)] = accuracies(self.model, self.splits, self.resolved.config.model.mean_recurrence)
+        self.history[str(state.step)] = accuracies(state.model, self.splits, state.config.model.mean_recurrence)
         write_atomic(self.folder / _HISTORY, json.dumps(self.history))
 
     def evaluate(self, engine: TrainingEngine, feed: Feed, losses: dict[int, float]) -> dict[str, Any]:
         """The accuracies while it trained, and at the end by loop count."""
-        self.measure(self.resolved.max_steps)
         history = sorted((int(step), shares) for step, shares in self.history.items())
         final = {n_loops: accuracies(engine.module, self.splits, n_loops) for n_loops in self.spec.loops}
         return {"history": history, "final": final}
