@@ -12,7 +12,7 @@ from rich.table import Table
 from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
-from mythos_ds.costs.pipeline import PipelinePrediction, Visit, predict
+from mythos_ds.costs.pipeline import PipelinePrediction, VisitCost, predict
 from mythos_ds.costs.preset_page import short
 from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.mains import run_tool, tool_parser
@@ -110,7 +110,7 @@ def _draw(prediction: PipelinePrediction, title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _name(visit: Visit) -> str:
+def _name(visit: VisitCost) -> str:
     if visit.kind == "loop":
         return "loop with gradient" if visit.has_gradient else "loop without gradient"
     return "loop with gradient" if visit.kind == "loops" else visit.kind

@@ -14,8 +14,9 @@ import torch
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.pipeline import predict
+from mythos_ds.costs.schedule import Action, actions_of
 from mythos_ds.engine.training_engine import TrainingEngine
-from mythos_ds.parallel import pipeline_actions, pipeline_executor
+from mythos_ds.parallel import pipeline_executor
 from mythos_ds.parallel.pipeline_stopwatch import Stopwatch
 
 SHORTEST_S = 0.15
@@ -32,10 +33,10 @@ class Paced(Stopwatch):
         self.overrun = 0.0
         self._current = (False, -1, -1)
 
-    def announced(self, *arguments: Any, **options: Any) -> Iterator[pipeline_actions.Action]:
+    def announced(self, *arguments: Any, **options: Any) -> Iterator[Action]:
         """The actions of a run, each noted before it is taken."""
-        for action in pipeline_actions.actions_of(*arguments, **options):
-            self._current = (action.kind is pipeline_actions.Kind.BACKWARD, action.visit, action.micro_batch)
+        for action in actions_of(*arguments, **options):
+            self._current = (action.backward, action.visit, action.micro_batch)
             yield action
 
     @contextmanager

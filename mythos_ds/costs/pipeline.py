@@ -1,7 +1,7 @@
 """Predicts what a pipeline's schedule costs: idle time, messages, visits that wait for their backward. Pure; no torch.
 
-The orders are those of torch.distributed.pipelining, which the pipeline runs (a test holds both equal). They are
-simulated by list scheduling: a stage takes its actions in order, each as soon as what it reads is there.
+The orders are those that the pipeline runs (costs/schedule.py), simulated by list scheduling: a stage takes its
+computations in order, each as soon as what it reads is there.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from mythos_ds.config.layout import Part, is_pipelined
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import dense_layer_flops, head_flops, lora_flops, recurrent_layer_flops
+from mythos_ds.costs.schedule import Action, Order, training_order
 
 BACKWARD_COST = 2.0
 """A backward, in forwards (Kaplan et al. 2020, arXiv 2001.08361), without recomputation."""
@@ -19,19 +20,7 @@ BACKWARD_COST = 2.0
 LOOP_MESSAGE_BYTES = 4
 """The residual stream leaves a loop's layers in fp32."""
 
-Kind = Literal["prelude", "loop", "loops", "coda"]
-
-
-class Action(NamedTuple):
-    """Forward or backward of one visit of one micro-batch."""
-
-    backward: bool
-    visit: int
-    micro_batch: int
-
-
-Order = tuple[tuple[Action, ...], ...]
-"""What each stage does, in order."""
+VisitKind = Literal["prelude", "loop", "loops", "coda"]
 
 
 class Span(NamedTuple):
@@ -43,7 +32,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Visit:
+class VisitCost:
     """A stage's work on a micro-batch that comes by, per process of the stage.
 
     Attributes:
@@ -55,7 +44,7 @@ class Visit:
         sent_bytes: its result as a message; 0 for the last visit.
     """
 
-    kind: Kind
+    kind: VisitKind
     forward: float
     backward: float
     has_gradient: bool = True
@@ -63,7 +52,7 @@ class Visit:
     sent_bytes: int = 0
 
 
-Visits = tuple[tuple[Visit, ...], ...]
+Visits = tuple[tuple[VisitCost, ...], ...]
 """Of each stage, by visit number; a micro-batch goes through all stages before it comes to the next number."""
 
 
@@ -134,11 +123,7 @@ def predict(resolved: ResolvedRun, n_loops: int) -> PipelinePrediction:
     if n_loops < 1:
         raise ValueError(f"n_loops: given {n_loops}; allowed: at least 1")
     visits, micro_batches = visits_of(resolved, n_loops), resolved.gradient_accumulation_steps
-    if isinstance(resolved.config.parallel.pp_size, int):
-        order = interleaved_order(len(visits), n_loops + 2, micro_batches)
-    else:
-        order = one_forward_one_backward_order(len(visits), micro_batches)
-    simulation = simulate(order, visits)
+    simulation = simulate(training_order(len(visits), len(visits[0]), micro_batches), visits)
     return PipelinePrediction(
         n_loops=n_loops,
         n_micro_batches=micro_batches,
@@ -159,41 +144,6 @@ def ring_bubble(n_stages: int, n_loops: int, n_micro_batches: int) -> float:
     that take no time.
     """
     return (n_stages - 1) / (n_micro_batches * (n_loops + 2) + n_stages - 1)
-
-
-def interleaved_order(n_stages: int, n_visits: int, n_micro_batches: int) -> Order:
-    """Interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473), as torch's ScheduleInterleaved1F1B.
-
-    Raises ValueError where n_micro_batches is no multiple of max(1, n_micro_batches // n_stages), the rounds.
-    """
-    rounds = max(1, n_micro_batches // n_stages)
-    if n_micro_batches % rounds:
-        raise ValueError(f"{n_micro_batches} micro-batches; allowed: a multiple of the {rounds} rounds")
-    per_round = n_micro_batches // rounds
-    places = [
-        (visit, m)
-        for first in range(0, n_micro_batches, per_round)
-        for visit in range(n_visits)
-        for m in range(first, first + per_round)
-    ]
-    forwards = [Action(False, visit, m) for visit, m in places]
-    backwards = [Action(True, n_visits - 1 - visit, m) for visit, m in places]
-    ahead = ((n_visits - 1) * per_round + 2 * (n_stages - 1 - stage) for stage in range(n_stages))
-    return tuple(_alternate(forwards, backwards, count) for count in ahead)
-
-
-def one_forward_one_backward_order(n_stages: int, n_micro_batches: int) -> Order:
-    """1F1B with one visit per stage (Narayanan et al. 2019, arXiv 1806.03377), as torch's Schedule1F1B."""
-    forwards = [Action(False, 0, m) for m in range(n_micro_batches)]
-    backwards = [Action(True, 0, m) for m in range(n_micro_batches)]
-    return tuple(_alternate(forwards, backwards, n_stages - 1 - stage) for stage in range(n_stages))
-
-
-def _alternate(forwards: list[Action], backwards: list[Action], ahead: int) -> tuple[Action, ...]:
-    """`ahead` forwards, then a forward and a backward in turn, then the backwards that are left."""
-    ahead = min(ahead, len(forwards))
-    pairs = (action for pair in zip(forwards[ahead:], backwards, strict=False) for action in pair)
-    return (*forwards[:ahead], *pairs, *backwards[len(backwards) - ahead :])
 
 
 def simulate(order: Order, visits: Visits, message_time: float = 0.0) -> Simulation:
@@ -234,14 +184,13 @@ def simulate(order: Order, visits: Visits, message_time: float = 0.0) -> Simulat
 
 def _needed(stage: int, action: Action, visits: Visits) -> tuple[int, Action] | None:
     """The stage and action whose message `action` reads; None where it reads none."""
-    backward, visit, micro_batch = action
-    if not backward:
-        other = _before(stage, visit, visits)
-    elif visits[stage][visit].has_gradient:
-        other = _after(stage, visit, visits)
+    if not action.backward:
+        other = _before(stage, action.visit, visits)
+    elif visits[stage][action.visit].has_gradient:
+        other = _after(stage, action.visit, visits)
     else:
         other = None
-    return None if other is None else (other[0], Action(backward, other[1], micro_batch))
+    return None if other is None else (other[0], action._replace(visit=other[1]))
 
 
 def _before(stage: int, visit: int, visits: Visits) -> tuple[int, int] | None:
@@ -256,7 +205,7 @@ def _after(stage: int, visit: int, visits: Visits) -> tuple[int, int] | None:
     return (0, visit + 1) if visit < len(visits[0]) - 1 else None
 
 
-def _peaks(actions: Sequence[Action], visits: Sequence[Visit]) -> tuple[int, int]:
+def _peaks(actions: Sequence[Action], visits: Sequence[VisitCost]) -> tuple[int, int]:
     """The most held visits at once, and the most bytes. A stage works in order, so times do not matter."""
     count = size = most = largest = 0
     for action in actions:
@@ -302,7 +251,7 @@ def visits_of(resolved: ResolvedRun, n_loops: int) -> Visits:
             received = tokens * dim * _message_width(resolved, producer)
             sent = tokens * dim * _message_width(resolved, kind)
             visits.append(
-                Visit(
+                VisitCost(
                     kind=kind,
                     forward=tokens * forward,
                     backward=tokens * backward if has_gradient else 0.0,
@@ -315,22 +264,22 @@ def visits_of(resolved: ResolvedRun, n_loops: int) -> Visits:
     return tuple(everything)
 
 
-def _message_width(resolved: ResolvedRun, producer: Kind) -> int:
+def _message_width(resolved: ResolvedRun, producer: VisitKind) -> int:
     """Bytes of one value of a visit's result."""
     if producer == "loop":
         return LOOP_MESSAGE_BYTES
     return 2 if resolved.config.training.dtype == "bfloat16" else 4
 
 
-def _kinds(resolved: ResolvedRun, n_loops: int) -> tuple[tuple[Kind, ...], ...]:
+def _kinds(resolved: ResolvedRun, n_loops: int) -> tuple[tuple[VisitKind, ...], ...]:
     """Of each stage's visits."""
     if isinstance(resolved.config.parallel.pp_size, int):
-        loop: tuple[Kind, ...] = ("loop",)
+        loop: tuple[VisitKind, ...] = ("loop",)
         return (("prelude", *loop * n_loops, "coda"),) * len(resolved.stages)
     return ("prelude",), ("loops",), ("coda",)
 
 
-def _costs(resolved: ResolvedRun, part: Part, kind: Kind, n_loops: int) -> tuple[float, float]:
+def _costs(resolved: ResolvedRun, part: Part, kind: VisitKind, n_loops: int) -> tuple[float, float]:
     """FLOPs per token of a visit's forward, and of its backward where it has one."""
     model, context = resolved.config.model, resolved.config.training.seq_len
     if kind == "prelude":

@@ -23,7 +23,7 @@ from mythos_ds.model.pipeline_stage import StageModel
 from mythos_ds.model.recurrent import RecurrentBlock
 from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
 from mythos_ds.parallel.groups import ParallelGroups
-from mythos_ds.parallel.pipeline_actions import require_torch
+from mythos_ds.parallel.pipeline_executor import require_torch
 from mythos_ds.parallel.routing_stats import restore_float_buffers
 
 Adapt = Callable[[MythosModel], None]

@@ -1,4 +1,4 @@
-"""Runs micro-batches through the pipeline stages by torch's schedules.
+"""Runs micro-batches through the pipeline stages in the order of costs/schedule.py.
 
 Every process runs the actions of its stage in order. Receive buffers exist from the receive to the visit that reads
 them; a visit with gradient keeps its input and output until its backward, one without keeps nothing. Gradients of
@@ -15,15 +15,28 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mythos_ds.config.layout import Stage
+from mythos_ds.costs.schedule import Action, ActionKind, actions_of
+from mythos_ds.errors import ParallelError
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.pipeline_stage import Kept, MicroBatch, StageModel, Visit
 from mythos_ds.parallel.groups import ParallelGroups
-from mythos_ds.parallel.pipeline_actions import Action, Kind, actions_of
 from mythos_ds.parallel.pipeline_stopwatch import Stopwatch
 
+_FIRST_TORCH = (2, 9)
 _SENDS_IN_FLIGHT = 4
 """Messages that wait for their receiver before the sender does too."""
+
+
+def require_torch(version: str = torch.__version__) -> None:
+    """Raises ParallelError where torch is too old for the pipeline: gradients in another dtype than the weights, and
+    backwards from edges of the graph. Checked on torch 2.13."""
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    if numbers < _FIRST_TORCH:
+        first = ".".join(map(str, _FIRST_TORCH))
+        raise ParallelError(
+            f"parallel.pp_size: the pipeline needs torch >= {first}, this is {version}; nearest: pp_size 1."
+        )
 
 
 @dataclass(frozen=True)
@@ -140,8 +153,8 @@ class _Run:
         self.depth = n_loops, n_grad_loops
         self.stage, self.n_stages = pipeline.groups.stage, len(pipeline.stages)
         self.n_visits = n_loops + 2 if pipeline.ring else 1
-        self.arrivals: dict[tuple[Kind, int, int], tuple[Tensor, list[torch_distributed.Work]]] = {}
-        self.departures: dict[tuple[Kind, int, int], Tensor] = {}
+        self.arrivals: dict[tuple[ActionKind, int, int], tuple[Tensor, list[torch_distributed.Work]]] = {}
+        self.departures: dict[tuple[ActionKind, int, int], Tensor] = {}
         self.in_flight: deque[tuple[Tensor, list[torch_distributed.Work]]] = deque()
         self.kept: dict[int, Kept] = {}
         self.saved: dict[tuple[int, int], _Saved] = {}
@@ -152,12 +165,12 @@ class _Run:
     def execute(self, actions: Sequence[Action]) -> None:
         """Runs the actions in order."""
         handlers = {
-            Kind.FORWARD: self._forward,
-            Kind.BACKWARD: self._backward,
-            Kind.SEND_FORWARD: self._send,
-            Kind.SEND_BACKWARD: self._send,
-            Kind.RECEIVE_FORWARD: self._receive,
-            Kind.RECEIVE_BACKWARD: self._receive,
+            ActionKind.FORWARD: self._forward,
+            ActionKind.BACKWARD: self._backward,
+            ActionKind.SEND_FORWARD: self._send,
+            ActionKind.SEND_BACKWARD: self._send,
+            ActionKind.RECEIVE_FORWARD: self._receive,
+            ActionKind.RECEIVE_BACKWARD: self._receive,
         }
         for action in actions:
             handlers[action.kind](action)
@@ -173,7 +186,7 @@ class _Run:
     def _forward(self, action: Action) -> None:
         number, m = action.visit, action.micro_batch
         visit, batch = self._visit(self.stage, number), self.micro_batches[m]
-        message = self._take(Kind.RECEIVE_FORWARD, action) if self._has_predecessor(number) else None
+        message = self._take(ActionKind.RECEIVE_FORWARD, action) if self._has_predecessor(number) else None
         if message is not None:
             message.requires_grad_(self._sends_gradient(action))
         with self.stopwatch.busy(), torch.set_grad_enabled(self.training):
@@ -184,7 +197,7 @@ class _Run:
             self.kept[m] = tuple(tensor if tensor.is_leaf else _leaf_of(tensor) for tensor in kept)
         self._save(action, message, output, kept)
         if self._has_successor(number):
-            self.departures[Kind.SEND_FORWARD, number, m] = output.detach()
+            self.departures[ActionKind.SEND_FORWARD, number, m] = output.detach()
         else:
             self.outputs.append(output.detach())
 
@@ -214,12 +227,12 @@ class _Run:
         with self.stopwatch.busy():
             torch.autograd.backward(edges, gradients)
         if saved.message is not None and saved.message.grad is not None:
-            self.departures[Kind.SEND_BACKWARD, number, m] = saved.message.grad
+            self.departures[ActionKind.SEND_BACKWARD, number, m] = saved.message.grad
 
     def _output_gradient(self, action: Action) -> Tensor:
         if not self._has_successor(action.visit):
             return torch.tensor(1.0 / len(self.micro_batches), device=self.pipeline.groups.device)
-        gradient = self._take(Kind.RECEIVE_BACKWARD, action)
+        gradient = self._take(ActionKind.RECEIVE_BACKWARD, action)
         sizes = [stage.size for stage in self.pipeline.stages]
         following = (self.stage + 1) % self.n_stages
         if sizes[self.stage] != sizes[following]:
@@ -228,7 +241,7 @@ class _Run:
         return gradient
 
     def _send(self, action: Action) -> None:
-        forward = action.kind is Kind.SEND_FORWARD
+        forward = action.kind is ActionKind.SEND_FORWARD
         if not forward and not self._sends_gradient(action):
             return
         tensor = self.departures.pop((action.kind, action.visit, action.micro_batch)).contiguous()
@@ -239,7 +252,7 @@ class _Run:
             self._wait_for_oldest()
 
     def _receive(self, action: Action) -> None:
-        forward = action.kind is Kind.RECEIVE_FORWARD
+        forward = action.kind is ActionKind.RECEIVE_FORWARD
         if not forward and not self._receives_gradient(action):
             return
         producer = self._producer(action.visit) if forward else self._visit(self.stage, action.visit)
@@ -248,10 +261,10 @@ class _Run:
         buffer = torch.empty(*tokens.shape, self.pipeline.model.config.dim, dtype=dtype, device=tokens.device)
         peers = self.pipeline.peers(self._neighbour(-1 if forward else 1), buffer.shape[0])
         works = [torch_distributed.irecv(buffer[first:last], rank) for rank, first, last in peers]
-        kind = Kind.RECEIVE_FORWARD if forward else Kind.RECEIVE_BACKWARD
+        kind = ActionKind.RECEIVE_FORWARD if forward else ActionKind.RECEIVE_BACKWARD
         self.arrivals[kind, action.visit, action.micro_batch] = buffer, [work for work in works if work is not None]
 
-    def _take(self, kind: Kind, action: Action) -> Tensor:
+    def _take(self, kind: ActionKind, action: Action) -> Tensor:
         buffer, works = self.arrivals.pop((kind, action.visit, action.micro_batch))
         for work in works:
             work.wait()

@@ -16,6 +16,7 @@ import torch.distributed as torch_distributed
 from mythos_ds.checkpoint.deepspeed_format import is_expert
 from mythos_ds.config.layout import Stage
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.costs.schedule import actions_of
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
 from mythos_ds.model.moe import MoE
@@ -23,7 +24,6 @@ from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.sequence_depths import DepthSampler
 from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
-from mythos_ds.parallel.pipeline_actions import actions_of
 from mythos_ds.plan.memory import parameter_shapes, states
 from mythos_ds.plan.traffic import traffic
 

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from mythos_ds.engine.deepspeed_patches import require_checked_version
 from mythos_ds.errors import ParallelError
-from mythos_ds.parallel.pipeline_actions import require_torch
+from mythos_ds.parallel.pipeline_executor import require_torch
 from tests.distributed.cases import GLOBAL_BATCH, LOOPS, SEQ_LEN, toy_model
 from tests.helpers.distributed import RankFailedError, run_distributed
 

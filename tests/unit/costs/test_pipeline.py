@@ -1,98 +1,34 @@
-"""The schedule simulator: torch's orders, known bubbles, and counts and bytes by hand."""
+"""The schedule simulator: known bubbles, and counts and bytes by hand."""
 
 import importlib.util
 import time
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve
 from mythos_ds.costs.flops import flops_per_token
 from mythos_ds.costs.pipeline import (
-    Action,
-    Order,
-    Visit,
+    VisitCost,
     Visits,
-    interleaved_order,
-    one_forward_one_backward_order,
     predict,
     ring_bubble,
     sent_bytes,
     simulate,
     visits_of,
 )
-from mythos_ds.parallel.pipeline_actions import Kind, actions_of
+from mythos_ds.costs.schedule import backward, forward, interleaved_order, one_forward_one_backward_order
 from tests.helpers.paths import ROOT
 
 TOOL = ROOT / "tools" / "plot_pipeline.py"
 
 
-def from_torch(actions, n_stages: int) -> tuple[Action, ...]:
-    """Computations of one rank in torch's order, without its idle slots and reductions."""
-    names = {"FORWARD": False, "FULL_BACKWARD": True}
-    return tuple(
-        Action(names[a.computation_type.name], a.stage_index // n_stages, a.microbatch_index)
-        for a in actions
-        if a is not None and a.computation_type.name in names
-    )
-
-
-def torch_interleaved(n_stages: int, n_visits: int, n_micro_batches: int) -> Order:
-    stage = SimpleNamespace(
-        num_stages=n_stages * n_visits, group_size=n_stages, group_rank=0, stage_index_to_group_rank={}
-    )
-    schedule = ScheduleInterleaved1F1B([stage] * n_visits, n_micro_batches)
-    return tuple(from_torch(schedule.pipeline_order[rank], n_stages) for rank in range(n_stages))
-
-
-@pytest.mark.parametrize("n_stages", [2, 3, 4, 8])
-@pytest.mark.parametrize("n_visits", [3, 4, 7, 12])
-def test_the_ring_runs_in_torchs_order(n_stages: int, n_visits: int) -> None:
-    accepted = 0
-    for n_micro_batches in range(1, 2 * n_stages + 4):
-        try:
-            expected = torch_interleaved(n_stages, n_visits, n_micro_batches)
-        except ValueError:
-            with pytest.raises(ValueError, match=f"^{n_micro_batches} micro-batches; allowed: a multiple of the"):
-                interleaved_order(n_stages, n_visits, n_micro_batches)
-            continue
-        accepted += n_micro_batches % n_stages > 0
-        assert interleaved_order(n_stages, n_visits, n_micro_batches) == expected
-    assert accepted, "some counts are no multiples of the stages"
-
-
-@pytest.mark.parametrize("n_micro_batches", [3, 4, 5, 8, 17])
-def test_literal_stages_run_in_torchs_order(n_micro_batches: int) -> None:
-    stage = SimpleNamespace(num_stages=3)
-    expected = Schedule1F1B(stage, n_micro_batches)._get_pipeline_order()
-    for rank, own in enumerate(one_forward_one_backward_order(3, n_micro_batches)):
-        listed = from_torch(expected[rank], 3)
-        # torch 2.13's listing, not its execution, numbers the last stage's forwards from 1.
-        start = listed[0].micro_batch
-        assert own == tuple(Action(a.backward, 0, a.micro_batch - (0 if a.backward else start)) for a in listed)
-
-
-@pytest.mark.parametrize(("n_stages", "n_visits", "n_micro_batches"), [(2, 5, 4), (4, 6, 10), (3, 1, 4), (3, 1, 7)])
-def test_the_pipeline_runs_what_is_predicted(n_stages: int, n_visits: int, n_micro_batches: int) -> None:
-    order = (
-        interleaved_order(n_stages, n_visits, n_micro_batches)
-        if n_visits > 1
-        else one_forward_one_backward_order(n_stages, n_micro_batches)
-    )
-    for stage, own in enumerate(order):
-        actions = actions_of(stage, n_stages, n_visits, n_micro_batches, training=True)
-        computed = [a for a in actions if a.kind in (Kind.FORWARD, Kind.BACKWARD)]
-        assert own == tuple(Action(a.kind is Kind.BACKWARD, a.visit, a.micro_batch) for a in computed)
-
-
 def spread(layers: float, n_stages: int, n_loops: int, once: float) -> Visits:
     """A ring's visits: `layers` per loop and `once` before and after them, all spread evenly; backward 3 x forward."""
     costs = [once / n_stages, *[layers / n_stages] * n_loops, once / n_stages]
-    return (tuple(Visit("loop", cost, 3 * cost) for cost in costs),) * n_stages
+    return (tuple(VisitCost("loop", cost, 3 * cost) for cost in costs),) * n_stages
 
 
 @pytest.mark.parametrize(
@@ -108,13 +44,13 @@ def test_bubbles_of_the_ring(layers: int, n_stages: int, n_micro_batches: int, p
 def test_bubbles_of_literal_stages() -> None:
     """60.5 % with equal stages; with 40, 432 and 40 processes each counts by its number."""
     order = one_forward_one_backward_order(3, 32)
-    equal = simulate(order, tuple((Visit("loops", cost, 3 * cost),) for cost in (6, 64, 6)))
+    equal = simulate(order, tuple((VisitCost("loops", cost, 3 * cost),) for cost in (6, 64, 6)))
     assert round(100 * equal.bubble(), 1) == 60.5
     sizes = (40, 432, 40)
     scaled = [layers / size for layers, size in zip((6, 64, 6), sizes, strict=True)]
     for n_micro_batches, percent in ((8, 20.7), (32, 6.8)):
         order = one_forward_one_backward_order(3, n_micro_batches)
-        uneven = simulate(order, tuple((Visit("loops", cost, 3 * cost),) for cost in scaled))
+        uneven = simulate(order, tuple((VisitCost("loops", cost, 3 * cost),) for cost in scaled))
         assert round(100 * uneven.bubble(sizes), 1) == percent
 
 
@@ -122,15 +58,15 @@ def test_bubbles_of_literal_stages() -> None:
 def test_closed_form(n_stages: int, n_loops: int, n_micro_batches: int) -> None:
     """It holds for equal visits and whole rounds, whatever a backward costs."""
     order = interleaved_order(n_stages, n_loops + 2, n_micro_batches)
-    for backward in (1.0, 2.0, 3.0):
-        simulation = simulate(order, ((Visit("loop", 1.0, backward),) * (n_loops + 2),) * n_stages)
+    for cost in (1.0, 2.0, 3.0):
+        simulation = simulate(order, ((VisitCost("loop", 1.0, cost),) * (n_loops + 2),) * n_stages)
         assert simulation.bubble() == pytest.approx(ring_bubble(n_stages, n_loops, n_micro_batches))
 
 
 def test_a_step_by_hand() -> None:
     """Two stages, one visit each, two micro-batches; messages that take half a unit."""
     order = one_forward_one_backward_order(2, 2)
-    visits = ((Visit("prelude", 1, 2, sent_bytes=10),), (Visit("coda", 1, 2, received_bytes=10),))
+    visits = ((VisitCost("prelude", 1, 2, sent_bytes=10),), (VisitCost("coda", 1, 2, received_bytes=10),))
     simulation = simulate(order, visits, message_time=0.5)
     times = [[(span.start, span.end) for span in spans] for spans in simulation.timeline]
     assert times == [[(0, 1), (1, 2), (5, 7), (8, 10)], [(1.5, 2.5), (2.5, 4.5), (4.5, 5.5), (5.5, 7.5)]]
@@ -143,10 +79,9 @@ def test_a_step_by_hand() -> None:
 
 
 def test_orders_that_wait_for_each_other() -> None:
-    forward, backward = Action(False, 0, 0), Action(True, 0, 0)
-    visits = ((Visit("prelude", 1, 2),), (Visit("coda", 1, 2),))
+    visits = ((VisitCost("prelude", 1, 2),), (VisitCost("coda", 1, 2),))
     with pytest.raises(ValueError, match="wait for each other"):
-        simulate(((backward, forward), (forward, backward)), visits)
+        simulate(((backward(0, 0), forward(0, 0)), (forward(0, 0), backward(0, 0))), visits)
 
 
 def run(pp_size: str, world_size: int, *overrides: str) -> ResolvedRun:
@@ -247,17 +182,17 @@ def test_loops_without_gradient_take_a_forward_only() -> None:
 
 def test_a_backward_without_gradient_waits_for_nothing() -> None:
     """Its message never comes; a wait for it would delay what follows on this stage."""
-    without = Visit("loop", 1, 0, has_gradient=False)
-    visits: Visits = ((Visit("prelude", 1, 2), without, Visit("coda", 1, 2)),) * 2
+    without = VisitCost("loop", 1, 0, has_gradient=False)
+    visits: Visits = ((VisitCost("prelude", 1, 2), without, VisitCost("coda", 1, 2)),) * 2
     order = interleaved_order(2, 3, 2)
     simulation = simulate(order, visits, message_time=10.0)
     ends = {(stage, span.action): span.end for stage, own in enumerate(simulation.timeline) for span in own}
     for stage in range(2):
-        assert (stage, Action(True, 1, 0)) not in ends
+        assert (stage, backward(1, 0)) not in ends
     # Forwards cross five hops.
-    assert ends[1, Action(False, 2, 0)] == 6 * 1 + 5 * 10
+    assert ends[1, forward(2, 0)] == 6 * 1 + 5 * 10
     # Backwards cross stage 1 -> 0 with the codas and, past the loop, stage 0 -> 1 and 1 -> 0 with the preludes.
-    coda, prelude = Action(True, 2, 1), Action(True, 0, 0)
+    coda, prelude = backward(2, 1), backward(0, 0)
     assert ends[0, coda] == ends[1, coda] + 10 + 2
     assert ends[1, prelude] == ends[0, coda] + 10 + 2
     assert ends[0, prelude] == ends[1, prelude] + 10 + 2
