@@ -25,6 +25,7 @@ from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, MythosError, ParallelError
+from mythos_ds.parallel.groups import select_device
 from mythos_ds.train.run_directory import default_run_directory
 
 if TYPE_CHECKING:
@@ -205,13 +206,13 @@ class Preflight:
 def _device(meeting: "Meeting") -> host_facts.Facts:
     from mythos_ds.cluster.preflight import devices
 
-    return devices.device_facts(devices.pick_device(meeting.environment))
+    return devices.device_facts(select_device(meeting.environment))
 
 
 def _links(meeting: "Meeting", nodes: dict[str, list[int]]) -> host_facts.Facts:
     from mythos_ds.cluster.preflight import devices
 
-    device = devices.pick_device(meeting.environment)
+    device = select_device(meeting.environment)
     devices.open_group(meeting.environment, device, meeting.store, meeting.left_s * GROUP_SHARE)
     offsets = devices.clock_offset(device)
     return {

@@ -42,3 +42,11 @@ class NumericsError(MythosError):
 
 class LabError(MythosError):
     """A study's run failed, or there is too little to draw a conclusion from."""
+
+
+class ReportedElsewhere(MythosError):
+    """Another rank failed and says why; this one only ends with the same exit code."""
+
+
+class RankError(MythosError):
+    """An error that this rank must report, though it may not be rank 0."""

@@ -37,12 +37,34 @@ class Gpu:
     failures_per_hour: float = 1.97e-5
 
 
-GPUS = {
-    "h100": Gpu("h100", 80e9, 989e12, 0.75, 450e9, 50e9, price_per_hour=2.5),
-    "h200": Gpu("h200", 141e9, 989e12, 0.75, 450e9, 50e9, price_per_hour=3.0),
-    "b200": Gpu("b200", 180e9, 2250e12, 0.7, 900e9, 50e9, price_per_hour=5.0),
-    "mi300x": Gpu("mi300x", 192e9, 1307e12, 0.6, 448e9, 50e9, price_per_hour=2.5),
+PEAK_BF16 = {
+    "B300": 2.25e15,
+    "B200": 2.25e15,
+    "GH200": 9.89e14,
+    "H200": 9.89e14,
+    "H100 PCIe": 7.56e14,
+    "H100": 9.89e14,
+    "A100": 3.12e14,
+    "L40S": 3.62e14,
+    "L40": 1.81e14,
+    "L4": 1.21e14,
+    "A10": 1.25e14,
+    "MI300X": 1.307e15,
+    "MI250X": 1.915e14,
 }
+"""Dense bf16 peaks in FLOP/s from the vendors' data sheets (no sparsity), by a part of the device's name."""
+
+GPUS = {
+    "h100": Gpu("h100", 80e9, PEAK_BF16["H100"], 0.75, 450e9, 50e9, price_per_hour=2.5),
+    "h200": Gpu("h200", 141e9, PEAK_BF16["H200"], 0.75, 450e9, 50e9, price_per_hour=3.0),
+    "b200": Gpu("b200", 180e9, PEAK_BF16["B200"], 0.7, 900e9, 50e9, price_per_hour=5.0),
+    "mi300x": Gpu("mi300x", 192e9, PEAK_BF16["MI300X"], 0.6, 448e9, 50e9, price_per_hour=2.5),
+}
+
+
+def peak_bf16(device_name: str) -> float | None:
+    """The dense bf16 peak of a device by the name that its driver gives it; None where it is not known."""
+    return next((peak for part, peak in PEAK_BF16.items() if part in device_name), None)
 
 
 def read_gpu(name: str) -> Gpu:

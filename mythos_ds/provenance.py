@@ -2,18 +2,14 @@
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
 
-
-def describe() -> str:
-    """Processor or GPU, and the versions that matter."""
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{os.cpu_count()} cores of {_processor()}, no GPU"
-    return f"{machine}; torch {torch.__version__}, Python {platform.python_version()}"
+def describe(gpu: str | None) -> str:
+    """The GPU of that name, or the processor where there is none, and the versions that matter."""
+    machine = gpu or f"{os.cpu_count()} cores of {_processor()}, no GPU"
+    return f"{machine}; torch {version('torch')}, Python {platform.python_version()}"
 
 
 def _processor() -> str:

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.byte_progress import byte_progress
 from mythos_ds.conversion.average import (
     SAME_LINEAGE,
     Mean,
@@ -27,10 +26,10 @@ from mythos_ds.conversion.average import (
     write_companions,
 )
 from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
-from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_writing
+from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_input, check_writing
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.mains import run_tool
-from mythos_ds.weights.checksums import require_whole
+from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.reader import TensorFolder
 from mythos_ds.weights.writer import plan_files, write_tensors
 
@@ -58,7 +57,7 @@ def work(arguments: Namespace) -> None:
     made = estimate(plan_files(specs, arguments.max_file_bytes), read, arguments.bandwidth or BANDWIDTH)
     if not arguments.dry_run:
         for member in members:
-            require_whole(member.folder)
+            check_input(member.folder)
         with byte_progress("averaging", made.bytes) as progress:
             write_tensors(
                 mean, arguments.output, jobs=arguments.jobs, max_file_bytes=arguments.max_file_bytes, progress=progress

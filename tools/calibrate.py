@@ -26,6 +26,7 @@ from mythos_ds.costs.pipeline import predict
 from mythos_ds.errors import ConfigError
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
+from mythos_ds.monitor.throughput import gpu_name
 from mythos_ds.plan.memory import stage_memory, states
 from mythos_ds.plan.traffic import traffic
 from mythos_ds.provenance import describe
@@ -250,7 +251,7 @@ def run_processes(case: dict[str, Any], processes: int) -> list[dict[str, Any]]:
 
 def write(output: Path, rows: list[Row], pipelines: list[Idle]) -> None:
     """The page and its numbers."""
-    facts = {"date": date.today().isoformat(), "hardware": describe(), "command": "python tools/calibrate.py"}
+    facts = {"date": date.today().isoformat(), "hardware": describe(gpu_name()), "command": "python tools/calibrate.py"}
     content = {
         **facts,
         "rows": [{**asdict(row), "memory_error": row.memory_error} for row in rows],

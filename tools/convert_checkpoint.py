@@ -19,13 +19,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.byte_progress import byte_progress
 from mythos_ds.conversion.convert import CUT_FLAGS, DTYPES, FORMATS, Request, Route, plan_route
 from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
-from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_writing
+from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_input, check_writing
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
-from mythos_ds.weights.checksums import require_whole
+from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.writer import plan_files, write_tensors
 
 
@@ -65,7 +64,7 @@ def work(arguments: Namespace) -> None:
     rows = None
     if not arguments.dry_run:
         if arguments.input.is_dir():
-            require_whole(arguments.input)
+            check_input(arguments.input)
         with byte_progress("converting", made.bytes) as progress:
             write_tensors(
                 route.source,

@@ -20,13 +20,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mythos_ds.byte_progress import byte_progress
 from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.portable import open_state, read_layout
-from mythos_ds.conversion.estimate import readable
 from mythos_ds.conversion.merge import newest_tag
 from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.formatting import byte_text
+from mythos_ds.io import read_json
 from mythos_ds.mains import run_tool
+from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.model_folder import CONFIG
 from mythos_ds.weights.reader import TensorFolder, TensorSource
 from mythos_ds.weights.safe_load import executes_pickles, executing_pickles
@@ -70,14 +71,14 @@ def inspect(arguments: Namespace) -> None:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
     """Facts about what is at `path`, and its tensors by kind. Raises CheckpointError where it is neither."""
     if (path / CONFIG).is_file():
-        content = manifest.read_json(path / CONFIG)
+        content = read_json(path / CONFIG)
         if not isinstance(content, dict) or "model" not in content:
             raise CheckpointError(f"{path / CONFIG}: not a model folder's configuration")
         if executes_pickles():
             raise ConfigError(f"--allow-pickle: given for {path}, whose weights are not pickled")
         return {"model folder": str(path), "facts": content.get("facts", {})}, {"weights": TensorFolder(path)}
     tag = newest_tag(path)
-    state = manifest.read_json(tag / manifest.STATE)
+    state = read_json(tag / manifest.STATE)
     sources, updates = open_state(tag)
     facts = {
         "checkpoint": str(tag),
@@ -129,7 +130,7 @@ def table(kind: str, tensors: Mapping[str, Mapping[str, Any]], every: bool) -> T
         total = sum(counts)
         rms = math.sqrt(sum(m["rms"] ** 2 * n for m, n in zip(members, counts, strict=True)) / max(1, total))
         zeros = sum(m["zeros"] for m in members) / max(1, total)
-        size = readable(sum(m["bytes"] for m in members))
+        size = byte_text(sum(m["bytes"] for m in members))
         largest = max(m["largest"] for m in members)
         made.add_row(name, f"{total:,}", size, f"{rms:.3g}", f"{largest:.3g}", f"{zeros:.1%}")
     return made

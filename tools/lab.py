@@ -22,6 +22,7 @@ from mythos_ds.lab.study import Study, write_report
 from mythos_ds.lab.summary_page import write_summary
 from mythos_ds.lab.sweep import run_all, run_folder
 from mythos_ds.mains import INTERRUPTED_EXIT_CODE, run_tool
+from mythos_ds.monitor.throughput import gpu_name
 from mythos_ds.provenance import describe
 from mythos_ds.train.run_directory import git_commit
 
@@ -68,7 +69,7 @@ def run_study(study: Study, arguments: Namespace) -> None:
         "question": study.title,
         "command": f"`python tools/lab.py {study.name} --scale {arguments.scale}`",
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
-        "hardware": describe(),
+        "hardware": describe(gpu_name()),
         "code": git_commit() or "unknown",
         "runs": f"{len(specs)}, {minutes:.0f} process-minutes",
     }

@@ -29,10 +29,11 @@ from mythos_ds.conversion.openmythos import convert_openmythos, openmythos_confi
 from mythos_ds.data.batches import BatchStream
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.formatting import markdown_table
 from mythos_ds.io import write_atomic
-from mythos_ds.lab.study import markdown
 from mythos_ds.mains import run_tool
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.monitor.throughput import gpu_name
 from mythos_ds.provenance import describe
 from mythos_ds.train.exit_gate import open_text
 from mythos_ds.weights.model_folder import TOKENIZER, load_model, read_facts
@@ -78,7 +79,7 @@ def work(arguments: Namespace) -> None:
         "model": f"{arguments.checkpoint}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"mean recurrence T = {model.config.mean_recurrence}",
         "tokens": f"{arguments.batches} batches of {ROWS} x {seq_len}: {text}",
-        "hardware": describe(),
+        "hardware": describe(gpu_name()),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     write(arguments.output, facts, measure_all(model, batches))
@@ -184,7 +185,7 @@ def write(output: Path, facts: dict[str, str], results: dict[str, Any]) -> None:
             continue
         sentences, tables = words(own)
         lines += [*(f"* {sentence}" for sentence in sentences), ""]
-        lines += [line for table in tables for line in (*markdown(table), "")]
+        lines += [line for table in tables for line in (markdown_table(table[0], table[1:]), "")]
         draw(own, output / f"{name}.png")
         lines += [f"![{name.replace('_', ' ')}]({name}.png)", ""]
     write_atomic(output / "report.json", json.dumps({"facts": facts, **results}, indent=1) + "\n")

@@ -13,8 +13,8 @@ from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.costs.pipeline import PipelinePrediction, VisitCost, predict
-from mythos_ds.costs.preset_page import short
 from mythos_ds.errors import ConfigError, MythosError
+from mythos_ds.formatting import number_text
 from mythos_ds.mains import run_tool, tool_parser
 
 # Forward and backward.
@@ -70,8 +70,8 @@ def _table(resolved: ResolvedRun, prediction: PipelinePrediction, title: str) ->
             str(stage.size),
             *layers,
             f"{prediction.idle[number]:.2%}",
-            f"{prediction.peak_held[number]}, {short(held)}B",
-            f"{short(sent)}B",
+            f"{prediction.peak_held[number]}, {number_text(held)}B",
+            f"{number_text(sent)}B",
         )
     return table
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve
-from mythos_ds.conversion.estimate import readable
 from mythos_ds.errors import ConfigError
+from mythos_ds.formatting import byte_text
 from mythos_ds.mains import run_tool
 
 _DEFAULT_NODE = 8
@@ -69,11 +69,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"exchanges tokens with {len(group)} ranks, {span(group)}" if group else "keeps its tokens",
         f"shares these experts with {len(copies)} ranks, {', '.join(map(str, copies[:4]))}{' ...' * (len(copies) > 4)}",
         f"{found['parameters_before_zero']:,} parameters before ZeRO-3 cuts them; keeps "
-        + ", ".join(f"{name} {readable(size)}" for name, size in kept.items()),
+        + ", ".join(f"{name} {byte_text(size)}" for name, size in kept.items()),
         f"step {found['step']}: {found['n_loops']} loops, {found['n_grad_loops']} with gradient; "
         f"{found['micro_batches']} micro-batches of {found['rows_per_micro_batch']} sequences; samples "
         f"{span(found['samples_of_the_step'])} over all ranks",
-        "sends: " + ", ".join(f"{name} {readable(size)}" for name, size in sent.items() if size),
+        "sends: " + ", ".join(f"{name} {byte_text(size)}" for name, size in sent.items() if size),
     ]
     if found["actions"]:
         shown.append("schedule: " + ", ".join(f"{count} x {name}" for name, count in found["actions"].items()))

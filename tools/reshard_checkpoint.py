@@ -14,7 +14,6 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from mythos_ds.byte_progress import byte_progress
 from mythos_ds.checkpoint import manifest as files
 from mythos_ds.checkpoint.portable import PORTABLE, open_state, read_layout, write_portable
 from mythos_ds.conversion.estimate import estimate, print_estimate
@@ -23,6 +22,7 @@ from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_w
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
+from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.weights.safe_load import executing_pickles
 from mythos_ds.weights.writer import plan_files

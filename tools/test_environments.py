@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from mythos_ds.errors import MythosError
+from mythos_ds.formatting import plain_table
 from mythos_ds.mains import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,10 +182,7 @@ def listed(tests: list[str]) -> str:
 
 
 def show(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, *rows]:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        sys.stdout.write(line.rstrip() + "\n")
+    sys.stdout.write(plain_table(heads, rows) + "\n")
     sys.stdout.flush()
 
 

@@ -18,6 +18,7 @@ from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
+from mythos_ds.monitor.throughput import gpu_name
 from mythos_ds.provenance import describe
 from mythos_ds.train.callbacks import Callback, CallbackState
 from mythos_ds.train.evaluation import perplexity
@@ -91,7 +92,7 @@ Try it: `python tools/generate.py "def main("`.
 
 * Trained on {facts["tokens"] / 1e6:.1f}M tokens ({summary.step} steps) of the text of a Python installation (source
   code and English documentation, PSF licence), {time.strftime("%Y-%m-%d", time.gmtime())}.
-* Hardware: {describe()}.
+* Hardware: {describe(gpu_name())}.
 * Made by `{command}`, commit {git_commit() or "unknown"}.
 * {SINGLE}: fp32 weights; {TOKENIZER}: sentencepiece, 4096 pieces. Another Python installation has other text, and
   losses then differ by some percent.

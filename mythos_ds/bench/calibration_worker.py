@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mythos_ds.bench.collective_bytes import Traffic
+from mythos_ds.bench.collective_bytes import CollectiveBytes
 from mythos_ds.bench.paced_pipeline import paced_step
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve
@@ -23,7 +23,7 @@ from mythos_ds.plan.live_bytes import LiveBytes
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Two steps to get going, then one that is counted, or paced where case["paced"]; of case["n_loops"] loops."""
-    traffic = Traffic()
+    traffic = CollectiveBytes()
     environment = ProcessEnvironment.detect(os.environ)
     resolved = resolve(load_config(case["config"], case["overrides"]).config, environment.world_size)
     groups = init_parallel(environment, resolved.ep_size, resolved.stages, timeout_s=120.0)

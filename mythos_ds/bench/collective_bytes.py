@@ -14,7 +14,7 @@ def _bytes(tensors: Tensor | list[Tensor]) -> int:
     return sum(_bytes(tensor) for tensor in tensors)
 
 
-class Traffic:
+class CollectiveBytes:
     """Bytes per collective on this rank. Must exist before DeepSpeed starts: its backend keeps the functions it finds.
 
     all_gather*: output bytes; all_to_all_single, reduce_scatter_tensor, all_reduce, isend: input bytes; integers

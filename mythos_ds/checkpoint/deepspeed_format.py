@@ -5,8 +5,10 @@ parameter into equal parts over its ranks; ZeRO 1 and 2 cut a whole group of par
 Expert weights are first cut by expert over the expert-parallel ranks. A pipeline stage has a folder of its own.
 """
 
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from mythos_ds.checkpoint.manifest import MANIFEST
 from mythos_ds.engine.optimizer import role_of
 from mythos_ds.errors import CheckpointError
 from mythos_ds.weights.reader import TensorSpec
-from mythos_ds.weights.safe_load import executes_pickles, executing_pickles, load_trusted
+from mythos_ds.weights.safe_load import executes_pickles, safe_load
 
 WEIGHTS = "weights"
 """Kind of the fp32 weights; other kinds are the optimizer's: exp_avg, exp_avg_sq, momentum_buffer."""
@@ -138,20 +140,41 @@ def _tile(name: str, numel: int, pieces: list[Piece]) -> tuple[Piece, ...]:
     return tuple(ordered)
 
 
-class ShardReader:
-    """The contents of a checkpoint's files, mapped into memory; nothing is executed (see `load_trusted`), unless
-    `trusting`."""
+@cache
+def _classes() -> list[Any]:
+    """What DeepSpeed's files hold beside tensors and plain values. Imported when a file is first read: what converts
+    safetensors runs without DeepSpeed."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    def __init__(self, tag: Path, *, trusting: bool | None = None):
+    def member(kind: Any, name: Any) -> Any:
+        """Stands for getattr, by which Python 3.11.0 to 3.11.3 pickle the members of an enum; it gets nothing else."""
+        if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError("Unsupported global: getattr was not an allowed global")
+        return ZeroStageEnum[name]
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, (member, "builtins.getattr")]
+
+
+def load_deepspeed_file(path: Path, *, mapped: bool = True, allow_pickle: bool | None = None) -> Any:
+    """`safe_load` of a file that DeepSpeed wrote: its own four classes are allowed."""
+    return safe_load(path, mapped=mapped, classes=_classes(), allow_pickle=allow_pickle)
+
+
+class ShardReader:
+    """The contents of a checkpoint's files, mapped into memory; nothing is executed (see `safe_load`), unless
+    `allow_pickle`."""
+
+    def __init__(self, tag: Path, *, allow_pickle: bool | None = None):
         self.tag = tag
-        self.trusting = executes_pickles() if trusting is None else trusting
+        self.allow_pickle = executes_pickles() if allow_pickle is None else allow_pickle
         self._open: dict[str, Any] = {}
 
     def content(self, file: str) -> Any:
         """What torch saved in `file`."""
         if file not in self._open:
-            with executing_pickles(self.trusting):
-                self._open[file] = load_trusted(self.tag / file)
+            self._open[file] = load_deepspeed_file(self.tag / file, allow_pickle=self.allow_pickle)
         return self._open[file]
 
     def elements(self, piece: Piece, name: str, kind: str) -> Tensor:
@@ -228,13 +251,13 @@ class CheckpointTensors:
         manifest = self.tag / MANIFEST
         own = {"tag": self.tag, "kind": self.kind, "tensors": self.tensors, "buffers": self.buffers}
         content = manifest.read_bytes() if manifest.is_file() else None
-        return {**own, "trusting": self._reader.trusting, "manifest": content}
+        return {**own, "allow_pickle": self._reader.allow_pickle, "manifest": content}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.tag, self.kind, self.tensors, self.buffers = (
             state[name] for name in ("tag", "kind", "tensors", "buffers")
         )
-        self._reader = ShardReader(self.tag, trusting=state["trusting"])
+        self._reader = ShardReader(self.tag, allow_pickle=state["allow_pickle"])
 
     def specs(self) -> dict[str, TensorSpec]:
         """Every tensor of the kind."""

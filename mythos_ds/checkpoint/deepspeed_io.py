@@ -16,8 +16,8 @@ import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
+from mythos_ds.checkpoint.deepspeed_format import load_deepspeed_file
 from mythos_ds.checkpoint.manifest import FileRecord
-from mythos_ds.weights.safe_load import load_trusted
 
 
 class HashedFile:
@@ -106,7 +106,7 @@ def _named(error: OSError, path: Path) -> OSError:
 
 
 class TorchFiles(TorchCheckpointEngine):
-    """DeepSpeed's checkpoint engine, saving through a `Pending` and loading through `load_trusted`."""
+    """DeepSpeed's checkpoint engine, saving through a `Pending` and loading through `safe_load`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class TorchFiles(TorchCheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> Any:
         """The file's content on the CPU. Raises CheckpointError where it holds more than it should."""
         # Not mapped: optimizers keep what they are given, and the file may be removed during the run.
-        return load_trusted(Path(path), mapped=False)
+        return load_deepspeed_file(Path(path), mapped=False)
 
     def preserves_storage_sharing(self) -> bool:
         """Whether DeepSpeed must copy tensors out of larger ones; what is held has been copied so."""

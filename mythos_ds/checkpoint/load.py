@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.checkpoint import manifest, random_state
+from mythos_ds.checkpoint.deepspeed_format import load_deepspeed_file
 from mythos_ds.checkpoint.deepspeed_io import torch_files
 from mythos_ds.checkpoint.reshard import load_resharded
 from mythos_ds.checkpoint.save import TrainingState, layout_of, random_state_file, shards_of
 from mythos_ds.engine.training_engine import TrainingEngine
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import CheckpointError, RankError, ReportedElsewhere
+from mythos_ds.io import read_json
 from mythos_ds.log import get_logger
 from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
-from mythos_ds.rank_errors import RankError, ReportedElsewhere
-from mythos_ds.weights.safe_load import executing_pickles, load_trusted
+from mythos_ds.weights.safe_load import executing_pickles
 
 _logger = get_logger(__name__)
 
@@ -46,7 +47,7 @@ def verified_everywhere(groups: ParallelGroups, tag: Path) -> bool:
 
 def read_state(tag: Path) -> TrainingState:
     """Step, position and layout of a checkpoint, without its tensors. Raises CheckpointError when it is damaged."""
-    content = manifest.read_json(tag / manifest.STATE)
+    content = read_json(tag / manifest.STATE)
     try:
         return TrainingState(**content)
     except TypeError as error:
@@ -67,7 +68,7 @@ def load_checkpoint(
     if not same:
         _logger.info("%s was written by the layout %s; resharding to %s", tag.name, state.layout, layout)
     if not allow_pickle:
-        together(groups, lambda: _require_trusted(tag, groups))
+        together(groups, lambda: _require_safe(tag, groups))
     with executing_pickles(allow_pickle):
         if same:
             _load_shards(engine, groups, tag, state.step)
@@ -78,10 +79,10 @@ def load_checkpoint(
     return state
 
 
-def _require_trusted(tag: Path, groups: ParallelGroups) -> None:
+def _require_safe(tag: Path, groups: ParallelGroups) -> None:
     """Every file once, by one of the ranks, without its tensors: inside DeepSpeed's load a rank cannot fail alone."""
     for path in manifest.share_of(sorted(tag.rglob("*.pt")), groups.rank, groups.world_size):
-        load_trusted(path)
+        load_deepspeed_file(path)
 
 
 def _load_shards(engine: TrainingEngine, groups: ParallelGroups, tag: Path, step: int) -> None:
@@ -97,6 +98,6 @@ def _restore_random_states(tag: Path, groups: ParallelGroups, state: TrainingSta
     """Those of this rank; a rank that the checkpoint does not know starts from the run's seed."""
     path = tag / random_state_file(groups.rank)
     if path.is_file():
-        random_state.restore(manifest.read_json(path), groups.device)
+        random_state.restore(read_json(path), groups.device)
     else:
         random_state.seed((state.config["training"]["seed"], state.step, groups.rank))

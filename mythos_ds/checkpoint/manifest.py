@@ -1,16 +1,14 @@
 """What makes a checkpoint directory complete: a manifest, written last, with the size and checksum of every file."""
 
-import json
 import shutil
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import write_atomic
+from mythos_ds.io import read_json, write_atomic
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -72,19 +70,6 @@ def digest(path: Path) -> FileRecord:
         while chunk := file.read(_CHUNK_BYTES):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return FileRecord(size, crc)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON and force it to stable storage."""
-    write_atomic(path, json.dumps(content, indent=1) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises CheckpointError when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error})") from error
 
 
 def read_manifest(tag: Path) -> dict[str, FileRecord]:

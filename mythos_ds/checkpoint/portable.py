@@ -15,7 +15,7 @@ from torch import Tensor
 from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.deepspeed_format import WEIGHTS, open_checkpoint
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import sync
+from mythos_ds.io import read_json, sync, write_json
 from mythos_ds.weights.reader import TensorFolder, TensorSource
 from mythos_ds.weights.writer import MAX_FILE_BYTES, write_tensors
 
@@ -44,7 +44,7 @@ class PortableTensors(TensorFolder):
 
 def read_layout(tag: Path) -> dict[str, Any]:
     """The layout that wrote `tag`. Raises CheckpointError where it does not say."""
-    layout = manifest.read_json(tag / manifest.STATE).get("layout")
+    layout = read_json(tag / manifest.STATE).get("layout")
     if not isinstance(layout, dict):
         raise CheckpointError(f"{tag / manifest.STATE}: names no layout")
     return {"pp_size": 1, **layout}
@@ -81,12 +81,12 @@ def write_portable(
         write_tensors(source, partial, stem=kind, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
     for path in tag.glob("random_state_rank_*.json"):
         copyfile(path, partial / path.name)
-    state = manifest.read_json(tag / manifest.STATE)
+    state = read_json(tag / manifest.STATE)
     kinds = [WEIGHTS, *sorted(set(sources) - {WEIGHTS})]
-    manifest.write_json(partial / manifest.STATE, {**state, "layout": {PORTABLE: kinds, _STEPS: steps}})
+    write_json(partial / manifest.STATE, {**state, "layout": {PORTABLE: kinds, _STEPS: steps}})
     records = {str(path.relative_to(partial)): manifest.digest(path) for path in manifest.data_files(partial)}
     content = {name: {"size": record.size, "crc32": record.crc32} for name, record in records.items()}
-    manifest.write_json(partial / manifest.MANIFEST, {"format": 1, "files": content})
+    write_json(partial / manifest.MANIFEST, {"format": 1, "files": content})
     sync(partial)
     partial.rename(target)
     manifest.point_latest(directory, target)

@@ -20,7 +20,7 @@ from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import CheckpointConfig
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import CheckpointError, MythosError
-from mythos_ds.io import sync
+from mythos_ds.io import read_json, sync, write_json
 from mythos_ds.log import get_logger
 from mythos_ds.parallel.collective import on_rank_zero, together
 from mythos_ds.parallel.groups import ParallelGroups
@@ -214,10 +214,10 @@ def _write(partial: Path, rank: int, pending: Pending, notes: dict[str, Any]) ->
     """This rank's files, and what they should hold."""
     records = pending.write()
     for name, content in notes.items():
-        manifest.write_json(partial / name, content)
+        write_json(partial / name, content)
         records[partial / name] = manifest.digest(partial / name)
     digests = {str(path.relative_to(partial)): asdict(record) for path, record in records.items()}
-    manifest.write_json(partial / _digest_file(rank), digests)
+    write_json(partial / _digest_file(rank), digests)
 
 
 def _write_manifest(partial: Path, groups: ParallelGroups) -> None:
@@ -226,6 +226,6 @@ def _write_manifest(partial: Path, groups: ParallelGroups) -> None:
     digests: dict[str, Any] = {}
     for rank in range(groups.world_size):
         path = partial / _digest_file(rank)
-        digests.update(manifest.read_json(path))
+        digests.update(read_json(path))
         path.unlink()
-    manifest.write_json(partial / manifest.MANIFEST, {"format": 1, "files": dict(sorted(digests.items()))})
+    write_json(partial / manifest.MANIFEST, {"format": 1, "files": dict(sorted(digests.items()))})

@@ -9,14 +9,12 @@ DeepSpeed.
 import copy
 from typing import Any
 
-from mythos_ds.config.error_messages import did_you_mean
+from mythos_ds.config.error_messages import Problem, did_you_mean
 from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.schema import RunConfig
 
-Problem = tuple[str, str]
-
 # Larger than any run: the progress line is ours.
-NEVER = 10**9
+_NO_PRINTS = 10**9
 
 KNOWN_KEYS = (
     "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet",
@@ -144,7 +142,7 @@ def build(config: RunConfig, gradient_accumulation_steps: int) -> dict[str, Any]
     There is no optimizer section: the engine hands DeepSpeed a torch optimizer, so no operator is compiled.
     """
     training, parallel = config.training, config.parallel
-    merged: dict[str, Any] = {"steps_per_print": NEVER, **_without_nulls(config.deepspeed)}
+    merged: dict[str, Any] = {"steps_per_print": _NO_PRINTS, **_without_nulls(config.deepspeed)}
     zero = {**_zero_defaults(config), **merged.get(ZERO, {}), "stage": parallel.zero_stage}
     if training.optimizer == "muon":
         # Stage 3 orthogonalises whole gradients; stages 1 and 2 reduce experts' gradients wrongly without it.

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 from mythos_ds.config.schema import RunConfig
 
 Location = tuple[str | int, ...]
+Problem = tuple[str, str]
+"""A key of the configuration, and what is wrong with it."""
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _TYPE_NAMES = {
     "integer": "an integer",

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos_ds.checkpoint.manifest import read_json
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import read_json
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.model_folder import CONFIG, TOKENIZER
 from mythos_ds.weights.reader import TensorSource, TensorSpec

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from mythos_ds.checkpoint.manifest import read_json
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
 from mythos_ds.conversion.held_out_loss import comparison, evaluated_loops, held_out_text, losses
@@ -17,6 +16,7 @@ from mythos_ds.conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmyth
 from mythos_ds.conversion.retrofit import FAMILIES, Cut, Retrofitted, describe, retrofit_config
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError, DataError
+from mythos_ds.io import read_json
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config, read_facts
 from mythos_ds.weights.pickled import has_safetensors, open_weights

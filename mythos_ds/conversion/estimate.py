@@ -1,11 +1,11 @@
 """What a conversion will write, hold and take, before it starts."""
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from mythos_ds.formatting import byte_text, duration_text
 from mythos_ds.weights.writer import OutputFile, peak_bytes
 
 LIBRARY_BYTES = 300_000_000
@@ -49,17 +49,7 @@ def print_estimate(label: str, made: Estimate, as_json: bool) -> None:
         sys.stdout.write(json.dumps(asdict(made)) + "\n")
         return
     sys.stdout.write(
-        f"{label}: {made.tensors:,} tensors, {readable(made.bytes)} in {made.files:,} files of at most "
-        f"{readable(made.largest_file)}; up to {readable(made.peak_bytes_per_worker)} of memory per worker; "
-        f"{_duration(made.hours)} at {made.bandwidth / 1e9:g} GB/s\n"
+        f"{label}: {made.tensors:,} tensors, {byte_text(made.bytes)} in {made.files:,} files of at most "
+        f"{byte_text(made.largest_file)}; up to {byte_text(made.peak_bytes_per_worker)} of memory per worker; "
+        f"{duration_text(made.hours)} at {made.bandwidth / 1e9:g} GB/s\n"
     )
-
-
-def readable(size: float) -> str:
-    """1234567 -> '1.23 MB'."""
-    power = min(int(math.log10(size) // 3), 4) if size >= 1 else 0
-    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def _duration(hours: float) -> str:
-    return f"{hours:.2g} hours" if hours >= 1 else f"{hours * 3600:.2g} seconds"

@@ -10,12 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from mythos_ds.checkpoint.manifest import read_json
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.hf_names import LEFT_OUT, Names
 from mythos_ds.conversion.model_target import WholeModel, folder_dtype, write_config
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import write_atomic
+from mythos_ds.io import read_json, write_atomic
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config, read_facts
 from mythos_ds.weights.reader import TensorFolder, TensorSource, TensorSpec

@@ -13,6 +13,7 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.model_target import WholeModel, check_tokenizer, write_config
 from mythos_ds.data.builtin import BuiltinData
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import read_json
 from mythos_ds.weights.reader import TensorSource
 from mythos_ds.weights.writer import MAX_FILE_BYTES, write_tensors
 
@@ -54,7 +55,7 @@ def merge(
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the model of the verified checkpoint `tag` to `output`; its configuration comes last."""
-    state = manifest.read_json(tag / manifest.STATE)
+    state = read_json(tag / manifest.STATE)
     model = model_of(state)
     source, own = merged_source(tag, model, dtype), tokenizer or tokenizer_of(state["config"])
     check_tokenizer(own, model)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from mythos_ds.checkpoint.manifest import list_tags
 from mythos_ds.errors import ConfigError
+from mythos_ds.monitor.progress import byte_progress
+from mythos_ds.weights.checksums import checked_bytes, require_whole
 from mythos_ds.weights.writer import MAX_FILE_BYTES
 
 BANDWIDTH = 2e9
@@ -17,6 +19,13 @@ def add_writing(parser: ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--bandwidth", type=float, help=f"with --dry-run: bytes per second (default {BANDWIDTH:.0e})")
     parser.add_argument("--json", action="store_true", help="print the plan or the result as JSON")
+
+
+def check_input(folder: Path) -> None:
+    """Raises CheckpointError where a folder's files are not those that its checksums name; shows a bar meanwhile."""
+    if total := checked_bytes(folder):
+        with byte_progress("checking the input", total) as progress:
+            require_whole(folder, progress)
 
 
 def check_writing(arguments: Namespace) -> None:

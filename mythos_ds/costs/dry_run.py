@@ -7,7 +7,7 @@ from mythos_ds.config.schema import TrainingConfig
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
 from mythos_ds.costs.pipeline import predict
-from mythos_ds.costs.preset_page import short
+from mythos_ds.formatting import number_text
 
 _LABEL_WIDTH = 18
 
@@ -34,7 +34,7 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
         *(_pipeline(resolved) if pipelined else ()),
         ("experts", f"{model.n_experts // ep_size} of {model.n_experts} per process and layer"),
         ("batch", f"{training.global_batch_size} sequences = {split} = {resolved.tokens_per_step:,} tokens"),
-        ("length", f"{resolved.max_steps:,} steps = {short(tokens)} tokens, sequences of {training.seq_len}"),
+        ("length", f"{resolved.max_steps:,} steps = {number_text(tokens)} tokens, sequences of {training.seq_len}"),
         (
             "optimizer",
             f"{training.optimizer}, lr {training.lr:g} (matrices {matrix_lr:.3g}), {training.dtype}",
@@ -74,7 +74,8 @@ def _pipeline(resolved: ResolvedRun) -> list[tuple[str, str]]:
         ranks = _span(tuple(range(stage.first_rank, stage.first_rank + stage.size)))
         held, sent = prediction.peak_held_bytes[index], prediction.sent_bytes[index]
         text = f"ranks {ranks}: {', '.join(ends)}; rows per micro-batch {stage.rows}"
-        rows.append((f"stage {index}", f"{text}; keeps {short(held)}B of messages, sends {short(sent)}B per step"))
+        text += f"; keeps {number_text(held)}B of messages, sends {number_text(sent)}B per step"
+        rows.append((f"stage {index}", text))
     return [*rows, ("idle share", f"{prediction.bubble:.1%} of a step at {mean} loops, by simulation")]
 
 
@@ -89,15 +90,15 @@ def _size(resolved: ResolvedRun) -> list[tuple[str, str]]:
     full = flops_per_token(model, context=config.training.seq_len, n_loops=model.max_loops)
     tokens = resolved.max_steps * resolved.tokens_per_step
     depths = (model.mean_recurrence, model.max_loops)
-    cache = [f"{short(cache_bytes_per_token(model, loops))}B at {loops} loops" for loops in depths]
+    cache = [f"{number_text(cache_bytes_per_token(model, loops))}B at {loops} loops" for loops in depths]
     return [
         ("parameters", f"{counts.total:,}, of them {counts.routed:,} in routed experts"),
         ("active", f"{counts.active:,} per token ({counts.active_share:.1%})"),
         (
             "FLOPs per token",
-            f"{short(mean.training)} in training at mean depth + {short(mean.recompute)} recompute",
+            f"{number_text(mean.training)} in training at mean depth + {number_text(mean.recompute)} recompute",
         ),
-        ("at full depth", f"{short(full.training)} (T = {model.max_loops}, gradient through all loops)"),
-        ("FLOPs of the run", short(mean.training * tokens)),
+        ("at full depth", f"{number_text(full.training)} (T = {model.max_loops}, gradient through all loops)"),
+        ("FLOPs of the run", number_text(mean.training * tokens)),
         ("cache per token", ", ".join(cache)),
     ]

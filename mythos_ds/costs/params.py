@@ -48,7 +48,7 @@ class ParameterCounts:
 _MOMENT_BYTES = {"adamw": 8, "muon": 8, "sgd": 0}
 
 
-def checkpoint_bytes(config: RunConfig) -> int:
+def checkpoint_disk_bytes(config: RunConfig) -> int:
     """Bytes of a training checkpoint: fp32 weights and moments (of Muon at most), and below ZeRO-3 the weights as
     trained beside them."""
     training = config.training

@@ -1,23 +1,13 @@
 """The table of presets: what each one is, holds and costs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
+from mythos_ds.formatting import markdown_table, number_text
 
-_SCALES = (
-    (1e24, "Y"),
-    (1e21, "Z"),
-    (1e18, "E"),
-    (1e15, "P"),
-    (1e12, "T"),
-    (1e9, "G"),
-    (1e6, "M"),
-    (1e3, "k"),
-)
-Row = list[str]
 SHAPE_HEADER = ["preset", "dim", "layers", "attention", "experts", "expert width", "loops mean / max",
                 "total", "active", "active %"]  # fmt: skip
 COST_HEADER = ["preset", "forward at mean", "training at mean", "recompute", "training at full depth",
@@ -26,15 +16,7 @@ RECIPE_HEADER = ["preset", "tokens", "batch", "sequence", "steps", "peak lr of m
                  "EP", "training FLOPs in all"]  # fmt: skip
 
 
-def short(value: float, digits: int = 3) -> str:
-    """1.05G, 600k, 42."""
-    for scale, letter in _SCALES:
-        if abs(value) >= scale * (1 - 0.5 * 10**-digits):
-            return f"{value / scale:.{digits}g}{letter}"
-    return f"{value:.{digits}g}"
-
-
-def shape_row(name: str, config: RunConfig) -> Row:
+def shape_row(name: str, config: RunConfig) -> list[str]:
     """Architecture and parameters of a preset."""
     model, counts = config.model, count_parameters(config.model)
     experts = f"{model.n_experts} top-{model.n_experts_per_tok} + {model.n_shared_experts}"
@@ -42,22 +24,22 @@ def shape_row(name: str, config: RunConfig) -> Row:
     loops = f"{model.mean_recurrence} / {model.max_loops}"
     attention = f"{model.attn_type} {model.n_heads}"
     return [name, str(model.dim), layers, attention, experts, str(model.expert_dim), loops,
-            short(counts.total, 4), short(counts.active), f"{counts.active_share:.1%}"]  # fmt: skip
+            number_text(counts.total, 4), number_text(counts.active), f"{counts.active_share:.1%}"]  # fmt: skip
 
 
-def cost_row(name: str, config: RunConfig) -> Row:
+def cost_row(name: str, config: RunConfig) -> list[str]:
     """FLOPs and cache bytes per token of a preset."""
     model, seq_len = config.model, config.training.seq_len
     run = resolve(config, planned_world_size(config))
     mean = expected_flops_per_token(config, run.mean_backprop_depth)
     full = flops_per_token(model, context=seq_len, n_loops=model.max_loops)
     caches = [cache_bytes_per_token(model, loops) for loops in (model.mean_recurrence, model.max_loops)]
-    return [name, short(mean.forward + mean.attention), short(mean.training), short(mean.recompute),
-            short(full.training), f"{3 * full.attention / full.training:.0%}",
-            *(f"{short(size)}B" for size in caches)]  # fmt: skip
+    return [name, number_text(mean.forward + mean.attention), number_text(mean.training), number_text(mean.recompute),
+            number_text(full.training), f"{3 * full.attention / full.training:.0%}",
+            *(f"{number_text(size)}B" for size in caches)]  # fmt: skip
 
 
-def recipe_row(name: str, config: RunConfig) -> Row:
+def recipe_row(name: str, config: RunConfig) -> list[str]:
     """How a preset is meant to be trained."""
     training, model, cluster = config.training, config.model, config.cluster
     run = resolve(config, planned_world_size(config))
@@ -65,14 +47,8 @@ def recipe_row(name: str, config: RunConfig) -> Row:
     cost = expected_flops_per_token(config, run.mean_backprop_depth).training * tokens
     place = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}" if cluster else "any machine"
     peak = f"{training.lr * training.lr_reference_dim / model.dim:.2g}"
-    return [name, short(tokens), f"{short(run.tokens_per_step)} tokens", str(training.seq_len),
-            f"{run.max_steps:,}", peak, place, str(config.parallel.ep_size), short(cost)]  # fmt: skip
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Row]) -> str:
-    """A GitHub table."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return [name, number_text(tokens), f"{number_text(run.tokens_per_step)} tokens", str(training.seq_len),
+            f"{run.max_steps:,}", peak, place, str(config.parallel.ep_size), number_text(cost)]  # fmt: skip
 
 
 def preset_page(presets: Sequence[tuple[str, RunConfig, str]]) -> str:

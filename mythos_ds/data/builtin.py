@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mythos_ds.data.corpus import DEFAULT_BYTES, build_corpus, write_corpus
-from mythos_ds.data.files import published_directory
 from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.data.tokenizer import train_tokenizer
 from mythos_ds.errors import DataError
+from mythos_ds.io import published_directory
 from mythos_ds.log import get_logger
 
 VOCABULARY = 4096

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from mythos_ds.data.files import write_json
 from mythos_ds.errors import DataError
+from mythos_ds.io import write_json
 
 FORMAT = 1
 
@@ -40,7 +40,7 @@ def dataset_files(prefix: Path) -> tuple[Path, Path, Path]:
 
 def write_info(prefix: Path, info: DatasetInfo) -> None:
     """Publish the sidecar of the pair at `prefix`."""
-    write_json(dataset_files(prefix)[2], asdict(info))
+    write_json(dataset_files(prefix)[2], asdict(info), indent=2, sort_keys=True)
 
 
 def read_info(prefix: Path) -> DatasetInfo:

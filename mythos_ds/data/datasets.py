@@ -14,9 +14,9 @@ from mythos_ds.config.schema import DataConfig
 from mythos_ds.data import megatron
 from mythos_ds.data.builtin import existing_builtin, prepare_builtin
 from mythos_ds.data.dataset_info import DatasetInfo, read_info
-from mythos_ds.data.files import published_directory, write_json
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
+from mythos_ds.io import published_directory, write_json
 
 _INDEX_FORMAT = 1
 _COMPLETE = "complete.json"
@@ -105,7 +105,7 @@ def prepare_index_cache(
             for part in megatron.SPLITS:
                 request.build(part, work)
             files = sorted(path.name for path in work.iterdir())
-            write_json(work / _COMPLETE, {"arguments": request.arguments(), "files": files})
+            write_json(work / _COMPLETE, {"arguments": request.arguments(), "files": files}, indent=2, sort_keys=True)
     return request.cache
 
 

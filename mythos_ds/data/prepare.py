@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, write_info
-from mythos_ds.data.files import partial_path
 from mythos_ds.data.megatron import TokenWriter
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
-from mythos_ds.io import sync
+from mythos_ds.io import partial_path, sync
 
 ProgressCallback = Callable[[int, int, int], None]
 """Called with documents, tokens and text bytes done so far."""

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mythos_ds.data.files import partial_path
 from mythos_ds.errors import DataError
-from mythos_ds.io import sync
+from mythos_ds.io import partial_path, sync
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mythos_ds.formatting import markdown_table
 from mythos_ds.io import write_atomic
 from mythos_ds.lab.spec import RunSpec
 from mythos_ds.lab.sweep import Result
@@ -51,21 +52,11 @@ def write_report(study: Study, report: Report, folder: Path, facts: Mapping[str,
     lines = [f"<!-- written by the command below; read {study.name}.md for what it means -->", ""]
     lines += [f"* {name}: {value}" for name, value in facts.items()] + [""]
     for caption, rows in report.tables:
-        lines += [f"**{caption}**", "", *markdown(rows), ""]
+        lines += [f"**{caption}**", "", markdown_table(rows[0], rows[1:]), ""]
     lines += [f"![{name}]({name})\n" for name, _ in report.pictures]
     write_atomic(folder / "results.md", "\n".join(lines))
     content = {"study": study.name, **facts, "numbers": report.numbers}
     write_atomic(folder / "results.json", json.dumps(content, indent=1) + "\n")
-
-
-def markdown(rows: list[list[str]]) -> list[str]:
-    """A table in Markdown; the first row is its head."""
-    head, *body = rows
-    return [_line(head), _line(["---", *["---:"] * (len(head) - 1)]), *map(_line, body)]
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

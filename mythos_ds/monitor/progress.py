@@ -1,10 +1,19 @@
-"""The progress of a run: one live line on a terminal, a plain line per logged step elsewhere."""
+"""Progress on a terminal: of a run, one live line (elsewhere a plain line per logged step); of bytes, a bar."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 _SHOWN = (
     ("loss", "loss {:.4f}"),
@@ -59,3 +68,12 @@ class ProgressLine:
             return ""
         seconds = int((time.monotonic() - self._started) / done * (self._total - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+
+
+@contextmanager
+def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; yields the callback that adds bytes done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.advance(task, done)

@@ -7,32 +7,21 @@ import torch
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import flops_per_token
+from mythos_ds.hardware import peak_bf16
 
-# Dense bf16 tensor-core peaks in FLOP/s from the vendors' data sheets (no sparsity), by a part of the device's name.
-_PEAK_BF16 = {
-    "B300": 2.25e15,
-    "B200": 2.25e15,
-    "GH200": 9.89e14,
-    "H200": 9.89e14,
-    "H100 PCIe": 7.56e14,
-    "H100": 9.89e14,
-    "A100": 3.12e14,
-    "L40S": 3.62e14,
-    "L40": 1.81e14,
-    "L4": 1.21e14,
-    "A10": 1.25e14,
-    "MI300X": 1.307e15,
-    "MI250X": 1.915e14,
-}
 _PROBE_SIZE = 1024
 _PROBE_SECONDS = 0.2
+
+
+def gpu_name() -> str | None:
+    """The name of this process's GPU; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s of one process: the data sheet's for a known GPU in bf16, else measured by a matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        known = next((peak for part, peak in _PEAK_BF16.items() if part in name), None)
+        known = peak_bf16(torch.cuda.get_device_name(device))
         if known is not None:
             return known
     return _measured_flops(device, dtype)

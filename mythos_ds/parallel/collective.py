@@ -5,9 +5,8 @@ from typing import TypeVar
 
 import torch
 
-from mythos_ds.errors import MythosError
+from mythos_ds.errors import MythosError, RankError, ReportedElsewhere
 from mythos_ds.parallel.groups import ParallelGroups
-from mythos_ds.rank_errors import RankError, ReportedElsewhere
 
 Result = TypeVar("Result")
 

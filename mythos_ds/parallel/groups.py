@@ -165,7 +165,7 @@ def init_parallel(
     expert_stages = tuple(i for i, stage in enumerate(stages or ()) if stage.part.recurrent) or (0,)
     _check_sizes(env, ep_size, sizes, expert_stages)
     env.export()
-    device = _select_device(env)
+    device = select_device(env)
     _avoid_shared_memory_op()
     timeout = timedelta(seconds=timeout_s)
     deepspeed.init_distributed(
@@ -281,7 +281,8 @@ def _register(groups: _ExpertGroups, ep_size: int) -> None:
             registry[name] = value
 
 
-def _select_device(env: ProcessEnvironment) -> torch.device:
+def select_device(env: ProcessEnvironment) -> torch.device:
+    """The launcher's device for this process. Raises ParallelError where a GPU is missing."""
     if get_accelerator().device_name() != "cuda":
         return torch.device("cpu")
     present = torch.cuda.device_count()

@@ -168,7 +168,7 @@ def stage_memory(resolved: ResolvedRun, index: int, on_gpu: bool) -> Memory:
 def _step_items(resolved: ResolvedRun, on_gpu: bool) -> list[Item]:
     load = workload(resolved, fused=on_gpu)
     found = trace(load)
-    kept = checkpoint_bytes(load) if load.checkpointing == "loop" else 0
+    kept = saved_state_bytes(load) if load.checkpointing == "loop" else 0
     live = "one recomputed loop with its gradients" if load.checkpointing == "loop" else "of all loops with gradient"
     return [
         Item("weights kept for reuse", _kept_for_reuse(resolved), "DeepSpeed's stage3_max_live_parameters"),
@@ -187,7 +187,7 @@ def _kept_for_reuse(resolved: ResolvedRun) -> int:
     return min(most, outside) * _BYTES[resolved.config.training.dtype]
 
 
-def checkpoint_bytes(load: Workload) -> int:
+def saved_state_bytes(load: Workload) -> int:
     """What the loops with gradient keep for being computed again: their fp32 states."""
     return load.grad_loops * load.rows * load.seq_len * load.model.dim * 4
 

@@ -5,25 +5,23 @@ cannot start without its peers.
 """
 
 import functools
-import os
 from dataclasses import asdict
 from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as torch_distributed
 
 from mythos_ds.checkpoint.deepspeed_format import is_expert
 from mythos_ds.config.layout import Stage
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.schedule import actions_of
-from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.sequence_depths import DepthSampler
 from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
-from mythos_ds.parallel.groups import ParallelGroups, init_parallel
+from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.parallel.pretended import pretend, ranks_of
 from mythos_ds.plan.memory import parameter_shapes, states
 from mythos_ds.plan.traffic import traffic
 
@@ -38,18 +36,6 @@ def rehearse(resolved: ResolvedRun, rank: int, gpus_per_node: int, step: int = 0
         return _describe(resolved, groups, gpus_per_node, step)
     finally:
         groups.close()
-
-
-def pretend(resolved: ResolvedRun, rank: int, gpus_per_node: int) -> ParallelGroups:
-    """All groups of the run as `rank` sees them; nothing that it sends arrives anywhere."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    world = resolved.world_size
-    torch_distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % gpus_per_node, "LOCAL_WORLD_SIZE": gpus_per_node}
-    variables = {name: str(value) for name, value in place.items()}
-    environment = ProcessEnvironment.detect({**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})
-    return init_parallel(environment, resolved.ep_size, resolved.stages)
 
 
 def _describe(resolved: ResolvedRun, groups: ParallelGroups, gpus_per_node: int, step: int) -> dict[str, Any]:
@@ -68,7 +54,7 @@ def _describe(resolved: ResolvedRun, groups: ParallelGroups, gpus_per_node: int,
         "local_rank": groups.rank % gpus_per_node,
         "stage": groups.stage,
         "layers": {name: list(getattr(stage.part, name)) for name in ("prelude", "recurrent", "coda")},
-        "expert_group": _ranks(groups.ep_group),
+        "expert_group": ranks_of(groups.ep_group),
         "expert_copies": _copies(groups),
         "stage_ranks": [groups.first_rank, groups.first_rank + groups.dp_size - 1],
         "experts": [groups.ep_rank * local, (groups.ep_rank + 1) * local - 1] if stage.part.recurrent else [],
@@ -93,10 +79,6 @@ def _compare(held: dict[str, tuple[int, ...]], resolved: ResolvedRun, stage: Sta
     if held != expected:
         name = sorted(set(held.items()) ^ set(expected.items()))[0][0]
         raise ParallelError(f"{name}: the module has {held.get(name)}, the planner counts {expected.get(name)}")
-
-
-def _ranks(group: Any) -> list[int]:
-    return [] if group is None else list(torch_distributed.get_process_group_ranks(group))
 
 
 def _copies(groups: ParallelGroups) -> list[int]:

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.conversion.estimate import readable
 from mythos_ds.costs.flops import expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
+from mythos_ds.formatting import byte_text
 from mythos_ds.hardware import Gpu
 from mythos_ds.plan.layouts import Layout
 from mythos_ds.plan.timing import checkpoint, costs, serving
@@ -113,7 +113,7 @@ def print_plan(console: Console, name: str, numbers: dict[str, Any]) -> None:
     fits, total, limit = numbers["fits"], numbers["memory_total_bytes"], numbers["memory_limit_bytes"]
     verdict = "[green]fits[/green]" if fits else "[red]does not fit[/red]"
     console.print(f"[bold]{name}[/bold] on {numbers['gpus']:,} {numbers['gpu']}: {verdict}: "
-                  f"{readable(total)} of {readable(limit)} per GPU", highlight=False)  # fmt: skip
+                  f"{byte_text(total)} of {byte_text(limit)} per GPU", highlight=False)  # fmt: skip
     if not fits:
         console.print(f"  binds: {numbers['binding']}", highlight=False)
         change = numbers["remedy"]
@@ -132,10 +132,10 @@ def print_plan(console: Console, name: str, numbers: dict[str, Any]) -> None:
     console.print(_cost_table(numbers))
     saved, served = numbers["checkpoint"], numbers["serving"]
     console.print(
-        f"checkpoint {readable(saved['bytes'])}, {saved['write_s']:.0f} s to write; a failure every "
+        f"checkpoint {byte_text(saved['bytes'])}, {saved['write_s']:.0f} s to write; a failure every "
         f"{saved['hours_between_failures']:,.0f} hours: save every {saved['interval_s'] / 60:.0f} minutes\n"
-        f"serving: {served['nodes']} node(s); cache {readable(served['cache_bytes_mean'])} per token at mean depth, "
-        f"{readable(served['cache_bytes_max'])} at full depth; there {served['largest_context']:,} tokens in all, or "
+        f"serving: {served['nodes']} node(s); cache {byte_text(served['cache_bytes_mean'])} per token at mean depth, "
+        f"{byte_text(served['cache_bytes_max'])} at full depth; there {served['largest_context']:,} tokens in all, or "
         f"{served['batch_at_training_length']} sequences of the training length",
         highlight=False,
     )
@@ -160,7 +160,7 @@ def _table(title: str, *headings: str) -> Table:
 def _memory_table(numbers: dict[str, Any]) -> Table:
     made = _table("Memory of the fullest GPU", "item", "bytes", "share")
     for name, size in sorted(numbers["memory_bytes"].items(), key=lambda entry: -entry[1]):
-        made.add_row(name, readable(size), f"{size / numbers['memory_total_bytes']:.0%}")
+        made.add_row(name, byte_text(size), f"{size / numbers['memory_total_bytes']:.0%}")
     return made
 
 
@@ -168,7 +168,7 @@ def _step_table(numbers: dict[str, Any]) -> Table:
     made = _table("A mean step of one GPU", "what", "in the node", "to other nodes", "seconds alone")
     made.add_row("computation", "", "", f"{numbers['compute_s']:.3g}")
     for moved in numbers["transfers"]:
-        cells = (readable(moved["node_bytes"]), readable(moved["network_bytes"]), f"{moved['seconds']:.3g}")
+        cells = (byte_text(moved["node_bytes"]), byte_text(moved["network_bytes"]), f"{moved['seconds']:.3g}")
         made.add_row(moved["name"], *cells)
     made.add_row("step, all hidden", "", "", f"{numbers['step_bound_s']:.3g}")
     made.add_row("step as built, nothing hidden", "", "", f"{numbers['step_as_built_s']:.3g}")
@@ -189,7 +189,7 @@ def _layout_table(numbers: dict[str, Any]) -> Table:
     made = _table("Layouts that fit", "changes", "memory", "MFU as built", "MFU at most")
     for other in numbers["layouts"]:
         changes = " ".join(f"{key.split('.')[1]}={value}" for key, value in other["changes"].items())
-        cells = (readable(other["memory_total_bytes"]), f"{other['mfu_as_built']:.1%}", f"{other['mfu_bound']:.1%}")
+        cells = (byte_text(other["memory_total_bytes"]), f"{other['mfu_as_built']:.1%}", f"{other['mfu_bound']:.1%}")
         made.add_row(changes, *cells)
     return made
 

@@ -5,7 +5,7 @@ from math import ceil, sqrt
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, mean_training_depth
-from mythos_ds.costs.params import checkpoint_bytes, count_parameters
+from mythos_ds.costs.params import checkpoint_disk_bytes, count_parameters
 from mythos_ds.costs.pipeline import predict
 from mythos_ds.hardware import Gpu
 from mythos_ds.plan.memory import states
@@ -167,7 +167,7 @@ class Checkpoint:
 
 def checkpoint(resolved: ResolvedRun, gpus: int, gpu: Gpu) -> Checkpoint:
     """Saving all states, each node to its file system."""
-    size = checkpoint_bytes(resolved.config)
+    size = checkpoint_disk_bytes(resolved.config)
     write = size / (ceil(gpus / gpu.gpus_per_node) * gpu.disk_bandwidth)
     between = 1 / (gpus * gpu.failures_per_hour)
     return Checkpoint(size, write, between, sqrt(2 * write * between * 3600))

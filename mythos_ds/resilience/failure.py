@@ -9,8 +9,7 @@ from types import FrameType
 from typing import NoReturn
 
 from mythos_ds.environment import ProcessEnvironment
-from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError
-from mythos_ds.rank_errors import RankError, ReportedElsewhere
+from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError, RankError, ReportedElsewhere
 
 # A launcher that sees one process fail ends the others: rank 0, which may be slower, must get to its message first.
 PATIENCE_SECONDS = 20.0

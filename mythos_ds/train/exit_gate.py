@@ -14,12 +14,12 @@ from mythos_ds.config.schema import DataConfig, DatasetConfig
 from mythos_ds.data.batches import Batch
 from mythos_ds.data.builtin import BuiltinData, prepare_builtin
 from mythos_ds.data.datasets import TokenDatasets, build_datasets, prepare_index_cache
-from mythos_ds.data.files import published_directory
 from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.data.readers import read_files
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError
 from mythos_ds.inference.exit_rules import loop_steps
+from mythos_ds.io import published_directory
 from mythos_ds.model.halting import Gate
 from mythos_ds.model.mythos import MythosModel
 

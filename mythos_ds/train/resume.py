@@ -10,7 +10,7 @@ from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.run_directory import RunDirectory, RunManifest, continue_manifest
 
 AUTO = "auto"
-NEVER = "never"
+NO_RESUME = "never"
 
 
 def choose_checkpoint(groups: ParallelGroups, run: RunDirectory, resume: str) -> Path | None:
@@ -21,7 +21,7 @@ def choose_checkpoint(groups: ParallelGroups, run: RunDirectory, resume: str) ->
     checkpoints of two histories.
     """
     existing = list_checkpoints(groups, run.checkpoints)
-    if resume == NEVER:
+    if resume == NO_RESUME:
         together(groups, lambda: _require_empty(run, existing, "--resume never"))
         return None
     if resume == AUTO:

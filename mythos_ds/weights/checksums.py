@@ -4,10 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mythos_ds.byte_progress import byte_progress
-from mythos_ds.checkpoint.manifest import read_json, write_json
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import write_atomic
+from mythos_ds.io import read_json, write_atomic, write_json
 from mythos_ds.weights.model_folder import CONFIG
 from mythos_ds.weights.writer import CHECKSUMS, checksum
 
@@ -60,13 +58,15 @@ def _fault(path: Path, size: int, sha256: str) -> str | None:
         return f"not readable ({error.strerror})"
 
 
-def require_whole(folder: Path) -> None:
-    """Raises CheckpointError where a folder's files are not those that its checksums name; without checksums there is
-    nothing to compare."""
+def checked_bytes(folder: Path) -> int:
+    """About what `require_whole` reads; 0 where there are no checksums."""
     if not (folder / CHECKSUMS).is_file():
-        return
-    total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    with byte_progress("checking the input", total) as progress:
-        faults = folder_faults(folder, progress)
-    if faults:
+        return 0
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def require_whole(folder: Path, report: Callable[[int], None] = lambda done: None) -> None:
+    """Raises CheckpointError where a folder's files are not those that its checksums name; without checksums there is
+    nothing to compare. `report` gets the bytes of each file that was read."""
+    if (folder / CHECKSUMS).is_file() and (faults := folder_faults(folder, report)):
         raise CheckpointError(f"{folder}: {'; '.join(faults)}")

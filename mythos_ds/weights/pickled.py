@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mythos_ds.errors import CheckpointError
 from mythos_ds.weights.reader import SINGLE, TensorFolder, TensorSource, TensorSpec
-from mythos_ds.weights.safe_load import executing_pickles, load_trusted
+from mythos_ds.weights.safe_load import safe_load
 
 PICKLES = (".pt", ".pth", ".bin")
 
@@ -64,8 +64,7 @@ class PickledTensors:
 
 
 def _load(path: Path, allow_pickle: bool) -> dict[str, Any]:
-    with executing_pickles(allow_pickle):
-        content = load_trusted(path, mapped=_is_zip(path), stand_ins=_STAND_INS)
+    content = safe_load(path, mapped=_is_zip(path), classes=_STAND_INS, allow_pickle=allow_pickle)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a state_dict (tensors by name)")
     return content

@@ -10,8 +10,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mythos_ds.checkpoint.manifest import read_json
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import read_json
 
 SINGLE = "model.safetensors"
 _INDEX_ENDING = ".safetensors.index.json"

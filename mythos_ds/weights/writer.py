@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos_ds.checkpoint.manifest import read_json, write_json
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import sync
+from mythos_ds.io import read_json, sync, write_json
 from mythos_ds.weights.reader import DTYPES, TensorSource, TensorSpec
 
 CHECKSUMS = "checksums.json"

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+from mythos_ds.bench.collective_bytes import CollectiveBytes
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.parallel.routing_stats import StepRecords
 from tests.distributed.cases import opened, own_batches
-from tests.distributed.traffic import Traffic
 
 LARGE_MODEL = {
     "zero_optimization": {
@@ -22,12 +22,12 @@ LARGE_MODEL = {
 
 def gathered_and_exchanged(loops: list[int], grad_loops: int | None, checkpointing: list[str]) -> list[dict[str, Any]]:
     """Bytes of one training step for each (checkpointing, loop count), after a first step at another depth."""
-    return _measure(Traffic(), loops, grad_loops, checkpointing)
+    return _measure(CollectiveBytes(), loops, grad_loops, checkpointing)
 
 
 def bytes_and_counts(loops: list[int], grad_loops: list[int | None]) -> dict[str, Any]:
     """Everything of two ranks, in one launch; `bytes` has one list per entry of `grad_loops`."""
-    traffic, modes = Traffic(), ["loop", "none"]
+    traffic, modes = CollectiveBytes(), ["loop", "none"]
     return {
         "bytes": [_measure(traffic, loops, grad, modes) for grad in grad_loops],
         "counts": expert_counts(modes),
@@ -35,7 +35,7 @@ def bytes_and_counts(loops: list[int], grad_loops: list[int | None]) -> dict[str
 
 
 def _measure(
-    traffic: Traffic, loops: list[int], grad_loops: int | None, checkpointing: list[str]
+    traffic: CollectiveBytes, loops: list[int], grad_loops: int | None, checkpointing: list[str]
 ) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for mode in checkpointing:

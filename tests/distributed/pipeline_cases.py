@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
+from mythos_ds.bench.collective_bytes import CollectiveBytes
 from mythos_ds.costs.pipeline import predict
 from mythos_ds.engine import pipelined_step
 from mythos_ds.engine import training_engine as engine_module
@@ -28,7 +29,6 @@ from tests.distributed.cases import (
     opened,
     own_batches,
 )
-from tests.distributed.traffic import Traffic
 
 RING = {"ep": 2, "stage": 3, "pp": 2, "optimizer": "sgd", "checkpointing": "loop"}
 SMALL_BUCKETS = {"zero_optimization": {"reduce_bucket_size": 1}}
@@ -112,7 +112,7 @@ def with_module_hooks() -> dict[str, Any]:
 def traffic(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """For each case ("loops": loop counts) what one optimizer step sent, reduced and held, by loop count;
     after a first step at another depth."""
-    counter = Traffic()
+    counter = CollectiveBytes()
     passes: Counter[str] = Counter()
     reduce_once = DeepSpeedZeroOptimizer_Stage3.independent_gradient_partition_epilogue
 
@@ -124,7 +124,7 @@ def traffic(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         return [_traffic(case, counter, passes) for case in cases]
 
 
-def _traffic(case: dict[str, Any], counter: Traffic, passes: Counter[str]) -> list[dict[str, Any]]:
+def _traffic(case: dict[str, Any], counter: CollectiveBytes, passes: Counter[str]) -> list[dict[str, Any]]:
     out = []
     runs: list[PipelineRun] = []
     train = Pipeline.train

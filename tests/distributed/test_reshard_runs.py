@@ -9,6 +9,7 @@ import torch
 from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.deepspeed_format import WEIGHTS
 from mythos_ds.checkpoint.portable import open_state, write_portable
+from mythos_ds.io import read_json
 from tests.helpers.pretrain import SMALL, metrics, run_pretrain, small_data
 
 RING = "deepspeed.zero_optimization.stage3_param_persistence_threshold=null"
@@ -58,7 +59,7 @@ def _check(uninterrupted: tuple[Path, list[str], dict[int, Any]], name: str, fou
         assert line["n_loops"] == expected[step]["n_loops"]
     whole, own = (root / run / "checkpoints" / LAST for run in ("whole", name))
     assert max(_difference(whole, own).values()) < 1e-4
-    states = [manifest.read_json(tag / manifest.STATE) for tag in (whole, own)]
+    states = [read_json(tag / manifest.STATE) for tag in (whole, own)]
     assert states[0]["consumed_samples"] == states[1]["consumed_samples"]
     biases = [open_state(tag)[0][WEIGHTS] for tag in (whole, own)]
     for buffer in (name for name in biases[0].specs() if name.endswith(("router.bias", "loop_bias", "loop_updates"))):

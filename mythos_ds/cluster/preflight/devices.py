@@ -8,12 +8,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as torch_distributed
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from mythos_ds.cluster.preflight.host_facts import Facts, readable
+from mythos_ds.cluster.preflight.host_facts import Facts
 from mythos_ds.cluster.preflight.report import Check, places
 from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.formatting import byte_text
 
 SLOW_SHARE = 0.5
 """A GPU or link with less than this share of the median speed is taken to be broken."""
@@ -21,14 +21,6 @@ _SIZES = {"cuda": (8192, 256 * 2**20), "cpu": (512, 4 * 2**20)}
 """Side of the multiplied matrices, bytes of a collective's message."""
 _REPEATS = 5
 _ECC = "ecc.errors.uncorrected.volatile.total"
-
-
-def pick_device(environment: ProcessEnvironment) -> torch.device:
-    """The launcher's device for this process."""
-    if get_accelerator().device_name() != "cuda":
-        return torch.device("cpu")
-    torch.cuda.set_device(environment.local_rank)
-    return torch.device("cuda", environment.local_rank)
 
 
 def device_facts(device: torch.device) -> Facts:
@@ -78,7 +70,7 @@ def device_verdicts(everybody: Sequence[Facts], names: Sequence[str]) -> list[Ch
     alike = len(kinds) == 1 and not slow
     checks.append(Check("device speed", alike, text + (f"; slow: {places(slow)}" if slow else ""), median, "FLOP/s"))
     used = [
-        f"{name}: {readable(facts['memory_free'])} of {readable(facts['memory_total'])} free"
+        f"{name}: {byte_text(facts['memory_free'])} of {byte_text(facts['memory_total'])} free"
         for facts, name in pairs
         if facts["memory_free"] < 0.9 * facts["memory_total"]
     ]
@@ -170,9 +162,9 @@ def link_verdicts(everybody: Sequence[Facts], names: Sequence[str], *, judge: bo
         found = [(facts[kind], name) for facts, name in zip(everybody, names, strict=True) if kind in facts]
         speeds = sorted(speed for speed, _ in found)
         median = speeds[len(speeds) // 2]
-        slow = [f"{name} {readable(speed)}/s" for speed, name in found if speed < SLOW_SHARE * median]
+        slow = [f"{name} {byte_text(speed)}/s" for speed, name in found if speed < SLOW_SHARE * median]
         worst = min(found)
-        text = f"median {readable(median)}/s, slowest {readable(worst[0])}/s ({worst[1]})"
+        text = f"median {byte_text(median)}/s, slowest {byte_text(worst[0])}/s ({worst[1]})"
         fails = judge and bool(slow)
         checks.append(Check(kind, not fails, f"{text}; slow: {places(slow)}" if fails else text, median, "bytes/s"))
     return checks or [Check("links", None, "one process: nothing to send")]

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import socket
@@ -18,9 +17,10 @@ from typing import Any
 from mythos_ds.cluster.preflight.report import Check, places
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import DataConfig
-from mythos_ds.costs.params import checkpoint_bytes
+from mythos_ds.costs.params import checkpoint_disk_bytes
 from mythos_ds.data.dataset_info import read_info
 from mythos_ds.errors import DataError
+from mythos_ds.formatting import byte_text
 from mythos_ds.train.run_directory import git_commit, package_versions
 
 Facts = dict[str, Any]
@@ -203,13 +203,13 @@ def _problems(name: str, everybody: Sequence[Facts], key: str, fine: str) -> Che
 def _disk_space(everybody: Sequence[Facts], resolved: ResolvedRun) -> Check:
     """A new checkpoint is written before the oldest is removed."""
     keep = resolved.config.checkpoint.keep
-    need = checkpoint_bytes(resolved.config) * (keep + 1)
+    need = checkpoint_disk_bytes(resolved.config) * (keep + 1)
     known = [facts for facts in everybody if "free_bytes" in facts]
     if not known:
         return Check("disk space", False, "the run directory does not exist and cannot be made")
     least: Facts = min(known, key=lambda facts: facts["free_bytes"])
-    text = f"{readable(least['free_bytes'])} free; {keep} + 1 checkpoints of {readable(need // (keep + 1))}"
-    text += f" need {readable(need)}"
+    text = f"{byte_text(least['free_bytes'])} free; {keep} + 1 checkpoints of {byte_text(need // (keep + 1))}"
+    text += f" need {byte_text(need)}"
     fits = least["free_bytes"] >= need
     return Check("disk space", fits, text if fits else f"{least['host']}: {text}", least["free_bytes"], "bytes")
 
@@ -224,9 +224,9 @@ def _write(everybody: Sequence[Facts], resolved: ResolvedRun) -> Check:
     if not speeds:
         return Check("write", None, "not measured")
     total, slowest = sum(speed for speed, _ in speeds), min(speeds)
-    seconds = checkpoint_bytes(resolved.config) / total
-    text = f"{readable(total)}/s from all hosts together: {seconds:,.1f} s a checkpoint; slowest {slowest[1]}"
-    return Check("write", True, f"{text} {readable(slowest[0])}/s", total, "bytes/s")
+    seconds = checkpoint_disk_bytes(resolved.config) / total
+    text = f"{byte_text(total)}/s from all hosts together: {seconds:,.1f} s a checkpoint; slowest {slowest[1]}"
+    return Check("write", True, f"{text} {byte_text(slowest[0])}/s", total, "bytes/s")
 
 
 def clocks(offsets: Sequence[tuple[str, float]], uncertainty_s: float) -> Check:
@@ -235,9 +235,3 @@ def clocks(offsets: Sequence[tuple[str, float]], uncertainty_s: float) -> Check:
     text = f"largest offset {worst * 1e3:+.0f} ms ({host}), known to {uncertainty_s * 1e3:.0f} ms"
     fine = abs(worst) <= CLOCK_LIMIT_S + uncertainty_s
     return Check("clocks", fine, text if fine else f"{text}; allowed: {CLOCK_LIMIT_S:g} s", worst, "s")
-
-
-def readable(count: float) -> str:
-    """Bytes with a decimal prefix."""
-    power = max(0, min(5, int(math.log10(max(abs(count), 1.0)) // 3)))
-    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mythos_ds.config import deepspeed_section
 from mythos_ds.config.depth_distribution import depth_pmf, tail_probability
+from mythos_ds.config.error_messages import Problem
 from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.rules import model as model_rules
 from mythos_ds.config.rules import pipeline as pipeline_rules
@@ -18,7 +19,6 @@ from mythos_ds.config.schema import (
     TrainingConfig,
 )
 
-Problem = tuple[str, str]
 BUILTIN_VOCABULARY = 4096
 MINIMUM_DEEP_SHARE = 0.01
 MUON_MAX_PARAMETERS = 10e9

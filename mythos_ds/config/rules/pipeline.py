@@ -2,11 +2,10 @@
 
 import math
 
+from mythos_ds.config.error_messages import Problem
 from mythos_ds.config.layout import is_pipelined, rows_per_micro_batch, stage_sizes
 from mythos_ds.config.rules.model import nearest_divisors
 from mythos_ds.config.schema import ParallelConfig, RunConfig
-
-Problem = tuple[str, str]
 
 LITERAL_STAGES = 3
 _ZERO = "zero_optimization"

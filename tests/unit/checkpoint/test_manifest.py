@@ -9,6 +9,7 @@ import torch
 
 from mythos_ds.checkpoint import manifest, random_state
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import read_json, write_json
 
 
 def make_tag(directory, step, content=b"weights" * 1000):
@@ -17,7 +18,7 @@ def make_tag(directory, step, content=b"weights" * 1000):
     (tag / "a.pt").write_bytes(content)
     (tag / "part" / "b.pt").write_bytes(b"")
     records = {str(path.relative_to(tag)): asdict(manifest.digest(path)) for path in manifest.data_files(tag)}
-    manifest.write_json(tag / manifest.MANIFEST, {"format": 1, "files": records})
+    write_json(tag / manifest.MANIFEST, {"format": 1, "files": records})
     return tag
 
 
@@ -101,12 +102,12 @@ def test_shares_cover_everything_once(tmp_path):
 
 def test_random_states_come_back(tmp_path):
     device = torch.device("cpu")
-    manifest.write_json(tmp_path / "state.json", random_state.capture(device))
+    write_json(tmp_path / "state.json", random_state.capture(device))
 
     def draw():
         return random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist()  # noqa: NPY002
 
     expected = draw()
     draw()
-    random_state.restore(manifest.read_json(tmp_path / "state.json"), device)
+    random_state.restore(read_json(tmp_path / "state.json"), device)
     assert draw() == expected

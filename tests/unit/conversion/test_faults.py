@@ -23,6 +23,7 @@ from mythos_ds.checkpoint import manifest
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
 from mythos_ds.conversion.average import likeness
+from mythos_ds.io import write_json
 from mythos_ds.mains import run_tool
 from mythos_ds.weights.reader import TensorSpec
 from tests.helpers.paths import ROOT
@@ -66,7 +67,7 @@ def seal(tag: Path) -> None:
     """A manifest for the files as they are."""
     records = {str(path.relative_to(tag)): manifest.digest(path) for path in manifest.data_files(tag)}
     content = {name: {"size": record.size, "crc32": record.crc32} for name, record in records.items()}
-    manifest.write_json(tag / manifest.MANIFEST, {"format": 1, "files": content})
+    write_json(tag / manifest.MANIFEST, {"format": 1, "files": content})
 
 
 def alter(tag: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from mythos_ds.checkpoint.deepspeed_format import load_deepspeed_file
 from mythos_ds.errors import CheckpointError
-from mythos_ds.weights.safe_load import load_trusted
+from mythos_ds.weights.safe_load import safe_load
 
 
 class ByName:
@@ -25,7 +26,7 @@ class ByName:
 @pytest.mark.parametrize("pickled", [ZeroStageEnum.weights, ByName(ZeroStageEnum, "weights")])
 def test_members_of_the_known_enum_are_read(tmp_path: Path, pickled: Any) -> None:
     torch.save({"zero_stage": pickled, "x": torch.ones(2)}, tmp_path / "file.pt")
-    assert load_trusted(tmp_path / "file.pt")["zero_stage"] is ZeroStageEnum.weights
+    assert load_deepspeed_file(tmp_path / "file.pt")["zero_stage"] is ZeroStageEnum.weights
 
 
 @pytest.mark.parametrize(
@@ -34,4 +35,11 @@ def test_members_of_the_known_enum_are_read(tmp_path: Path, pickled: Any) -> Non
 def test_getattr_gives_nothing_else(tmp_path: Path, pickled: Any) -> None:
     torch.save({"x": pickled}, tmp_path / "file.pt")
     with pytest.raises(CheckpointError, match="nothing was executed"):
-        load_trusted(tmp_path / "file.pt")
+        load_deepspeed_file(tmp_path / "file.pt")
+
+
+def test_deepspeeds_classes_are_for_its_own_files(tmp_path: Path) -> None:
+    torch.save({"zero_stage": ZeroStageEnum.weights}, tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match="nothing was executed"):
+        safe_load(tmp_path / "file.pt")
+    assert safe_load(tmp_path / "file.pt", allow_pickle=True)["zero_stage"] is ZeroStageEnum.weights
