@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mythos_ds.checkpoint.manifest import MANIFEST
-from mythos_ds.engine.optimizer import role_of
 from mythos_ds.errors import CheckpointError
+from mythos_ds.model.parameter_roles import is_expert, role_of
 from mythos_ds.weights.reader import TensorSpec
 from mythos_ds.weights.safe_load import executes_pickles, safe_load
 
@@ -70,11 +70,6 @@ class RankFile:
     file: str
     ep_rank: int
     groups: tuple[RankGroup, ...]
-
-
-def is_expert(name: str) -> bool:
-    """Whether a parameter is a stack of routed experts, cut over the expert-parallel ranks."""
-    return ".moe.experts." in name
 
 
 def plan(stages: Iterable[Iterable[RankFile]], ep_size: int) -> dict[str, LogicalTensor]:

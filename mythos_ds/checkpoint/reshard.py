@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mythos_ds.checkpoint.deepspeed_format import STEP, WEIGHTS, is_expert
+from mythos_ds.checkpoint.deepspeed_format import STEP, WEIGHTS
 from mythos_ds.checkpoint.portable import StateTensors, open_state
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import CheckpointError
+from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.parallel.groups import ParallelGroups
 
 _PARTITIONED = "fp32_partitioned_groups_flat"

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from mythos_ds.checkpoint.deepspeed_format import LogicalTensor, RankFile, RankGroup, is_expert, plan
+from mythos_ds.checkpoint.deepspeed_format import LogicalTensor, RankFile, RankGroup, plan
 from mythos_ds.config.layout import Stage
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.engine.optimizer import role_of
 from mythos_ds.errors import ConfigError
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.parameter_roles import is_expert, role_of
 
 
 def planned_tensors(resolved: ResolvedRun) -> dict[str, LogicalTensor]:

@@ -6,52 +6,16 @@ embeddings and vectors do not (Yang et al. 2022, table 8; Everett et al. 2024). 
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from mythos_ds.config.schema import RunConfig, TrainingConfig
+from mythos_ds.model.parameter_roles import Role, role_of
 
 LR_SCALE = "lr_scale"
 """Key of a parameter group: factor on the scheduled learning rate."""
-
-_ROUTER_SUFFIX = "router.weight"
-_LOOP_TABLE_SUFFIX = "lora.scale"
-_EMBEDDING = "embed.weight"
-_READOUTS = ("lm_head.weight", "lora.down.weight", "lora.up.weight")
-
-
-@dataclass(frozen=True)
-class Role:
-    """How parameters of one kind are trained."""
-
-    name: str
-    decays: bool
-    width_scaled: bool
-    orthogonal: bool = False
-    """Whether Muon trains them, where it is the optimizer; the rest gets Adam."""
-
-
-MATRIX = Role("matrix", decays=True, width_scaled=True, orthogonal=True)
-READOUT = Role("readout", decays=True, width_scaled=True)
-"""The head and the low-rank branches."""
-EMBEDDING = Role("embedding", decays=False, width_scaled=False)
-ROUTER = Role("router", decays=False, width_scaled=False)
-VECTOR = Role("vector", decays=False, width_scaled=False)
-"""Norms, A, B, dt, biases, gains, per-loop LoRA scales, halting."""
-
-
-def role_of(name: str, dimensions: int) -> Role:
-    """The role of the parameter with this logical name and number of dimensions."""
-    if name.endswith(_EMBEDDING):
-        return EMBEDDING
-    if name.endswith(_ROUTER_SUFFIX):
-        return ROUTER
-    if name.endswith(_LOOP_TABLE_SUFFIX) or dimensions < 2:
-        return VECTOR
-    return READOUT if name.endswith(_READOUTS) else MATRIX
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: RunConfig) -> list[dict[str, Any]]:

@@ -6,13 +6,12 @@ from math import prod
 
 import torch
 
-from mythos_ds.checkpoint.deepspeed_format import is_expert
 from mythos_ds.config.layout import Part
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.costs.pipeline import PipelinePrediction, predict
-from mythos_ds.engine.optimizer import MATRIX, role_of
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.parameter_roles import MATRIX, is_expert, role_of
 from mythos_ds.plan.activation_trace import Workload, coda_bytes, dense_layer_bytes, loops_bytes, trace, visit_bytes
 
 FRAGMENTATION = 0.05

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from mythos_ds.checkpoint.deepspeed_format import is_expert
 from mythos_ds.config.layout import Stage
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.schedule import actions_of
 from mythos_ds.errors import ParallelError
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.model.sequence_depths import DepthSampler
 from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
 from mythos_ds.parallel.groups import ParallelGroups

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from math import prod
 
-from mythos_ds.checkpoint.deepspeed_format import is_expert
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import training_depth_pmf
 from mythos_ds.costs.pipeline import predict
+from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.plan.memory import parameter_shapes
 
 _BYTES = {"bfloat16": 2, "float32": 4}
