@@ -8,35 +8,31 @@ of its MythosConfig as JSON. Writes report.md, report.json and pictures to the o
 """
 
 import json
-import pickle
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from mythos_ds.analysis import depth_curve, exit_rule_comparison, routing, stability
-from mythos_ds.conversion.openmythos import convert_openmythos, openmythos_config
-from mythos_ds.data.batches import BatchStream
+from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel
+from mythos_ds.conversion.openmythos import read_openmythos
+from mythos_ds.data.held_out import held_out_batches
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.errors import ConfigError
 from mythos_ds.formatting import markdown_table
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.monitor.throughput import gpu_name
 from mythos_ds.provenance import describe
-from mythos_ds.train.exit_gate import open_text
-from mythos_ds.weights.model_folder import TOKENIZER, load_model, read_facts
+from mythos_ds.weights.model_folder import TOKENIZER, load_model, model_of, read_facts
 
 ROWS = 4
 _SEQ_LEN = 256
@@ -94,23 +90,8 @@ def load(path: Path, openmythos: Path | None) -> MythosModel:
         return load_model(path)
     if openmythos is None:
         raise ConfigError(f"--openmythos-config: missing; a state_dict file ({path}) needs its MythosConfig as JSON")
-    try:
-        config = openmythos_config(SimpleNamespace(**json.loads(openmythos.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, TypeError, AttributeError, ValidationError) as error:
-        raise ConfigError(f"{openmythos}: not an OpenMythos configuration ({error})") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: not readable as a state_dict ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: not a state_dict (tensors by name)")
-    model = MythosModel(config)
-    try:
-        model.load_state_dict(convert_openmythos(state, config), strict=False)  # buffers and the tied head stay
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit {openmythos} ({error})") from None
-    return model.eval()
+    tensors, config, _ = read_openmythos(path, fields_file=openmythos)
+    return model_of(WholeModel(tensors, config, torch.float32, ROUTER_BUFFERS), config)
 
 
 def held_out(model: MythosModel, checkpoint: Path, data_dir: Path, n: int, seq_len: int) -> tuple[Batches, str]:
@@ -129,12 +110,9 @@ def held_out(model: MythosModel, checkpoint: Path, data_dir: Path, n: int, seq_l
         positions = torch.arange(seq_len).expand(ROWS, -1)
         batches = [{"tokens": b[:, :-1], "targets": b[:, 1:], "positions": positions} for b in drawn]
         return batches, f"**random tokens, since the vocabulary of {vocab} holds no text; losses mean nothing**"
-    sizes = {"seq_len": seq_len, "train_samples": 0, "valid_samples": n * ROWS, "seed": 0, "vocab_size": vocab}
-    data = open_text(data_dir, own, **sizes)
-    stream = BatchStream(data.valid, start_sample=0, micro_batch_size=ROWS, dp_rank=0, dp_size=1)
-    batches = list(islice(stream, n))
+    batches, tokenizer = held_out_batches(data_dir, own, rows=ROWS, batches=n, seq_len=seq_len, vocab_size=vocab)
     for batch in batches:
-        batch["classes"] = exit_rule_comparison.token_classes(data.tokenizer, batch["tokens"])
+        batch["classes"] = exit_rule_comparison.token_classes(tokenizer, batch["tokens"])
     return batches, note
 
 

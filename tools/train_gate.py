@@ -19,10 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mythos_ds.data.batches import BatchStream
 from mythos_ds.data.datasets import TokenDataset
+from mythos_ds.data.held_out import open_text
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
 from mythos_ds.train.data_loader import Batch
-from mythos_ds.train.exit_gate import explained_share, open_text, train_gate, with_gate
+from mythos_ds.train.exit_gate import explained_share, train_gate, with_gate
 from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, load_model, read_facts, save_model
 
 _HELD_OUT_BATCHES = 8

@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 import torch
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.data.batches import Batch, BatchStream
+from mythos_ds.data.batches import Batch
+from mythos_ds.data.held_out import held_out_batches
 from mythos_ds.errors import DataError
-from mythos_ds.model.mythos import MythosModel
-from mythos_ds.train.exit_gate import open_text
-from mythos_ds.weights.model_folder import TOKENIZER, read_facts
+from mythos_ds.weights.model_folder import TOKENIZER, model_of, read_facts
 from mythos_ds.weights.reader import TensorSource
 
 ROWS = 4
@@ -31,20 +29,13 @@ def held_out_text(folder: Path, config: ModelConfig, data_dir: Path) -> list[Bat
     if not (folder / TOKENIZER).is_file():
         raise DataError(f"{folder}: has no {TOKENIZER}; the text of --evaluate needs it")
     seq_len = read_facts(folder).get("seq_len", _SEQ_LEN)
-    sizes = {"seq_len": seq_len, "train_samples": 0, "valid_samples": BATCHES * ROWS, "seed": 0}
-    data = open_text(data_dir, folder / TOKENIZER, **sizes, vocab_size=config.vocab_size)
-    stream = BatchStream(data.valid, start_sample=0, micro_batch_size=ROWS, dp_rank=0, dp_size=1)
-    return list(islice(stream, BATCHES))
+    own = folder / TOKENIZER
+    return held_out_batches(data_dir, own, rows=ROWS, batches=BATCHES, seq_len=seq_len, vocab_size=config.vocab_size)[0]
 
 
 def losses(source: TensorSource, config: ModelConfig, batches: Sequence[Batch], loops: Sequence[int]) -> list[float]:
     """Mean loss (nats per token) at each of `loops` of the whole model that `source` gives, computed in fp32."""
-    model = MythosModel(config)
-    state = {name: source.read(name) for name in source.specs()}
-    if config.tie_embeddings:
-        state["lm_head.weight"] = state["embed.weight"]
-    model.load_state_dict(state)
-    model.eval()
+    model = model_of(source, config)
     with torch.inference_mode():
         values = [
             [float(model(b["tokens"], n_loops=n, positions=b["positions"], targets=b["targets"])) for b in batches]

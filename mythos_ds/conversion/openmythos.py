@@ -210,13 +210,15 @@ def openmythos_source(source: TensorSource, config: ModelConfig) -> TensorSource
     return Joined(_refuse_bias(source), rows)
 
 
-def read_openmythos(path: Path, *, allow_pickle: bool = False) -> tuple[TensorSource, ModelConfig, dict[str, Any]]:
+def read_openmythos(
+    path: Path, *, fields_file: Path | None = None, allow_pickle: bool = False
+) -> tuple[TensorSource, ModelConfig, dict[str, Any]]:
     """Our tensors, configuration and facts of OpenMythos weights: a file of torch.save, or a folder with one or with
-    safetensors. `MythosConfig`'s fields are in config.json beside the weights, or in the file as "cfg". Raises
-    CheckpointError or ConfigError."""
+    safetensors. `MythosConfig`'s fields are in `fields_file`, else in config.json beside the weights, or in the file as
+    "cfg". Raises CheckpointError or ConfigError."""
     weights = open_weights(path, allow_pickle=allow_pickle)
-    beside = (path if path.is_dir() else path.parent) / "config.json"
-    fields = weights.config_fields() if isinstance(weights, PickledTensors) else None
+    beside = fields_file or (path if path.is_dir() else path.parent) / "config.json"
+    fields = weights.config_fields() if isinstance(weights, PickledTensors) and fields_file is None else None
     where = str(path)
     if fields is None:
         where = str(beside)

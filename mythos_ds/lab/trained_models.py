@@ -1,7 +1,6 @@
 """The models that runs have left, and text to look at them with."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,12 @@ from torch import Tensor
 
 from mythos_ds.analysis import exit_rule_comparison
 from mythos_ds.config.schema import RunConfig
-from mythos_ds.data.batches import BatchStream
+from mythos_ds.data.held_out import held_out_batches
 from mythos_ds.lab.spec import Arm, RunSpec
 from mythos_ds.lab.study import Results
 from mythos_ds.lab.variants import CONTROLS, JacobianPenalty
 from mythos_ds.lab.worker import MODEL, SPEC
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.train.exit_gate import open_text
 from mythos_ds.weights.model_folder import load_model
 
 Folders = Mapping[tuple[str, int], Path]
@@ -37,16 +35,18 @@ def text(folder: Path, *, batches: int, training: bool = False) -> Batches:
     """The first batches of held-out text (or of text to train on) at a run's length, with token classes."""
     spec = RunSpec.from_json((folder / SPEC).read_text(encoding="utf-8"))
     config = RunConfig.model_validate(spec.config)
-    n = batches * _ROWS
-    data = open_text(
-        Path(config.data.data_dir), Path("none"), seq_len=config.training.seq_len,
-        train_samples=n if training else 0, valid_samples=0 if training else n, seed=1,
+    found, tokenizer = held_out_batches(
+        Path(config.data.data_dir),
+        Path("none"),
+        rows=_ROWS,
+        batches=batches,
+        seq_len=config.training.seq_len,
         vocab_size=config.model.vocab_size,
-    )  # fmt: skip
-    source = data.train if training else data.valid
-    found = list(islice(BatchStream(source, start_sample=0, micro_batch_size=_ROWS, dp_rank=0, dp_size=1), batches))
+        seed=1,
+        training=training,
+    )
     for batch in found:
-        batch["classes"] = exit_rule_comparison.token_classes(data.tokenizer, batch["tokens"])
+        batch["classes"] = exit_rule_comparison.token_classes(tokenizer, batch["tokens"])
     return found
 
 

@@ -3,27 +3,16 @@
 Its target is what happened: the loss of a token after loop t less that after loop t + 1.
 """
 
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mythos_ds.config.schema import DataConfig, DatasetConfig
 from mythos_ds.data.batches import Batch
-from mythos_ds.data.builtin import BuiltinData, prepare_builtin
-from mythos_ds.data.datasets import TokenDatasets, build_datasets, prepare_index_cache
-from mythos_ds.data.prepare import prepare_dataset
-from mythos_ds.data.readers import read_files
-from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError
 from mythos_ds.inference.exit_rules import loop_steps
-from mythos_ds.io import published_directory
 from mythos_ds.model.halting import Gate
 from mythos_ds.model.mythos import MythosModel
-
-_MOST_WORKERS = 4
 
 
 def with_gate(model: MythosModel) -> MythosModel:
@@ -96,43 +85,3 @@ def _gate(model: MythosModel) -> Gate:
     gate = model.recurrent.gate
     assert gate is not None, "with_gate comes first"
     return gate
-
-
-def open_text(
-    data_dir: Path,
-    tokenizer: Path,
-    *,
-    seq_len: int,
-    train_samples: int,
-    valid_samples: int,
-    seed: int,
-    vocab_size: int,
-) -> TokenDatasets:
-    """The built-in corpus for a model of its own tokenizer, or, where `tokenizer` is no file, of the corpus's.
-
-    Made in `data_dir` where it is missing; of a foreign tokenizer the tokens lie beside it. Raises DataError where the
-    model's vocab_size is too small.
-    """
-    builtin = prepare_builtin(data_dir)
-    data = DataConfig(corpus="builtin", data_dir=str(data_dir))
-    if tokenizer.is_file() and Tokenizer.load(tokenizer).sha256 != Tokenizer.load(builtin.tokenizer).sha256:
-        data = _tokenised_anew(builtin, tokenizer, data_dir)
-    request = {"seq_len": seq_len, "train_samples": train_samples, "valid_samples": valid_samples, "seed": seed}
-    prepare_index_cache(data, **request, vocab_size=vocab_size)
-    return build_datasets(data, **request, vocab_size=vocab_size)
-
-
-def _tokenised_anew(builtin: BuiltinData, tokenizer: Path, data_dir: Path) -> DataConfig:
-    folder = data_dir / f"builtin-{Tokenizer.load(tokenizer).sha256[:12]}"
-    if not folder.is_dir():
-        with published_directory(folder) as work:
-            prepare_dataset(
-                read_files([builtin.folder / "corpus.jsonl"]),
-                tokenizer_path=tokenizer,
-                prefix=work / "tokens",
-                workers=min(_MOST_WORKERS, os.cpu_count() or 1),
-                shuffle_seed=None,  # shuffled already
-                sources=("builtin",),
-            )
-    datasets = [DatasetConfig(prefix=str(folder / "tokens"))]
-    return DataConfig(datasets=datasets, tokenizer=str(tokenizer), data_dir=str(data_dir))

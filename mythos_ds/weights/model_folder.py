@@ -12,7 +12,7 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import sync, write_atomic
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.weights.reader import SINGLE, TensorFolder
+from mythos_ds.weights.reader import SINGLE, TensorFolder, TensorSource
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 _FORMAT = 1
@@ -55,14 +55,22 @@ def load_model(folder: Path, adapt: Callable[[MythosModel], None] | None = None)
     model = MythosModel(config)
     if adapt is not None:
         adapt(model)
-    files = TensorFolder(folder)
-    tensors = {name: files.read(name) for name in files.specs()}
-    if config.tie_embeddings:
-        tensors["lm_head.weight"] = tensors["embed.weight"]
     try:
-        model.load_state_dict(tensors, strict=True)
+        return _filled(model, TensorFolder(folder))
     except RuntimeError as error:
         raise CheckpointError(f"{folder / SINGLE}: {error}") from None
+
+
+def model_of(source: TensorSource, config: ModelConfig) -> MythosModel:
+    """The model in evaluation mode, on the CPU, of all tensors of such a model (the tied head excepted)."""
+    return _filled(MythosModel(config), source)
+
+
+def _filled(model: MythosModel, source: TensorSource) -> MythosModel:
+    tensors = {name: source.read(name) for name in source.specs()}
+    if model.config.tie_embeddings:
+        tensors["lm_head.weight"] = tensors["embed.weight"]
+    model.load_state_dict(tensors, strict=True)
     return model.eval()
 
 

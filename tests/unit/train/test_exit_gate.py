@@ -20,10 +20,11 @@ from mythos_ds.analysis.exit_rule_comparison import (
     token_classes,
 )
 from mythos_ds.config.loader import load_config
+from mythos_ds.data.held_out import open_text
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.train.exit_gate import explained_share, open_text, train_gate, with_gate
+from mythos_ds.train.exit_gate import explained_share, train_gate, with_gate
 from mythos_ds.weights.model_folder import load_model, read_facts, save_model
 from tests.helpers.paths import ROOT
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
