@@ -107,7 +107,7 @@ class Preflight:
 
     def by_launcher(self, environment: ProcessEnvironment) -> int:
         """One process of many (or the only one), started as training will be."""
-        from mythos_ds.cluster.preflight.rendezvous import Absent, Meeting, Watchdog
+        from mythos_ds.cluster.preflight.rendezvous import Meeting, MissingRank, Watchdog
 
         def expire() -> None:
             _complain(f"preflight: rank {environment.rank}: hangs; ended after {self.arguments.timeout:g} s")
@@ -117,7 +117,7 @@ class Preflight:
             try:
                 meeting = Meeting(environment, self.arguments.timeout)
                 return self._lead(meeting) if environment.rank == 0 else self._follow(meeting)
-            except Absent as absent:
+            except MissingRank as absent:
                 _complain(f"preflight: {absent}")
             except RuntimeError:  # the store ended with rank 0, which has said why
                 _complain(f"preflight: rank {environment.rank}: rank 0 is gone")
@@ -175,13 +175,13 @@ class Preflight:
 
     def _stage(self, stage: str, announced: Any, meeting: "Meeting", checks: list[Check]) -> list[Any] | None:
         """Everybody's answer, or None with a failed check that names who has none."""
-        from mythos_ds.cluster.preflight.rendezvous import Absent
+        from mythos_ds.cluster.preflight.rendezvous import MissingRank
 
         meeting.announce(stage, announced if announced is not None else "")
         meeting.tell(stage, self._take_part(stage, meeting, announced))
         try:
             found = meeting.collect(stage)
-        except Absent as absent:
+        except MissingRank as absent:
             checks.append(Check("processes", False, str(absent)))
             return None
         problems = [f"{meeting.name(rank)}: {fact['error']}" for rank, fact in enumerate(found) if "error" in fact]
@@ -190,7 +190,7 @@ class Preflight:
             return None
         return found
 
-    def _take_part(self, stage: str, meeting: "Meeting", announced: Any) -> host_facts.Facts:
+    def _take_part(self, stage: str, meeting: "Meeting", announced: Any) -> host_facts.HostFacts:
         """This rank's answer; what went wrong in it is an answer too."""
         try:
             if stage == "facts":
@@ -203,13 +203,13 @@ class Preflight:
             return {"error": f"{type(error).__name__}: {message[0]}"}
 
 
-def _device(meeting: "Meeting") -> host_facts.Facts:
+def _device(meeting: "Meeting") -> host_facts.HostFacts:
     from mythos_ds.cluster.preflight import devices
 
     return devices.device_facts(select_device(meeting.environment))
 
 
-def _links(meeting: "Meeting", nodes: dict[str, list[int]]) -> host_facts.Facts:
+def _links(meeting: "Meeting", nodes: dict[str, list[int]]) -> host_facts.HostFacts:
     from mythos_ds.cluster.preflight import devices
 
     device = select_device(meeting.environment)
@@ -235,7 +235,7 @@ def _layout(resolved: ResolvedRun, lines: list[Line]) -> Check:
 
 def _part(meeting: "Meeting", code: int) -> int:
     """Tell everybody the exit code, and stay until they know it: the store ends with this process."""
-    from mythos_ds.cluster.preflight.rendezvous import Absent
+    from mythos_ds.cluster.preflight.rendezvous import MissingRank
 
     for stage in ("facts", "device", "links"):
         if not meeting.announced(stage):
@@ -245,7 +245,7 @@ def _part(meeting: "Meeting", code: int) -> int:
     meeting.limit(FAREWELL_S)
     try:
         meeting.collect("bye")
-    except Absent:
+    except MissingRank:
         return code or FAILED_EXIT_CODE
     return code
 

@@ -19,11 +19,11 @@ from typing import Any
 from mythos_ds.conversion.average import (
     SAME_LINEAGE,
     Mean,
-    Member,
-    check_members,
-    likeness,
-    lineage_facts,
-    write_companions,
+    SourceModel,
+    check_alike,
+    lineage_metadata,
+    similarity,
+    write_averaged_side_files,
 )
 from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_input, check_writing
@@ -46,24 +46,24 @@ def parser() -> ArgumentParser:
 
 def work(arguments: Namespace) -> None:
     weights = checked_weights(arguments)
-    members = [Member.open(folder) for folder in arguments.models]
-    check_members(members)
-    sources = [TensorFolder(member.folder) for member in members]
+    models = [SourceModel.open(folder) for folder in arguments.models]
+    check_alike(models)
+    sources = [TensorFolder(model.folder) for model in models]
     mean = Mean(sources, weights)
-    alike = [likeness(source, sources[-1]) for source in sources[:-1]]
+    alike = [similarity(source, sources[-1]) for source in sources[:-1]]
     check_lineage(arguments, alike)
     specs = mean.specs()
-    read = len(members) * sum(spec.nbytes for spec in specs.values())
+    read = len(models) * sum(spec.nbytes for spec in specs.values())
     made = estimate(plan_files(specs, arguments.max_file_bytes), read, arguments.bandwidth or BANDWIDTH)
     if not arguments.dry_run:
-        for member in members:
-            check_input(member.folder)
+        for model in models:
+            check_input(model.folder)
         with byte_progress("averaging", made.bytes) as progress:
             write_tensors(
                 mean, arguments.output, jobs=arguments.jobs, max_file_bytes=arguments.max_file_bytes, progress=progress
             )
-        write_companions(members, mean.weights, arguments.output)
-    report(arguments, members, mean, alike, made)
+        write_averaged_side_files(models, mean.weights, arguments.output)
+    report(arguments, models, mean, alike, made)
 
 
 def checked_weights(arguments: Namespace) -> list[float]:
@@ -95,26 +95,26 @@ def check_lineage(arguments: Namespace, alike: list[float]) -> None:
         )
 
 
-def report(arguments: Namespace, members: list[Member], mean: Mean, alike: list[float], made: Estimate) -> None:
+def report(arguments: Namespace, models: list[SourceModel], mean: Mean, alike: list[float], made: Estimate) -> None:
     """What was averaged, how alike the models are, and what was not averaged."""
     if arguments.json:
         result: dict[str, Any] = {
-            "models": [str(member.folder) for member in members],
+            "models": [str(model.folder) for model in models],
             "weights": mean.weights,
             "cosine_with_last": alike,
-            "recorded": lineage_facts(members),
+            "recorded": lineage_metadata(models),
             "not_averaged": mean.kept,
             "written": not arguments.dry_run,
             "estimate": asdict(made),
         }
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    recorded = lineage_facts(members)
-    for i, member in enumerate(members):
+    recorded = lineage_metadata(models)
+    for i, model in enumerate(models):
         cosine = f"cosine with the last {alike[i]:.4f}" if i < len(alike) else "the last"
         facts = ", ".join(f"{name} {values[i]}" for name, values in recorded.items() if values[i] is not None)
-        sys.stdout.write(f"{member.folder}: weight {mean.weights[i]:.4g}, {cosine}; {facts or 'nothing recorded'}\n")
-    sys.stdout.write(f"not averaged, from {members[-1].folder}: {', '.join(mean.kept) or 'nothing'}\n")
+        sys.stdout.write(f"{model.folder}: weight {mean.weights[i]:.4g}, {cosine}; {facts or 'nothing recorded'}\n")
+    sys.stdout.write(f"not averaged, from {models[-1].folder}: {', '.join(mean.kept) or 'nothing'}\n")
     print_estimate(f"{arguments.output}{' (nothing written)' if arguments.dry_run else ''}", made, False)
 
 

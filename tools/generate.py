@@ -14,7 +14,7 @@ from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError
 from mythos_ds.inference.generate import generate
 from mythos_ds.mains import run_tool
-from mythos_ds.weights.model_folder import TOKENIZER, load_model, read_facts
+from mythos_ds.weights.model_folder import TOKENIZER, load_model, read_metadata
 
 
 def parser() -> ArgumentParser:
@@ -43,7 +43,7 @@ def work(arguments: Namespace) -> None:
             new_tokens=arguments.tokens,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
-            context_length=read_facts(arguments.model).get("seq_len", 1024),
+            context_length=read_metadata(arguments.model).get("seq_len", 1024),
             temperature=arguments.temperature,
             seed=arguments.seed,
         )

@@ -32,7 +32,7 @@ from mythos_ds.mains import run_tool
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.monitor.throughput import gpu_name
 from mythos_ds.provenance import describe
-from mythos_ds.weights.model_folder import TOKENIZER, load_model, model_of, read_facts
+from mythos_ds.weights.model_folder import TOKENIZER, load_model, model_of, read_metadata
 
 ROWS = 4
 _SEQ_LEN = 256
@@ -65,7 +65,7 @@ def work(arguments: Namespace) -> None:
         raise ConfigError(f"--output: given {arguments.output}, which is a file; allowed: a folder, or a new one")
     model = load(arguments.checkpoint, arguments.openmythos_config)
     if seq_len is None:
-        known = read_facts(arguments.checkpoint) if arguments.checkpoint.is_dir() else {}
+        known = read_metadata(arguments.checkpoint) if arguments.checkpoint.is_dir() else {}
         seq_len = known.get("seq_len", _SEQ_LEN)
     batches, text = held_out(model, arguments.checkpoint, arguments.data_dir, arguments.batches, seq_len)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,8 +23,8 @@ from mythos_ds.data.held_out import open_text
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
 from mythos_ds.train.data_loader import Batch
-from mythos_ds.train.exit_gate import explained_share, train_gate, with_gate
-from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, load_model, read_facts, save_model
+from mythos_ds.train.exit_gate import explained_share, train_exit_gate, with_exit_gate
+from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, load_model, read_metadata, save_model
 
 _HELD_OUT_BATCHES = 8
 _LEAST = {"steps": 1, "seq_len": 2, "batch": 1, "loops": 2, "seed": 0}
@@ -46,7 +46,7 @@ def parser() -> ArgumentParser:
 
 def work(arguments: Namespace) -> None:
     check(arguments)
-    model = with_gate(load_model(arguments.model))
+    model = with_exit_gate(load_model(arguments.model))
     n_loops = arguments.loops or max(model.config.max_loops, 2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -64,14 +64,14 @@ def work(arguments: Namespace) -> None:
         task = progress.add_task("gate", total=arguments.steps)
         batches = stream(text.train, arguments.batch, device)
         advance = lambda error: progress.update(task, advance=1, description=f"gate, squared error {error:.4f}")  # noqa: E731
-        train_gate(model, batches, steps=arguments.steps, n_loops=n_loops, lr=arguments.lr, on_step=advance)
+        train_exit_gate(model, batches, steps=arguments.steps, n_loops=n_loops, lr=arguments.lr, on_step=advance)
     share = explained_share(model, stream(text.valid, arguments.batch, device), n_loops)
     gate = {name: getattr(arguments, name) for name in ("steps", "lr", "seq_len", "batch", "seed")}
-    facts = read_facts(arguments.model) | {"gate": {**gate, "loops": n_loops, "explained_share": share}}
+    metadata = read_metadata(arguments.model) | {"gate": {**gate, "loops": n_loops, "explained_share": share}}
     if (arguments.model / TOKENIZER).is_file():
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / TOKENIZER).write_bytes((arguments.model / TOKENIZER).read_bytes())
-    save_model(model, arguments.output, facts)
+    save_model(model, arguments.output, metadata)
     sys.stdout.write(
         f"{arguments.output}: the gate explains {share:.1%} of the variance of a loop's improvement on held-out text\n"
     )

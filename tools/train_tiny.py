@@ -66,7 +66,7 @@ class Release(Callback):
     def on_end(self, state: CallbackState, summary: RunSummary) -> None:
         if not summary.finished or state.data.tokenizer is None:
             return
-        facts: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "losses": summary.losses,
             "tokens": state.engine.resolved.tokens_per_step * summary.step,
             "seq_len": state.config.training.seq_len,
@@ -74,13 +74,13 @@ class Release(Callback):
             "data": state.data.identity,
         }
         output = self.arguments.output
-        save_model(state.model, output, facts)
+        save_model(state.model, output, metadata)
         (output / TOKENIZER).write_bytes(state.data.tokenizer.path.read_bytes())
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
-        write_atomic(output / "README.md", card(facts, summary, parameters, self.arguments))
+        write_atomic(output / "README.md", card(metadata, summary, parameters, self.arguments))
 
 
-def card(facts: dict[str, Any], summary: RunSummary, parameters: int, arguments: Namespace) -> str:
+def card(metadata: dict[str, Any], summary: RunSummary, parameters: int, arguments: Namespace) -> str:
     """The model card: what it is, how it was made, what it scores, what it says."""
     command = " ".join(["python tools/train_tiny.py --steps", str(arguments.steps), *arguments.overrides])
     rows = [f"| {loops} | {loss:.4f} | {perplexity(loss):.1f} |" for loops, loss in summary.losses.items()]
@@ -90,13 +90,13 @@ def card(facts: dict[str, Any], summary: RunSummary, parameters: int, arguments:
 A toy that shows the architecture at work: it writes what looks like Python and its documentation, and knows nothing.
 Try it: `python tools/generate.py "def main("`.
 
-* Trained on {facts["tokens"] / 1e6:.1f}M tokens ({summary.step} steps) of the text of a Python installation (source
+* Trained on {metadata["tokens"] / 1e6:.1f}M tokens ({summary.step} steps) of the text of a Python installation (source
   code and English documentation, PSF licence), {time.strftime("%Y-%m-%d", time.gmtime())}.
 * Hardware: {describe(gpu_name())}.
 * Made by `{command}`, commit {git_commit() or "unknown"}.
 * {SINGLE}: fp32 weights; {TOKENIZER}: sentencepiece, 4096 pieces. Another Python installation has other text, and
   losses then differ by some percent.
-* Trained at random depth with mean 4; context {facts["seq_len"]} tokens. One seed. Evaluated for loss alone:
+* Trained at random depth with mean 4; context {metadata["seq_len"]} tokens. One seed. Evaluated for loss alone:
 
 | loops | held-out loss (nats per token) | perplexity |
 | ---: | ---: | ---: |

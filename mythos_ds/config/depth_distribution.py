@@ -1,4 +1,4 @@
-"""The law of the loop count T in training, as probabilities: to check and to plan a run."""
+"""The distribution of the loop count T in training, as probabilities: to check and to plan a run."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _WIDTH = 6.0
 def depth_pmf(distribution: str, mean: float, sigma: float, max_loops: int) -> tuple[float, ...]:
     """Probabilities of T = 1 .. max_loops; entry i is P(T = i + 1).
 
-    lognormal_poisson: T = clip(Poisson(r), 1, max_loops), log r ~ N(log mean - sigma^2/2, sigma) (the law of
+    lognormal_poisson: T = clip(Poisson(r), 1, max_loops), log r ~ N(log mean - sigma^2/2, sigma) (the one of
     Geiping et al. 2025, arXiv 2502.05171, unshifted); poisson: r = mean; uniform: on 1 .. 2 mean - 1, rounded; fixed:
     mean, rounded.
     """
@@ -30,8 +30,8 @@ def depth_pmf(distribution: str, mean: float, sigma: float, max_loops: int) -> t
 
 
 def growing_mean(step: int, mean: int, curriculum_steps: int) -> float:
-    """The law's mean at optimizer step `step` (from 0): from 1 linearly to `mean` at step `curriculum_steps`, then held
-    (retrofitted recurrence, arXiv 2511.07384)."""
+    """The distribution's mean at optimizer step `step` (from 0): from 1 linearly to `mean` at step `curriculum_steps`,
+    then held (retrofitted recurrence, arXiv 2511.07384)."""
     return mean if step >= curriculum_steps else 1.0 + (mean - 1) * step / curriculum_steps
 
 

@@ -143,7 +143,9 @@ class TrainingConfig(Section):
         "the largest of them.",
     )
     depth_curriculum_steps: int = Field(
-        0, ge=0, description="Steps over which the law's mean grows linearly from 1 to mean_recurrence; 0 = none."
+        0,
+        ge=0,
+        description="Steps over which the distribution's mean grows linearly from 1 to mean_recurrence; 0 = none.",
     )
     mean_backprop_depth: int | None = Field(None, ge=1, description="Loops with gradient; null = ceil(mean/2).")
 

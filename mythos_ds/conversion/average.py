@@ -34,18 +34,18 @@ _WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", "checksums.json", 
 
 
 @dataclass(frozen=True)
-class Member:
+class SourceModel:
     """A model to be averaged."""
 
     folder: Path
     config: dict[str, Any]
     tokenizer: str | None
     """SHA-256 of the tokenizer files; None where there are none."""
-    facts: dict[str, Any] | None
+    metadata: dict[str, Any] | None
     """Of a mythos folder; None for a Hugging Face one."""
 
     @classmethod
-    def open(cls, folder: Path) -> "Member":
+    def open(cls, folder: Path) -> "SourceModel":
         """Reads a mythos or Hugging Face folder. Raises CheckpointError where it is neither."""
         content = read_json(folder / CONFIG)
         if not isinstance(content, dict) or not ({"format", "model"} <= set(content) or "model_type" in content):
@@ -91,25 +91,25 @@ class Mean:
         return total.to(spec.dtype)
 
 
-def check_members(members: Sequence[Member]) -> None:
+def check_alike(models: Sequence[SourceModel]) -> None:
     """Raises CheckpointError unless all have the first one's configuration and tokenizer."""
-    first = members[0]
-    for member in members[1:]:
-        keys = sorted(set(first.config) | set(member.config))
-        odd = [key for key in keys if first.config.get(key) != member.config.get(key)]
+    first = models[0]
+    for model in models[1:]:
+        keys = sorted(set(first.config) | set(model.config))
+        odd = [key for key in keys if first.config.get(key) != model.config.get(key)]
         if odd:
-            mine, other = (json.dumps(each.config.get(odd[0])) for each in (member, first))
+            mine, other = (json.dumps(each.config.get(odd[0])) for each in (model, first))
             raise CheckpointError(
-                f"{member.folder}: has {odd[0]} {mine}, {first.folder} {other}; allowed: models of one configuration"
+                f"{model.folder}: has {odd[0]} {mine}, {first.folder} {other}; allowed: models of one configuration"
             )
-        if member.tokenizer != first.tokenizer:
+        if model.tokenizer != first.tokenizer:
             raise CheckpointError(
-                f"{member.folder}: has another tokenizer than {first.folder} ({_short(member.tokenizer)} and "
+                f"{model.folder}: has another tokenizer than {first.folder} ({_short(model.tokenizer)} and "
                 f"{_short(first.tokenizer)}); allowed: models of one tokenizer"
             )
 
 
-def likeness(first: TensorSource, second: TensorSource) -> float:
+def similarity(first: TensorSource, second: TensorSource) -> float:
     """Cosine between the matrices of two models, each less its mean, over up to 64 rows (or experts, at least one and
     else no more than 32 MiB) of each matrix but embedding and head.
 
@@ -128,27 +128,27 @@ def likeness(first: TensorSource, second: TensorSource) -> float:
     return product / max((norms * other) ** 0.5, 1e-30)
 
 
-def lineage_facts(members: Sequence[Member]) -> dict[str, list[Any]]:
+def lineage_metadata(models: Sequence[SourceModel]) -> dict[str, list[Any]]:
     """What the folders say of where they come from: seed of training and tokens seen; null where they say nothing."""
-    facts = [member.facts or {} for member in members]
-    seeds = [own.get("training", {}).get("seed") for own in facts]
-    return {"seed": seeds, "tokens": [own.get("tokens") for own in facts]}
+    metadata = [model.metadata or {} for model in models]
+    seeds = [own.get("training", {}).get("seed") for own in metadata]
+    return {"seed": seeds, "tokens": [own.get("tokens") for own in metadata]}
 
 
-def write_companions(members: Sequence[Member], weights: Sequence[float], output: Path) -> None:
+def write_averaged_side_files(models: Sequence[SourceModel], weights: Sequence[float], output: Path) -> None:
     """All that the last folder has beside its weights, its configuration last; what was measured on it is left out."""
-    last = members[-1].folder
+    last = models[-1].folder
     content = read_json(last / CONFIG)
     for file in sorted(last.iterdir()):
         if file.is_file() and file.name not in (CONFIG, "README.md") and not file.name.endswith(_WEIGHT_ENDINGS):
             (output / file.name).write_bytes(file.read_bytes())
-    averaged = [{"folder": m.folder.name, "weight": w} for m, w in zip(members, weights, strict=True)]
-    if members[-1].facts is not None:
-        facts = {key: value for key, value in members[-1].facts.items() if key != "losses"}
-        content["facts"] = {**facts, "averaged": averaged}
+    averaged = [{"folder": m.folder.name, "weight": w} for m, w in zip(models, weights, strict=True)]
+    if models[-1].metadata is not None:
+        metadata = {key: value for key, value in models[-1].metadata.items() if key != "losses"}
+        content["facts"] = {**metadata, "averaged": averaged}
     elif isinstance(content.get("mythos"), dict):
-        facts = {key: value for key, value in (content["mythos"].get("facts") or {}).items() if key != "losses"}
-        content["mythos"] = {**content["mythos"], "facts": {**facts, "averaged": averaged}}
+        metadata = {key: value for key, value in (content["mythos"].get("facts") or {}).items() if key != "losses"}
+        content["mythos"] = {**content["mythos"], "facts": {**metadata, "averaged": averaged}}
     seal(output, content)
 
 

@@ -10,7 +10,14 @@ import torch
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
 from mythos_ds.conversion.held_out_loss import comparison, evaluated_loops, held_out_text, losses
-from mythos_ds.conversion.huggingface import hf_config, hf_facts, hf_notes, hf_source, mythos_source, write_companions
+from mythos_ds.conversion.huggingface import (
+    hf_config,
+    hf_metadata,
+    hf_notes,
+    hf_source,
+    mythos_source,
+    write_side_files,
+)
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel, check_tokenizer, write_config
 from mythos_ds.conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmythos_fields, read_openmythos
 from mythos_ds.conversion.retrofit import FAMILIES, Cut, Retrofitted, describe, retrofit_config
@@ -18,7 +25,7 @@ from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError, DataError
 from mythos_ds.io import read_json
 from mythos_ds.weights.checksums import seal
-from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config, read_facts
+from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config, read_metadata
 from mythos_ds.weights.pickled import has_safetensors, open_weights
 from mythos_ds.weights.reader import TensorFolder, TensorSource
 
@@ -112,7 +119,7 @@ def _from_hf(request: Request) -> Route:
     given = Dequantised(weights) if "quantization_config" in hf else weights
     tensors, config = mythos_source(given, hf)
     notes = ["the matrices were fp8: what quantisation took away does not come back"] if given is not weights else []
-    return _to_mythos(request, tensors, config, hf_facts(hf) or {"source": "hf"}, notes)
+    return _to_mythos(request, tensors, config, hf_metadata(hf) or {"source": "hf"}, notes)
 
 
 def _to_hf(request: Request) -> Route:
@@ -132,7 +139,7 @@ def _to_hf(request: Request) -> Route:
             )
 
     def finish(output: Path) -> None:
-        write_companions(request.folder, output, hf, with_remote_code=request.with_remote_code)
+        write_side_files(request.folder, output, hf, with_remote_code=request.with_remote_code)
 
     def evaluate(output: Path, data_dir: Path) -> list[dict[str, float]]:
         batches = held_out_text(request.folder, config, data_dir)
@@ -145,14 +152,14 @@ def _to_hf(request: Request) -> Route:
 
 
 def _from_openmythos(request: Request) -> Route:
-    tensors, config, facts = read_openmythos(request.folder, allow_pickle=request.allow_pickle)
-    return _to_mythos(request, tensors, config, facts, [], may_lack=ROUTER_BUFFERS)
+    tensors, config, metadata = read_openmythos(request.folder, allow_pickle=request.allow_pickle)
+    return _to_mythos(request, tensors, config, metadata, [], may_lack=ROUTER_BUFFERS)
 
 
 def _to_openmythos(request: Request) -> Route:
-    config, facts = _read_model(request.folder)
+    config, metadata = _read_model(request.folder)
     check_tokenizer(request.folder / TOKENIZER, config)
-    fields = openmythos_fields(config, facts.get("seq_len", SEQ_LEN))
+    fields = openmythos_fields(config, metadata.get("seq_len", SEQ_LEN))
     weights = TensorFolder(request.folder)
     source = OpenMythosTensors(weights, config)
 
@@ -181,16 +188,16 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
         usable = False
     if not usable:
         notes.append(f"no tokenizer is written: {request.folder} has no sentencepiece {TOKENIZER} that fits")
-    facts = {"source": hf["model_type"], "layers": cut.layers(int(hf["num_hidden_layers"]))}
+    metadata = {"source": hf["model_type"], "layers": cut.layers(int(hf["num_hidden_layers"]))}
     tensors = Retrofitted(weights, hf, cut)
-    return _to_mythos(request, tensors, config, facts, notes, tokenizer if usable else None, may_lack=ROUTER_BUFFERS)
+    return _to_mythos(request, tensors, config, metadata, notes, tokenizer if usable else None, may_lack=ROUTER_BUFFERS)
 
 
 def _to_mythos(
     request: Request,
     tensors: TensorSource,
     config: ModelConfig,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     notes: list[str],
     tokenizer: Path | None = None,
     may_lack: tuple[str, ...] = (),
@@ -201,13 +208,13 @@ def _to_mythos(
     check_tokenizer(own, config)
 
     def finish(output: Path) -> None:
-        write_config(output, config, facts, own)
+        write_config(output, config, metadata, own)
 
     return Route(source, request.dtype or "as in the input", _size(tensors), finish, notes)
 
 
 def _read_model(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    return read_config(folder), read_facts(folder)
+    return read_config(folder), read_metadata(folder)
 
 
 def _size(source: TensorSource) -> int:

@@ -10,7 +10,7 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.data.batches import Batch
 from mythos_ds.data.held_out import held_out_batches
 from mythos_ds.errors import DataError
-from mythos_ds.weights.model_folder import TOKENIZER, model_of, read_facts
+from mythos_ds.weights.model_folder import TOKENIZER, model_of, read_metadata
 from mythos_ds.weights.reader import TensorSource
 
 ROWS = 4
@@ -28,7 +28,7 @@ def held_out_text(folder: Path, config: ModelConfig, data_dir: Path) -> list[Bat
     tokenizer. Raises DataError where the folder has none."""
     if not (folder / TOKENIZER).is_file():
         raise DataError(f"{folder}: has no {TOKENIZER}; the text of --evaluate needs it")
-    seq_len = read_facts(folder).get("seq_len", _SEQ_LEN)
+    seq_len = read_metadata(folder).get("seq_len", _SEQ_LEN)
     own = folder / TOKENIZER
     return held_out_batches(data_dir, own, rows=ROWS, batches=BATCHES, seq_len=seq_len, vocab_size=config.vocab_size)[0]
 

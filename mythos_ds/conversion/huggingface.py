@@ -16,7 +16,7 @@ from mythos_ds.conversion.model_target import WholeModel, folder_dtype, write_co
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import read_json, write_atomic
 from mythos_ds.weights.checksums import seal
-from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config, read_facts
+from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config, read_metadata
 from mythos_ds.weights.reader import TensorFolder, TensorSource, TensorSpec
 from mythos_ds.weights.writer import MAX_FILE_BYTES, write_tensors
 
@@ -119,7 +119,7 @@ def hf_config(model_folder: Path, dtype: str) -> dict[str, Any]:
     """config.json of the Hugging Face folder."""
     config = _model_config(model_folder)
     content = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
-    facts = read_facts(model_folder)
+    metadata = read_metadata(model_folder)
     grouped = config.attn_type == "gqa"
     content |= {
         "model_type": "mythos",
@@ -129,10 +129,10 @@ def hf_config(model_folder: Path, dtype: str) -> dict[str, Any]:
         "head_dim": config.resolved_head_dim if grouped else None,
         "shared_expert_intermediate_size": config.resolved_shared_dim,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": facts.get("seq_len", 4096),
+        "max_position_embeddings": metadata.get("seq_len", 4096),
         "dtype": dtype,
         # Beyond what a forward needs: what training goes on with.
-        "mythos": {"init_std": config.init_std, "embedding_std": config.embedding_std, "facts": facts},
+        "mythos": {"init_std": config.init_std, "embedding_std": config.embedding_std, "facts": metadata},
     }
     return {name: value for name, value in sorted(content.items()) if value is not None}
 
@@ -144,8 +144,8 @@ def hf_notes(model_folder: Path) -> list[str]:
     return []
 
 
-def hf_facts(hf: dict[str, Any]) -> dict[str, Any]:
-    """The facts of the mythos folder from which a Hugging Face folder with this config.json was made."""
+def hf_metadata(hf: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of the mythos folder from which a Hugging Face folder with this config.json was made."""
     return dict((hf.get("mythos") or {}).get("facts") or {})
 
 
@@ -175,15 +175,15 @@ def mythos_source(source: TensorSource, hf: dict[str, Any]) -> tuple[TensorSourc
     return WholeModel(renamed, config, None), config
 
 
-def write_companions(model_folder: Path, output: Path, config: dict[str, Any], *, with_remote_code: bool) -> None:
+def write_side_files(model_folder: Path, output: Path, config: dict[str, Any], *, with_remote_code: bool) -> None:
     """Everything beside the weights; config.json last, since a folder without it is not a model."""
-    facts = read_facts(model_folder)
+    metadata = read_metadata(model_folder)
     end: dict[str, Any] = {}
     if (model_folder / TOKENIZER).is_file():
         end = write_tokenizer(model_folder / TOKENIZER, output)
     config = {**config, **end}
     write_atomic(output / "generation_config.json", json.dumps({**end, "use_cache": True}, indent=2) + "\n")
-    write_atomic(output / _CARD, model_card(config, facts))
+    write_atomic(output / _CARD, model_card(config, metadata))
     if with_remote_code:
         import mythos_hf
 
@@ -256,9 +256,9 @@ def _merges(pieces: list[str], scores: dict[str, float]) -> list[tuple[str, str]
     return [pair for _, pair in found]
 
 
-def model_card(config: dict[str, Any], facts: dict[str, Any]) -> str:
+def model_card(config: dict[str, Any], metadata: dict[str, Any]) -> str:
     """README.md of the folder."""
-    rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in facts.items() if name != "training")
+    rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in metadata.items() if name != "training")
     depth = config["mean_recurrence"]
     return f"""---
 library_name: transformers
@@ -301,7 +301,7 @@ def export(
     config = hf_config(model_folder, dtype)
     source = hf_source(model_folder, dtype)
     write_tensors(source, output, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
-    write_companions(model_folder, output, config, with_remote_code=with_remote_code)
+    write_side_files(model_folder, output, config, with_remote_code=with_remote_code)
 
 
 def import_hf(folder: Path, output: Path, *, jobs: int = 1, progress: Callable[[int], None] | None = None) -> None:
@@ -309,4 +309,4 @@ def import_hf(folder: Path, output: Path, *, jobs: int = 1, progress: Callable[[
     hf = read_json(folder / CONFIG)
     source, config = mythos_source(TensorFolder(folder), hf)
     write_tensors(source, output, jobs=jobs, progress=progress)
-    write_config(output, config, hf_facts(hf), folder / TOKENIZER)
+    write_config(output, config, hf_metadata(hf), folder / TOKENIZER)

@@ -60,7 +60,7 @@ def merge(
     source, own = merged_source(tag, model, dtype), tokenizer or tokenizer_of(state["config"])
     check_tokenizer(own, model)
     write_tensors(source, output, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
-    write_config(output, model, facts_of(state), own)
+    write_config(output, model, metadata_of(state), own)
 
 
 def model_of(state: dict[str, Any]) -> ModelConfig:
@@ -68,7 +68,7 @@ def model_of(state: dict[str, Any]) -> ModelConfig:
     return ModelConfig.model_validate(state["config"]["model"])
 
 
-def facts_of(state: dict[str, Any]) -> dict[str, Any]:
+def metadata_of(state: dict[str, Any]) -> dict[str, Any]:
     """What is worth knowing about a merged model."""
     training = state["config"]["training"]
     return {

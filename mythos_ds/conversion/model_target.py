@@ -78,9 +78,9 @@ def check_tokenizer(tokenizer: Path, config: ModelConfig) -> None:
         raise CheckpointError(f"{tokenizer}: has {size} pieces; allowed: at most the model's {config.vocab_size}")
 
 
-def write_config(folder: Path, config: ModelConfig, facts: dict[str, Any], tokenizer: Path) -> None:
+def write_config(folder: Path, config: ModelConfig, metadata: dict[str, Any], tokenizer: Path) -> None:
     """The tokenizer, where `tokenizer` is a file, and config.json last: a folder without it is not a model."""
     if tokenizer.is_file():
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
-    content = {"format": 1, "model": config.model_dump(mode="json"), "facts": facts}
+    content = {"format": 1, "model": config.model_dump(mode="json"), "facts": metadata}
     seal(folder, content)

@@ -213,25 +213,32 @@ def openmythos_source(source: TensorSource, config: ModelConfig) -> TensorSource
 def read_openmythos(
     path: Path, *, fields_file: Path | None = None, allow_pickle: bool = False
 ) -> tuple[TensorSource, ModelConfig, dict[str, Any]]:
-    """Our tensors, configuration and facts of OpenMythos weights: a file of torch.save, or a folder with one or with
+    """Our tensors, configuration and metadata of OpenMythos weights: a file of torch.save, or a folder with one or with
     safetensors. `MythosConfig`'s fields are in `fields_file`, else in config.json beside the weights, or in the file as
     "cfg". Raises CheckpointError or ConfigError."""
+    found = None if fields_file is None else _fields_in(fields_file)
     weights = open_weights(path, allow_pickle=allow_pickle)
-    beside = fields_file or (path if path.is_dir() else path.parent) / "config.json"
-    fields = weights.config_fields() if isinstance(weights, PickledTensors) and fields_file is None else None
-    where = str(path)
-    if fields is None:
-        where = str(beside)
-        try:
-            fields = json.loads(beside.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{where}: missing; the fields of OpenMythos's MythosConfig as JSON ({error})") from None
+    if found is None and isinstance(weights, PickledTensors) and (inside := weights.config_fields()) is not None:
+        found = inside, _config_of(inside, path)
+    fields, config = found or _fields_in((path if path.is_dir() else path.parent) / "config.json")
+    metadata = {"source": "open-mythos", "seq_len": int(fields.get("max_seq_len", SEQ_LEN))}
+    return openmythos_source(weights, config), config, metadata
+
+
+def _fields_in(file: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """The fields of a MythosConfig in a JSON file, and our configuration."""
     try:
-        config = openmythos_config(SimpleNamespace(**fields))
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: missing; the fields of OpenMythos's MythosConfig as JSON ({error})") from None
+    return fields, _config_of(fields, file)
+
+
+def _config_of(fields: dict[str, Any], where: Path) -> ModelConfig:
+    try:
+        return openmythos_config(SimpleNamespace(**fields))
     except (TypeError, AttributeError, ValidationError) as error:
         raise ConfigError(f"{where}: not an OpenMythos configuration ({error})") from None
-    facts = {"source": "open-mythos", "seq_len": int(fields.get("max_seq_len", SEQ_LEN))}
-    return openmythos_source(weights, config), config, facts
 
 
 class OpenMythosTensors:

@@ -1,8 +1,8 @@
 """Adaptive depth per position: computation time over loops (ACT, Graves 2016), and a gate that is trained afterwards.
 
 `act`: the weights of a position's states sum to one (the last loop gets the remainder), and a halted position keeps its
-state, keys and values. `act_openmythos` is the peer's form, for its weights: no remainder at the last loop, nothing is
-frozen. Neither changes how many loops a rank runs: collectives inside the loop must match across ranks.
+state, keys and values. `act_openmythos` is OpenMythos's form, for its weights: no remainder at the last loop, nothing
+is frozen. Neither changes how many loops a rank runs: collectives inside the loop must match across ranks.
 `gate` leaves the forward alone; inference/exit_rules.py reads it.
 """
 

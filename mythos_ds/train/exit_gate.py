@@ -15,7 +15,7 @@ from mythos_ds.model.halting import Gate
 from mythos_ds.model.mythos import MythosModel
 
 
-def with_gate(model: MythosModel) -> MythosModel:
+def with_exit_gate(model: MythosModel) -> MythosModel:
     """The same weights, frozen, and a new gate to train. Raises ConfigError for a model that has a halting unit."""
     if model.config.halting != "none":
         raise ConfigError(f'halting: the model has "{model.config.halting}"; allowed: "none"')
@@ -24,11 +24,11 @@ def with_gate(model: MythosModel) -> MythosModel:
     assert not unexpected, unexpected
     assert all(name.startswith("recurrent.gate.") for name in missing), missing
     gated.requires_grad_(False)
-    _gate(gated).requires_grad_(True)
+    _exit_gate(gated).requires_grad_(True)
     return gated.eval()
 
 
-def train_gate(
+def train_exit_gate(
     model: MythosModel,
     batches: Iterable[Batch],
     *,
@@ -37,12 +37,12 @@ def train_gate(
     lr: float,
     on_step: Callable[[float], None] = lambda error: None,
 ) -> None:
-    """Trains the gate of `with_gate`'s model, a step for each of `steps` batches, by AdamW whose rate falls to zero.
+    """Trains the gate of `with_exit_gate`'s model, a step for each of `steps` batches, by AdamW, its rate falling to 0.
 
     The error is squared: the gate is to expect the mean, and a token's improvement is mostly noise. n_loops (>= 2):
     loops run, each but the last a sample for every token. on_step: gets the mean squared error of each step.
     """
-    gate = _gate(model)
+    gate = _exit_gate(model)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
     for step, batch in zip(range(steps), batches, strict=False):
@@ -71,7 +71,7 @@ def explained_share(model: MythosModel, batches: Iterable[Batch], n_loops: int) 
 def _improvements(model: MythosModel, batch: Batch, n_loops: int) -> tuple[Tensor, Tensor]:
     """What the gate expects after loops 1 .. n_loops - 1 and what the next loop then gave, fp32 [n_loops - 1, batch,
     seq] in nats; with gradient in the gate only."""
-    gate, targets = _gate(model), batch["targets"]
+    gate, targets = _exit_gate(model), batch["targets"]
     losses, expected = [], []
     for loop, step in enumerate(loop_steps(model, batch["tokens"], n_loops, batch["positions"])):
         losses.append(nn.functional.cross_entropy(step.logits.transpose(1, 2), targets, reduction="none"))
@@ -81,7 +81,7 @@ def _improvements(model: MythosModel, batch: Batch, n_loops: int) -> tuple[Tenso
     return torch.stack(expected), by_loop[:-1] - by_loop[1:]
 
 
-def _gate(model: MythosModel) -> Gate:
+def _exit_gate(model: MythosModel) -> Gate:
     gate = model.recurrent.gate
-    assert gate is not None, "with_gate comes first"
+    assert gate is not None, "with_exit_gate comes first"
     return gate

@@ -18,9 +18,9 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 _FORMAT = 1
 
 
-def save_model(model: MythosModel, folder: Path, facts: dict[str, Any]) -> None:
-    """Writes a whole model (all parts, not partitioned) to `folder`; `facts` are JSON values kept beside its
-    configuration. The configuration is written last: a folder without it is not a model."""
+def save_model(model: MythosModel, folder: Path, metadata: dict[str, Any]) -> None:
+    """Writes a whole model (all parts, not partitioned) to `folder`; `metadata` is JSON values kept beside its
+    configuration, under "facts". The configuration is written last: a folder without it is not a model."""
     folder.mkdir(parents=True, exist_ok=True)
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
@@ -29,11 +29,11 @@ def save_model(model: MythosModel, folder: Path, facts: dict[str, Any]) -> None:
     save_file(tensors, temporary)
     sync(temporary)
     temporary.replace(folder / SINGLE)
-    content = {"format": _FORMAT, "model": model.config.model_dump(mode="json"), "facts": facts}
+    content = {"format": _FORMAT, "model": model.config.model_dump(mode="json"), "facts": metadata}
     write_atomic(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """What `save_model` kept beside the weights. Raises CheckpointError where `folder` is not a model."""
     return _read(folder)["facts"]
 

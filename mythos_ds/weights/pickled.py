@@ -28,8 +28,8 @@ class PickledTensors:
 
     def __init__(self, path: Path, *, allow_pickle: bool = False):
         self.path, self.allow_pickle = Path(path), allow_pickle
-        facts = self.path.stat()
-        self._identity = facts.st_size, facts.st_mtime_ns
+        found = self.path.stat()
+        self._identity = found.st_size, found.st_mtime_ns
         self._state()
 
     def __getstate__(self) -> dict[str, Any]:

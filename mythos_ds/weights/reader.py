@@ -90,10 +90,10 @@ class TensorFolder:
 
     def _identity(self, name: str) -> tuple[int, int]:
         try:
-            facts = (self.folder / name).stat()
+            found = (self.folder / name).stat()
         except OSError as error:
             raise CheckpointError(f"{self.folder / name}: not readable ({error})") from None
-        return facts.st_size, facts.st_mtime_ns
+        return found.st_size, found.st_mtime_ns
 
     def _open(self, name: str) -> Any:
         handles = self.__dict__.setdefault("_handles", {})

@@ -14,7 +14,7 @@ from mythos_ds.conversion.huggingface import export, hf_config, hf_notes, import
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.weights.model_folder import load_model, read_facts, save_model
+from mythos_ds.weights.model_folder import load_model, read_metadata, save_model
 from tests.helpers.toy_model import toy_model
 
 transformers = pytest.importorskip("transformers")
@@ -143,7 +143,7 @@ def test_what_transformers_saves_comes_back_as_a_model_folder(tiny, tmp_path):
     import_hf(tmp_path / "saved", tmp_path / "back")
     before, after = load_model(TINY).state_dict(), load_model(tmp_path / "back").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert read_facts(tmp_path / "back") == read_facts(TINY)
+    assert read_metadata(tmp_path / "back") == read_metadata(TINY)
     base = transformers.AutoModel.from_pretrained(tiny)
     tokens = torch.tensor([[5, 77, 312]])
     assert torch.equal(model.lm_head(base(tokens).last_hidden_state), model(tokens).logits)

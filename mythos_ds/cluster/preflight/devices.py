@@ -10,7 +10,7 @@ import torch
 import torch.distributed as torch_distributed
 from torch import Tensor
 
-from mythos_ds.cluster.preflight.host_facts import Facts
+from mythos_ds.cluster.preflight.host_facts import HostFacts
 from mythos_ds.cluster.preflight.report import Check, places
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.formatting import byte_text
@@ -23,7 +23,7 @@ _REPEATS = 5
 _ECC = "ecc.errors.uncorrected.volatile.total"
 
 
-def device_facts(device: torch.device) -> Facts:
+def device_facts(device: torch.device) -> HostFacts:
     """A checked matrix product and its speed, free memory, and the driver's count of uncorrected memory errors.
 
     The matrices hold small whole numbers, so the product is exact in every precision and order of summation.
@@ -35,7 +35,7 @@ def device_facts(device: torch.device) -> Facts:
     seconds = _seconds(lambda: torch.matmul(left, right, out=product), device)
     # (A B) 1 = A (B 1): a second way to the same numbers, in integers.
     expected = (left.double() @ right.double().sum(1, keepdim=True)).squeeze(1)
-    facts: Facts = {"right": bool(torch.equal(product.double().sum(1), expected)), "flops": 2 * side**3 / seconds}
+    facts: HostFacts = {"right": bool(torch.equal(product.double().sum(1), expected)), "flops": 2 * side**3 / seconds}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         facts |= {"device": torch.cuda.get_device_name(device), "memory_free": free, "memory_total": total}
@@ -45,7 +45,7 @@ def device_facts(device: torch.device) -> Facts:
     return facts
 
 
-def _memory_errors(device: torch.device) -> Facts:
+def _memory_errors(device: torch.device) -> HostFacts:
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     query = ["nvidia-smi", f"--query-gpu={_ECC}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
     try:
@@ -55,7 +55,7 @@ def _memory_errors(device: torch.device) -> Facts:
     return {"ecc_errors": int(answer)} if answer.isdigit() else {}
 
 
-def device_verdicts(everybody: Sequence[Facts], names: Sequence[str]) -> list[Check]:
+def device_verdicts(everybody: Sequence[HostFacts], names: Sequence[str]) -> list[Check]:
     """Checks of all processes' `device_facts`; names: "rank 3 (node7)"."""
     pairs = list(zip(everybody, names, strict=True))
     wrong = [name for facts, name in pairs if not facts["right"]]
@@ -121,12 +121,12 @@ def clock_offset(device: torch.device) -> list[float]:
     return offsets
 
 
-def link_speeds(links: Links, device: torch.device) -> Facts:
+def link_speeds(links: Links, device: torch.device) -> HostFacts:
     """Bytes per second that each kind of link moved for this rank: bus bandwidth of all-reduce and all-to-all.
 
     Collective. "inside": all hosts at once, each among its ranks; "across": all rails at once.
     """
-    facts: Facts = {}
+    facts: HostFacts = {}
     for where, groups in (("inside", links.inside), ("across", links.across)):
         own = None
         for ranks in groups:
@@ -155,7 +155,7 @@ def _all_to_all(target: Tensor, message: Tensor, group: torch_distributed.Proces
     return lambda: torch_distributed.all_to_all_single(target, message, group=group)
 
 
-def link_verdicts(everybody: Sequence[Facts], names: Sequence[str], *, judge: bool) -> list[Check]:
+def link_verdicts(everybody: Sequence[HostFacts], names: Sequence[str], *, judge: bool) -> list[Check]:
     """Checks of all processes' `link_speeds`. judge: whether a slow link fails; CPUs share their cores."""
     checks = []
     for kind in dict.fromkeys(kind for facts in everybody for kind in facts):

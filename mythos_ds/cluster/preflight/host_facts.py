@@ -23,7 +23,7 @@ from mythos_ds.errors import DataError
 from mythos_ds.formatting import byte_text
 from mythos_ds.train.run_directory import git_commit, package_versions
 
-Facts = dict[str, Any]
+HostFacts = dict[str, Any]
 
 WRITE_BYTES = 64 * 2**20
 MARKER_WAIT_S = 5.0
@@ -82,14 +82,14 @@ def marker_name(token: str) -> str:
     return f".preflight-{token}"
 
 
-def gather(resolved: ResolvedRun, run_dir: Path, token: str | None, *, write: bool) -> Facts:
+def gather(resolved: ResolvedRun, run_dir: Path, token: str | None, *, write: bool) -> HostFacts:
     """The calling process's facts.
 
     token: that of the markers to look for; None where they could not be made. write: also measure the run directory's
     write speed (one process a host).
     """
     config = resolved.config
-    facts: Facts = {
+    facts: HostFacts = {
         "host": socket.gethostname(),
         "time": time.time(),
         "python": sys.executable,
@@ -136,7 +136,7 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _write_speed(run_dir: Path) -> Facts:
+def _write_speed(run_dir: Path) -> HostFacts:
     """Bytes per second of a file forced to disk; a problem where it cannot be written."""
     path = run_dir / marker_name(f"speed-{socket.gethostname()}-{os.getpid()}")
     block = os.urandom(2**20)
@@ -159,7 +159,7 @@ def _reason(error: OSError) -> str:
     return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
 
 
-def verdicts(everybody: Sequence[Facts], resolved: ResolvedRun) -> list[Check]:
+def verdicts(everybody: Sequence[HostFacts], resolved: ResolvedRun) -> list[Check]:
     """Checks of all processes' facts, the first of which is the one that the others are compared with."""
     return [
         *_versions(everybody),
@@ -171,7 +171,7 @@ def verdicts(everybody: Sequence[Facts], resolved: ResolvedRun) -> list[Check]:
     ]
 
 
-def _versions(everybody: Sequence[Facts]) -> list[Check]:
+def _versions(everybody: Sequence[HostFacts]) -> list[Check]:
     first, problems = everybody[0]["versions"], []
     for facts in everybody[1:]:
         differing = [
@@ -187,7 +187,7 @@ def _versions(everybody: Sequence[Facts]) -> list[Check]:
     return [Check("package versions", True, f"equal: {listed}")]
 
 
-def _equal(name: str, key: str, everybody: Sequence[Facts]) -> Check:
+def _equal(name: str, key: str, everybody: Sequence[HostFacts]) -> Check:
     common = Counter(facts[key] for facts in everybody).most_common(1)[0][0]
     others = [f"{facts['host']} has {facts[key]}" for facts in everybody if facts[key] != common]
     if others:
@@ -195,26 +195,26 @@ def _equal(name: str, key: str, everybody: Sequence[Facts]) -> Check:
     return Check(name, True, f"equal: {common}")
 
 
-def _problems(name: str, everybody: Sequence[Facts], key: str, fine: str) -> Check:
+def _problems(name: str, everybody: Sequence[HostFacts], key: str, fine: str) -> Check:
     found = [f"{facts['host']}: {problem}" for facts in everybody for problem in facts[key]]
     return Check(name, False, places(found)) if found else Check(name, True, fine)
 
 
-def _disk_space(everybody: Sequence[Facts], resolved: ResolvedRun) -> Check:
+def _disk_space(everybody: Sequence[HostFacts], resolved: ResolvedRun) -> Check:
     """A new checkpoint is written before the oldest is removed."""
     keep = resolved.config.checkpoint.keep
     need = checkpoint_disk_bytes(resolved.config) * (keep + 1)
     known = [facts for facts in everybody if "free_bytes" in facts]
     if not known:
         return Check("disk space", False, "the run directory does not exist and cannot be made")
-    least: Facts = min(known, key=lambda facts: facts["free_bytes"])
+    least: HostFacts = min(known, key=lambda facts: facts["free_bytes"])
     text = f"{byte_text(least['free_bytes'])} free; {keep} + 1 checkpoints of {byte_text(need // (keep + 1))}"
     text += f" need {byte_text(need)}"
     fits = least["free_bytes"] >= need
     return Check("disk space", fits, text if fits else f"{least['host']}: {text}", least["free_bytes"], "bytes")
 
 
-def _write(everybody: Sequence[Facts], resolved: ResolvedRun) -> Check:
+def _write(everybody: Sequence[HostFacts], resolved: ResolvedRun) -> Check:
     failed = [f"{facts['host']}: {facts['write']}" for facts in everybody if "write" in facts]
     if failed:
         return Check("write", False, places(failed))

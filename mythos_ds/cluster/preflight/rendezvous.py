@@ -16,14 +16,14 @@ from mythos_ds.errors import ParallelError
 POLL_S = 0.05
 
 
-class Absent(Exception):
+class MissingRank(Exception):
     """Ranks did not arrive in time; rank 0 raises it, with their names."""
 
 
 class Meeting:
     """The calling process's end of the store. Rank 0 listens at the launcher's master address.
 
-    Raises ParallelError where the address cannot be listened at, and Absent on a rank that does not reach it.
+    Raises ParallelError where the address cannot be listened at, and MissingRank on a rank that does not reach it.
     """
 
     def __init__(self, environment: ProcessEnvironment, limit_s: float):
@@ -44,7 +44,9 @@ class Meeting:
             where = f"{environment.master_addr}:{environment.master_port}"
             if first:
                 raise ParallelError(f"cannot listen at {where} ({_first_line(error)}); give a free port") from None
-            raise Absent(f"{socket.gethostname()}: rank 0 at {where} was not reached within {limit_s:g} s") from None
+            raise MissingRank(
+                f"{socket.gethostname()}: rank 0 at {where} was not reached within {limit_s:g} s"
+            ) from None
         self.store.set(f"name/{environment.rank}", socket.gethostname())
 
     @property
@@ -57,7 +59,7 @@ class Meeting:
         self.store.set(f"{stage}/{self.environment.rank}", json.dumps(value))
 
     def collect(self, stage: str) -> list[Any]:
-        """Everybody's value, by rank; rank 0 only. Raises Absent with the names of those that gave none in time."""
+        """Everybody's value, by rank; rank 0 only. Raises MissingRank with the names of those who gave none."""
         missing = set(range(self.environment.world_size))
         values: dict[int, Any] = {}
         while missing and self.left_s > 0:
@@ -67,7 +69,9 @@ class Meeting:
             missing -= set(values)
             time.sleep(POLL_S if missing else 0)
         if missing:
-            raise Absent(f"no answer in '{stage}' from {', '.join(self.name(rank) for rank in sorted(missing)[:8])}")
+            raise MissingRank(
+                f"no answer in '{stage}' from {', '.join(self.name(rank) for rank in sorted(missing)[:8])}"
+            )
         return [values[rank] for rank in range(self.environment.world_size)]
 
     def announce(self, stage: str, value: Any) -> None:
@@ -83,13 +87,13 @@ class Meeting:
         self._deadline = time.monotonic() + seconds
 
     def hear(self, stage: str) -> Any:
-        """What rank 0 announced. Raises Absent where it says nothing in time."""
+        """What rank 0 announced. Raises MissingRank where it says nothing in time."""
         key = f"all/{stage}"
         while self.left_s > 0:
             if self.store.check([key]):
                 return json.loads(self.store.get(key))
             time.sleep(POLL_S)
-        raise Absent(f"rank 0 said nothing about '{stage}' in time")
+        raise MissingRank(f"rank 0 said nothing about '{stage}' in time")
 
     def name(self, rank: int) -> str:
         """ "rank 3 (node7)", or that it never came."""

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mythos_ds.cluster.hostfile import Line
-from mythos_ds.cluster.preflight.host_facts import Facts
+from mythos_ds.cluster.preflight.host_facts import HostFacts
 from mythos_ds.cluster.preflight.report import Check, places
 
 CONNECT_S = 10
@@ -19,7 +19,7 @@ _AT_ONCE = 64
 _CARRIED = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHONPATH")
 
 
-def ask(lines: Sequence[Line], script: Path, arguments: Sequence[str], limit_s: float) -> tuple[list[Facts], Check]:
+def ask(lines: Sequence[Line], script: Path, arguments: Sequence[str], limit_s: float) -> tuple[list[HostFacts], Check]:
     """The facts of the hosts that answer, each with the least "offset" its clock must have, and whether all did.
 
     Runs `script` with `arguments` on every host in the same folder with the same Python, as DeepSpeed's launcher does.
@@ -33,7 +33,7 @@ def ask(lines: Sequence[Line], script: Path, arguments: Sequence[str], limit_s: 
     return facts, Check("hosts", True, f"{len(lines)} reached by ssh, with {sys.executable}")
 
 
-def _ask_one(host: str, script: Path, arguments: Sequence[str], limit_s: float) -> Facts | str:
+def _ask_one(host: str, script: Path, arguments: Sequence[str], limit_s: float) -> HostFacts | str:
     variables = [f"{name}={os.environ[name]}" for name in _CARRIED if name in os.environ]
     command = shlex.join(["env", *variables, sys.executable, str(script), *arguments])
     remote = f"cd {shlex.quote(os.getcwd())} && {command}"
@@ -52,7 +52,7 @@ def _ask_one(host: str, script: Path, arguments: Sequence[str], limit_s: float) 
     if done.returncode == 255:
         return f"{host}: not reached by ssh ({_last_line(done.stderr)})"
     try:
-        facts: Facts = json.loads(done.stdout.splitlines()[-1])
+        facts: HostFacts = json.loads(done.stdout.splitlines()[-1])
         seen = float(facts["time"])
     except (IndexError, ValueError, KeyError, TypeError):
         return f"{host}: {_last_line(done.stderr or done.stdout)} (exit code {done.returncode})"

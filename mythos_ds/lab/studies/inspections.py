@@ -10,7 +10,7 @@ from mythos_ds.lab.studies.language import BASELINE, MEAN
 from mythos_ds.lab.studies.language_studies import LOOPS_ARMS
 from mythos_ds.lab.study import Report, Results, Study, spread
 from mythos_ds.lab.trained_models import Folders, measured, text, trained_model
-from mythos_ds.train.exit_gate import train_gate, with_gate
+from mythos_ds.train.exit_gate import train_exit_gate, with_exit_gate
 
 _STABILITY_ARMS = [arm for arm in LOOPS_ARMS if arm.name in ("looped", "fixed", "full_gradient", "post")]
 _STRESSED = [arm for arm in stress.arms() if arm.name in ("lti/1", "penalty/1", "addition/1", "concat/1")]
@@ -76,9 +76,9 @@ def _analyse_halting(results: Results, folders: Folders, scale: str) -> Report:
     for key, folder in sorted(folders.items()):
         if "diverged" in results[key]:
             continue
-        gated = with_gate(trained_model(folder))
+        gated = with_exit_gate(trained_model(folder))
         batches = text(folder, batches=_GATE_STEPS, training=True)
-        train_gate(gated, batches, steps=_GATE_STEPS, n_loops=_EXIT_LOOPS, lr=1e-3)
+        train_exit_gate(gated, batches, steps=_GATE_STEPS, n_loops=_EXIT_LOOPS, lr=1e-3)
         found.append(exit_rule_comparison.measure(gated, text(folder, batches=8), _EXIT_LOOPS, depths=_EXIT_DEPTHS))
         names.append(f"{key[0]}/{key[1]}")
     rows = [["rule", *(f"mean depth {depth:g}" for depth in _EXIT_DEPTHS), "against fixed at 3 (same seed)"]]

@@ -10,7 +10,7 @@ from mythos_ds.tools import average_checkpoints
 from safetensors.torch import load_file, save_file
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.conversion.average import Mean, likeness
+from mythos_ds.conversion.average import Mean, similarity
 from mythos_ds.mains import run_tool
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.model_folder import TOKENIZER, load_model, save_model
@@ -72,7 +72,7 @@ def test_sums_are_fp32_and_cast_once(tmp_path: Path) -> None:
 
 def test_models_of_other_starts_are_refused_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = _folder(tmp_path / "one", 0), _folder(tmp_path / "other", 1)
-    assert abs(likeness(TensorFolder(one), TensorFolder(other))) < 0.05
+    assert abs(similarity(TensorFolder(one), TensorFolder(other))) < 0.05
     assert _run(one, other, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "cosine of" in error

@@ -11,7 +11,7 @@ from mythos_ds.tools import convert_checkpoint
 from safetensors.torch import load_file
 
 from mythos_ds.mains import run_tool
-from mythos_ds.weights.model_folder import TOKENIZER, load_model, read_facts
+from mythos_ds.weights.model_folder import TOKENIZER, load_model, read_metadata
 from tests.helpers.paths import ROOT
 
 TINY = ROOT / "models" / "tiny"
@@ -51,7 +51,7 @@ def llama(tmp_path: Path) -> Path:
 def test_openmythos_there_and_back(openmythos: Path, tmp_path: Path, capsys: Capture) -> None:
     assert _run("openmythos", "mythos", openmythos, tmp_path / "ours", "--max-file-bytes", 20_000, "--jobs", 2) == 0
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
-    assert read_facts(tmp_path / "ours") == {"source": "open-mythos", "seq_len": 32}
+    assert read_metadata(tmp_path / "ours") == {"source": "open-mythos", "seq_len": 32}
     load_model(tmp_path / "ours")
     assert _run("mythos", "openmythos", tmp_path / "ours", tmp_path / "back") == 0
     back, state = load_file(tmp_path / "back" / "model.safetensors"), torch.load(openmythos / "weights.pt")
@@ -74,7 +74,7 @@ def test_a_dense_model_is_cut_and_the_dropped_layers_are_said(llama: Path, tmp_p
     assert "converting" in output.err
     model = load_model(tmp_path / "out")
     assert (model.config.n_experts, model.config.route_scale) == (6, 2.0)
-    assert read_facts(tmp_path / "out")["layers"]["recurrent"] == [3, 4]
+    assert read_metadata(tmp_path / "out")["layers"]["recurrent"] == [3, 4]
     assert not (tmp_path / "out" / TOKENIZER).exists()
 
 

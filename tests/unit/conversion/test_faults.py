@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from mythos_ds.checkpoint import manifest
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
-from mythos_ds.conversion.average import likeness
+from mythos_ds.conversion.average import similarity
 from mythos_ds.io import write_json
 from mythos_ds.mains import run_tool
 from mythos_ds.weights.reader import TensorSpec
@@ -138,8 +138,8 @@ def test_lineage_is_judged_from_a_bounded_part() -> None:
             return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
 
     one, same, other = Stack(0), Stack(0), Stack(1)
-    assert likeness(one, same) == pytest.approx(1.0)
-    assert likeness(one, other) < 0.01
+    assert similarity(one, same) == pytest.approx(1.0)
+    assert similarity(one, other) < 0.01
     assert one.most <= 1 << 25
 
 

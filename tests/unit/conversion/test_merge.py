@@ -15,7 +15,7 @@ from mythos_ds.checkpoint.deepspeed_format import WEIGHTS
 from mythos_ds.checkpoint.portable import open_state
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve
-from mythos_ds.weights.model_folder import load_model, read_facts
+from mythos_ds.weights.model_folder import load_model, read_metadata
 from mythos_ds.weights.reader import TensorFolder
 from tests.helpers.paths import ROOT
 from tests.helpers.synthetic_checkpoint import write_synthetic
@@ -51,7 +51,7 @@ def test_a_merged_model_loads_and_has_the_checkpoints_values(checkpoint, tmp_pat
     state = load_model(tmp_path / "merged").state_dict()
     for name, value in state.items():
         assert torch.equal(value, weights.read(name)), name
-    assert read_facts(tmp_path / "merged")["step"] == 1
+    assert read_metadata(tmp_path / "merged")["step"] == 1
     half = tmp_path / "half"
     finish(start("merge_checkpoint.py", checkpoint, "--output", half, "--dtype", "bfloat16", "--max-file-bytes", 10**6))
     found = TensorFolder(half)

@@ -51,7 +51,7 @@ def test_the_largest_preset_does_not_fit_smaller_gpus_and_the_plan_says_what_hel
     json.dumps(numbers)
 
 
-def peer(shared_width: int) -> ModelConfig:
+def openmythos_1t(shared_width: int) -> ModelConfig:
     """The one-trillion preset of OpenMythos."""
     return ModelConfig(
         vocab_size=100_000, dim=16384, prelude_layers=6, recurrent_layers=1, coda_layers=6, max_loops=64,
@@ -62,11 +62,11 @@ def peer(shared_width: int) -> ModelConfig:
 
 
 @pytest.mark.parametrize(("shared_width", "teraflops"), [(8 * 34560, 47.3), (34560, 10.7)])
-def test_the_peers_cost_agrees_with_the_hand_calculation(shared_width, teraflops):
+def test_the_cost_of_openmythos_agrees_with_the_hand_calculation(shared_width, teraflops):
     """6 (T P_loop + P_once) FLOPs per trained token, without attention scores: 47.3 TFLOP with shared experts as wide
     as OpenMythos makes them, 10.7 with narrow ones; 1,336 and 304 days per trillion tokens on 1,024 GPUs at 400
     TFLOP/s."""
-    cost = flops_per_token(peer(shared_width), context=1, n_loops=64)
+    cost = flops_per_token(openmythos_1t(shared_width), context=1, n_loops=64)
     trained = 3 * cost.forward
     assert trained / 1e12 == pytest.approx(teraflops, rel=0.02)
     days = 1e12 * trained / (1024 * 400e12) / 86400

@@ -24,8 +24,8 @@ from mythos_ds.data.held_out import open_text
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.train.exit_gate import explained_share, train_gate, with_gate
-from mythos_ds.weights.model_folder import load_model, read_facts, save_model
+from mythos_ds.train.exit_gate import explained_share, train_exit_gate, with_exit_gate
+from mythos_ds.weights.model_folder import load_model, read_metadata, save_model
 from tests.helpers.paths import ROOT
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
 from tests.helpers.toy_model import randomise, toy_batch, toy_config
@@ -42,8 +42,8 @@ def plain() -> tuple[MythosModel, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def gated(plain: tuple[MythosModel, dict[str, Tensor]]) -> MythosModel:
-    model = with_gate(plain[0])
-    train_gate(model, [plain[1]] * 150, steps=150, n_loops=LOOPS, lr=1e-2)
+    model = with_exit_gate(plain[0])
+    train_exit_gate(model, [plain[1]] * 150, steps=150, n_loops=LOOPS, lr=1e-2)
     return model
 
 
@@ -52,14 +52,14 @@ def test_nothing_but_the_gate_is_trained(plain: tuple[MythosModel, dict[str, Ten
     own = gated.state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(own.pop(name), value), name
-    fresh = with_gate(model).state_dict()
+    fresh = with_exit_gate(model).state_dict()
     assert own
     for name, value in own.items():
         assert name.startswith("recurrent.gate."), name
         assert not torch.equal(value, fresh[name]), f"{name} has not moved"
     assert torch.equal(gated(**batch, n_loops=LOOPS), model(**batch, n_loops=LOOPS))
     with pytest.raises(ConfigError, match="halting"):
-        with_gate(gated)
+        with_exit_gate(gated)
 
 
 def test_the_gate_beats_chance_and_nothing_beats_the_oracle(
@@ -168,8 +168,8 @@ def test_the_tool_trains_writes_and_refuses(corpus: Path, tmp_path: Path, capsys
     assert run(module, *command, "--steps", 3) == 0
     gated = load_model(output)
     assert gated.config.halting == "gate"
-    assert read_facts(output)["seq_len"] == 32
-    assert read_facts(output)["gate"]["steps"] == 3
+    assert read_metadata(output)["seq_len"] == 32
+    assert read_metadata(output)["gate"]["steps"] == 3
     assert (output / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
     old = load_model(model).state_dict()
     assert all(torch.equal(value, old[name]) for name, value in gated.state_dict().items() if name in old)

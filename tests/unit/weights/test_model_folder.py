@@ -9,7 +9,7 @@ import torch
 from mythos_ds.errors import CheckpointError
 from mythos_ds.lab.studies.language import base, configuration
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.weights.model_folder import CONFIG, load_model, read_facts, save_model
+from mythos_ds.weights.model_folder import CONFIG, load_model, read_metadata, save_model
 from mythos_ds.weights.reader import SINGLE
 
 MODEL = configuration({**base("cpu"), "model.lora_rank": 4}).model
@@ -24,7 +24,7 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path: Path, tied: bool) -> Non
     save_model(model, tmp_path / "m", {"note": 1})
     loaded = load_model(tmp_path / "m")
     assert not loaded.training
-    assert read_facts(tmp_path / "m") == {"note": 1}
+    assert read_metadata(tmp_path / "m") == {"note": 1}
     for (name, old), (_, new) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert torch.equal(old, new), name
     with torch.no_grad():
