@@ -11,7 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.conversion.hf_card import model_card
 from mythos_ds.conversion.hf_names import LEFT_OUT, Names
+from mythos_ds.conversion.hf_tokenizer import write_tokenizer
 from mythos_ds.conversion.model_target import WholeModel, folder_dtype, write_config
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import read_json, write_atomic
@@ -37,10 +39,7 @@ FIELDS = {
     "norm_eps": "rms_norm_eps",
 }  # fmt: skip
 """Our fields and those of the Hugging Face configuration that say the same."""
-_NEVER = -1e6
-"""Log-probability of pieces that no text gives, such as </s>."""
 _CARD = "README.md"
-_SAMPLE = "def f(x):\n\t  return  x ** 2  # naïve “quotes” 漢字 🙂 \u2581 1234567\n\n"
 
 
 class _HfTensors:
@@ -196,94 +195,6 @@ def write_side_files(model_folder: Path, output: Path, config: dict[str, Any], *
             "AutoModelForCausalLM": "modeling_mythos.MythosForCausalLM",
         }
     seal(output, config)
-
-
-def write_tokenizer(model: Path, output: Path) -> dict[str, int]:
-    """tokenizer.json with the ids of the sentencepiece model, which is kept beside it; returns the special ids.
-
-    Raises CheckpointError where a sample is not encoded alike.
-    """
-    import sentencepiece
-    import tokenizers
-    from tokenizers import decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    size = pieces.GetPieceSize()
-    vocabulary = {pieces.IdToPiece(i): i for i in range(size)}
-    scores = {pieces.IdToPiece(i): pieces.GetScore(i) for i in range(size)}
-    plain = [p for p, i in vocabulary.items() if not (pieces.IsControl(i) or pieces.IsUnknown(i) or pieces.IsByte(i))]
-    unknown = pieces.IdToPiece(pieces.unk_id())
-    core: models.Model
-    if any(score != int(score) for score in scores.values()):  # log-probabilities; those of BPE are minus a rank
-        known = set(plain)
-        ordered = [(p, scores[p] if p in known else _NEVER) for p in vocabulary]
-        core = models.Unigram(ordered, pieces.unk_id(), byte_fallback=True)
-    else:
-        core = models.BPE(vocabulary, _merges(plain, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    made = tokenizers.Tokenizer(core)
-    made.normalizer = normalizers.Replace(" ", "\u2581")
-    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    if made.encode(_SAMPLE, add_special_tokens=False).ids != pieces.EncodeAsIds(_SAMPLE):
-        raise CheckpointError(f"{model}: no tokenizer.json with the same ids could be made")
-    special = {"unk_token": unknown, "eos_token": pieces.IdToPiece(pieces.eos_id())}
-    ids = {"eos_token_id": pieces.eos_id()}
-    for name in ("bos", "pad"):
-        number = getattr(pieces, f"{name}_id")()
-        if number >= 0:
-            special[f"{name}_token"], ids[f"{name}_token_id"] = pieces.IdToPiece(number), number
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        split_special_tokens=True,  # "</s>" in a text is text, as in training
-        **special,
-    )
-    fast.save_pretrained(str(output))
-    copyfile(model, output / TOKENIZER)
-    return ids
-
-
-def _merges(pieces: list[str], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """The merges that make each piece of two others, in the order in which sentencepiece prefers them."""
-    found = []
-    for piece in pieces:
-        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        known = [(a, b) for a, b in splits if a in scores and b in scores]
-        known.sort(key=lambda pair: (-scores[pair[0]], -scores[pair[1]]))
-        found += [(-scores[piece], pair) for pair in known]
-    found.sort(key=lambda entry: entry[0])
-    return [pair for _, pair in found]
-
-
-def model_card(config: dict[str, Any], metadata: dict[str, Any]) -> str:
-    """README.md of the folder."""
-    rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in metadata.items() if name != "training")
-    depth = config["mean_recurrence"]
-    return f"""---
-library_name: transformers
-tags: [mythos, recurrent-depth, mixture-of-experts]
----
-# A recurrent-depth mixture-of-experts model
-
-{config["num_prelude_layers"]} + {config["num_recurrent_layers"]} x T + {config["num_coda_layers"]} layers of width
-{config["hidden_size"]}, {config["n_routed_experts"]} experts, {config["num_experts_per_tok"]} per token;
-T = {depth} unless `n_loops` says otherwise (trained with up to {config["max_loops"]}).
-
-```python
-import mythos_hf  # from the mythos_ds repository; makes the Auto classes know the model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForCausalLM.from_pretrained("PATH")
-inputs = tokenizer("def main(", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, n_loops={2 * depth})[0]))
-```
-
-| fact | value |
-|---|---|
-{rows}
-"""
 
 
 def export(

@@ -5,7 +5,7 @@ import random
 import pytest
 
 transformers = pytest.importorskip("transformers")
-from mythos_ds.conversion.huggingface import write_tokenizer
+from mythos_ds.conversion.hf_tokenizer import write_tokenizer
 from mythos_ds.data.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers.paths import ROOT
 
