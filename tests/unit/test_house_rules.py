@@ -57,7 +57,7 @@ LINES = {
     "analysis": 880,
     "cluster": 840,
     "lab": 2_650,
-    "bench": 240,
+    "bench": 530,
     "__init__": 10,
     "mains": 60,
 }
