@@ -124,10 +124,11 @@ def _time_deepspeed(arguments: argparse.Namespace) -> dict[str, Any]:
     resolved = _resolve(arguments, environment.world_size)
     groups = init_parallel(environment, resolved.ep_size, resolved.stages)
     engine = build_engine(resolved, groups)
-    micro, seconds, idle = resolved.stages[groups.stage].rows, [], []
+    micro, seconds, idle = resolved.stages[groups.layout.stage].rows, [], []
     for step in range(WARM_UP_STEPS + arguments.steps):
-        stride = micro * groups.dp_size
-        firsts = [m * stride + groups.dp_rank * micro for m in range(resolved.gradient_accumulation_steps)]
+        stride = micro * groups.layout.dp_size
+        own = groups.layout.rows_of(stride).start
+        firsts = [m * stride + own for m in range(resolved.gradient_accumulation_steps)]
         batches = [_batch(resolved, step, micro, first) for first in firsts]
         n_loops, n_grad_loops = _loops(resolved, step)
         groups.barrier()

@@ -33,10 +33,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         _step(engine, resolved, groups, step, 2, min(2, grad_loops))
     if case["paced"]:
         batches = _batches(resolved, groups, 2)
-        waited = paced_step(engine, resolved, groups.stage, batches, n_loops)
+        waited = paced_step(engine, resolved, groups.layout.stage, batches, n_loops)
         groups.barrier()
         return waited
-    found: dict[str, Any] = {"states": held_states(engine), "stage": groups.stage}
+    found: dict[str, Any] = {"states": held_states(engine), "stage": groups.layout.stage}
     traffic.take()
     gc.collect()
     live = LiveBytes(existing=True)
@@ -67,9 +67,9 @@ def _step(
 
 
 def _batches(resolved: ResolvedRun, groups: ParallelGroups, step: int) -> list[dict[str, torch.Tensor]]:
-    stage = resolved.stages[groups.stage]
+    stage = resolved.stages[groups.layout.stage]
     training = resolved.config.training
-    generator = torch.Generator().manual_seed(1000 * step + groups.dp_rank)
+    generator = torch.Generator().manual_seed(1000 * step + groups.layout.dp_rank)
     batches = []
     for _ in range(resolved.gradient_accumulation_steps):
         text = torch.randint(

@@ -74,7 +74,7 @@ def _check_names(tag: Path, module: nn.Module, weights: StateTensors) -> None:
 
 def _base(name: str, parameter: nn.Parameter, groups: ParallelGroups) -> int:
     """Where the local tensor begins in the logical one: experts are cut over the expert-parallel ranks."""
-    return groups.ep_rank * prod(_shape(parameter)) if is_expert(name) else 0
+    return groups.layout.ep_rank * prod(_shape(parameter)) if is_expert(name) else 0
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -56,7 +56,7 @@ def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
 def shards_of(tag: Path, groups: ParallelGroups) -> Path:
     """Where DeepSpeed's files of the calling process are: `tag`, or a folder of the pipeline stage in it, because the
     stages' files have the same names."""
-    return tag / f"stage_{groups.stage}" if groups.pipelined else tag
+    return tag / f"stage_{groups.layout.stage}" if groups.pipelined else tag
 
 
 class CheckpointWriter:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from mythos_ds.config.layout import PipelineSize, expert_stage_size
 from mythos_ds.config.rules.check import BUILTIN_VOCABULARY
 from mythos_ds.config.schema import DatasetConfig, RunConfig
 
@@ -20,8 +21,6 @@ _MLA_WIDTHS = {
 }
 _LORA_RANK = 4
 _ACCUMULATION = 2
-
-PipelineSize = int | list[int]
 
 
 def make_proxy(config: RunConfig, world_size: int) -> tuple[RunConfig, list[str]]:
@@ -106,18 +105,13 @@ def _parallel_changes(config: RunConfig, world_size: int, pp_size: PipelineSize)
     ep_size = config.parallel.ep_size
     if ep_size == "auto":
         return {"pp_size": pp_size}
-    fitting = math.gcd(EXPERTS, _holders(pp_size, world_size))
+    fitting = math.gcd(EXPERTS, expert_stage_size(pp_size, world_size))
     largest = max(size for size in range(1, fitting + 1) if fitting % size == 0 and size <= ep_size)
     return {"pp_size": pp_size, "ep_size": largest}
 
 
-def _holders(pp_size: PipelineSize, world_size: int) -> int:
-    """Processes of a stage that has experts."""
-    return world_size // pp_size if isinstance(pp_size, int) else pp_size[1]
-
-
 def _training_changes(config: RunConfig, world_size: int, pp_size: PipelineSize) -> dict[str, Any]:
-    training, holders = config.training, _holders(pp_size, world_size)
+    training, holders = config.training, expert_stage_size(pp_size, world_size)
     steps = min(training.max_steps or STEPS, STEPS)
     rows = 1
     if isinstance(pp_size, list):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mythos_ds.config import deepspeed_section
-from mythos_ds.config.layout import Stage, cut, rows_per_micro_batch
+from mythos_ds.config.layout import RankLayout, Stage, expert_stage_size, rows_per_micro_batch, stages_of
 from mythos_ds.config.rules import check
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.errors import ConfigError
@@ -37,6 +37,10 @@ class ResolvedRun:
     deepspeed: dict[str, Any]
     stages: tuple[Stage, ...]
 
+    def layout(self, rank: int) -> RankLayout:
+        """The place of a rank."""
+        return RankLayout.of(self.stages, self.ep_size, rank)
+
     def as_dict(self) -> dict[str, Any]:
         """The configuration with every default, and under `_derived` what followed from it; loads as a file does."""
         derived = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "config"}
@@ -66,7 +70,7 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
         mean_backprop_depth=training.mean_backprop_depth or math.ceil(model.mean_recurrence / 2),
         router_bias_rate=bias_rate if bias_rate is not None else BIAS_RATE / model.mean_recurrence,
         deepspeed=deepspeed_section.build(config, accumulation),
-        stages=cut(config, world_size),
+        stages=stages_of(config, world_size),
     )
 
 
@@ -77,8 +81,7 @@ def expert_parallel_size(config: RunConfig, world_size: int) -> int:
         return config.parallel.ep_size
     if config.parallel.zero_stage == 0:
         return 1
-    holders = (stage.size for stage in cut(config, world_size) if stage.part.recurrent)
-    common = math.gcd(config.model.n_experts, *holders)
+    common = math.gcd(config.model.n_experts, expert_stage_size(config.parallel.pp_size, world_size))
     per_node = config.cluster.gpus_per_node if config.cluster is not None else 1
     divisors = (n for n in range(common, 0, -1) if common % n == 0)
     return next(n for n in divisors if per_node % n == 0 or n % per_node == 0)

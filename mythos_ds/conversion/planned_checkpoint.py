@@ -28,15 +28,17 @@ def rank_files(resolved: ResolvedRun, index: int, stage: Stage) -> Iterator[Rank
         model = MythosModel(resolved.config.model, part=stage.part)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     folder = f"stage_{index}/" if len(resolved.stages) > 1 else ""
-    ep_size = resolved.ep_size if stage.part.recurrent else 1
-    groups = _groups(shapes, ep_size)
+    groups = _groups(shapes, resolved.layout(stage.first_rank).ep_size)
     for rank in range(stage.size):
+        layout = resolved.layout(stage.first_rank + rank)
         placed = []
         for number, (experts, names) in enumerate(groups):
-            ranks, own = (stage.size // ep_size, rank // ep_size) if experts else (stage.size, rank)
+            ranks, own = (
+                (len(layout.expert_copies), layout.expert_copy) if experts else (layout.dp_size, layout.dp_rank)
+            )
             placed.append(RankGroup(number, names, None, own, ranks))
         file = f"{folder}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        yield RankFile(file, rank % ep_size, tuple(placed))
+        yield RankFile(file, layout.ep_rank, tuple(placed))
 
 
 def _groups(shapes: Mapping[str, tuple[int, ...]], ep_size: int) -> list[tuple[bool, dict[str, tuple[int, ...]]]]:

@@ -26,7 +26,7 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
     matrix_lr = training.lr * training.lr_reference_dim / model.dim
     accumulation = resolved.gradient_accumulation_steps
     pipelined = len(resolved.stages) > 1
-    holders = next(stage.size for stage in resolved.stages if stage.part.recurrent)
+    holders = resolved.layout(0).expert_stage_size
     what = "micro-batches" if pipelined else "accumulation"
     split = f"{training.micro_batch_size} x {holders} processes x {accumulation} {what}"
     return [

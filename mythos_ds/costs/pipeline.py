@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
 
-from mythos_ds.config.layout import Part, is_pipelined
+from mythos_ds.config.layout import ModelChunk, is_pipelined
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import dense_layer_flops, head_flops, lora_flops, recurrent_layer_flops
 from mythos_ds.costs.schedule import Action, Order, training_order
@@ -279,7 +279,7 @@ def _kinds(resolved: ResolvedRun, n_loops: int) -> tuple[tuple[VisitKind, ...], 
     return ("prelude",), ("loops",), ("coda",)
 
 
-def _costs(resolved: ResolvedRun, part: Part, kind: VisitKind, n_loops: int) -> tuple[float, float]:
+def _costs(resolved: ResolvedRun, part: ModelChunk, kind: VisitKind, n_loops: int) -> tuple[float, float]:
     """FLOPs per token of a visit's forward, and of its backward where it has one."""
     model, context = resolved.config.model, resolved.config.training.seq_len
     if kind == "prelude":

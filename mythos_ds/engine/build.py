@@ -78,7 +78,7 @@ def build_model(
     if config.parallel.zero_stage == 3:
         context = deepspeed.zero.Init(config_dict_or_path=section, data_parallel_group=groups.dp_group, mpu=groups.mpu)
     # One expert-parallel rank holds all experts: its MoE is the plain one, replicated or cut like any other weight.
-    factory = MoE if groups.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
+    factory = MoE if groups.layout.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
     kind = StageModel if groups.pipelined else MythosModel
     with context:
         model = kind(
@@ -86,7 +86,7 @@ def build_model(
             seed=config.training.seed,
             moe_factory=factory,
             checkpoint_loops=config.parallel.activation_checkpointing == "loop",
-            part=resolved.stages[groups.stage].part,
+            part=resolved.stages[groups.layout.stage].part,
         )
         if adapt is not None:
             adapt(model)
@@ -96,7 +96,7 @@ def build_model(
 def deepspeed_section(resolved: ResolvedRun, groups: ParallelGroups) -> dict[str, Any]:
     """The resolved DeepSpeed config with what only the engine knows."""
     section = copy.deepcopy(resolved.deepspeed)
-    section["train_micro_batch_size_per_gpu"] = resolved.stages[groups.stage].rows
+    section["train_micro_batch_size_per_gpu"] = resolved.stages[groups.layout.stage].rows
     parallel, training = resolved.config.parallel, resolved.config.training
     if training.dtype == "bfloat16" and parallel.zero_stage > 0:
         # DeepSpeed's default adds micro-batches up in bf16.
@@ -111,18 +111,16 @@ def _forget_blank_step(engine: Any) -> None:
 
 
 def _check_layout(resolved: ResolvedRun, groups: ParallelGroups) -> None:
-    sizes = tuple(stage.size for stage in resolved.stages)
-    # A stage without experts has no expert group.
-    ep_size = resolved.ep_size if resolved.stages[groups.stage].part.recurrent else 1
-    if (ep_size, sizes) != (groups.ep_size, groups.stage_sizes):
+    wanted, found = resolved.layout(groups.rank), groups.layout
+    if wanted != found:
         raise ParallelError(
-            f"run resolved for ep_size {ep_size} and stages of {list(sizes)} processes, but the process groups are "
-            f"ep_size {groups.ep_size} and {list(groups.stage_sizes)}."
+            f"run resolved for ep_size {wanted.run_ep_size} and stages of {list(wanted.stage_sizes)} processes, but "
+            f"the process groups are ep_size {found.run_ep_size} and {list(found.stage_sizes)}."
         )
     if groups.pipelined:
         require_checked_version()
         require_torch()
-    if resolved.config.parallel.zero_stage == 0 and groups.ep_size > 1:
+    if resolved.config.parallel.zero_stage == 0 and groups.layout.ep_size > 1:
         raise ParallelError(
             "parallel.zero_stage: given 0 with expert parallelism; DeepSpeed then clips by a wrong norm. "
             "Allowed: 1, 2, 3; nearest: 1."

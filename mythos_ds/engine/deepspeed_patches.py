@@ -46,7 +46,7 @@ def couple_gradient_norm(optimizer: Any, groups: ParallelGroups, duplicate: "Dup
         norm = combine_grad_norm_groups(own_norms())
         invalid = is_invalid_grad_norm(norm)
         # All ranks of a stage know its norm; one of them speaks for it.
-        counts = groups.dp_rank == 0 and not invalid
+        counts = groups.layout.dp_rank == 0 and not invalid
         square = norm.double().item() ** 2 - duplicate.square if counts else 0.0
         total, failed = groups.sum([square, float(invalid)])
         value = INVALID_NORM if failed else max(total, 0.0) ** 0.5

@@ -58,7 +58,8 @@ class PipelinedMicroBatches:
 
     def logits(self, batch: Batch, n_loops: int) -> Tensor:
         # Stages of different size cut a micro-batch differently: it needs a row for each process of any stage.
-        rows, copies = batch["tokens"].shape[0], math.lcm(*self._groups.stage_sizes) // self._groups.dp_size
+        layout, rows = self._groups.layout, batch["tokens"].shape[0]
+        copies = math.lcm(*layout.stage_sizes) // layout.dp_size
         batch = {name: tensor.repeat(copies, 1) for name, tensor in batch.items()}
         with deepspeed.zero.GatheredParameters(self._parameters):
             outputs = self._pipeline.evaluate([batch], n_loops)
@@ -68,12 +69,12 @@ class PipelinedMicroBatches:
         """The mean of the last stage's losses, on every rank."""
         own = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64)
         total = self._groups.all_reduce(own.to(self._groups.device))
-        return total.item() / (n_micro_batches * self._groups.stage_sizes[-1])
+        return total.item() / (n_micro_batches * self._groups.layout.stage_sizes[-1])
 
     def _from_last_stage(self, outputs: list[Tensor], tokens: Tensor) -> Tensor:
         """Every rank gets the logits of the last stage's first process: all were asked the same."""
         shape = (*tokens.shape, self._model.config.vocab_size)
-        source = self._groups.world_size - self._groups.stage_sizes[-1]
+        source = self._groups.layout.ranks_of(-1).start
         if outputs and self._groups.rank == source:
             logits = outputs[0].contiguous()
         else:
@@ -86,9 +87,9 @@ class PipelinedMicroBatches:
         weight = self._model.embed.weight
         if weight.grad is None:
             raise ParallelError("the tied embedding has no gradient")
-        weight.grad.div_(self._groups.dp_size)
+        weight.grad.div_(self._groups.layout.dp_size)
         torch_distributed.all_reduce(weight.grad, group=self._groups.tie_group)
-        last = self._groups.stage == len(self._groups.stage_sizes) - 1
+        last = self._groups.layout.is_last_stage
         self._duplicate.square = weight.grad.double().square().sum().item() if last else 0.0
 
 

@@ -65,4 +65,4 @@ class SequentialMicroBatches:
 
     def _mean(self, losses: list[Tensor]) -> float:
         total = self._groups.all_reduce(torch.stack(losses).sum())
-        return total.item() / (len(losses) * self._groups.dp_size)
+        return total.item() / (len(losses) * self._groups.layout.dp_size)

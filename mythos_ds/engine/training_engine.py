@@ -166,9 +166,8 @@ class TrainingEngine:
         layers = self.module.moe_layers()
         update_biases(layers, records.counts, self.resolved.router_bias_rate)
         largest = largest_bias(layers)
-        holders = next(stage.size for stage in self.resolved.stages if stage.part.recurrent)
         return {
-            **records.statistics(holders),
+            **records.statistics(self.groups.layout.expert_stage_size),
             "router/bias_abs_max": self.groups.max(largest) if self.groups.pipelined else largest,
         }
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from mythos_ds.config.layout import Part, whole
+from mythos_ds.config.layout import ModelChunk, whole_model
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.kernels.attention import DocumentBounds
 from mythos_ds.model.attention import rotary_width
@@ -43,11 +43,11 @@ class MythosModel(nn.Module):
         seed: int = 0,
         moe_factory: MoEFactory = MoE,
         checkpoint_loops: bool = False,
-        part: Part | None = None,
+        part: ModelChunk | None = None,
     ):
         super().__init__()
         init = Initializer(seed)
-        part = whole(config) if part is None else part
+        part = whole_model(config) if part is None else part
         self.config, self.part = config, part
         if part.embeds or (part.predicts and config.tie_embeddings):
             self.embed = Embedding(config.vocab_size, config.dim, init.at("embed"), config.embedding_std)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mythos_ds.config.layout import Part
+from mythos_ds.config.layout import ModelChunk
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.model.auxiliary_losses import attach_loss
 from mythos_ds.model.context import ForwardContext
@@ -36,7 +36,13 @@ class RecurrentBlock(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, init: Initializer, moe_factory: MoEFactory, part: Part, *, checkpoint_loops: bool
+        self,
+        config: ModelConfig,
+        init: Initializer,
+        moe_factory: MoEFactory,
+        part: ModelChunk,
+        *,
+        checkpoint_loops: bool,
     ):
         super().__init__()
         self.post = config.injection == "post"

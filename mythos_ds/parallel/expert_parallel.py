@@ -24,6 +24,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mythos_ds.config.layout import RankLayout
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import ParallelError
 from mythos_ds.kernels.permute import inverse_permutation, permute_rows
@@ -97,15 +98,15 @@ class ShardedExperts(Experts):
     The marks are set inside `__init__`: under `zero.Init` the parameters are cut up the moment it returns.
     """
 
-    def __init__(self, config: ModelConfig, init: Initializer, ep_size: int, ep_rank: int):
-        local = config.n_experts // ep_size
+    def __init__(self, config: ModelConfig, init: Initializer, layout: RankLayout):
+        own = layout.expert_range(config.n_experts)
         super().__init__(
-            local, config.dim, config.expert_dim, init, config.resolved_init_std, first_expert=ep_rank * local
+            len(own), config.dim, config.expert_dim, init, config.resolved_init_std, first_expert=own.start
         )
-        placement = legacy_uniform_autoep_placement_descriptor(config.n_experts, local, ep_size)
+        placement = legacy_uniform_autoep_placement_descriptor(config.n_experts, len(own), layout.ep_size)
         for parameter in (self.w1, self.w2, self.w3):
-            _mark_expert_parameter(parameter, ep_size)
-            _mark_checkpoint_placement(parameter, placement, config.n_experts, ep_rank)
+            _mark_expert_parameter(parameter, layout.ep_size)
+            _mark_checkpoint_placement(parameter, placement, config.n_experts, layout.ep_rank)
 
 
 def _mark_expert_parameter(parameter: nn.Parameter, ep_size: int) -> None:
@@ -142,24 +143,26 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
     """
 
     def __init__(self, config: ModelConfig, init: Initializer, *, groups: ParallelGroups, layer: int = 0):
-        if config.n_experts % groups.ep_size:
+        layout = groups.layout
+        if config.n_experts % layout.ep_size:
             raise ParallelError(
-                f"parallel.ep_size: given {groups.ep_size}; allowed: a divisor of model.n_experts = {config.n_experts}."
+                f"parallel.ep_size: given {layout.ep_size}; allowed: a divisor of model.n_experts = {config.n_experts}."
             )
         # Read by make_experts and make_dispatcher; the rest is what DeepSpeed's engine and checkpoints ask a layer for.
-        self.ep_size, self.ep_rank = groups.ep_size, groups.ep_rank
-        self.ep_group_name = expert_group_name(groups.ep_size)
-        self.ep_group = require_expert_group(groups.ep_size)
+        self._layout = layout
+        self.ep_size, self.ep_rank = layout.ep_size, layout.ep_rank
+        self.ep_group_name = expert_group_name(layout.ep_size)
+        self.ep_group = require_expert_group(layout.ep_size)
         super().__init__(config, init, layer=layer)
         self.num_experts = config.n_experts
-        self.num_local_experts = config.n_experts // groups.ep_size
+        self.num_local_experts = len(layout.expert_range(config.n_experts))
         self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
-            self.num_experts, self.num_local_experts, groups.ep_size
+            self.num_experts, self.num_local_experts, layout.ep_size
         )
 
     def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
         """Only this rank's experts."""
-        return ShardedExperts(config, init, self.ep_size, self.ep_rank)
+        return ShardedExperts(config, init, self._layout)
 
     def make_dispatcher(self) -> Dispatcher:
         """All-to-all over the expert-parallel group."""

@@ -1,12 +1,10 @@
 """Start of the process group, and the groups that experts are cut over. Everything here is collective."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import deepspeed
@@ -16,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
-from mythos_ds.config.layout import Stage
+from mythos_ds.config.layout import RankLayout, Stage
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
 
@@ -31,19 +29,10 @@ _OPERATIONS = {
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """The calling process's place.
-
-    Processes are cut into pipeline stages, consecutive ranks each; without pipeline there is one stage. The ranks of a
-    stage are data-parallel; `ep_size` consecutive ones of a stage that has experts share these.
-    """
+    """The calling process's place, and the process groups that it is in."""
 
     device: torch.device
-    rank: int
-    world_size: int
-    stage: int
-    stage_sizes: tuple[int, ...]
-    ep_rank: int
-    ep_size: int
+    layout: RankLayout
     ep_group: torch_distributed.ProcessGroup | None
     """The ranks that together hold all experts of a layer; None with ep_size 1, or where the stage has no experts."""
     dp_group: torch_distributed.ProcessGroup | None = None
@@ -54,24 +43,19 @@ class ParallelGroups:
     """What confines DeepSpeed to the stage; None without pipeline."""
 
     @property
+    def rank(self) -> int:
+        """The process's rank among all."""
+        return self.layout.rank
+
+    @property
+    def world_size(self) -> int:
+        """All processes."""
+        return self.layout.world_size
+
+    @property
     def pipelined(self) -> bool:
         """Whether there is more than one stage."""
-        return len(self.stage_sizes) > 1
-
-    @property
-    def first_rank(self) -> int:
-        """Rank of the stage's first process."""
-        return sum(self.stage_sizes[: self.stage])
-
-    @property
-    def dp_rank(self) -> int:
-        """Place among the ranks of the stage."""
-        return self.rank - self.first_rank
-
-    @property
-    def dp_size(self) -> int:
-        """Ranks of the stage."""
-        return self.stage_sizes[self.stage]
+        return self.layout.pipelined
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -161,9 +145,10 @@ def init_parallel(
     called again for another layout. Errors: ParallelError where ep_size does not divide the processes of a stage with
     experts, or the stages are not those of all processes.
     """
-    sizes = tuple(stage.size for stage in stages) if stages else (env.world_size,)
-    expert_stages = tuple(i for i, stage in enumerate(stages or ()) if stage.part.recurrent) or (0,)
-    _check_sizes(env, ep_size, sizes, expert_stages)
+    layout = RankLayout(env.rank, (env.world_size,), run_ep_size=ep_size)
+    if stages:
+        layout = RankLayout.of(stages, ep_size, env.rank)
+    _check_sizes(env, layout)
     env.export()
     device = select_device(env)
     _avoid_shared_memory_op()
@@ -177,19 +162,16 @@ def init_parallel(
     if deepspeed_groups._WORLD_GROUP is None:
         # DeepSpeed would make this copy of the world itself, and its collectives would wait torch's 30 minutes.
         deepspeed_groups._WORLD_GROUP = torch_distributed.new_group(timeout=timeout)
-    stage = bisect_right(list(accumulate(sizes)), env.rank)
-    groups = ParallelGroups(device, env.rank, env.world_size, stage, sizes, 0, 1, None)
+    groups = ParallelGroups(device, layout, None)
     if groups.pipelined:
-        own, alone, tie = _stage_groups(sizes, timeout)
-        tie_group = tie if stage in (0, len(sizes) - 1) else None
+        own, alone, tie = _stage_groups(layout.all_stages, timeout)
+        tie_group = tie if layout.stage == 0 or layout.is_last_stage else None
         groups = replace(groups, dp_group=own, tie_group=tie_group, mpu=StageTopology(own, alone))
     if ep_size == 1:
         return groups
-    experts = _expert_groups(sizes, expert_stages, ep_size, timeout)
+    experts = _expert_groups(layout.all_expert_groups, layout.all_expert_copies, timeout)
     _register(experts, ep_size)
-    if experts.ep is None:
-        return groups
-    return replace(groups, ep_rank=groups.dp_rank % ep_size, ep_size=ep_size, ep_group=experts.ep)
+    return replace(groups, ep_group=experts.ep)
 
 
 def require_expert_group(ep_size: int) -> torch_distributed.ProcessGroup:
@@ -218,21 +200,21 @@ class _ExpertGroups:
     edp_ranks: tuple[int, ...]
 
 
-def _check_sizes(env: ProcessEnvironment, ep_size: int, sizes: tuple[int, ...], expert_stages: tuple[int, ...]) -> None:
-    if sum(sizes) != env.world_size:
+def _check_sizes(env: ProcessEnvironment, layout: RankLayout) -> None:
+    sizes, ep_size = layout.stage_sizes, layout.run_ep_size
+    if layout.world_size != env.world_size:
         raise ParallelError(f"pipeline stages of {list(sizes)} processes, but there are {env.world_size} in all.")
-    processes = math.gcd(*(sizes[i] for i in expert_stages))
+    processes = math.gcd(*(sizes[i] for i in layout.expert_stages))
     if ep_size < 1 or processes % ep_size:
         divisors = [n for n in range(1, processes + 1) if processes % n == 0]
         raise ParallelError(f"parallel.ep_size: given {ep_size}; allowed with {processes} processes: {divisors}.")
 
 
 @cache
-def _stage_groups(sizes: tuple[int, ...], timeout: timedelta) -> tuple[torch_distributed.ProcessGroup, ...]:
+def _stage_groups(stages: tuple[range, ...], timeout: timedelta) -> tuple[torch_distributed.ProcessGroup, ...]:
     """The calling rank's stage, itself alone, and the first stage with the last. Collective."""
-    stages = [range(last - size, last) for size, last in zip(sizes, accumulate(sizes), strict=True)]
     own = _own_group(stages, timeout)
-    alone = _own_group([range(rank, rank + 1) for rank in range(sum(sizes))], timeout)
+    alone = _own_group([range(rank, rank + 1) for rank in range(stages[-1].stop)], timeout)
     tie = torch_distributed.new_group([*stages[0], *stages[-1]], timeout=timeout)
     assert own[0] is not None
     assert alone[0] is not None
@@ -240,19 +222,13 @@ def _stage_groups(sizes: tuple[int, ...], timeout: timedelta) -> tuple[torch_dis
 
 
 @cache
-def _expert_groups(
-    sizes: tuple[int, ...], expert_stages: tuple[int, ...], ep_size: int, timeout: timedelta
-) -> _ExpertGroups:
-    """Expert groups: consecutive ranks of a stage; expert-data groups: every ep_size-th of a stage. Collective."""
-    ends = list(accumulate(sizes))
-    stages = [range(ends[i] - sizes[i], ends[i]) for i in expert_stages]
-    ep = _own_group([ranks[i : i + ep_size] for ranks in stages for i in range(0, len(ranks), ep_size)], timeout)
-    edp = _own_group([ranks[i::ep_size] for ranks in stages for i in range(ep_size)], timeout)
-    return _ExpertGroups(*ep, *edp)
+def _expert_groups(groups: tuple[range, ...], copies: tuple[range, ...], timeout: timedelta) -> _ExpertGroups:
+    """The calling rank's of the groups that share experts, and of those that hold the same. Collective."""
+    return _ExpertGroups(*_own_group(groups, timeout), *_own_group(copies, timeout))
 
 
 def _own_group(
-    all_ranks: list[range], timeout: timedelta
+    all_ranks: Sequence[range], timeout: timedelta
 ) -> tuple[torch_distributed.ProcessGroup | None, tuple[int, ...]]:
     """Creates a group for each range of ranks; returns the calling rank's and its ranks."""
     own: tuple[torch_distributed.ProcessGroup | None, tuple[int, ...]] = (None, ())

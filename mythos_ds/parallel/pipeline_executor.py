@@ -104,7 +104,9 @@ class Pipeline:
     def _run(self, micro_batches: list[MicroBatch], n_loops: int, n_grad_loops: int, *, training: bool) -> PipelineRun:
         run = _Run(self, micro_batches, n_loops, n_grad_loops, training)
         n_visits = n_loops + 2 if self.ring else 1
-        run.execute(actions_of(self.groups.stage, len(self.stages), n_visits, len(micro_batches), training=training))
+        run.execute(
+            actions_of(self.groups.layout.stage, len(self.stages), n_visits, len(micro_batches), training=training)
+        )
         return run.result()
 
     def visit_at(self, stage: int, visit: int, n_loops: int, n_grad_loops: int) -> Visit:
@@ -118,19 +120,6 @@ class Pipeline:
         if visit == n_loops + 1:
             return Visit("coda", n_loops, n_grad_loops)
         return Visit("loop", n_loops, n_grad_loops, visit - 1)
-
-    def peers(self, stage: int, rows: int) -> list[tuple[int, int, int]]:
-        """The processes of another stage that hold rows of this process: (rank, first row, last row + 1) in this
-        process's count. Stages of different size cut the micro-batch differently."""
-        groups, other_size = self.groups, self.stages[stage].size
-        other_rows = rows * groups.dp_size // other_size
-        start = groups.dp_rank * rows
-        found = []
-        for place in range(other_size):
-            first, last = max(start, place * other_rows), min(start + rows, (place + 1) * other_rows)
-            if first < last:
-                found.append((self.stages[stage].first_rank + place, first - start, last - start))
-        return found
 
 
 @dataclass(frozen=True)
@@ -151,7 +140,7 @@ class _Run:
     ):
         self.pipeline, self.micro_batches, self.training = pipeline, micro_batches, training
         self.depth = n_loops, n_grad_loops
-        self.stage, self.n_stages = pipeline.groups.stage, len(pipeline.stages)
+        self.stage, self.n_stages = pipeline.groups.layout.stage, len(pipeline.stages)
         self.n_visits = n_loops + 2 if pipeline.ring else 1
         self.arrivals: dict[tuple[ActionKind, int, int], tuple[Tensor, list[torch_distributed.Work]]] = {}
         self.departures: dict[tuple[ActionKind, int, int], Tensor] = {}
@@ -245,8 +234,8 @@ class _Run:
         if not forward and not self._sends_gradient(action):
             return
         tensor = self.departures.pop((action.kind, action.visit, action.micro_batch)).contiguous()
-        peers = self.pipeline.peers(self._neighbour(1 if forward else -1), tensor.shape[0])
-        works = [torch_distributed.isend(tensor[first:last], rank) for rank, first, last in peers]
+        peers = self._peers(1 if forward else -1, tensor)
+        works = [torch_distributed.isend(tensor[rows.start : rows.stop], rank) for rank, rows in peers]
         self.in_flight.append((tensor, [work for work in works if work is not None]))
         if len(self.in_flight) > _SENDS_IN_FLIGHT:
             self._wait_for_oldest()
@@ -259,8 +248,8 @@ class _Run:
         tokens = self.micro_batches[action.micro_batch].tokens
         dtype = torch.float32 if producer.kind == "loop" else self.pipeline.dtype
         buffer = torch.empty(*tokens.shape, self.pipeline.model.config.dim, dtype=dtype, device=tokens.device)
-        peers = self.pipeline.peers(self._neighbour(-1 if forward else 1), buffer.shape[0])
-        works = [torch_distributed.irecv(buffer[first:last], rank) for rank, first, last in peers]
+        peers = self._peers(-1 if forward else 1, buffer)
+        works = [torch_distributed.irecv(buffer[rows.start : rows.stop], rank) for rank, rows in peers]
         kind = ActionKind.RECEIVE_FORWARD if forward else ActionKind.RECEIVE_BACKWARD
         self.arrivals[kind, action.visit, action.micro_batch] = buffer, [work for work in works if work is not None]
 
@@ -283,6 +272,9 @@ class _Run:
 
     def _neighbour(self, step: int) -> int:
         return (self.stage + step) % self.n_stages
+
+    def _peers(self, step: int, tensor: Tensor) -> list[tuple[int, range]]:
+        return self.pipeline.groups.layout.peers(self._neighbour(step), tensor.shape[0])
 
     def _has_predecessor(self, number: int) -> bool:
         return self.stage > 0 or number > 0

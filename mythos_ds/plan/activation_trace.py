@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mythos_ds.config.layout import Part
+from mythos_ds.config.layout import ModelChunk
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.kernels import attention
 from mythos_ds.kernels.permute import inverse_permutation, permute_rows
@@ -139,7 +139,7 @@ def trace(load: Workload) -> Trace:
 @cache
 def dense_layer_bytes(load: Workload) -> int:
     """What one prelude or coda layer keeps of a micro-batch until its backward."""
-    model, context, x = _piece(load, Part((0,), (), (), embeds=False, loops=False, predicts=False), load.dtype)
+    model, context, x = _piece(load, ModelChunk((0,), (), (), embeds=False, loops=False, predicts=False), load.dtype)
     live = LiveBytes(existing=False)
     with _substitutes(), live:
         live.ignore(*model.parameters(), x)
@@ -151,7 +151,9 @@ def dense_layer_bytes(load: Workload) -> int:
 def visit_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     """The most that the forward and backward of some looped layers, once, hold on a pipeline stage; recomputed where
     the workload says so."""
-    model, context, x = _piece(load, Part((), layers, (), embeds=False, loops=False, predicts=False), torch.float32)
+    model, context, x = _piece(
+        load, ModelChunk((), layers, (), embeds=False, loops=False, predicts=False), torch.float32
+    )
     live = LiveBytes(existing=False)
 
     def visit(message: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ def visit_bytes(load: Workload, layers: tuple[int, ...]) -> int:
 def loops_bytes(load: Workload, layers: tuple[int, ...], waiting: int) -> int:
     """The most that a stage holds which runs all loops of a micro-batch at once, while `waiting` micro-batches wait for
     their backward."""
-    part = Part((), layers, (), embeds=False, loops=True, predicts=False)
+    part = ModelChunk((), layers, (), embeds=False, loops=True, predicts=False)
     model, context, x = _piece(load, part, load.dtype)
     live = LiveBytes(existing=False)
     with _substitutes(), _dropping(model), live:
@@ -185,7 +187,7 @@ def loops_bytes(load: Workload, layers: tuple[int, ...], waiting: int) -> int:
 @cache
 def coda_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     """The most that the coda's layers, the head and the loss hold of a micro-batch, the head's gradient included."""
-    model, context, x = _piece(load, Part((), (), layers, embeds=False, loops=False, predicts=True), load.dtype)
+    model, context, x = _piece(load, ModelChunk((), (), layers, embeds=False, loops=False, predicts=True), load.dtype)
     targets = torch.empty(load.rows, load.seq_len, dtype=torch.int64, device="meta")
     live = LiveBytes(existing=False)
     with _substitutes(), _dropping(model), live:
@@ -194,7 +196,7 @@ def coda_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     return live.peak
 
 
-def _piece(load: Workload, part: Part, dtype: torch.dtype) -> tuple[MythosModel, ForwardContext, Tensor]:
+def _piece(load: Workload, part: ModelChunk, dtype: torch.dtype) -> tuple[MythosModel, ForwardContext, Tensor]:
     """A part of the model, its context, and an input with gradient."""
     recomputed = load.checkpointing == "loop"
     with torch.device("meta"):

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from mythos_ds.config.layout import Part
+from mythos_ds.config.layout import ModelChunk
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.costs.pipeline import PipelinePrediction, predict
@@ -76,7 +76,7 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @cache
-def parameter_shapes(model: ModelConfig, part: Part | None = None) -> Shapes:
+def parameter_shapes(model: ModelConfig, part: ModelChunk | None = None) -> Shapes:
     """(name, shape) of every parameter of a model, or of a part of it."""
     with torch.device("meta"):
         made = MythosModel(model, part=part)

@@ -39,27 +39,27 @@ def rehearse(resolved: ResolvedRun, rank: int, gpus_per_node: int, step: int = 0
 
 
 def _describe(resolved: ResolvedRun, groups: ParallelGroups, gpus_per_node: int, step: int) -> dict[str, Any]:
-    config, stage = resolved.config, resolved.stages[groups.stage]
-    factory = MoE if groups.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
+    config, layout, stage = resolved.config, groups.layout, resolved.stages[groups.layout.stage]
+    factory = MoE if layout.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
     with torch.device("meta"):
         model = MythosModel(config.model, seed=config.training.seed, moe_factory=factory, part=stage.part)
     held = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    _compare(held, resolved, stage, groups.ep_size)
-    local = config.model.n_experts // groups.ep_size
+    _compare(held, resolved, stage, layout.ep_size)
+    experts, ranks = layout.expert_range(config.model.n_experts), layout.ranks_of(layout.stage)
     n_loops = DepthSampler.of(config).loops_at(step)
     first = step * config.training.global_batch_size
     return {
         "rank": groups.rank,
         "node": groups.rank // gpus_per_node,
         "local_rank": groups.rank % gpus_per_node,
-        "stage": groups.stage,
+        "stage": layout.stage,
         "layers": {name: list(getattr(stage.part, name)) for name in ("prelude", "recurrent", "coda")},
         "expert_group": ranks_of(groups.ep_group),
-        "expert_copies": _copies(groups),
-        "stage_ranks": [groups.first_rank, groups.first_rank + groups.dp_size - 1],
-        "experts": [groups.ep_rank * local, (groups.ep_rank + 1) * local - 1] if stage.part.recurrent else [],
+        "expert_copies": list(layout.expert_copies),
+        "stage_ranks": [ranks[0], ranks[-1]],
+        "experts": [experts[0], experts[-1]] if experts else [],
         "parameters_before_zero": sum(prod(shape) for shape in held.values()),
-        "state_bytes": asdict(states(resolved, groups.stage)),
+        "state_bytes": asdict(states(resolved, layout.stage)),
         "step": step,
         "n_loops": n_loops,
         "n_grad_loops": min(n_loops, resolved.mean_backprop_depth),
@@ -67,7 +67,7 @@ def _describe(resolved: ResolvedRun, groups: ParallelGroups, gpus_per_node: int,
         "rows_per_micro_batch": stage.rows,
         "samples_of_the_step": [first, first + config.training.global_batch_size - 1],
         "actions": _actions(resolved, groups, n_loops),
-        "traffic_bytes": asdict(traffic(resolved, n_loops, groups.stage)),
+        "traffic_bytes": asdict(traffic(resolved, n_loops, layout.stage)),
     }
 
 
@@ -81,19 +81,13 @@ def _compare(held: dict[str, tuple[int, ...]], resolved: ResolvedRun, stage: Sta
         raise ParallelError(f"{name}: the module has {held.get(name)}, the planner counts {expected.get(name)}")
 
 
-def _copies(groups: ParallelGroups) -> list[int]:
-    """Ranks that hold the same experts."""
-    last = groups.first_rank + groups.dp_size
-    return list(range(groups.first_rank + groups.ep_rank, last, groups.ep_size))
-
-
 def _actions(resolved: ResolvedRun, groups: ParallelGroups, n_loops: int) -> dict[str, int]:
     """How often the stage does what, in a training step of a pipeline."""
     if not groups.pipelined:
         return {}
     visits = n_loops + 2 if isinstance(resolved.config.parallel.pp_size, int) else 1
-    stages, micro_batches = len(groups.stage_sizes), resolved.gradient_accumulation_steps
+    stages, micro_batches = len(groups.layout.stage_sizes), resolved.gradient_accumulation_steps
     counts: dict[str, int] = {}
-    for action in actions_of(groups.stage, stages, visits, micro_batches, True):
+    for action in actions_of(groups.layout.stage, stages, visits, micro_batches, True):
         counts[action.kind.value] = counts.get(action.kind.value, 0) + 1
     return counts

@@ -48,7 +48,7 @@ class TextFeed:
         self._training = resolved.config.training
         self._accumulation = resolved.gradient_accumulation_steps
         self._workers = resolved.config.data.num_workers
-        self._rows = resolved.stages[groups.stage].rows
+        self._rows = resolved.stages[groups.layout.stage].rows
         self._manifest, self._groups, self._datasets = manifest, groups, datasets
         self.tokenizer: Tokenizer | None = datasets[0].tokenizer
         self.identity: dict[str, Any] = datasets[0].identity
@@ -94,8 +94,8 @@ class TextFeed:
                 dataset,
                 start_sample=start_sample,
                 micro_batch_size=self._rows,
-                dp_rank=self._groups.dp_rank,
-                dp_size=self._groups.dp_size,
+                dp_rank=self._groups.layout.dp_rank,
+                dp_size=self._groups.layout.dp_size,
                 num_workers=self._workers,
             )
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mythos_ds.checkpoint.save import CheckpointWriter, TrainingState, layout_of
+from mythos_ds.config.layout import RankLayout
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.pipeline import predict
 from mythos_ds.engine.training_engine import StepResult, TrainingEngine
@@ -106,7 +107,7 @@ class Trainer:
         depths = self.sampler.depths_at(self.step)
         n_loops = max(depths) if depths else self.sampler.loops_at(self.step)
         if depths:
-            batches = with_depths(batches, depths, self.groups.dp_rank)
+            batches = with_depths(batches, depths, self.groups.layout)
         lr = learning_rate(self.step, self.config.training, self.manifest.lengths)
         logged = self._is_logged(self.step + 1)
         self.state = replace(self.state, n_loops=n_loops, lr=lr, loss=None, grad_norm=None)
@@ -228,7 +229,8 @@ class Trainer:
         self.saved_step = self.step
 
 
-def with_depths(batches: list[Batch], depths: tuple[int, ...], dp_rank: int) -> list[Batch]:
+def with_depths(batches: list[Batch], depths: tuple[int, ...], layout: RankLayout) -> list[Batch]:
     """This rank's micro-batches with the loop counts of their rows, from those of the global batch in sample order."""
-    by_rank = torch.tensor(depths).view(len(batches), -1, len(batches[0]["tokens"]))
-    return [{**batch, "depths": by_rank[index, dp_rank]} for index, batch in enumerate(batches)]
+    by_micro_batch = torch.tensor(depths).view(len(batches), -1)
+    rows = list(layout.rows_of(by_micro_batch.shape[1]))
+    return [{**batch, "depths": by_micro_batch[index, rows]} for index, batch in enumerate(batches)]

@@ -53,10 +53,12 @@ class Notes(Callback):
 def _norm(state: CallbackState) -> float:
     """The global gradient norm: squares of all parameters, each counted once over the ranks that hold it."""
     groups, square = state.engine.groups, 0.0
-    experts = expert_group_name(groups.ep_size)
+    experts = expert_group_name(groups.layout.ep_size)
     for parameter in state.model.parameters():
         gradient = state.engine.gradient(parameter)
-        copies = groups.dp_size // (groups.ep_size if getattr(parameter, "group_name", None) == experts else 1)
+        copies = groups.layout.dp_size // (
+            groups.layout.ep_size if getattr(parameter, "group_name", None) == experts else 1
+        )
         square += 0.0 if gradient is None else gradient.double().square().sum().item() / copies
     return groups.sum([square])[0] ** 0.5
 

@@ -96,7 +96,7 @@ def global_batches(step: int, accumulation: int) -> list[dict[str, Tensor]]:
 def own_batches(step: int, accumulation: int, groups: ParallelGroups) -> list[dict[str, Tensor]]:
     """This rank's rows of each micro-batch."""
     return [
-        {name: value.chunk(groups.dp_size)[groups.dp_rank].clone() for name, value in batch.items()}
+        {name: value.chunk(groups.layout.dp_size)[groups.layout.dp_rank].clone() for name, value in batch.items()}
         for batch in global_batches(step, accumulation)
     ]
 
@@ -113,7 +113,7 @@ def full_weights_of_stage(engine: TrainingEngine, groups: ParallelGroups) -> dic
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             value = parameter.detach().float().clone()
         if not getattr(parameter, "allreduce", True):
-            parts = [torch.empty_like(value) for _ in range(groups.ep_size)]
+            parts = [torch.empty_like(value) for _ in range(groups.layout.ep_size)]
             torch_distributed.all_gather(parts, value, group=groups.ep_group)
             value = torch.cat(parts)
         weights[name] = value
@@ -201,7 +201,7 @@ def _layout(case: dict[str, Any]) -> dict[str, Any]:
             batches = own_batches(step, accumulation, groups)
             held, lr = batches[:1], LEARNING_RATE[optimizer]
             if per_sequence:
-                batches = with_depths(batches, DEPTHS[step], groups.dp_rank)
+                batches = with_depths(batches, DEPTHS[step], groups.layout)
             results.append(engine.train_step(batches, n_loops=loops, n_grad_loops=GRAD_LOOPS, lr=lr))
             engine.eval_loss(held, 5)  # another depth in between must not disturb the next step
         weights = full_weights(engine, groups)
@@ -275,7 +275,7 @@ def non_finite_norm(case: dict[str, Any]) -> dict[str, Any]:
 
         def damaged(*args: Any, **kwargs: Any) -> Tensor:
             norm = sums(*args, **kwargs)
-            return torch.full_like(norm, -1.0) if groups.stage == len(groups.stage_sizes) - 1 else norm
+            return torch.full_like(norm, -1.0) if groups.layout.stage == len(groups.layout.stage_sizes) - 1 else norm
 
         optimizer.get_grad_norm_direct = damaged
         error = None

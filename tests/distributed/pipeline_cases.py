@@ -144,12 +144,12 @@ def _traffic(case: dict[str, Any], counter: CollectiveBytes, passes: Counter[str
             out.append(
                 {
                     "n_loops": n_loops,
-                    "stage": groups.stage,
+                    "stage": groups.layout.stage,
                     "bytes": counter.take(),
                     "reduce_passes": passes["reduce"],
                     "held": runs[-1].peak_held,
-                    "predicted_sent": prediction.sent_bytes[groups.stage],
-                    "predicted_held": prediction.peak_held[groups.stage],
+                    "predicted_sent": prediction.sent_bytes[groups.layout.stage],
+                    "predicted_held": prediction.peak_held[groups.layout.stage],
                     "stage_bytes": sum(p.ds_numel * 4 for p in engine.module.parameters()),
                     "own_expert_bytes": sum(
                         p.ds_numel * 4 for p in engine.module.parameters() if not getattr(p, "allreduce", True)
@@ -237,7 +237,7 @@ def what_is_made() -> dict[str, Any]:
     with opened(RING) as (engine, groups):
         sizes = {name: parameter.ds_numel for name, parameter in engine.module.named_parameters()}
         return {
-            "stage": groups.stage,
+            "stage": groups.layout.stage,
             "recurrent": len({name.split(".")[2] for name in sizes if name.startswith("recurrent.layers.")}),
             "experts": sum(size for name, size in sizes.items() if ".experts." in name),
             "embed": any(name.startswith("embed.") for name in sizes),

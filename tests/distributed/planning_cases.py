@@ -17,13 +17,13 @@ def work(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for case in cases:
         with opened(case) as (engine, groups):
             ranks = []
-            if groups.ep_size > 1:
-                ranks = torch_distributed.get_process_group_ranks(require_expert_group(groups.ep_size))
+            if groups.layout.ep_size > 1:
+                ranks = torch_distributed.get_process_group_ranks(require_expert_group(groups.layout.ep_size))
             shapes = {name: tuple(p.ds_shape) for name, p in engine.module.named_parameters()}
             found.append(
                 {
                     "kept": held_states(engine),
-                    "planned": asdict(states(engine.resolved, groups.stage)),
+                    "planned": asdict(states(engine.resolved, groups.layout.stage)),
                     "expert_group": ranks,
                     "parameters": sum(p.ds_numel for p in engine.module.parameters()),
                     "experts": [list(shape) for name, shape in shapes.items() if name.endswith("experts.w1")],

@@ -29,7 +29,7 @@ def _train(preset: str, environment: ProcessEnvironment) -> dict[str, Any]:
     engine = build_engine(resolved, groups)
     model, training = config.model, config.training
     sampler = DepthSampler.of(config)
-    generator = torch.Generator().manual_seed(groups.dp_rank)
+    generator = torch.Generator().manual_seed(groups.layout.dp_rank)
     shape = (training.micro_batch_size, training.seq_len + 1)
     text = torch.randint(0, model.vocab_size, shape, generator=generator)
     positions = torch.arange(training.seq_len).repeat(training.micro_batch_size, 1)

@@ -3,9 +3,9 @@
 import math
 
 from mythos_ds.config.error_messages import Problem
-from mythos_ds.config.layout import is_pipelined, rows_per_micro_batch, stage_sizes
+from mythos_ds.config.layout import expert_stage_size, is_pipelined, rows_per_micro_batch, stage_sizes
 from mythos_ds.config.rules.model import nearest_divisors
-from mythos_ds.config.schema import ParallelConfig, RunConfig
+from mythos_ds.config.schema import RunConfig
 
 LITERAL_STAGES = 3
 _ZERO = "zero_optimization"
@@ -96,7 +96,7 @@ def layout_problem(config: RunConfig, world_size: int) -> Problem | None:
 
 def expert_problem(config: RunConfig, world_size: int) -> Problem | None:
     """ep_size against the processes of a stage that has experts."""
-    ep_size, holders = config.parallel.ep_size, _holders(config.parallel, world_size)
+    ep_size, holders = config.parallel.ep_size, expert_stage_size(config.parallel.pp_size, world_size)
     if ep_size == "auto" or ep_size < 1 or holders % ep_size == 0:
         return None
     which = "a" if isinstance(config.parallel.pp_size, int) else "the recurrent"
@@ -111,7 +111,7 @@ def expert_problem(config: RunConfig, world_size: int) -> Problem | None:
 def row_problem(config: RunConfig, world_size: int) -> Problem | None:
     """Each process of each stage gets whole rows of a micro-batch."""
     sizes, given = stage_sizes(config.parallel, world_size), config.training.micro_batch_size
-    holders = _holders(config.parallel, world_size)
+    holders = expert_stage_size(config.parallel.pp_size, world_size)
     unit = math.lcm(*(size // math.gcd(size, holders) for size in sizes))
     if given % unit == 0:
         return None
@@ -192,12 +192,6 @@ def _nearest_stages(given: list[int], world_size: int) -> list[int]:
 def _fits(micro_batches: int, stages: int, ring: bool) -> bool:
     """At least one per stage; torch's interleaved schedule wants rounds of equal size."""
     return micro_batches >= stages and (not ring or micro_batches % (micro_batches // stages) == 0)
-
-
-def _holders(parallel: ParallelConfig, world_size: int) -> int:
-    """Processes of a stage that has experts."""
-    sizes = stage_sizes(parallel, world_size)
-    return sizes[0] if isinstance(parallel.pp_size, int) else sizes[1]
 
 
 def _is_sound(config: RunConfig) -> bool:

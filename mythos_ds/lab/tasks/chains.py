@@ -93,7 +93,7 @@ class ChainFeed:
         training = resolved.config.training
         self.task, self.identity = task, asdict(task)
         self._accumulation, self._batch = resolved.gradient_accumulation_steps, training.global_batch_size
-        self._rows, self._groups = resolved.stages[groups.stage].rows, groups
+        self._rows, self._groups = resolved.stages[groups.layout.stage].rows, groups
         self._train = Chains(task, _TRAIN, training.seed, manifest.total_steps * self._batch)
         self._valid = Chains(task, _VALID, training.seed, training.eval_batches * self._batch)
 
@@ -114,8 +114,8 @@ class ChainFeed:
             dataset,
             start_sample=start,
             micro_batch_size=self._rows,
-            dp_rank=self._groups.dp_rank,
-            dp_size=self._groups.dp_size,
+            dp_rank=self._groups.layout.dp_rank,
+            dp_size=self._groups.layout.dp_size,
         )
         while micro_batches := list(islice(stream, self._accumulation)):
             yield micro_batches

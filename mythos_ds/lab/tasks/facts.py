@@ -146,7 +146,7 @@ class FactFeed:
         training = resolved.config.training
         self.identity = identity
         self._accumulation, self._batch = resolved.gradient_accumulation_steps, training.global_batch_size
-        self._rows, self._groups = resolved.stages[groups.stage].rows, groups
+        self._rows, self._groups = resolved.stages[groups.layout.stage].rows, groups
         seen = (splits["atomic"], splits["train"])
         self._train = Repeated(seen, training.seed, manifest.total_steps * self._batch)
         self._valid = Repeated((splits["held_out"],), training.seed, training.eval_batches * self._batch)
@@ -166,7 +166,11 @@ class FactFeed:
     def _grouped(self, dataset: SampleSource, start: int) -> Iterator[list[Batch]]:
         groups = self._groups
         stream = BatchStream(
-            dataset, start_sample=start, micro_batch_size=self._rows, dp_rank=groups.dp_rank, dp_size=groups.dp_size
+            dataset,
+            start_sample=start,
+            micro_batch_size=self._rows,
+            dp_rank=groups.layout.dp_rank,
+            dp_size=groups.layout.dp_size,
         )
         while micro_batches := list(islice(stream, self._accumulation)):
             yield micro_batches

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mythos_ds.config.layout import cut, whole
+from mythos_ds.config.layout import stages_of, whole_model
 from mythos_ds.config.loader import find_config, load_config
 from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.resolve import resolve
@@ -25,7 +25,7 @@ def stages(world_size, *overrides):
 def test_every_layer_has_one_place_in_order(pp_size, prelude, coda):
     layers = [f"model.prelude_layers={prelude}", f"model.coda_layers={coda}", f"parallel.pp_size={pp_size}"]
     found = stages(4, *layers)
-    everything = whole(load_config("tiny", [*SMALL, *layers]).config.model)
+    everything = whole_model(load_config("tiny", [*SMALL, *layers]).config.model)
     for name in ("prelude", "recurrent", "coda"):
         parts = [getattr(stage.part, name) for stage in found]
         assert tuple(itertools.chain(*parts)) == getattr(everything, name)
@@ -68,8 +68,8 @@ def test_what_follows(pp_size, ep_size, micro_batches):
 
 def test_one_stage_without_pipeline():
     config = load_config("tiny").config
-    (stage,) = cut(config, 2)
-    assert (stage.part, stage.first_rank, stage.size, stage.rows) == (whole(config.model), 0, 2, 4)
+    (stage,) = stages_of(config, 2)
+    assert (stage.part, stage.first_rank, stage.size, stage.rows) == (whole_model(config.model), 0, 2, 4)
 
 
 RULES = {

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mythos_ds.config.layout import RankLayout
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.mythos import MythosModel
@@ -137,5 +138,5 @@ def test_rows_get_the_depths_of_their_samples() -> None:
     """Row j of micro-batch m on rank r is sample m * rows * ranks + r * rows + j of the step."""
     batches = [{"tokens": torch.zeros(2, 4)} for _ in range(3)]
     depths = tuple(range(24))
-    own = [batch["depths"].tolist() for batch in with_depths(batches, depths, 1)]
+    own = [batch["depths"].tolist() for batch in with_depths(batches, depths, RankLayout(1, (4,)))]
     assert own == [[2, 3], [10, 11], [18, 19]]
