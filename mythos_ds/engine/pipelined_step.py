@@ -1,7 +1,8 @@
-"""The pipelined way through a step's micro-batches: one ordinary ZeRO-3 engine per process, confined to its stage.
+"""Forward and backward of a step's micro-batches through a pipeline.
 
-The stage's weights are gathered once, the schedule runs over all visits and micro-batches while gradients add up
-locally, and leaving DeepSpeed's `coalesce_grad_reduction` reduces them once.
+Each process has one ordinary ZeRO-3 engine, confined to its stage. The stage's weights are gathered once, the schedule
+runs over all visits and micro-batches while gradients add up locally, and leaving DeepSpeed's `coalesce_grad_reduction`
+reduces them once.
 """
 
 import math
@@ -23,8 +24,8 @@ from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.pipeline_executor import Pipeline
 
 
-class PipelinedMicroBatches:
-    """Runs a step's micro-batches through all stages; see `SequentialMicroBatches` for the methods."""
+class PipelinedStep:
+    """Runs a step's micro-batches through all stages; see `PlainStep` for the methods."""
 
     def __init__(self, engine: Any, resolved: ResolvedRun, groups: ParallelGroups):
         self._deepspeed, self._groups = engine, groups

@@ -1,4 +1,4 @@
-"""How an engine without pipeline goes through a step's micro-batches."""
+"""Forward and backward of a step's micro-batches, without pipeline."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class StepRun:
     """What a pipeline noted on this process."""
 
 
-class SequentialMicroBatches:
-    """One micro-batch after the other; DeepSpeed accumulates their gradients."""
+class PlainStep:
+    """Runs one micro-batch after the other; DeepSpeed accumulates their gradients."""
 
     def __init__(self, engine: Any, groups: ParallelGroups):
         self._deepspeed, self._groups = engine, groups

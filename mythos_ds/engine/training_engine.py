@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.optimizer import set_learning_rate
-from mythos_ds.engine.pipelined_step import PipelinedMicroBatches
-from mythos_ds.engine.plain_step import Batch, SequentialMicroBatches
+from mythos_ds.engine.pipelined_step import PipelinedStep
+from mythos_ds.engine.plain_step import Batch, PlainStep
 from mythos_ds.errors import NumericsError
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
@@ -50,10 +50,8 @@ class TrainingEngine:
         self.resolved = resolved
         self.groups = groups
         training = resolved.config.training
-        self._micro_batches: SequentialMicroBatches | PipelinedMicroBatches = (
-            PipelinedMicroBatches(engine, resolved, groups)
-            if groups.pipelined
-            else SequentialMicroBatches(engine, groups)
+        self._step: PlainStep | PipelinedStep = (
+            PipelinedStep(engine, resolved, groups) if groups.pipelined else PlainStep(engine, groups)
         )
         self._aux = AuxLoss(
             balance=training.balance_loss,
@@ -93,7 +91,7 @@ class TrainingEngine:
                 raise ValueError(f"depths {depths.tolist()} with {n_loops} loops; allowed: 1 .. n_loops, no pipeline")
         self.deepspeed.train()
         set_learning_rate(self.deepspeed.optimizer, lr)
-        run = self._micro_batches.train(
+        run = self._step.train(
             [self._on_device(batch) for batch in batches],
             n_loops=n_loops,
             n_grad_loops=n_grad_loops,
@@ -126,14 +124,14 @@ class TrainingEngine:
     def eval_loss(self, batches: Sequence[Batch], n_loops: int) -> float:
         """Mean cross-entropy over all ranks' batches (of one shape) at any loop count, in float64."""
         with self._evaluating():
-            return self._micro_batches.losses([self._on_device(batch) for batch in batches], n_loops)
+            return self._step.losses([self._on_device(batch) for batch in batches], n_loops)
 
     def logits(self, tokens: Tensor, n_loops: int, positions: Tensor | None = None) -> Tensor:
         """fp32 [batch, seq, vocab] for tokens int64 [batch, seq]; one loop count on all ranks, and with a pipeline the
         same tokens."""
         batch = {"tokens": tokens} if positions is None else {"tokens": tokens, "positions": positions}
         with self._evaluating():
-            return self._micro_batches.logits(self._on_device(batch), n_loops)
+            return self._step.logits(self._on_device(batch), n_loops)
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.groups.device, non_blocking=True) for name, tensor in batch.items()}

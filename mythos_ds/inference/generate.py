@@ -16,20 +16,22 @@ def generate(
     context_length: int,
     temperature: float = 0.8,
     seed: int = 0,
-    agree: Callable[[Callable[[], int]], int] = lambda draw: draw(),
+    broadcast: Callable[[int], int] | None = None,
 ) -> list[int]:
     """Continue `prompt` by up to `new_tokens` ids, ending at `eos_id`.
 
     next_logits: tokens int64 [1, seq] -> logits [vocab] of the token after them. temperature 0 is greedy. Ids from
     `vocab_size` on (rows the tokenizer has no piece for) are never drawn. At most the last `context_length` tokens are
-    seen. agree: calls the draw it is given, or takes another process's.
+    seen. broadcast: gives one process's token to all that generate together, whose sums may round differently.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt) or [eos_id]
     given = len(tokens)
     for _ in range(new_tokens):
         logits = next_logits(torch.tensor([tokens[-context_length:]], dtype=torch.int64))[:vocab_size]
-        token = agree(lambda logits=logits: _draw(logits, temperature, generator))  # type: ignore[misc]
+        token = _draw(logits, temperature, generator)
+        if broadcast is not None:
+            token = broadcast(token)
         if token == eos_id:
             break
         tokens.append(token)

@@ -21,12 +21,12 @@ from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import MythosError, NumericsError
 from mythos_ds.io import write_atomic
 from mythos_ds.lab.spec import RunSpec
-from mythos_ds.lab.tasks.chains import ChainFeed, accuracy, task_from
+from mythos_ds.lab.tasks.chains import ChainLoader, accuracy, task_from
 from mythos_ds.lab.variants import CONTROLS
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.resilience.failure import fail
 from mythos_ds.train.callbacks import Callback, CallbackState
-from mythos_ds.train.data_loader import Feed, TextFeed
+from mythos_ds.train.data_loader import DataLoader, TextLoader
 from mythos_ds.train.run import RunRequest, train
 from mythos_ds.train.run_directory import RunManifest, git_commit, package_versions
 from mythos_ds.train.summary import RunSummary
@@ -50,7 +50,7 @@ class Worker(Callback):
         """Train to the end and write the result; a run whose numbers stop being finite is a result too."""
         request = RunRequest(self.resolved, self.spec.to_json(), self.folder / "run", "auto", ())
         try:
-            train(request, environment, open_data=self.open_feed, adapt=self.adapt(), callbacks=[self])
+            train(request, environment, open_data=self.open_data, adapt=self.adapt(), callbacks=[self])
         except NumericsError as error:
             self.result = {"finished": True, "diverged": str(error).splitlines()[0]}
         if self.result["finished"]:
@@ -61,14 +61,14 @@ class Worker(Callback):
         """What makes the spec's variant of a new model."""
         return None if self.spec.control is None else CONTROLS[self.spec.control]
 
-    def open_feed(self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> Feed:
+    def open_data(self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> DataLoader:
         """The data of the run's task."""
         if self.spec.chains is not None:
-            feed: Feed = ChainFeed(task_from(self.spec.chains), resolved, manifest, groups)
+            data: DataLoader = ChainLoader(task_from(self.spec.chains), resolved, manifest, groups)
         else:
-            feed = TextFeed.open(resolved, manifest, groups, step)
+            data = TextLoader.open(resolved, manifest, groups, step)
         self.started = time.perf_counter()
-        return feed
+        return data
 
     def on_end(self, state: CallbackState, summary: RunSummary) -> None:
         """Evaluate and keep the trained model. Does nothing after an interruption."""
@@ -81,14 +81,14 @@ class Worker(Callback):
         self.result["parameters"] = sum(parameter.numel() for parameter in state.model.parameters())
         save_model(state.model, self.folder / MODEL, {"control": self.spec.control, "losses": self.result["losses"]})
 
-    def evaluate(self, engine: TrainingEngine, feed: Feed, losses: dict[int, float]) -> dict[str, Any]:
+    def evaluate(self, engine: TrainingEngine, data: DataLoader, losses: dict[int, float]) -> dict[str, Any]:
         """What else the trained model is judged by; for text, the spec's loop counts are added to `losses`."""
         if self.spec.chains is not None:
             task = task_from(self.spec.chains)
             seed = self.resolved.config.training.seed
             return {"accuracy": accuracy(engine, task, self.spec.loops, chains=_TEST_CHAINS, seed=seed)}
         for n_loops in set(self.spec.loops) - set(losses):
-            values = [engine.eval_loss(batches, n_loops) for batches in feed.validation()]
+            values = [engine.eval_loss(batches, n_loops) for batches in data.validation()]
             losses[n_loops] = sum(values) / len(values)
         return {}
 

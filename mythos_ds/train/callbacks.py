@@ -23,7 +23,7 @@ from pathlib import Path
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.train.data_loader import Feed
+from mythos_ds.train.data_loader import DataLoader
 from mythos_ds.train.summary import RunSummary
 
 
@@ -33,7 +33,7 @@ class CallbackState:
 
     engine: TrainingEngine
     """Its `gradient`, `eval_loss` and `logits` are collective."""
-    data: Feed
+    data: DataLoader
     run_dir: Path
     total_steps: int
     """Steps after which the run is complete."""

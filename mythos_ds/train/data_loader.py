@@ -15,7 +15,7 @@ from mythos_ds.train.run_directory import Phase, RunManifest
 _PROMPT_TOKENS = 16
 
 
-class Feed(Protocol):
+class DataLoader(Protocol):
     """Training and held-out batches of this rank; a pure function of the manifest and the step.
 
     Attributes:
@@ -39,8 +39,8 @@ class Feed(Protocol):
         ...
 
 
-class TextFeed:
-    """The feed of the configured datasets."""
+class TextLoader:
+    """The loader of the configured datasets."""
 
     def __init__(
         self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, datasets: dict[int, TokenDatasets]
@@ -54,7 +54,7 @@ class TextFeed:
         self.identity: dict[str, Any] = datasets[0].identity
 
     @classmethod
-    def open(cls, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> "TextFeed":
+    def open(cls, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> "TextLoader":
         """Open the datasets needed from `step` on; rank 0 builds their index files first. Raises DataError."""
         needed = sorted({0, *range(manifest.phase_index(step), len(manifest.phases))})
         requests = {index: dataset_arguments(resolved, manifest.phases, index) for index in needed}

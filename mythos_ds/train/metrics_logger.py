@@ -11,7 +11,7 @@ from mythos_ds.train.run_directory import RunDirectory
 Values = dict[str, float | list[float]]
 
 
-class Recorder:
+class MetricsLogger:
     """Writes on rank 0 and is silent elsewhere. Lines after `start_step`, of an interrupted start, are dropped."""
 
     def __init__(self, run: RunDirectory, monitor: MonitorConfig, enabled: bool, start_step: int, total_steps: int):
@@ -24,7 +24,7 @@ class Recorder:
                 self._tensorboard = TensorBoardWriter(run.tensorboard)
         self._progress = ProgressLine(total_steps, enabled, start_step)
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "MetricsLogger":
         return self
 
     def __exit__(

@@ -19,7 +19,7 @@ from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 from mythos_ds.resilience.failure import abort
 from mythos_ds.resilience.signals import StopSignals
 from mythos_ds.train.callbacks import Callback
-from mythos_ds.train.data_loader import Feed, TextFeed
+from mythos_ds.train.data_loader import DataLoader, TextLoader
 from mythos_ds.train.resume import choose_checkpoint, manifest_for
 from mythos_ds.train.run_directory import RunDirectory, RunManifest, new_manifest, with_dataset
 from mythos_ds.train.summary import RunSummary, show_summary
@@ -39,7 +39,7 @@ class RunRequest:
     allow_pickle: bool = False
 
 
-OpenData = Callable[[ResolvedRun, RunManifest, ParallelGroups, int], Feed]
+OpenData = Callable[[ResolvedRun, RunManifest, ParallelGroups, int], DataLoader]
 """Opens a run's data from a step on; the calling process's part of them."""
 
 
@@ -47,7 +47,7 @@ def train(
     request: RunRequest,
     environment: ProcessEnvironment,
     *,
-    open_data: OpenData = TextFeed.open,
+    open_data: OpenData = TextLoader.open,
     adapt: Adapt | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunSummary:
@@ -88,15 +88,15 @@ def _train(
     tag = choose_checkpoint(groups, run, request.resume)
     manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
     step = 0 if tag is None else files.tag_step(tag)
-    feed = open_data(resolved, manifest, groups, step)
-    manifest = together(groups, lambda: with_dataset(manifest, feed.identity))
+    data = open_data(resolved, manifest, groups, step)
+    manifest = together(groups, lambda: with_dataset(manifest, data.identity))
     on_rank_zero(groups, lambda: _record(request, run, manifest, step))
     engine = build_engine(resolved, groups, adapt)
     progress = Progress()
     if tag is not None:
         state = load_checkpoint(engine, groups, tag, allow_pickle=request.allow_pickle)
         progress = Progress(state.step, state.first_validation_loss)
-    summary = Trainer(resolved, groups, engine, feed, run, manifest, progress, callbacks).train(stop)
+    summary = Trainer(resolved, groups, engine, data, run, manifest, progress, callbacks).train(stop)
     if groups.rank == 0:
         show_summary(Console(), summary, run, resolved.config.model.mean_recurrence)
     if claimed is not None:

@@ -1,7 +1,7 @@
 """The training loop: steps, metrics, evaluation, samples, checkpoints and a clean stop."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from mythos_ds.monitor.throughput import Throughput, peak_flops
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.resilience.signals import StopSignals
 from mythos_ds.train.callbacks import Callback, CallbackList, CallbackState
-from mythos_ds.train.data_loader import Batch, Feed
+from mythos_ds.train.data_loader import Batch, DataLoader
 from mythos_ds.train.evaluation import depth_counts, losses_at
 from mythos_ds.train.lr_schedule import learning_rate
-from mythos_ds.train.metrics_logger import Recorder
+from mythos_ds.train.metrics_logger import MetricsLogger
 from mythos_ds.train.run_directory import RunDirectory, RunManifest
 from mythos_ds.train.summary import RunSummary
 
@@ -52,7 +52,7 @@ class Trainer:
         resolved: ResolvedRun,
         groups: ParallelGroups,
         engine: TrainingEngine,
-        feed: Feed,
+        data: DataLoader,
         run: RunDirectory,
         manifest: RunManifest,
         progress: Progress,
@@ -60,7 +60,7 @@ class Trainer:
     ):
         config = resolved.config
         self.resolved, self.config, self.groups, self.engine = resolved, config, groups, engine
-        self.feed, self.run, self.manifest = feed, run, manifest
+        self.data, self.run, self.manifest = data, run, manifest
         self.step, self.first_loss = progress.step, progress.first_loss
         self.sampler = DepthSampler.of(config)
         peak = peak_flops(groups.device, _DTYPES[config.training.dtype])
@@ -68,7 +68,7 @@ class Trainer:
         self.saved_step = progress.step if progress.step else -1
         self.writer = CheckpointWriter(engine, groups, run.checkpoints, config.checkpoint, self._saved)
         self.callbacks = CallbackList(callbacks)
-        self.state = CallbackState(engine, feed, run.root, manifest.total_steps, self.step)
+        self.state = CallbackState(engine, data, run.root, manifest.total_steps, self.step)
 
     def train(self, stop: StopSignals) -> RunSummary:
         """Run to the end. Raises NumericsError, with the step, when a loss or gradient norm is not finite."""
@@ -79,30 +79,30 @@ class Trainer:
     def _train(self, stop: StopSignals) -> RunSummary:
         total = self.manifest.total_steps
         mean = self.config.model.mean_recurrence
-        with Recorder(self.run, self.config.monitor, self.groups.rank == 0, self.step, total) as recorder:
+        with MetricsLogger(self.run, self.config.monitor, self.groups.rank == 0, self.step, total) as metrics:
             if self.first_loss is None:
-                self.first_loss = self._evaluate(recorder, [mean])[mean]
-            for batches in self.feed.steps(self.step):
+                self.first_loss = self._evaluate(metrics, [mean])[mean]
+            for batches in self.data.steps(self.step):
                 if self._stop_asked(stop):
                     break
-                self._train_step(batches, recorder)
-                self._after_step(recorder, total)
-                recorder.checkpoint(self.step, self.writer.advance())
+                self._train_step(batches, metrics)
+                self._after_step(metrics, total)
+                metrics.checkpoint(self.step, self.writer.advance())
             self._save()
             self.writer.finish()
-            recorder.checkpoint(self.step, self.writer.advance())
+            metrics.checkpoint(self.step, self.writer.advance())
             if self.step < total:
                 return RunSummary(self.step, False, self.first_loss, {}, [])
-            losses = self._evaluate(recorder, depth_counts(mean))
+            losses = self._evaluate(metrics, depth_counts(mean))
             samples = self._samples()
-            recorder.samples(self.step, samples)
+            metrics.samples(self.step, samples)
         return RunSummary(self.step, True, self.first_loss, losses, samples)
 
     def _stop_asked(self, stop: StopSignals) -> bool:
         """Whether any rank was asked to stop: all leave the loop after the same step."""
         return self.groups.any(stop.requested)
 
-    def _train_step(self, batches: list[Batch], recorder: Recorder) -> None:
+    def _train_step(self, batches: list[Batch], metrics: MetricsLogger) -> None:
         started = time.perf_counter()
         depths = self.sampler.depths_at(self.step)
         n_loops = max(depths) if depths else self.sampler.loops_at(self.step)
@@ -130,9 +130,9 @@ class Trainer:
         self.step += 1
         self.state = replace(self.state, step=self.step, grad_norm=result.grad_norm)
         self.throughput.add(n_loops, time.perf_counter() - started)
-        recorder.progress(self.step, result.loss, n_loops)
+        metrics.progress(self.step, result.loss, n_loops)
         if logged:
-            recorder.step(
+            metrics.step(
                 self.step,
                 {
                     "loss": result.loss,
@@ -169,7 +169,7 @@ class Trainer:
     def _is_logged(self, step: int) -> bool:
         return step % self.config.monitor.log_interval == 0 or step in (1, self.manifest.total_steps)
 
-    def _after_step(self, recorder: Recorder, total: int) -> None:
+    def _after_step(self, metrics: MetricsLogger, total: int) -> None:
         """Periodic evaluation and checkpoint; the end of the run has its own."""
         if self.step == total:
             return
@@ -178,20 +178,20 @@ class Trainer:
             self._save()
         interval = self.config.training.eval_interval
         if interval and self.step % interval == 0:
-            self._evaluate(recorder, depth_counts(self.config.model.mean_recurrence))
-            recorder.samples(self.step, self._samples())
+            self._evaluate(metrics, depth_counts(self.config.model.mean_recurrence))
+            metrics.samples(self.step, self._samples())
 
-    def _evaluate(self, recorder: Recorder, loop_counts: list[int]) -> dict[int, float]:
-        losses = losses_at(self.engine, self.feed.validation, loop_counts)
-        recorder.evaluation(self.step, losses)
+    def _evaluate(self, metrics: MetricsLogger, loop_counts: list[int]) -> dict[int, float]:
+        losses = losses_at(self.engine, self.data.validation, loop_counts)
+        metrics.evaluation(self.step, losses)
         return losses
 
     def _samples(self) -> list[tuple[str, str]]:
         """Prompts and their continuations as text, the same on all ranks; none where the data is not text."""
-        tokenizer, monitor = self.feed.tokenizer, self.config.monitor
+        tokenizer, monitor = self.data.tokenizer, self.config.monitor
         if tokenizer is None:
             return []
-        prompts = [tokenizer.encode(text) for text in monitor.sample_prompts] or [self.feed.held_out_prompt()]
+        prompts = [tokenizer.encode(text) for text in monitor.sample_prompts] or [self.data.held_out_prompt()]
         samples = []
         for index, prompt in enumerate(prompts):
             continuation = generate(
@@ -202,7 +202,7 @@ class Trainer:
                 eos_id=tokenizer.eos_id,
                 context_length=self.config.training.seq_len,
                 seed=self.config.training.seed + index,
-                agree=self._agree,
+                broadcast=self._broadcast,
             )
             samples.append((tokenizer.decode(prompt), tokenizer.decode(continuation)))
         return samples
@@ -210,10 +210,9 @@ class Trainer:
     def _next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.engine.logits(tokens, self.config.model.mean_recurrence)[0, -1]
 
-    def _agree(self, draw: Callable[[], int]) -> int:
-        """Each rank's sums may round differently: rank 0 draws for all."""
-        drawn = draw() if self.groups.rank == 0 else 0
-        return round(self.groups.sum([float(drawn)])[0])
+    def _broadcast(self, token: int) -> int:
+        """Rank 0's token: each rank's sums may round differently."""
+        return round(self.groups.sum([float(token if self.groups.rank == 0 else 0)])[0])
 
     def _save(self) -> None:
         if self.step == self.saved_step or self.step == 0:

@@ -84,7 +84,7 @@ class Chains:
         return {"tokens": tokens, "targets": labels, "positions": np.arange(task.length)}
 
 
-class ChainFeed:
+class ChainLoader:
     """The trainer's batches of a chain task."""
 
     tokenizer: Tokenizer | None = None
@@ -98,15 +98,15 @@ class ChainFeed:
         self._valid = Chains(task, _VALID, training.seed, training.eval_batches * self._batch)
 
     def steps(self, step: int) -> Iterator[list[Batch]]:
-        """See Feed."""
+        """See DataLoader."""
         return self._grouped(self._train, step * self._batch)
 
     def validation(self) -> Iterator[list[Batch]]:
-        """See Feed."""
+        """See DataLoader."""
         return self._grouped(self._valid, 0)
 
     def held_out_prompt(self) -> list[int]:
-        """See Feed."""
+        """See DataLoader."""
         return []
 
     def _grouped(self, dataset: Chains, start: int) -> Iterator[list[Batch]]:

@@ -27,7 +27,7 @@ from mythos_ds.lab.worker import Worker, leave, main
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.callbacks import CallbackState
-from mythos_ds.train.data_loader import Batch, Feed
+from mythos_ds.train.data_loader import Batch, DataLoader
 from mythos_ds.train.run_directory import RunManifest
 
 LENGTH = 3
@@ -129,7 +129,7 @@ class Repeated:
         return {"tokens": self._tokens[row], "targets": self._labels[row], "positions": np.arange(LENGTH)}
 
 
-class FactFeed:
+class FactLoader:
     """The trainer's batches: all facts and the training queries; validation is on held-out queries."""
 
     tokenizer: Tokenizer | None = None
@@ -152,15 +152,15 @@ class FactFeed:
         self._valid = Repeated((splits["held_out"],), training.seed, training.eval_batches * self._batch)
 
     def steps(self, step: int) -> Iterator[list[Batch]]:
-        """See Feed."""
+        """See DataLoader."""
         return self._grouped(self._train, step * self._batch)
 
     def validation(self) -> Iterator[list[Batch]]:
-        """See Feed."""
+        """See DataLoader."""
         return self._grouped(self._valid, 0)
 
     def held_out_prompt(self) -> list[int]:
-        """See Feed."""
+        """See DataLoader."""
         return []
 
     def _grouped(self, dataset: SampleSource, start: int) -> Iterator[list[Batch]]:
@@ -209,10 +209,10 @@ class FactWorker(Worker):
         if (folder / _HISTORY).is_file():
             self.history = json.loads((folder / _HISTORY).read_text(encoding="utf-8"))
 
-    def open_feed(self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> Feed:
+    def open_data(self, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> DataLoader:
         """See Worker."""
         self.started = time.perf_counter()
-        return FactFeed(self.splits, resolved, manifest, groups, identity=asdict(self.task))
+        return FactLoader(self.splits, resolved, manifest, groups, identity=asdict(self.task))
 
     def after_step(self, state: CallbackState) -> None:
         """Note the accuracies, at the steps where they are due."""
@@ -221,7 +221,7 @@ class FactWorker(Worker):
         self.history[str(state.step)] = accuracies(state.model, self.splits, state.config.model.mean_recurrence)
         write_atomic(self.folder / _HISTORY, json.dumps(self.history))
 
-    def evaluate(self, engine: TrainingEngine, feed: Feed, losses: dict[int, float]) -> dict[str, Any]:
+    def evaluate(self, engine: TrainingEngine, data: DataLoader, losses: dict[int, float]) -> dict[str, Any]:
         """The accuracies while it trained, and at the end by loop count."""
         history = sorted((int(step), shares) for step, shares in self.history.items())
         final = {n_loops: accuracies(engine.module, self.splits, n_loops) for n_loops in self.spec.loops}
