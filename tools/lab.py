@@ -23,8 +23,7 @@ from mythos_ds.lab.summary_page import write_summary
 from mythos_ds.lab.sweep import run_all, run_folder
 from mythos_ds.mains import INTERRUPTED_EXIT_CODE, run_tool
 from mythos_ds.monitor.throughput import gpu_name
-from mythos_ds.provenance import describe
-from mythos_ds.train.run_directory import git_commit
+from mythos_ds.provenance import describe, git_commit
 
 
 def parser() -> ArgumentParser:

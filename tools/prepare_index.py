@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(arguments: Namespace) -> None:
     from mythos_ds.data.datasets import prepare_index_cache
     from mythos_ds.train.data_loader import dataset_arguments
-    from mythos_ds.train.run_directory import new_manifest
+    from mythos_ds.train.run_manifest import new_manifest
 
     config = load_config(arguments.config, arguments.overrides).config
     resolved = resolve(config, planned_world_size(config))

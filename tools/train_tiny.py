@@ -19,11 +19,10 @@ from mythos_ds.errors import ConfigError
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.throughput import gpu_name
-from mythos_ds.provenance import describe
+from mythos_ds.provenance import describe, git_commit
 from mythos_ds.train.callbacks import Callback, CallbackState
 from mythos_ds.train.evaluation import perplexity
 from mythos_ds.train.run import RunRequest, train
-from mythos_ds.train.run_directory import git_commit
 from mythos_ds.train.summary import RunSummary
 from mythos_ds.weights.model_folder import TOKENIZER, save_model
 from mythos_ds.weights.reader import SINGLE

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.deepspeed_patches import require_checked_version
+from mythos_ds.engine.float_buffers import restore_float_buffers
 from mythos_ds.engine.optimizer import make_optimizer, parameter_groups
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import ConfigError, ParallelError
@@ -24,7 +25,6 @@ from mythos_ds.model.recurrent import RecurrentBlock
 from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.pipeline_executor import require_torch
-from mythos_ds.parallel.routing_stats import restore_float_buffers
 
 Adapt = Callable[[MythosModel], None]
 """Changes a model right after it was made, in place; for experiments."""

@@ -24,11 +24,12 @@ from mythos_ds.lab.spec import RunSpec
 from mythos_ds.lab.tasks.chains import ChainLoader, accuracy, task_from
 from mythos_ds.lab.variants import CONTROLS
 from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.provenance import git_commit, package_versions
 from mythos_ds.resilience.failure import fail
 from mythos_ds.train.callbacks import Callback, CallbackState
 from mythos_ds.train.data_loader import DataLoader, TextLoader
 from mythos_ds.train.run import RunRequest, train
-from mythos_ds.train.run_directory import RunManifest, git_commit, package_versions
+from mythos_ds.train.run_manifest import RunManifest
 from mythos_ds.train.summary import RunSummary
 from mythos_ds.weights.model_folder import save_model
 

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.errors import ParallelError
 from mythos_ds.model.forward_stats import ForwardRecords, load_imbalance
 from mythos_ds.model.moe import MoE
-from mythos_ds.model.mythos import MythosModel
-from mythos_ds.model.router import Router, update_router_bias
+from mythos_ds.model.router import update_router_bias
 from mythos_ds.parallel.groups import ParallelGroups
 
 Statistics = dict[str, float | list[float]]
@@ -108,19 +106,3 @@ def update_biases(layers: list[MoE], counts: Tensor, rate: float) -> None:
 def largest_bias(layers: list[MoE]) -> float:
     """Largest absolute selection bias of any of `layers`; 0 for none."""
     return max((layer.router.bias.abs().max().item() for layer in layers), default=0.0)
-
-
-def restore_float_buffers(model: MythosModel, device: torch.device) -> None:
-    """Gives the routers' buffers back their dtype and initial value.
-
-    `zero.Init` with bf16 casts every tensor made under it, buffers too, and their values are lost; DeepSpeed's
-    `keep_in_fp32_modules` brings back the dtype only. Raises ParallelError where a buffer that this function does not
-    know of is not fp32.
-    """
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    for router in routers:
-        for name, buffer in list(router.named_buffers(recurse=False)):
-            setattr(router, name, torch.zeros(buffer.shape, dtype=torch.float32, device=device))
-    for name, buffer in model.named_buffers():
-        if buffer.is_floating_point() and buffer.dtype != torch.float32:
-            raise ParallelError(f"buffer {name} is {buffer.dtype}; the model's buffers must stay float32.")

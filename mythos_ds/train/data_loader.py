@@ -10,7 +10,7 @@ from mythos_ds.data.datasets import TokenDataset, TokenDatasets, build_datasets,
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.parallel.collective import on_rank_zero, together
 from mythos_ds.parallel.groups import ParallelGroups
-from mythos_ds.train.run_directory import Phase, RunManifest
+from mythos_ds.train.run_manifest import Phase, RunManifest
 
 _PROMPT_TOKENS = 16
 

@@ -7,7 +7,8 @@ from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints, verifie
 from mythos_ds.errors import CheckpointError
 from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
-from mythos_ds.train.run_directory import RunDirectory, RunManifest, continue_manifest
+from mythos_ds.train.run_directory import RunDirectory
+from mythos_ds.train.run_manifest import RunManifest, continue_manifest
 
 AUTO = "auto"
 NO_RESUME = "never"

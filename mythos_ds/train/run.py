@@ -21,7 +21,8 @@ from mythos_ds.resilience.signals import StopSignals
 from mythos_ds.train.callbacks import Callback
 from mythos_ds.train.data_loader import DataLoader, TextLoader
 from mythos_ds.train.resume import choose_checkpoint, manifest_for
-from mythos_ds.train.run_directory import RunDirectory, RunManifest, new_manifest, with_dataset
+from mythos_ds.train.run_directory import RunDirectory
+from mythos_ds.train.run_manifest import RunManifest, new_manifest, with_dataset
 from mythos_ds.train.summary import RunSummary, show_summary
 from mythos_ds.train.trainer import Progress, Trainer
 

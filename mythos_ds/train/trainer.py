@@ -25,7 +25,8 @@ from mythos_ds.train.data_loader import Batch, DataLoader
 from mythos_ds.train.evaluation import depth_counts, losses_at
 from mythos_ds.train.lr_schedule import learning_rate
 from mythos_ds.train.metrics_logger import MetricsLogger
-from mythos_ds.train.run_directory import RunDirectory, RunManifest
+from mythos_ds.train.run_directory import RunDirectory
+from mythos_ds.train.run_manifest import RunManifest
 from mythos_ds.train.summary import RunSummary
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -21,7 +21,7 @@ from mythos_ds.costs.params import checkpoint_disk_bytes
 from mythos_ds.data.dataset_info import read_info
 from mythos_ds.errors import DataError
 from mythos_ds.formatting import byte_text
-from mythos_ds.train.run_directory import git_commit, package_versions
+from mythos_ds.provenance import git_commit, package_versions
 
 HostFacts = dict[str, Any]
 

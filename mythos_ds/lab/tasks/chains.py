@@ -21,7 +21,7 @@ from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.data_loader import Batch
-from mythos_ds.train.run_directory import RunManifest
+from mythos_ds.train.run_manifest import RunManifest
 
 _TRAIN, _VALID, _TEST = range(3)
 

@@ -28,7 +28,7 @@ from mythos_ds.model.mythos import MythosModel
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.callbacks import CallbackState
 from mythos_ds.train.data_loader import Batch, DataLoader
-from mythos_ds.train.run_directory import RunManifest
+from mythos_ds.train.run_manifest import RunManifest
 
 LENGTH = 3
 """Tokens of a sequence: an entity and two relations."""

@@ -8,7 +8,7 @@ from mythos_ds.config.resolve import resolve
 from mythos_ds.data.datasets import build_datasets
 from mythos_ds.errors import DataError
 from mythos_ds.train.data_loader import dataset_arguments
-from mythos_ds.train.run_directory import new_manifest
+from mythos_ds.train.run_manifest import new_manifest
 from tests.helpers.pretrain import SMALL, small_data
 
 

@@ -9,17 +9,10 @@ from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import write_atomic
+from mythos_ds.provenance import package_versions
 from mythos_ds.train.lr_schedule import PlannedLength
-from mythos_ds.train.run_directory import (
-    Phase,
-    RunDirectory,
-    another_layout_note,
-    continue_manifest,
-    default_run_directory,
-    new_manifest,
-    package_versions,
-    with_dataset,
-)
+from mythos_ds.train.run_directory import RunDirectory, another_layout_note, default_run_directory
+from mythos_ds.train.run_manifest import Phase, continue_manifest, new_manifest, with_dataset
 
 IDENTITY = {"content": ["0f"], "tokenizer": "abc"}
 
