@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,8 +50,19 @@ class DocumentBounds:
         return functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
+class AttentionCore(Protocol):
+    """Computes softmax(scale q k^T) v, causal and inside documents; attention layers are given one to call.
+
+    An implementation may use another kernel, other processes' keys or a cache; shapes are those of `causal_attention`.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: DocumentBounds | None
+    ) -> Tensor: ...
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: DocumentBounds | None) -> Tensor:
-    """softmax(scale q k^T) v, causal and inside documents.
+    """Computes softmax(scale q k^T) v, causal and inside documents, on one device: the default AttentionCore.
 
     q [batch, seq, heads, width], k [batch, seq, kv_heads, width], v [batch, seq, kv_heads, v_width] ->
     [batch, seq, heads, v_width]. flash-attn is used where it is installed and the tensors are 16-bit on CUDA.

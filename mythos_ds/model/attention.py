@@ -10,14 +10,19 @@ from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import ConfigError
-from mythos_ds.kernels.attention import causal_attention
+from mythos_ds.kernels.attention import AttentionCore
 from mythos_ds.model.context import ForwardContext, Frozen
 from mythos_ds.model.initializer import Initializer, Linear
 from mythos_ds.model.norm import RMSNorm
 
 
 class Attention(nn.Module, ABC):
-    """What both kinds share: keys and values of halted positions stay as they were."""
+    """What both kinds share: keys and values of halted positions stay as they were.
+
+    `core` computes the attention itself, from q, k and v.
+    """
+
+    core: AttentionCore
 
     def forward(
         self, x: Tensor, context: ForwardContext, frozen: Frozen | None = None
@@ -43,8 +48,9 @@ class Attention(nn.Module, ABC):
 class GroupedQueryAttention(Attention):
     """GQA (Ainslie et al. 2023), RoPE on whole heads, optional QK-norm (Henry et al. 2020)."""
 
-    def __init__(self, config: ModelConfig, init: Initializer):
+    def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
         super().__init__()
+        self.core = core
         dim, width, std = config.dim, config.resolved_head_dim, config.resolved_init_std
         self.width = width
         self.q = Linear(dim, config.n_heads * width, init.at("q"), std)
@@ -62,15 +68,16 @@ class GroupedQueryAttention(Attention):
     def attend(self, x: Tensor, keys_values: tuple[Tensor, ...], context: ForwardContext) -> Tensor:
         q = self.q(x).unflatten(-1, (-1, self.width))
         q = context.rotary.rotate(q if self.q_norm is None else self.q_norm(q))
-        out = causal_attention(q, *keys_values, scale=self.width**-0.5, documents=context.documents)
+        out = self.core(q, *keys_values, scale=self.width**-0.5, documents=context.documents)
         return self.o(out.flatten(-2))
 
 
 class MultiHeadLatentAttention(Attention):
     """MLA of DeepSeek-V2: keys and values come from one latent per token, RoPE from one key shared by all heads."""
 
-    def __init__(self, config: ModelConfig, init: Initializer):
+    def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
         super().__init__()
+        self.core = core
         latent, nope, rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
         value = config.v_head_dim
         if latent is None or nope is None or rope is None or value is None:
@@ -101,14 +108,14 @@ class MultiHeadLatentAttention(Attention):
         k_nope, v = self.kv_up(latent).unflatten(-1, (self.heads, -1)).tensor_split([self.nope], dim=-1)
         k = torch.cat([k_nope, k_rope.expand(-1, -1, self.heads, -1)], dim=-1)
         scale = (self.nope + self.rope) ** -0.5
-        return self.o(causal_attention(q, k, v, scale=scale, documents=context.documents).flatten(-2))
+        return self.o(self.core(q, k, v, scale=scale, documents=context.documents).flatten(-2))
 
 
-def make_attention(config: ModelConfig, init: Initializer) -> Attention:
-    """The attention that `config.attn_type` names."""
+def make_attention(config: ModelConfig, init: Initializer, core: AttentionCore) -> Attention:
+    """Builds the attention that `config.attn_type` names."""
     if config.attn_type == "mla":
-        return MultiHeadLatentAttention(config, init)
-    return GroupedQueryAttention(config, init)
+        return MultiHeadLatentAttention(config, init, core)
+    return GroupedQueryAttention(config, init, core)
 
 
 def rotary_width(config: ModelConfig) -> int:

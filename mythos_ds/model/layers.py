@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.kernels.attention import AttentionCore
 from mythos_ds.model.attention import make_attention
 from mythos_ds.model.context import ForwardContext, Frozen
 from mythos_ds.model.feed_forward import FeedForward
@@ -22,10 +23,10 @@ class MoEFactory(Protocol):
 class DenseLayer(nn.Module):
     """x + attention(norm x), then x + ffn(norm x): [batch, seq, dim] -> [batch, seq, dim]."""
 
-    def __init__(self, config: ModelConfig, init: Initializer):
+    def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attn = make_attention(config, init.at("attn"))
+        self.attn = make_attention(config, init.at("attn"), core)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim, init.at("ffn"), config.resolved_init_std)
 
@@ -37,10 +38,12 @@ class DenseLayer(nn.Module):
 class RecurrentLayer(nn.Module):
     """The same with a mixture of experts, and an fp32 residual stream: it carries the loop's state."""
 
-    def __init__(self, config: ModelConfig, init: Initializer, moe_factory: MoEFactory, layer: int):
+    def __init__(
+        self, config: ModelConfig, init: Initializer, core: AttentionCore, moe_factory: MoEFactory, layer: int
+    ):
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attn = make_attention(config, init.at("attn"))
+        self.attn = make_attention(config, init.at("attn"), core)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.moe = moe_factory(config, init.at("moe"), layer=layer)
 

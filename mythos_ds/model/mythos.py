@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mythos_ds.config.layout import ModelChunk, whole_model
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.kernels.attention import DocumentBounds
+from mythos_ds.kernels.attention import AttentionCore, DocumentBounds, causal_attention
 from mythos_ds.model.attention import rotary_width
 from mythos_ds.model.context import AuxLoss, ForwardContext
 from mythos_ds.model.forward_stats import ForwardRecords
@@ -28,7 +28,8 @@ IGNORED_LABEL = -100
 class MythosModel(nn.Module):
     """Recurrent-depth mixture-of-experts language model; depth is an argument of the forward.
 
-    `moe_factory` builds the experts' layer (expert parallelism passes its own); `checkpoint_loops` recomputes each loop
+    `attention_core` computes attention from q, k and v in every layer; `moe_factory` builds the experts' layer (expert
+    parallelism passes its own); `checkpoint_loops` recomputes each loop
     in backward, so that activation memory hardly grows with the loop count. `part` says which layers to hold (None:
     all); names and initial values of parameters do not depend on it, and `forward` needs all of them.
 
@@ -41,6 +42,7 @@ class MythosModel(nn.Module):
         config: ModelConfig,
         *,
         seed: int = 0,
+        attention_core: AttentionCore = causal_attention,
         moe_factory: MoEFactory = MoE,
         checkpoint_loops: bool = False,
         part: ModelChunk | None = None,
@@ -51,12 +53,17 @@ class MythosModel(nn.Module):
         self.config, self.part = config, part
         if part.embeds or (part.predicts and config.tie_embeddings):
             self.embed = Embedding(config.vocab_size, config.dim, init.at("embed"), config.embedding_std)
-        self.prelude = _dense_layers(config, init.at("prelude"), part.prelude)
+        self.prelude = _dense_layers(config, init.at("prelude"), attention_core, part.prelude)
         self.prelude_norm = RMSNorm(config.dim, config.norm_eps) if config.prelude_norm and part.loops else None
         self.recurrent = RecurrentBlock(
-            config, init.at("recurrent"), moe_factory, part, checkpoint_loops=checkpoint_loops
+            config,
+            init.at("recurrent"),
+            part,
+            attention_core=attention_core,
+            moe_factory=moe_factory,
+            checkpoint_loops=checkpoint_loops,
         )
-        self.coda = _dense_layers(config, init.at("coda"), part.coda)
+        self.coda = _dense_layers(config, init.at("coda"), attention_core, part.coda)
         if part.predicts:
             self.norm = RMSNorm(config.dim, config.norm_eps)
             tied = self.embed.weight if config.tie_embeddings else None
@@ -203,5 +210,7 @@ class MythosModel(nn.Module):
         return self.recurrent.moe_layers()
 
 
-def _dense_layers(config: ModelConfig, init: Initializer, indices: tuple[int, ...]) -> nn.ModuleDict:
-    return nn.ModuleDict({str(i): DenseLayer(config, init.at(i)) for i in indices})
+def _dense_layers(
+    config: ModelConfig, init: Initializer, core: AttentionCore, indices: tuple[int, ...]
+) -> nn.ModuleDict:
+    return nn.ModuleDict({str(i): DenseLayer(config, init.at(i), core) for i in indices})

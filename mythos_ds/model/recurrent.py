@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mythos_ds.config.layout import ModelChunk
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.kernels.attention import AttentionCore
 from mythos_ds.model.auxiliary_losses import attach_loss
 from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.halting import Gate, Halting, HaltingState
@@ -39,9 +40,10 @@ class RecurrentBlock(nn.Module):
         self,
         config: ModelConfig,
         init: Initializer,
-        moe_factory: MoEFactory,
         part: ModelChunk,
         *,
+        attention_core: AttentionCore,
+        moe_factory: MoEFactory,
         checkpoint_loops: bool,
     ):
         super().__init__()
@@ -57,8 +59,9 @@ class RecurrentBlock(nn.Module):
         self.gate: Gate | None = None
         if part.loops:
             self._add_own_parts(config, init)
+        layers = init.at("layers")
         self.layers = nn.ModuleDict(
-            {str(i): RecurrentLayer(config, init.at("layers").at(i), moe_factory, i) for i in part.recurrent}
+            {str(i): RecurrentLayer(config, layers.at(i), attention_core, moe_factory, i) for i in part.recurrent}
         )
 
     def _add_own_parts(self, config: ModelConfig, init: Initializer) -> None:
