@@ -1,9 +1,10 @@
 """Grouped-query attention and multi-head latent attention, [batch, seq, dim] -> [batch, seq, dim].
 
-Both split into `keys_values` (what a cache would hold) and `attend`, so that halted positions can keep theirs.
+Both split into `make_entry` (what a cache would hold) and `attend`, so that halted positions can keep their entries.
 """
 
 from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import ConfigError
 from mythos_ds.kernels.attention import AttentionCore
-from mythos_ds.model.context import ForwardContext, Frozen
+from mythos_ds.model.cache_entry import CacheEntry, GroupedEntry, LatentEntry
+from mythos_ds.model.context import ForwardContext, HaltedPositions
 from mythos_ds.model.initializer import Initializer, Linear
 from mythos_ds.model.norm import RMSNorm
 
+Entry = TypeVar("Entry", bound=CacheEntry)
 
-class Attention(nn.Module, ABC):
-    """What both kinds share: keys and values of halted positions stay as they were.
+
+class Attention(nn.Module, ABC, Generic[Entry]):
+    """What both kinds share: the cache entries of halted positions stay as they were.
 
     `core` computes the attention itself, from q, k and v.
     """
@@ -25,27 +29,24 @@ class Attention(nn.Module, ABC):
     core: AttentionCore
 
     def forward(
-        self, x: Tensor, context: ForwardContext, frozen: Frozen | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Returns the attention output and the cacheable tensors, each [batch, seq, ...]."""
-        keys_values = self.keys_values(x, context)
-        if frozen is not None:
-            keys_values = tuple(
-                torch.where(frozen.halted.view(*frozen.halted.shape, *[1] * (new.dim() - 2)), old, new)
-                for old, new in zip(frozen.keys_values, keys_values, strict=True)
-            )
-        return self.attend(x, keys_values, context), keys_values
+        self, x: Tensor, context: ForwardContext, halted: HaltedPositions | None = None
+    ) -> tuple[Tensor, Entry]:
+        """Returns the attention's output [batch, seq, dim] and the entry that it read."""
+        entry = self.make_entry(x, context)
+        if halted is not None:
+            entry = entry.replaced(halted.halted, cast(Entry, halted.entry))
+        return self.attend(x, entry, context), entry
 
     @abstractmethod
-    def keys_values(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
-        """Cacheable tensors of normed inputs x [batch, seq, dim]."""
+    def make_entry(self, x: Tensor, context: ForwardContext) -> Entry:
+        """Computes the cache entry of normed inputs x [batch, seq, dim]."""
 
     @abstractmethod
-    def attend(self, x: Tensor, keys_values: tuple[Tensor, ...], context: ForwardContext) -> Tensor:
-        """Attention of queries from x [batch, seq, dim] over `keys_values`."""
+    def attend(self, x: Tensor, entry: Entry, context: ForwardContext) -> Tensor:
+        """Computes the attention of queries from x [batch, seq, dim] over `entry`."""
 
 
-class GroupedQueryAttention(Attention):
+class GroupedQueryAttention(Attention[GroupedEntry]):
     """GQA (Ainslie et al. 2023), RoPE on whole heads, optional QK-norm (Henry et al. 2020)."""
 
     def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
@@ -60,19 +61,19 @@ class GroupedQueryAttention(Attention):
         self.q_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
 
-    def keys_values(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
+    def make_entry(self, x: Tensor, context: ForwardContext) -> GroupedEntry:
         k = self.k(x).unflatten(-1, (-1, self.width))
         k = k if self.k_norm is None else self.k_norm(k)
-        return context.rotary.rotate(k), self.v(x).unflatten(-1, (-1, self.width))
+        return GroupedEntry(context.rotary.rotate(k), self.v(x).unflatten(-1, (-1, self.width)))
 
-    def attend(self, x: Tensor, keys_values: tuple[Tensor, ...], context: ForwardContext) -> Tensor:
+    def attend(self, x: Tensor, entry: GroupedEntry, context: ForwardContext) -> Tensor:
         q = self.q(x).unflatten(-1, (-1, self.width))
         q = context.rotary.rotate(q if self.q_norm is None else self.q_norm(q))
-        out = self.core(q, *keys_values, scale=self.width**-0.5, documents=context.documents)
+        out = self.core(q, entry.k, entry.v, scale=self.width**-0.5, documents=context.documents)
         return self.o(out.flatten(-2))
 
 
-class MultiHeadLatentAttention(Attention):
+class MultiHeadLatentAttention(Attention[LatentEntry]):
     """MLA of DeepSeek-V2: keys and values come from one latent per token, RoPE from one key shared by all heads."""
 
     def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
@@ -96,22 +97,21 @@ class MultiHeadLatentAttention(Attention):
         self.kv_up = Linear(latent, heads * (nope + value), init.at("kv_up"), std)
         self.o = Linear(heads * value, dim, init.at("o"), 0.0)
 
-    def keys_values(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, ...]:
+    def make_entry(self, x: Tensor, context: ForwardContext) -> LatentEntry:
         latent, k_rope = self.kv_down(x).split([self.latent, self.rope], dim=-1)
-        return self.kv_norm(latent), context.rotary.rotate(k_rope[:, :, None])
+        return LatentEntry(self.kv_norm(latent), context.rotary.rotate(k_rope[:, :, None]))
 
-    def attend(self, x: Tensor, keys_values: tuple[Tensor, ...], context: ForwardContext) -> Tensor:
-        latent, k_rope = keys_values
+    def attend(self, x: Tensor, entry: LatentEntry, context: ForwardContext) -> Tensor:
         q = self.q_proj(x) if self.full_rank_query else self.q_up(self.q_norm(self.q_down(x)))
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
         q = torch.cat([q_nope, context.rotary.rotate(q_rope)], dim=-1)
-        k_nope, v = self.kv_up(latent).unflatten(-1, (self.heads, -1)).tensor_split([self.nope], dim=-1)
-        k = torch.cat([k_nope, k_rope.expand(-1, -1, self.heads, -1)], dim=-1)
+        k_nope, v = self.kv_up(entry.latent).unflatten(-1, (self.heads, -1)).tensor_split([self.nope], dim=-1)
+        k = torch.cat([k_nope, entry.k_rope.expand(-1, -1, self.heads, -1)], dim=-1)
         scale = (self.nope + self.rope) ** -0.5
         return self.o(self.core(q, k, v, scale=scale, documents=context.documents).flatten(-2))
 
 
-def make_attention(config: ModelConfig, init: Initializer, core: AttentionCore) -> Attention:
+def make_attention(config: ModelConfig, init: Initializer, core: AttentionCore) -> Attention[Any]:
     """Builds the attention that `config.attn_type` names."""
     if config.attn_type == "mla":
         return MultiHeadLatentAttention(config, init, core)

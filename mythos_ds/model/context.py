@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mythos_ds.kernels.attention import DocumentBounds
+from mythos_ds.model.cache_entry import CacheEntry
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.rope import Rotary
@@ -43,10 +44,10 @@ class ForwardContext:
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """Halted positions and the keys/values they keep."""
+class HaltedPositions:
+    """The positions that have halted (ACT), and what one attention layer keeps of them."""
 
     halted: Tensor
     """bool [batch, seq]."""
-    keys_values: tuple[Tensor, ...]
-    """The attention's cacheable tensors [batch, seq, ...] of the loop in which each position halted."""
+    entry: CacheEntry
+    """The layer's entry, at each halted position that of the loop in which it halted."""

@@ -7,13 +7,14 @@ is frozen. Neither changes how many loops a rank runs: collectives inside the lo
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.model.context import Frozen
+from mythos_ds.model.cache_entry import CacheEntries
+from mythos_ds.model.context import HaltedPositions
 from mythos_ds.model.initializer import Initializer, Linear
 
 INITIAL_BIAS = -2.0
@@ -23,7 +24,7 @@ _GATE_WIDTH = 64
 
 @dataclass(frozen=True)
 class HaltingState:
-    """What the loop carries beside h; all but `keys_values` are fp32 or bool [batch, seq]."""
+    """What the loop carries beside h; all but `entries` are fp32 or bool [batch, seq]."""
 
     output: Tensor
     """fp32 [batch, seq, dim]: weighted sum of states so far."""
@@ -31,8 +32,9 @@ class HaltingState:
     halted: Tensor
     ponder: Tensor
     """Loops run so far, plus the remainder where halted."""
-    keys_values: tuple[tuple[Tensor, ...], ...] = ()
-    """Per layer, the attention's cacheable tensors of each position's last active loop."""
+    entries: CacheEntries = field(default_factory=dict)
+    """The cache entries of the loop before, those of a halted position being of its last active loop; empty where
+    nothing is frozen."""
 
     @classmethod
     def start(cls, h: Tensor) -> "HaltingState":
@@ -40,9 +42,9 @@ class HaltingState:
         zero = torch.zeros(h.shape[:2], device=h.device)
         return cls(torch.zeros_like(h, dtype=torch.float32), zero, zero.bool(), zero)
 
-    def frozen(self, layer: int) -> Frozen | None:
-        """Halted positions with the keys and values they keep in `layer`; None before the first loop."""
-        return Frozen(self.halted, self.keys_values[layer]) if self.keys_values else None
+    def halted_positions(self, loop: int, layer: int) -> HaltedPositions | None:
+        """Gives `layer` in `loop` the halted positions with what it keeps of them; None where nothing is frozen."""
+        return HaltedPositions(self.halted, self.entries[loop - 1, layer]) if self.entries else None
 
 
 class Halting(nn.Module):
@@ -58,10 +60,8 @@ class Halting(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         return torch.sigmoid(h.float() @ self.weight.float() + self.bias.float())
 
-    def step(
-        self, state: HaltingState, h: Tensor, keys_values: tuple[tuple[Tensor, ...], ...], last: bool
-    ) -> HaltingState:
-        """Adds the new state h [batch, seq, dim] of a loop; `last` is the final loop of the forward."""
+    def step(self, state: HaltingState, h: Tensor, entries: CacheEntries, last: bool) -> HaltingState:
+        """Adds a loop's new state h [batch, seq, dim] and cache entries; `last` is the final loop of the forward."""
         p = self(h)
         reached = state.cumulative + p >= self.threshold
         if self.exact and last:
@@ -74,7 +74,7 @@ class Halting(nn.Module):
             cumulative=state.cumulative + p * running,
             halted=state.halted | reached,
             ponder=state.ponder + running * (1.0 + torch.where(reached, remainder, torch.zeros_like(p))),
-            keys_values=keys_values if self.exact else (),
+            entries=entries if self.exact else {},
         )
 
 

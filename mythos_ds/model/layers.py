@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.kernels.attention import AttentionCore
 from mythos_ds.model.attention import make_attention
-from mythos_ds.model.context import ForwardContext, Frozen
+from mythos_ds.model.cache_entry import CacheEntry
+from mythos_ds.model.context import ForwardContext, HaltedPositions
 from mythos_ds.model.feed_forward import FeedForward
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.moe import MoE
@@ -48,10 +49,10 @@ class RecurrentLayer(nn.Module):
         self.moe = moe_factory(config, init.at("moe"), layer=layer)
 
     def forward(
-        self, x: Tensor, loop: int, context: ForwardContext, frozen: Frozen | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x fp32 [batch, seq, dim]; returns the new x and the attention's cacheable tensors."""
-        attended, keys_values = self.attn(self.attn_norm(x), context, frozen)
+        self, x: Tensor, loop: int, context: ForwardContext, halted: HaltedPositions | None = None
+    ) -> tuple[Tensor, CacheEntry]:
+        """Returns the new residual stream from x, both fp32 [batch, seq, dim], and the attention's cache entry."""
+        attended, entry = self.attn(self.attn_norm(x), context, halted)
         x = x + attended
-        alive = None if frozen is None else ~frozen.halted
-        return x + self.moe(self.ffn_norm(x), loop, context, alive), keys_values
+        alive = None if halted is None else ~halted.halted
+        return x + self.moe(self.ffn_norm(x), loop, context, alive), entry

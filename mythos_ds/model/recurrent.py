@@ -15,6 +15,7 @@ from mythos_ds.config.layout import ModelChunk
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.kernels.attention import AttentionCore
 from mythos_ds.model.auxiliary_losses import attach_loss
+from mythos_ds.model.cache_entry import CacheEntries
 from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.halting import Gate, Halting, HaltingState
 from mythos_ds.model.initializer import Initializer
@@ -24,8 +25,6 @@ from mythos_ds.model.loop_conditioning import DepthwiseLoRA, LoopEmbedding
 from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import RMSNorm
-
-KeysValues = tuple[tuple[Tensor, ...], ...]
 
 
 class RecurrentBlock(nn.Module):
@@ -116,13 +115,13 @@ class RecurrentBlock(nn.Module):
 
     def run_layers(
         self, x: Tensor, loop: int, context: ForwardContext, halting: HaltingState | None = None
-    ) -> tuple[Tensor, KeysValues]:
-        """The layers held here, once: x fp32 [batch, seq, dim] -> the new x, and each attention's cacheable tensors."""
-        keys_values = []
-        for index, layer in enumerate(self.layers.values()):
-            x, kept = layer(x, loop, context, None if halting is None else halting.frozen(index))
-            keys_values.append(kept)
-        return x, tuple(keys_values)
+    ) -> tuple[Tensor, CacheEntries]:
+        """Runs the layers held here once: x fp32 [batch, seq, dim] -> the new x, and the layers' cache entries."""
+        entries: CacheEntries = {}
+        for name, layer in self.layers.items():
+            halted = None if halting is None else halting.halted_positions(loop, int(name))
+            x, entries[loop, int(name)] = layer(x, loop, context, halted)
+        return x, entries
 
     def end(self, x: Tensor, injected: Tensor | None, loop: LoopIndex) -> Tensor:
         """Computes the state after `loop` from the last layer's output x and, with `post`, the injected state."""
@@ -157,13 +156,13 @@ class RecurrentBlock(nn.Module):
     ) -> tuple[Tensor, HaltingState | None]:
         index = context.index_at(loop)
         x, injected = self.begin(h, e, index)
-        x, keys_values = self.run_layers(x, loop, context, halting)
+        x, entries = self.run_layers(x, loop, context, halting)
         new = self.end(x, injected, index)
         if self.halting is None or halting is None:
             return new, None
         if self.halting.exact:
             new = torch.where(halting.halted[..., None], h, new)
-        return new, self.halting.step(halting, new, keys_values, last)
+        return new, self.halting.step(halting, new, entries, last)
 
     def _with_ponder_cost(self, halting: HaltingState, context: ForwardContext) -> Tensor:
         aux = context.aux

@@ -47,9 +47,12 @@ def test_a_halted_position_keeps_its_state_keys_and_values(
         shares.append(halted.float().mean().item())
         assert torch.equal(states[loop][halted], states[loop - 1][halted])
         assert (states[loop][~halted] != states[loop - 1][~halted]).any(-1).all(), "running positions move"
-        for new, old in zip(halting_states[loop].keys_values, halting_states[loop - 1].keys_values, strict=True):
-            assert all(torch.equal(a[halted], b[halted]) for a, b in zip(new, old, strict=True))
-            assert not any(torch.equal(a[~halted], b[~halted]) for a, b in zip(new, old, strict=True))
+        assert set(halting_states[loop].entries) == {(loop, 0), (loop, 1)}
+        for layer in range(2):
+            new, old = (vars(halting_states[at].entries[at, layer]) for at in (loop, loop - 1))
+            assert len(new) == 2
+            assert all(torch.equal(new[name][halted], old[name][halted]) for name in new)
+            assert not any(torch.equal(new[name][~halted], old[name][~halted]) for name in new)
     assert any(0 < share < 1 for share in shares), "some positions halt, some do not"
 
 
