@@ -1,7 +1,6 @@
 """Causal attention inside documents. Bounds are segment lengths, never a dense [seq, seq] mask."""
 
 import importlib.util
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -9,45 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mythos_ds.kernels.permute import inverse_permutation, permute_rows
-
-
-@dataclass(frozen=True)
-class DocumentBounds:
-    """Documents of a micro-batch as runs of its flattened [batch * seq] tokens."""
-
-    starts: Tensor
-    """int64 [n]: first flat position of each document; every sequence starts one."""
-    lengths: Tensor
-    """int64 [n]."""
-    order: Tensor
-    """int64 [batch * seq]: flat positions sorted so that documents of one length lie together."""
-    inverse: Tensor
-    runs: tuple[tuple[int, int], ...]
-    """(documents, length) for each length, in the order of `order`."""
-
-    @classmethod
-    def from_positions(cls, positions: Tensor) -> "DocumentBounds | None":
-        """Bounds from positions int64 [batch, seq] that restart at 0; None where every sequence is one document."""
-        begins = positions == 0
-        begins[:, 0] = True
-        if int(begins.sum()) == positions.shape[0]:
-            return None
-        starts = begins.flatten().nonzero().flatten()
-        ends = torch.cat([starts[1:], starts.new_tensor([positions.numel()])])
-        lengths = ends - starts
-        by_length = lengths.argsort(stable=True)
-        distinct, counts = lengths.unique(return_counts=True)
-        token_starts = starts[by_length].repeat_interleave(lengths[by_length])
-        sorted_lengths = lengths[by_length]
-        first = (sorted_lengths.cumsum(0) - sorted_lengths).repeat_interleave(sorted_lengths)
-        order = token_starts + torch.arange(positions.numel(), device=positions.device) - first
-        runs = tuple(zip(counts.tolist(), distinct.tolist(), strict=True))
-        return cls(starts, lengths, order, inverse_permutation(order), runs)
-
-    def cu_seqlens(self) -> Tensor:
-        """int32 [n + 1] cumulative lengths, as variable-length kernels take them."""
-        return functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
+from mythos_ds.kernels.permute import permute_rows
+from mythos_ds.kernels.segments import DocumentBounds
 
 
 class AttentionCore(Protocol):

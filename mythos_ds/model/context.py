@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mythos_ds.kernels.attention import DocumentBounds
+from mythos_ds.kernels.segments import DocumentBounds
 from mythos_ds.model.cache_entry import CacheEntry
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.loop_index import LoopIndex

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mythos_ds.config.layout import ModelChunk, whole_model
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.kernels.attention import AttentionCore, DocumentBounds, causal_attention
+from mythos_ds.kernels.attention import AttentionCore, causal_attention
+from mythos_ds.kernels.segments import DocumentBounds
 from mythos_ds.model.attention import rotary_width
 from mythos_ds.model.context import AuxLoss, ForwardContext
 from mythos_ds.model.forward_stats import ForwardRecords

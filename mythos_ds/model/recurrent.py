@@ -17,7 +17,8 @@ from mythos_ds.kernels.attention import AttentionCore
 from mythos_ds.model.auxiliary_losses import attach_loss
 from mythos_ds.model.cache_entry import CacheEntries
 from mythos_ds.model.context import ForwardContext
-from mythos_ds.model.halting import Gate, Halting, HaltingState
+from mythos_ds.model.exit_gate import ExitGate
+from mythos_ds.model.halting import Halting, HaltingState
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.injection import Injection
 from mythos_ds.model.layers import MoEFactory, RecurrentLayer
@@ -55,7 +56,7 @@ class RecurrentBlock(nn.Module):
         self.lora: DepthwiseLoRA | None = None
         self.norm: RMSNorm | None = None
         self.halting: Halting | None = None
-        self.gate: Gate | None = None
+        self.gate: ExitGate | None = None
         if part.loops:
             self._add_own_parts(config, init)
         layers = init.at("layers")
@@ -72,7 +73,7 @@ class RecurrentBlock(nn.Module):
         if self.post:
             self.norm = RMSNorm(config.dim, config.norm_eps)
         if config.halting == "gate":
-            self.gate = Gate(config, init.at("gate"))
+            self.gate = ExitGate(config, init.at("gate"))
         elif config.halting != "none":
             self.halting = Halting(config)
 

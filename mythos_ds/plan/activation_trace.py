@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from mythos_ds.config.layout import ModelChunk
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.kernels import attention
+from mythos_ds.kernels.grouped_mlp import grouped_swiglu, looped_swiglu
 from mythos_ds.kernels.permute import inverse_permutation, permute_rows
 from mythos_ds.model.context import AuxLoss, ForwardContext
-from mythos_ds.model.feed_forward import Experts, _grouped_swiglu, _looped_swiglu
+from mythos_ds.model.feed_forward import Experts
 from mythos_ds.model.initializer import Embedding, Initializer
 from mythos_ds.model.layers import DenseLayer
 from mythos_ds.model.lm_head import LMHead
@@ -117,9 +118,9 @@ class _EvenMoE(MoE):
         n = experts.w1.shape[0]
         if self.fused and rows.dtype == torch.bfloat16:
             counts = torch.empty(n, dtype=torch.int64, device=rows.device)
-            return _grouped_swiglu(rows, counts, experts.w1, experts.w2, experts.w3)
+            return grouped_swiglu(rows, counts, experts.w1, experts.w2, experts.w3)
         sizes = [rows.shape[0] // n + (i < rows.shape[0] % n) for i in range(n)]
-        return _looped_swiglu(rows, sizes, experts.w1, experts.w2, experts.w3)
+        return looped_swiglu(rows, sizes, experts.w1, experts.w2, experts.w3)
 
 
 @cache

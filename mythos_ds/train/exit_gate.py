@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mythos_ds.data.batches import Batch
 from mythos_ds.errors import ConfigError
 from mythos_ds.inference.exit_rules import loop_steps
-from mythos_ds.model.halting import Gate
+from mythos_ds.model.exit_gate import ExitGate
 from mythos_ds.model.mythos import MythosModel
 
 
@@ -81,7 +81,7 @@ def _improvements(model: MythosModel, batch: Batch, n_loops: int) -> tuple[Tenso
     return torch.stack(expected), by_loop[:-1] - by_loop[1:]
 
 
-def _exit_gate(model: MythosModel) -> Gate:
+def _exit_gate(model: MythosModel) -> ExitGate:
     gate = model.recurrent.gate
     assert gate is not None, "with_exit_gate comes first"
     return gate

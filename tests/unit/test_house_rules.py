@@ -39,7 +39,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
     "root": 620,
-    "kernels": 190,
+    "kernels": 320,
     "config": 2_380,
     "costs": 1_020,
     "model": 1_860,

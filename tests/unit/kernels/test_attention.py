@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mythos_ds.kernels.attention import DocumentBounds, causal_attention
+from mythos_ds.kernels.attention import causal_attention
+from mythos_ds.kernels.segments import DocumentBounds
 from tests.helpers.reference_layers import attend
 
 

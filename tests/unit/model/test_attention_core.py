@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mythos_ds.kernels.attention import DocumentBounds, causal_attention
+from mythos_ds.kernels.attention import causal_attention
+from mythos_ds.kernels.segments import DocumentBounds
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.pipeline_stage import StageModel
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mythos_ds.model.feed_forward import _grouped_swiglu, _looped_swiglu
+from mythos_ds.kernels.grouped_mlp import grouped_swiglu, looped_swiglu
 
 DIM, HIDDEN = 16, 24
 
@@ -13,10 +13,8 @@ def _run(grouped: bool, counts: list[int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = [(sum(counts), DIM), (4, HIDDEN, DIM), (4, DIM, HIDDEN), (4, HIDDEN, DIM)]
     rows, w1, w2, w3 = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
-    if grouped:
-        out = _grouped_swiglu(rows, torch.tensor(counts), w1, w2, w3)
-    else:
-        out = _looped_swiglu(rows, counts, w1, w2, w3)
+    weights = (w1, w2, w3)
+    out = grouped_swiglu(rows, torch.tensor(counts), *weights) if grouped else looped_swiglu(rows, counts, *weights)
     (out * torch.randn(out.shape, generator=generator)).sum().backward()
     return [out.detach(), *(x.grad for x in (rows, w1, w2, w3))]
 

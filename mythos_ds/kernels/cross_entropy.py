@@ -1,0 +1,54 @@
+"""A cross-entropy of hidden states and the head's weight that never holds all logits.
+
+Rows are taken in chunks and their gradients formed in the forward, while the chunk's logits are at hand; the backward
+only scales them. Under ZeRO-3 the head's weight is therefore gathered once. In plain torch it is
+`cross_entropy(hidden @ weight.t(), targets)`.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK_LOGITS = 1 << 20
+_MIN_CHUNK_ROWS = 256
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+        rows = max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS // weight.shape[0])
+        total = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if with_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        for start in range(0, hidden.shape[0], rows):
+            x, target = hidden[start : start + rows], targets[start : start + rows]
+            logits = (x @ weight.t()).float()
+            peak = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(-1, target[:, None])
+            exponential = logits.sub_(peak).exp_()
+            norm = exponential.sum(-1, keepdim=True)
+            total += (norm.log() + peak - chosen).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            delta = exponential.mul_(1.0 / (norm * hidden.shape[0]))
+            delta.scatter_add_(-1, target[:, None], torch.full_like(chosen, -1.0 / hidden.shape[0]))
+            delta = delta.to(hidden.dtype)
+            grad_hidden[start : start + rows] = delta @ weight
+            grad_weight += delta.t() @ x
+        if grad_hidden is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total / hidden.shape[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, grad_weight * grad, None, None
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Computes the mean of -log softmax(hidden weight^T)[target], an fp32 scalar.
+
+    hidden [tokens, dim], weight [vocab, dim], targets int64 [tokens].
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
