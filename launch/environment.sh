@@ -1,4 +1,4 @@
-# Environment of every training process. Sourced by torchrun.sh, mpirun.sh and slurm.sbatch; a value that is already set
+# Environment of every training process. Part of torchrun.sh, mpirun.sh and slurm.sbatch; a value that is already set
 # stays. DeepSpeed's launcher takes a file instead, which this one writes when it is run:
 #
 #   bash launch/environment.sh > .deepspeed_env
@@ -33,7 +33,8 @@ if [[ -n "${INTERFACE:-}" ]]; then
   export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$INTERFACE}" GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$INTERFACE}"
 fi
 
-if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+training_environment() {
   env | grep -E '^(OMP_NUM_THREADS|PYTHON(UNBUFFERED|FAULTHANDLER)|PYTORCH_CUDA_ALLOC_CONF|TORCH_.*|NCCL_.*|GLOO_.*|DS_ACCELERATOR)=' \
     | sort
-fi
+}
+if [[ "${BASH_SOURCE[0]##*/}" == environment.sh && "${BASH_SOURCE[0]}" == "$0" ]]; then training_environment; fi

@@ -1,7 +1,7 @@
 """Whether a run has reached its planned length: exit code 0; or stopped before: 75, start it again. No torch.
 
-python launch/finished.py --config 1t.json [--run-dir DIR] ...      # the arguments of pretrain.py
-python launch/finished.py --config 1t.json --proxy --world-size 8   # a proxy's directory: on so many processes
+mythos-ds finished --config 1t.json [--run-dir DIR] ...      # the arguments of pretrain
+mythos-ds finished --config 1t.json --proxy --world-size 8   # a proxy's directory: on so many processes
 """
 
 import json
@@ -47,7 +47,9 @@ def _default(arguments: Namespace) -> Path:
     loaded = load_config(arguments.config, arguments.overrides)
     if not arguments.proxy:
         return default_run_directory(loaded)
-    return default_run_directory(loaded, arguments.world_size or ProcessEnvironment.detect(os.environ).world_size)
+    return default_run_directory(
+        loaded, arguments.world_size or arguments.processes or ProcessEnvironment.detect(os.environ).world_size
+    )
 
 
 if __name__ == "__main__":

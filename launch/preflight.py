@@ -1,9 +1,11 @@
-"""Look at a cluster before training on it. Start it as training will be started:
+"""Look at a cluster before training on it.
 
-    python launch/preflight.py --config 1t.json                                # this host alone
-    python launch/preflight.py --config 1t.json --hostfile hosts               # by ssh: hosts, versions, data, disk
-    deepspeed --hostfile hosts launch/preflight.py --config 1t.json            # the same, and devices and links
-    srun python launch/preflight.py --config 1t.json --json > preflight.json
+Start it as training will be started:
+
+    mythos-ds preflight --config 1t.json                                # this host alone
+    mythos-ds preflight --config 1t.json --hostfile hosts               # by ssh: hosts, versions, data, disk
+    deepspeed --hostfile hosts --module mythos_ds preflight --config 1t.json   # the same, and devices and links
+    srun mythos-ds preflight --config 1t.json --json > preflight.json
 
 Exit code 0: ready to train; 1: a check failed; 2: the hostfile, the configuration or the command line is wrong.
 """

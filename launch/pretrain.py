@@ -1,8 +1,9 @@
 """Train a model from one JSON file.
 
-    deepspeed launch/pretrain.py --config tiny.json
-    torchrun --nproc_per_node 8 launch/pretrain.py --config 1b.json training.max_steps=1000
-    python launch/pretrain.py --config 1t.json --dry-run
+    mythos-ds pretrain --config tiny.json --processes 2
+    deepspeed --module mythos_ds pretrain --config tiny.json
+    torchrun --nproc_per_node 8 -m mythos_ds pretrain --config 1b.json training.max_steps=1000
+    mythos-ds pretrain --config 1t.json --dry-run
 
 The same command resumes an interrupted run. Exit code 2: the message on stderr says what to mend.
 """
@@ -11,8 +12,10 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from mythos_ds.cluster.local_processes import run_processes
 from mythos_ds.config.loader import LoadedConfig, load_config
 from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
@@ -30,6 +33,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="execute what the checkpoint contains; only for files you trust"
     )
+    parser.add_argument("--processes", type=int, help="start so many processes on this machine; needs no launcher")
     parser.add_argument("--proxy", action="store_true", help="the same structure at laptop size")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit; needs no torch")
     parser.add_argument("--print-config", action="store_true", help="print the full configuration as JSON and exit")
@@ -44,10 +48,46 @@ def main(argv: list[str]) -> int:
     environment: ProcessEnvironment | None = None
     try:
         environment = ProcessEnvironment.detect(os.environ)
+        check_counts(arguments, environment)
+        if arguments.processes is not None and environment.launcher == "python" and not is_plan(arguments):
+            return start(arguments, environment, argv)
         run(arguments, environment, argv)
     except MythosError as error:
         return fail(error, environment)
     return 0
+
+
+def is_plan(arguments: argparse.Namespace) -> bool:
+    return bool(arguments.dry_run or arguments.print_config)
+
+
+def check_counts(arguments: argparse.Namespace, environment: ProcessEnvironment) -> None:
+    """Raises ConfigError for numbers of processes that make no sense, or that nothing would start."""
+    for name in ("world_size", "processes"):
+        asked = getattr(arguments, name)
+        if asked is not None and asked < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: given {asked}; allowed: at least 1; nearest: 1")
+    if arguments.world_size is not None and not is_plan(arguments):
+        given = f"--world-size: given {arguments.world_size}"
+        raise ConfigError(f"{given}; allowed: with --dry-run (a launcher or --processes starts the processes)")
+    if arguments.processes is None:
+        return
+    if arguments.world_size not in (None, arguments.processes):
+        raise ConfigError(
+            f"--processes: given {arguments.processes} with --world-size {arguments.world_size}; give one"
+        )
+    if environment.launcher != "python" and environment.world_size != arguments.processes:
+        raise ConfigError(
+            f"--processes: given {arguments.processes}; allowed: without a launcher, and {environment.launcher} has "
+            f"started {environment.world_size} processes; nearest: none"
+        )
+
+
+def start(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: list[str]) -> int:
+    """Start the processes, once it is known that they can run the configuration; the exit code. MythosError."""
+    many = replace(environment, world_size=arguments.processes, local_world_size=arguments.processes)
+    plan(arguments, load_config(arguments.config, arguments.overrides), many)
+    return run_processes([sys.executable, "-m", "mythos_ds", "pretrain", *argv], arguments.processes)
 
 
 def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: list[str]) -> None:
@@ -79,14 +119,10 @@ def plan(
     config = loaded.config
     changes: list[str] = []
     world_size = environment.world_size
-    planning, asked = arguments.dry_run or arguments.print_config, arguments.world_size
-    if asked is not None and not planning:
-        raise ConfigError(f"--world-size: given {asked}; allowed: with --dry-run (a launcher starts the processes)")
-    if asked is not None and asked < 1:
-        raise ConfigError(f"--world-size: given {asked}; allowed: at least 1; nearest: 1")
+    asked = arguments.world_size if arguments.processes is None else arguments.processes
     if asked is not None:
         world_size = asked
-    elif planning and environment.launcher == "python":
+    elif is_plan(arguments) and environment.launcher == "python":
         world_size = 1 if arguments.proxy else planned_world_size(config)
     if arguments.proxy:
         config, changes = make_proxy(config, world_size)

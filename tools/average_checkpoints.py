@@ -1,7 +1,7 @@
 """Average models: the weighted mean of the weights of several model folders (mythos, or Hugging Face).
 
-    python tools/average_checkpoints.py step_900 step_1000 step_1100 --output averaged
-    python tools/average_checkpoints.py base tuned --output mixed --weights 1 3 --dry-run
+    mythos-ds average step_900 step_1000 step_1100 --output averaged
+    mythos-ds average base tuned --output mixed --weights 1 3 --dry-run
 
 Summed in fp32 and cast once, a few rows at a time. Router biases and counters are not averaged but taken from the last
 folder. Refused: another configuration, tokenizer or set of tensors, and models that do not share a start, which is

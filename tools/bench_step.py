@@ -3,8 +3,8 @@
 Both sides train the same model on the same global batches and loop counts; runs alternate, and only their ratio is
 quoted. With a pipeline the idle share of its processes is measured too, beside what its schedule's simulation says.
 
-    python tools/bench_step.py --config tiny.json --processes 2
-    python tools/bench_step.py --config tiny.json --processes 2 --against unpipelined parallel.pp_size=2 ...
+    mythos-ds bench-step --config tiny.json --processes 2
+    mythos-ds bench-step --config tiny.json --processes 2 --against unpipelined parallel.pp_size=2 ...
 """
 
 import argparse

@@ -14,7 +14,7 @@ from mythos_ds.mains import run_tool, tool_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = tool_parser(__doc__ or "", "python tools/build_corpus.py --data-dir data")
+    parser = tool_parser(__doc__ or "", "mythos-ds build-corpus --data-dir data")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="data.data_dir of the runs (default: data)")
     parser.add_argument("--max-bytes", type=int, default=DEFAULT_BYTES, help="size of the text (default: %(default)s)")
     parser.add_argument("--text-only", type=Path, metavar="FILE", help="write only the text, as JSONL, to FILE")

@@ -1,7 +1,7 @@
 """Hold the planner's predictions against real engines on this machine, layout by layout, and write the table.
 
-    python tools/calibrate.py                                # writes docs/calibration.md and docs/calibration.json
-    python tools/calibrate.py --only "EP 2, ZeRO-3" --output /tmp/calibration
+    mythos-ds calibrate                                # writes docs/calibration.md and docs/calibration.json
+    mythos-ds calibrate --only "EP 2, ZeRO-3" --output /tmp/calibration
 
 Each layout trains a small model for three steps with 2 to 4 processes; in the third, every tensor and every byte handed
 to a collective is counted on each rank. For pipelines another third step measures how long the processes wait.

@@ -1,9 +1,9 @@
 """Convert a model between mythos, Hugging Face and OpenMythos.
 
-    python tools/convert_checkpoint.py --from mythos --to hf --input models/tiny --output hf
-    python tools/convert_checkpoint.py --from mythos --to hf --input models/tiny --output fp8 --dtype fp8 --evaluate
-    python tools/convert_checkpoint.py --from openmythos --to mythos --input weights --output imported
-    python tools/convert_checkpoint.py --from hf --to mythos --input llama --output looped \\
+    mythos-ds convert --from mythos --to hf --input models/tiny --output hf
+    mythos-ds convert --from mythos --to hf --input models/tiny --output fp8 --dtype fp8 --evaluate
+    mythos-ds convert --from openmythos --to mythos --input weights --output imported
+    mythos-ds convert --from hf --to mythos --input llama --output looped \\
         --prelude 4 --recurrent 6 --coda 4
 
 Tensors are read a few rows at a time; the same command goes on after an interruption. The last form cuts a dense model

@@ -1,11 +1,11 @@
 """Say what a checkpoint or a model folder holds: step, layout, sizes by part, and whether its values are healthy.
 
-    python tools/inspect_checkpoint.py runs/quickstart
-    python tools/inspect_checkpoint.py runs/quickstart/checkpoints/step_00000400 --tensors
-    python tools/inspect_checkpoint.py models/tiny --json
+    mythos-ds inspect runs/quickstart
+    mythos-ds inspect runs/quickstart/checkpoints/step_00000400 --tensors
+    mythos-ds inspect models/tiny --json
 
 Reads every value once, a few rows at a time. Whether the files are those that were written is another question:
-tools/verify_checkpoint.py answers it.
+mythos-ds verify answers it.
 """
 
 import json

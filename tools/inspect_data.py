@@ -15,7 +15,7 @@ _BAR_WIDTH = 40
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    example = "python tools/inspect_data.py data/builtin/tokens --tokenizer data/builtin/tokenizer.model"
+    example = "mythos-ds inspect-data data/builtin/tokens --tokenizer data/builtin/tokenizer.model"
     parser = tool_parser(__doc__ or "", example)
     parser.add_argument("prefix", type=Path, help="path of the dataset without ending")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model, to show text")

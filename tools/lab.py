@@ -1,8 +1,8 @@
 """Run a study, or put all results into one report.
 
-    python tools/lab.py khop
-    python tools/lab.py loops --scale gpu --jobs 1
-    python tools/lab.py report
+    mythos-ds lab khop
+    mythos-ds lab loops --scale gpu --jobs 1
+    mythos-ds lab report
 
 A study trains its models through the project's trainer, a process each, and writes tables, pictures and numbers to
 docs/lab/<study>/. Ctrl-C keeps what is done; the same command goes on.
@@ -66,7 +66,7 @@ def run_study(study: Study, arguments: Namespace) -> None:
     minutes = sum(result.get("seconds", 0) for result in results.values()) / 60
     facts = {
         "question": study.title,
-        "command": f"`python tools/lab.py {study.name} --scale {arguments.scale}`",
+        "command": f"`mythos-ds lab {study.name} --scale {arguments.scale}`",
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         "hardware": describe(gpu_name()),
         "code": git_commit() or "unknown",

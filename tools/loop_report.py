@@ -1,7 +1,7 @@
 """What a looped model does at depth: where its state goes, loss by loops, routing by loop, and when tokens could leave.
 
-    python tools/loop_report.py --checkpoint models/tiny --output report
-    python tools/loop_report.py --checkpoint weights.pt --openmythos-config config.json --output report
+    mythos-ds loop-report --checkpoint models/tiny --output report
+    mythos-ds loop-report --checkpoint weights.pt --openmythos-config config.json --output report
 
 The first form takes a folder with config.json and model.safetensors; the second an OpenMythos state_dict and the fields
 of its MythosConfig as JSON. Writes report.md, report.json and pictures to the output folder.

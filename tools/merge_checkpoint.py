@@ -1,8 +1,8 @@
 """Merge a training checkpoint into one model: config.json, safetensors, tokenizer.
 
-    python tools/merge_checkpoint.py runs/quickstart --output merged
-    python tools/merge_checkpoint.py runs/big/checkpoints/step_00010000 --output merged --dtype bfloat16 --jobs 16
-    python tools/merge_checkpoint.py --config 1t.json --processes 1024 --dry-run
+    mythos-ds merge runs/quickstart --output merged
+    mythos-ds merge runs/big/checkpoints/step_00010000 --output merged --dtype bfloat16 --jobs 16
+    mythos-ds merge --config 1t.json --processes 1024 --dry-run
 
 Works for every layout (expert parallelism, ZeRO 0 to 3, pipeline), reads a few rows at a time, and goes on after an
 interruption when it is started again. --dry-run says what will be written and what it takes; with --config it needs no

@@ -1,10 +1,10 @@
 """Plan a run before renting the machines: memory, traffic, time and cost per GPU, and which layouts fit.
 
-    python tools/plan.py --config 1t.json
-    python tools/plan.py --config 1t.json --gpus 1024 --gpu h100 --tokens 10T --picture plan.png
-    python tools/plan.py --config 100b.json --objective memory --write chosen.json
-    python tools/plan.py --config 10b.json --compare
-    python tools/plan.py --config 1t.json --json parallel.ep_size=512
+    mythos-ds plan --config 1t.json
+    mythos-ds plan --config 1t.json --gpus 1024 --gpu h100 --tokens 10T --picture plan.png
+    mythos-ds plan --config 100b.json --objective memory --write chosen.json
+    mythos-ds plan --config 10b.json --compare
+    mythos-ds plan --config 1t.json --json parallel.ep_size=512
 
 Memory comes from the model's own code, run without data on the meta device; docs/calibration.md says how close that is.
 Times are bounds from data-sheet rates, not measurements. --gpu also takes a JSON file with the fields of a GPU.
@@ -13,22 +13,20 @@ Times are bounds from data-sheet rates, not measurements. --gpu also takes a JSO
 import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.rules.check import steps_of
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.errors import ConfigError
-from mythos_ds.hardware import GPUS, Gpu, read_gpu
+from mythos_ds.hardware import Gpu
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
 from mythos_ds.plan.compare import comparison, print_comparison
-from mythos_ds.plan.layouts import Layout, examine, first_remedy, ranked, with_changes
-from mythos_ds.plan.report import as_numbers, draw, print_plan
+from mythos_ds.plan.layouts import Layout, examine, ranked, with_changes
+from mythos_ds.plan.report import draw, print_plan
+from mythos_ds.plan.run_plan import machine, plan_numbers
 
 _SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
@@ -51,7 +49,9 @@ def parser() -> ArgumentParser:
 
 def work(arguments: Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides).config
-    gpus, gpu = machine(config, arguments)
+    if arguments.layouts < 1:
+        raise ConfigError(f"--layouts: given {arguments.layouts}; allowed: 1 or more; nearest: 1")
+    gpus, gpu = machine(config, arguments.gpus, arguments.gpu)
     if arguments.picture is not None and arguments.picture.suffix != ".png":
         raise ConfigError(f"--picture: given {arguments.picture}; allowed: a name that ends in .png")
     others: list[Layout] = []
@@ -64,9 +64,8 @@ def work(arguments: Namespace) -> None:
         if not others:
             raise
         layout = others[0]  # the file's own layout is for another number of GPUs
-    remedy = None if layout.fits(gpu) else first_remedy(config, gpus, gpu)
-    tokens = read_tokens(arguments.tokens) if arguments.tokens else float(tokens_of(config))
-    numbers: dict[str, Any] = as_numbers(layout, gpu, tokens, remedy, others)
+    tokens = read_tokens(arguments.tokens) if arguments.tokens else None
+    numbers, remedy = plan_numbers(layout, config, gpus, gpu, tokens, others)
     if arguments.compare:
         numbers["comparison"] = comparison(layout.resolved)
     if arguments.json:
@@ -84,23 +83,6 @@ def work(arguments: Namespace) -> None:
         write(arguments.write, config, best, gpus, gpu, kind)
 
 
-def machine(config: RunConfig, arguments: Namespace) -> tuple[int, Gpu]:
-    """Number and kind of GPUs. Raises ConfigError where neither the arguments nor the configuration say."""
-    cluster = config.cluster
-    if arguments.layouts < 1:
-        raise ConfigError(f"--layouts: given {arguments.layouts}; allowed: 1 or more; nearest: 1")
-    if cluster is None and (arguments.gpus is None or arguments.gpu is None):
-        raise ConfigError("--gpus and --gpu: not given, and the configuration names no cluster")
-    planned = cluster.nodes * cluster.gpus_per_node if cluster else 0
-    gpus = planned if arguments.gpus is None else arguments.gpus
-    if gpus < 1:
-        raise ConfigError(f"--gpus: given {gpus}; allowed: 1 or more; nearest: 1")
-    gpu = read_gpu(arguments.gpu if cluster is None or arguments.gpu else cluster.gpu)
-    if cluster is not None and gpu.name in GPUS:
-        gpu = replace(gpu, gpus_per_node=cluster.gpus_per_node)
-    return gpus, gpu
-
-
 def read_tokens(text: str) -> float:
     """'10T' -> 1e13. Raises ConfigError for anything else than a number above 0 and a suffix."""
     number, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1.0)
@@ -111,12 +93,6 @@ def read_tokens(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ConfigError(f"--tokens: given {text}; allowed: a number above 0 with {', '.join(_SUFFIXES)} or nothing")
     return value
-
-
-def tokens_of(config: RunConfig) -> int:
-    """Tokens of the configured run."""
-    training = config.training
-    return steps_of(training) * training.global_batch_size * training.seq_len
 
 
 def write(path: Path, config: RunConfig, chosen: Layout | None, gpus: int, gpu: Gpu, kind: str) -> None:

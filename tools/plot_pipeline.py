@@ -28,7 +28,7 @@ _ROW_HEIGHT = 0.8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    example = "python tools/plot_pipeline.py --config 1t.json --out ring.png parallel.pp_size=4"
+    example = "mythos-ds plot-pipeline --config 1t.json --out ring.png parallel.pp_size=4"
     parser = tool_parser(__doc__ or "", example)
     parser.add_argument("--config", required=True, help="a run's JSON file or a preset")
     parser.add_argument("--world-size", type=int, metavar="N", help="processes (default: the file's cluster)")

@@ -12,8 +12,8 @@ from mythos_ds.data.readers import find_inputs, limited, read_files, read_hub
 from mythos_ds.errors import DataError
 from mythos_ds.mains import counted_progress, run_tool, tool_parser
 
-EXAMPLE = """python tools/prepare_data.py docs.jsonl --tokenizer data/tokenizer.model --output data/docs
-  python tools/prepare_data.py --hf HuggingFaceFW/fineweb-edu --hf-config sample-10BT --max-documents 100000
+EXAMPLE = """mythos-ds prepare-data docs.jsonl --tokenizer data/tokenizer.model --output data/docs
+  mythos-ds prepare-data --hf HuggingFaceFW/fineweb-edu --hf-config sample-10BT --max-documents 100000
   \\
       --tokenizer data/tokenizer.model --output data/fineweb"""
 

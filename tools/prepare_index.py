@@ -13,8 +13,8 @@ from mythos_ds.mains import run_tool, tool_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = tool_parser(__doc__ or "", "python tools/prepare_index.py --config 1t.json")
-    parser.add_argument("--config", required=True, help="the run's configuration, as given to launch/pretrain.py")
+    parser = tool_parser(__doc__ or "", "mythos-ds prepare-index --config 1t.json")
+    parser.add_argument("--config", required=True, help="the run's configuration, as given to mythos-ds pretrain")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="the run's overrides")
     return run_tool(parser, _prepare, argv)
 

@@ -1,7 +1,7 @@
 """Be one rank of a large run, on a laptop: what it holds, with whom it speaks, what it computes and sends.
 
-    python tools/rehearse.py --config 1t.json --rank 777
-    python tools/rehearse.py --config 1t.json --gpus 1024 --rank 0 --json parallel.pp_size=4 parallel.ep_size=256
+    mythos-ds rehearse --config 1t.json --rank 777
+    mythos-ds rehearse --config 1t.json --gpus 1024 --rank 0 --json parallel.pp_size=4 parallel.ep_size=256
 
 Builds all process groups of the run under a pretended back end, this rank's modules on the meta device, and its
 schedule. No GPU, no other process, no memory for weights.

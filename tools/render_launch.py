@@ -1,7 +1,8 @@
-"""Writes the file that starts a configuration on its cluster: nodes and GPUs are those of its `cluster` section.
+"""Write the file that starts training on a cluster: for Slurm, Kubernetes, torchrun or Open MPI.
 
-The files in launch/ are the templates, and run as they are; here some of their lines get other values. A comment
-"#= name" marks such a line; options of #SBATCH are found by their name.
+Slurm's and Kubernetes' have the nodes and GPUs of the configuration's `cluster` section. The files in launch/ are the
+templates. What they read from each other is put in, so that what is written needs no other file; a comment "#= name"
+marks a line that gets another value, and options of #SBATCH are found by their name.
 """
 
 import json
@@ -25,6 +26,23 @@ _MARKED = re.compile(r"^(?P<head>\s*(?:- )?[\w./-]+(?:: |=))(?P<old>.*?) #= (?P<
 _DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
 _PARTITION = re.compile(r"[\w.,-]+")
+_SOURCED = re.compile(r"(?m)^\. launch/(\w+\.sh)\n")
+_TO_CHECKOUT = re.compile(r'(?m)^cd "\$\(dirname "\$0"\)/\.\.".*\n')
+_ENVIRONMENT = "environment.sh"
+SCRIPTS = {"torchrun": "torchrun.sh", "mpirun": "mpirun.sh", "environment": _ENVIRONMENT}
+"""What is rendered without a configuration, which the script gets as its argument."""
+
+
+def render_script(options: Namespace) -> str:
+    """A script of launch/ that runs in any folder."""
+    return _alone(SCRIPTS[options.kind])
+
+
+def _alone(name: str) -> str:
+    """A file of launch/ with those that it reads put in."""
+    text = (LAUNCH / name).read_text(encoding="utf-8")
+    text = _TO_CHECKOUT.sub("", text).replace(f"launch/{name}", name)
+    return _SOURCED.sub(lambda match: _alone(match[1]), text)
 
 
 def render_slurm(cluster: ClusterConfig, options: Namespace) -> str:
@@ -47,7 +65,7 @@ def render_slurm(cluster: ClusterConfig, options: Namespace) -> str:
         "time": options.time,
         "signal": f"B:USR1@{options.grace}",
     }
-    text = (LAUNCH / "slurm.sbatch").read_text(encoding="utf-8")
+    text = _alone("slurm.sbatch")
     for name, value in wanted.items():
         text, found = re.subn(rf"(?m)^#SBATCH --{name}=.*$", f"#SBATCH --{name}={value}", text)
         assert found == 1, name
@@ -104,7 +122,7 @@ def _fill(text: str, values: dict[str, str]) -> str:
 
 
 def _arguments(options: Namespace, default_run_dir: str | None = None) -> list[str]:
-    """Those of launch/pretrain.py."""
+    """Those of training."""
     run_dir = options.run_dir or default_run_dir
     return ["--config", options.config, *(["--run-dir", run_dir] if run_dir else []), *options.overrides]
 
@@ -123,26 +141,32 @@ def _cluster(options: Namespace) -> ClusterConfig:
 
 def work(options: Namespace) -> None:
     """Render and write. Raises ConfigError for a configuration or option that does not fit."""
-    if not _DNS_LABEL.fullmatch(options.name):
-        raise ConfigError(f"--name: given {options.name!r}; allowed: small letters, digits and '-'; nearest: mythos")
-    text = options.render(_cluster(options), options)
+    text = render_script(options) if options.kind in SCRIPTS else render_job(options)
     if options.output is None:
         sys.stdout.write(text)
     else:
         options.output.write_text(text, encoding="utf-8")
 
 
+def render_job(options: Namespace) -> str:
+    """The file of a batch system. Raises ConfigError for a configuration or option that does not fit."""
+    if not _DNS_LABEL.fullmatch(options.name):
+        raise ConfigError(f"--name: given {options.name!r}; allowed: small letters, digits and '-'; nearest: mythos")
+    text: str = options.render(_cluster(options), options)
+    return text
+
+
 def parser() -> ArgumentParser:
     """The command line."""
-    main = tool_parser(__doc__ or "", "python tools/render_launch.py slurm --config 1t.json > 1t.sbatch")
-    kinds = main.add_subparsers(required=True, metavar="slurm|kubernetes")
+    main = tool_parser(__doc__ or "", "mythos-ds render-launch slurm --config 1t.json > 1t.sbatch")
+    kinds = main.add_subparsers(required=True, dest="kind", metavar="slurm|kubernetes|" + "|".join(SCRIPTS))
     slurm = kinds.add_parser("slurm", help="a batch script")
     slurm.add_argument("--time", default="24:00:00", help="of one job; the run goes on in the next")
     slurm.add_argument("--partition", help="where to queue")
     slurm.add_argument("--cpus", type=int, default=12, help="cores per GPU")
     slurm.set_defaults(render=render_slurm)
     kubernetes = kinds.add_parser("kubernetes", help="a headless service and an Indexed Job")
-    kubernetes.add_argument("--image", required=True, help="with this repository as its working folder")
+    kubernetes.add_argument("--image", required=True, help="in which this package is installed")
     kubernetes.add_argument("--claim", required=True, help="persistent volume claim that all pods share")
     kubernetes.add_argument("--mount", default="/shared", help="where the claim appears")
     kubernetes.add_argument("--restarts", type=int, default=3, help="failures of the run until the Job fails")
@@ -154,6 +178,9 @@ def parser() -> ArgumentParser:
         kind.add_argument("--grace", type=int, default=300, help="seconds for the last step and its checkpoint")
         kind.add_argument("--output", type=Path, help="default: standard output")
         kind.add_argument("overrides", nargs="*", metavar="section.key=value")
+    for name in SCRIPTS:
+        script = kinds.add_parser(name, help=f"{name}.sh, for any configuration; it says how it is used")
+        script.add_argument("--output", type=Path, help="default: standard output")
     return main
 
 

@@ -1,7 +1,8 @@
 """Rewrite a training checkpoint so that it depends on no layout: safetensors and JSON, with optimizer state.
 
-    python tools/reshard_checkpoint.py runs/big --output runs/big-portable
-    deepspeed launch/pretrain.py --config 1t.json --resume runs/big-portable --run-dir runs/next parallel.ep_size=64
+    mythos-ds reshard runs/big --output runs/big-portable
+    deepspeed --module mythos_ds pretrain --config 1t.json --resume runs/big-portable --run-dir runs/next \\
+        parallel.ep_size=64
 
 Training resumes from it in any layout (expert parallelism, data parallelism, ZeRO stage, pipeline, processes), as it
 also does straight from another layout's checkpoint; the portable form is for keeping, moving, and reading without

@@ -1,7 +1,7 @@
 """Train a gate that says per token what one more loop is worth, on a finished model whose weights do not change.
 
-    python tools/train_gate.py --model models/tiny --output models/tiny-gate
-    python tools/train_gate.py --model models/tiny --output /tmp/gate --steps 20 --seq-len 64
+    mythos-ds train-gate --model models/tiny --output models/tiny-gate
+    mythos-ds train-gate --model models/tiny --output /tmp/gate --steps 20 --seq-len 64
 
 Reads the built-in corpus with the tokenizer in the model's folder (tokenizer.model; where there is none, with the
 corpus's own), and writes a model folder whose halting is "gate".

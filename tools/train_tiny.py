@@ -1,7 +1,7 @@
 """Make the released tiny model: train tiny.json longer, on one process, and write its folder with a model card.
 
-python tools/train_tiny.py --output models/tiny --steps 2000
-python tools/train_tiny.py --output /tmp/try --steps 20 training.eval_batches=1
+mythos-ds train-tiny --output models/tiny --steps 2000
+mythos-ds train-tiny --output /tmp/try --steps 20 training.eval_batches=1
 """
 
 import json
@@ -81,13 +81,13 @@ class Release(Callback):
 
 def card(metadata: dict[str, Any], summary: RunSummary, parameters: int, arguments: Namespace) -> str:
     """The model card: what it is, how it was made, what it scores, what it says."""
-    command = " ".join(["python tools/train_tiny.py --steps", str(arguments.steps), *arguments.overrides])
+    command = " ".join(["mythos-ds train-tiny --steps", str(arguments.steps), *arguments.overrides])
     rows = [f"| {loops} | {loss:.4f} | {perplexity(loss):.1f} |" for loops, loss in summary.losses.items()]
     samples = "\n".join(f"{json.dumps(prompt)} -> {json.dumps(text)}" for prompt, text in summary.samples)
     return f"""# tiny: a recurrent-depth mixture of experts of {parameters / 1e6:.1f}M parameters
 
 A toy that shows the architecture at work: it writes what looks like Python and its documentation, and knows nothing.
-Try it: `python tools/generate.py "def main("`.
+Try it: `mythos-ds generate "def main("`.
 
 * Trained on {metadata["tokens"] / 1e6:.1f}M tokens ({summary.step} steps) of the text of a Python installation (source
   code and English documentation, PSF licence), {time.strftime("%Y-%m-%d", time.gmtime())}.

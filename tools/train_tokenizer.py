@@ -12,7 +12,7 @@ from mythos_ds.mains import run_tool, tool_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    example = "python tools/train_tokenizer.py docs.jsonl --vocab-size 32000 --output data/tokenizer.model"
+    example = "mythos-ds train-tokenizer docs.jsonl --vocab-size 32000 --output data/tokenizer.model"
     parser = tool_parser(__doc__ or "", example)
     parser.add_argument("inputs", nargs="+", type=Path, help="files, or folders of files")
     parser.add_argument("--output", type=Path, required=True, help="the model file to write")

@@ -1,8 +1,8 @@
 """Check that a checkpoint's or a model folder's files are those that were written: sizes and checksums of all.
 
-    python tools/verify_checkpoint.py runs/quickstart
-    python tools/verify_checkpoint.py runs/quickstart/checkpoints/step_00000400
-    python tools/verify_checkpoint.py merged --json
+    mythos-ds verify runs/quickstart
+    mythos-ds verify runs/quickstart/checkpoints/step_00000400
+    mythos-ds verify merged --json
 
 Of a run, every checkpoint. Exit code 0: all are whole; 1: at least one is not, and each fault is named.
 """

@@ -218,7 +218,7 @@ def run_processes(case: dict[str, Any], processes: int) -> list[dict[str, Any]]:
 
 def write_calibration(output: Path, rows: list[Comparison], pipelines: list[Idle]) -> None:
     """The page and its numbers."""
-    facts = {"date": date.today().isoformat(), "hardware": describe(gpu_name()), "command": "python tools/calibrate.py"}
+    facts = {"date": date.today().isoformat(), "hardware": describe(gpu_name()), "command": "mythos-ds calibrate"}
     content = {
         **facts,
         "rows": [{**asdict(row), "memory_error": row.memory_error} for row in rows],

@@ -61,7 +61,7 @@ class ModelConfig(Section):
     lora_target: Literal["input", "output"] = Field("input", description="Where the loop's LoRA acts on the block.")
 
     halting: Literal["none", "act", "act_openmythos", "gate"] = Field(
-        "none", description="Depth per position. 'gate' is made by tools/train_gate.py from a trained model."
+        "none", description="Depth per position. 'gate' is made by mythos-ds train-gate from a trained model."
     )
     act_threshold: float = Field(0.99, gt=0, lt=1)
 

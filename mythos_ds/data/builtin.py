@@ -69,6 +69,6 @@ def existing_builtin(data_dir: Path) -> BuiltinData:
     """The built-in dataset. Raises DataError when it was not built."""
     data = BuiltinData.under(data_dir)
     if not data.folder.is_dir():
-        command = f"python tools/build_corpus.py --data-dir {data_dir}"
+        command = f"mythos-ds build-corpus --data-dir {data_dir}"
         raise DataError(f"no built-in corpus in {data_dir}; make it with: {command}")
     return data

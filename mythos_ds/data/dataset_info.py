@@ -48,13 +48,13 @@ def read_info(prefix: Path) -> DatasetInfo:
     bin_path, idx_path, info_path = dataset_files(prefix)
     missing = [path.name for path in (bin_path, idx_path, info_path) if not path.is_file()]
     if missing:
-        command = f"python tools/prepare_data.py INPUT --tokenizer TOKENIZER --output {prefix}"
+        command = f"mythos-ds prepare-data INPUT --tokenizer TOKENIZER --output {prefix}"
         raise DataError(f"no dataset at {prefix}: {', '.join(missing)} missing; make it with: {command}")
     info = _parse(info_path)
     for path, size in ((bin_path, info.bin_bytes), (idx_path, info.idx_bytes)):
         if path.stat().st_size != size:
             given = f"{path.stat().st_size} bytes given, {size} written"
-            raise DataError(f"{path} is damaged or of another run of prepare_data.py: {given}; prepare it again")
+            raise DataError(f"{path} is damaged or of another run of prepare-data: {given}; prepare it again")
     return info
 
 

@@ -252,7 +252,7 @@ def _check_vocabulary(component: _Component, tokenizer: Tokenizer, vocab_size: i
             f"(sha256 {info.tokenizer_sha256[:12]}, {info.vocab_size} pieces) "
             f"than data.tokenizer {tokenizer.path} ({tokenizer.sha256[:12]}, {tokenizer.vocab_size} pieces); "
             "prepare it again with: "
-            f"python tools/prepare_data.py INPUT --tokenizer {tokenizer.path} --output {prefix} --overwrite"
+            f"mythos-ds prepare-data INPUT --tokenizer {tokenizer.path} --output {prefix} --overwrite"
         )
     if tokenizer.vocab_size > vocab_size:
         raise DataError(

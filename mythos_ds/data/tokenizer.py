@@ -34,16 +34,17 @@ class Tokenizer:
         try:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise DataError(f"{path} is no sentencepiece model; tools/train_tokenizer.py makes one") from error
+            raise DataError(f"{path} is no sentencepiece model; mythos-ds train-tokenizer makes one") from error
         if self.eos_id < 0:
             raise DataError(f"{path} has no end-of-sentence piece, which must end every document")
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a model file. Raises DataError when it is missing or of another kind."""
+        """Read a model file, or that of a model folder. Raises DataError when it is missing or of another kind."""
         path = Path(path)
+        path = path / "tokenizer.model" if path.is_dir() else path
         if not path.is_file():
-            command = f"python tools/train_tokenizer.py INPUT --output {path}"
+            command = f"mythos-ds train-tokenizer INPUT --output {path}"
             raise DataError(f"tokenizer {path} not found; make it with: {command}")
         return cls(path.read_bytes(), path)
 

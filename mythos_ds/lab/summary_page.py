@@ -20,7 +20,7 @@ def write_summary(docs: Path) -> Path:
     """Joins docs/*/results.md to report.md and report.html; returns the latter. Raises LabError where there is none."""
     found = sorted(docs.glob("*/results.md"))
     if not found:
-        raise LabError(f"{docs}: no results yet; run a study first, such as: python tools/lab.py khop")
+        raise LabError(f"{docs}: no results yet; run a study first, such as: mythos-ds lab khop")
     pages, bodies = ["# Studies", ""], [_HEAD, "<h1>Studies</h1>"]
     for path in found:
         text = path.read_text(encoding="utf-8")

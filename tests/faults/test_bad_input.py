@@ -155,7 +155,7 @@ def words(tmp_path_factory):
 
 def test_missing_tokenizer(words, tmp_path):
     arguments = with_data(tmp_path, words, tokenizer=tmp_path / "nothing.model")
-    check_message(run(arguments, tmp_path), ["nothing.model", "tools/train_tokenizer.py"])
+    check_message(run(arguments, tmp_path), ["nothing.model", "mythos-ds train-tokenizer"])
 
 
 def test_missing_data_file(words, tmp_path):

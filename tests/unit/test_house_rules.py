@@ -30,7 +30,8 @@ ORDER = (
     ("train",),
     ("conversion", "plan", "analysis", "cluster"),
     ("lab", "bench"),
-    ("api", "__init__", "__main__"),
+    ("api",),
+    ("__init__", "__main__"),
     ("mains", "tools", "launch"),
 )
 """Each may import what stands before it, and itself; packages of one line do not know each other. "root": the other
@@ -53,12 +54,13 @@ LINES = {
     "inference": 190,
     "train": 1_300,
     "conversion": 2_390,
-    "plan": 1_720,
+    "plan": 1_760,
     "analysis": 880,
-    "cluster": 840,
+    "cluster": 920,
     "lab": 2_650,
     "bench": 530,
-    "__init__": 10,
+    "__init__": 60,
+    "__main__": 110,
     "mains": 60,
 }
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
@@ -78,12 +80,13 @@ WITHOUT_TORCH = {"root", "config", "costs", "cluster/hostfile.py"}
 NOT_FOR_INFERENCE = {"deepspeed", "mythos_ds.engine", "mythos_ds.parallel"}
 
 MAY_EXIT = {
+    "__main__.py",
     "bench/calibration_worker.py",
     "data/prepare.py",
     "lab/worker.py",
     "resilience/failure.py",
 }
-"""Files that end workers or ranks."""
+"""Files that end workers or ranks, and the command."""
 MAY_NAME_PYTHONPATH = {
     "launch/mpirun.sh",  # hands on the user's own
     "mythos_ds/cluster/preflight/ssh.py",  # the same

@@ -97,7 +97,7 @@ def halting(model: ModelConfig) -> str | None:
         return None
     return (
         '"gate" given; allowed in training: "none", "act" or "act_openmythos" (train with "none", and the gate '
-        'afterwards with: python tools/train_gate.py --model FOLDER --output FOLDER); nearest: "none"'
+        'afterwards with: mythos-ds train-gate --model FOLDER --output FOLDER); nearest: "none"'
     )
 
 

@@ -112,6 +112,7 @@ def test_slurm_is_rendered_from_the_cluster(tmp_path):
     }
     assert "arguments=(--config 1t.json --run-dir '/disk/a run' training.seed=7)\n" in rendered
     assert "#=" not in rendered
+    assert "launch/" not in rendered, "it needs no other file"
     path = tmp_path / "job"
     path.write_text(rendered)
     subprocess.run(["bash", "-n", str(path)], check=True)
@@ -131,7 +132,7 @@ def test_kubernetes_is_rendered_from_the_cluster():
     assert container["args"] == ["--config", "1t.json", *run, "data.data_dir=/shared/data"]
     assert "/shared/runs/1t-ep64" in _render([*KUBERNETES, "parallel.ep_size=64"])
     assert job["metadata"]["name"] == "big"
-    assert "mythos" not in rendered.split("apiVersion", 1)[1].replace("registry/mythos", "")
+    assert "mythos" not in rendered.split("apiVersion", 1)[1].replace("registry/mythos", "").replace("mythos_ds", "")
     assert not re.search(r"#= \w+$", rendered, re.M)
 
 
@@ -170,9 +171,33 @@ def _check_service_and_job(service: dict, job: dict) -> None:
     assert service["spec"]["selector"] == {"job-name": name}
     assert service["spec"]["ports"][0]["port"] == train["ports"][0]["containerPort"]
     assert {mount["name"] for mount in train["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    assert (ROOT / train["command"][0]).is_file()
+    shell, flag, script, name = train["command"]
+    assert (shell, flag, name) == ("bash", "-c", "torchrun.sh")
+    assert "mythos_ds render-launch torchrun" in script
     labels = pod["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][0]["labelSelector"]
     assert labels["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("kind", sorted(render_launch.SCRIPTS))
+def test_a_rendered_script_needs_no_other_file(kind, tmp_path):
+    path = tmp_path / render_launch.SCRIPTS[kind]
+    assert _main([kind, "--output", str(path)]) == 0
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    read = {line.split()[1] for line in path.read_text().splitlines() if line.startswith(("cd ", ". "))}
+    assert not read
+    assert "launch/" not in path.read_text()
+
+
+def test_a_rendered_environment_writes_deepspeeds_file(tmp_path):
+    path = tmp_path / "environment.sh"
+    assert _main(["environment", "--output", str(path)]) == 0
+    bare = {"PATH": os.environ["PATH"]}
+    written = [
+        subprocess.run(["bash", str(file)], env=bare, capture_output=True, check=True).stdout
+        for file in (path, LAUNCH / "environment.sh")
+    ]
+    assert b"NCCL_DEBUG=WARN" in written[0]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize(

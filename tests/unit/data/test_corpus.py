@@ -107,7 +107,7 @@ def test_two_processes_build_the_builtin_dataset_at_once(tmp_path):
 
 
 def test_builtin_not_made_names_the_command(tmp_path):
-    with pytest.raises(DataError, match=r"tools/build_corpus\.py"):
+    with pytest.raises(DataError, match=r"mythos-ds build-corpus"):
         existing_builtin(tmp_path)
 
 

@@ -201,7 +201,7 @@ def test_vocabulary_mismatch(workshop, tmp_path):
 
 
 def test_missing_dataset_names_the_command(workshop, tmp_path):
-    with pytest.raises(DataError, match=r"no dataset at .*none.*tools/prepare_data\.py"):
+    with pytest.raises(DataError, match=r"no dataset at .*none.*mythos-ds prepare-data"):
         prepare_index_cache(workshop.config(tmp_path, ("none", 1.0)), **workshop.arguments())
 
 

@@ -126,7 +126,7 @@ def test_killed_run_leaves_nothing_that_looks_finished(tmp_path, tokenizer):
 def test_pair_without_sidecar_does_not_count(tmp_path, tokenizer):
     prepare(tmp_path, tokenizer)
     (tmp_path / "out.json").unlink()
-    with pytest.raises(DataError, match=r"out\.json missing; make it with: python tools/prepare_data\.py"):
+    with pytest.raises(DataError, match=r"out\.json missing; make it with: mythos-ds prepare-data"):
         DatasetView(tmp_path / "out")
 
 

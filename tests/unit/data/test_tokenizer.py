@@ -46,7 +46,7 @@ def test_long_lines_are_learnt_from(tmp_path):
 
 
 def test_missing_model_names_the_command(tmp_path):
-    with pytest.raises(DataError, match=r"not found.*tools/train_tokenizer\.py"):
+    with pytest.raises(DataError, match=r"not found.*mythos-ds train-tokenizer"):
         Tokenizer.load(tmp_path / "none.model")
 
 

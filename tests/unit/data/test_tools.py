@@ -32,7 +32,7 @@ def test_help_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as stop:
         load(name).main(["--help"])
     assert stop.value.code == 0
-    assert f"python tools/{name}.py" in capsys.readouterr().out
+    assert f"mythos-ds {name.replace('_', '-')} " in capsys.readouterr().out
 
 
 def test_tokenizer_data_and_inspection(documents, tmp_path, capsys):

@@ -129,7 +129,7 @@ def test_tokens_have_classes(tmp_path: Path) -> None:
 
 
 def test_pre_training_a_gate_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.halting.*tools/train_gate\.py") as caught:
+    with pytest.raises(ConfigError, match=r"model\.halting.*mythos-ds train-gate") as caught:
         load_config("tiny", ["model.halting=gate"])
     assert len(caught.value.problems) == 1
 

@@ -1,0 +1,90 @@
+"""The command `mythos-ds VERB ...`, also `python -m mythos_ds VERB ...`: runs a main of tools/ or launch/.
+
+Verbs are the names of their files. Nothing is imported but the main that is asked for.
+"""
+
+import ast
+import importlib.util
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import mythos_ds
+
+COMMAND = "mythos-ds"
+_PACKAGES = ("mythos_ds.launch", "mythos_ds.tools")
+_LEFT_OUT = ("_checkpoint", "_checkpoints")
+_LOCAL_RANK = ("--local_rank", "--local-rank")
+_USAGE = f"usage: {COMMAND} VERB ...    ({COMMAND} VERB --help says more)"
+_USER_ERROR_EXIT_CODE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb that `argv` names with the arguments after it; the exit code, unless the verb ends the process."""
+    before, rest = _split(sys.argv[1:] if argv is None else list(argv))
+    if not rest or rest[0] in ("-h", "--help", "help"):
+        sys.stdout.write(help_text())
+        return 0 if rest else _USER_ERROR_EXIT_CODE
+    if rest[0] == "--version":
+        sys.stdout.write(f"{COMMAND} {mythos_ds.__version__}\n")
+        return 0
+    found = verbs()
+    if rest[0] not in found:
+        sys.stderr.write(f"{COMMAND}: given {rest[0]!r}; allowed: {', '.join(found)}{_nearest(rest[0], found)}\n")
+        return _USER_ERROR_EXIT_CODE
+    # The verb's usage line begins with this name, not with the path of its file.
+    sys.argv = [f"{COMMAND} {rest[0]}", *rest[1:], *before]
+    runpy.run_module(found[rest[0]], run_name="__main__")
+    return 0
+
+
+def verbs() -> dict[str, str]:
+    """The module of each verb, by name."""
+    found = {}
+    for package in _PACKAGES:
+        for path in _files(package):
+            name = path.stem
+            for ending in _LEFT_OUT:
+                name = name.removesuffix(ending)
+            found[name.replace("_", "-")] = f"{package}.{path.stem}"
+    return dict(sorted(found.items()))
+
+
+def help_text() -> str:
+    """Every verb with a line about it."""
+    lines = {}
+    for name, module in verbs().items():
+        package, _, stem = module.rpartition(".")
+        path = next(path for path in _files(package) if path.stem == stem)
+        lines[name] = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    width = max(map(len, lines), default=0)
+    return "\n".join([_USAGE, "", *(f"  {name:{width}}  {line}" for name, line in lines.items()), ""])
+
+
+def _files(package: str) -> list[Path]:
+    """The mains of a package."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    return sorted(path for folder in folders for path in Path(folder).glob("[!_]*.py"))
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What DeepSpeed's launcher puts before the verb, and the rest."""
+    before: list[str] = []
+    rest = list(argv)
+    while rest and rest[0].partition("=")[0] in _LOCAL_RANK:
+        count = 1 if "=" in rest[0] else 2
+        before, rest = before + rest[:count], rest[count:]
+    return before, rest
+
+
+def _nearest(given: str, found: dict[str, str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(given.removesuffix(".py").replace("_", "-"), found, 1, 0.5)
+    return f"; nearest: {near[0]}" if near else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

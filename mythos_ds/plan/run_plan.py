@@ -1,0 +1,72 @@
+"""The plan of one configuration on given machines: its numbers, and the same for people."""
+
+import io
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+
+from mythos_ds.config.rules.check import steps_of
+from mythos_ds.config.schema import RunConfig
+from mythos_ds.errors import ConfigError
+from mythos_ds.hardware import GPUS, Gpu, read_gpu
+from mythos_ds.plan.layouts import Layout, examine, first_remedy
+from mythos_ds.plan.report import as_numbers, print_plan
+
+_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run needs and costs. `numbers`: everything by name, names ending in their unit; `str` is for people."""
+
+    name: str
+    numbers: dict[str, Any]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest GPU holds its part."""
+        return bool(self.numbers["fits"])
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        print_plan(Console(file=text, width=_WIDTH), self.name, self.numbers)
+        return text.getvalue()
+
+
+def plan_numbers(
+    layout: Layout, config: RunConfig, gpus: int, gpu: Gpu, tokens: float | None, others: list[Layout]
+) -> tuple[dict[str, Any], Layout | None]:
+    """What the plan says of a layout, and the first change that makes it fit where it does not."""
+    remedy = None if layout.fits(gpu) else first_remedy(config, gpus, gpu)
+    return as_numbers(layout, gpu, float(tokens_of(config)) if tokens is None else tokens, remedy, others), remedy
+
+
+def plan_config(
+    name: str, config: RunConfig, gpus: int | None = None, gpu: str | None = None, tokens: float | None = None
+) -> RunPlan:
+    """The plan of the configuration's own layout. Raises ConfigError where it does not fit the number of GPUs."""
+    count, kind = machine(config, gpus, gpu)
+    numbers, _ = plan_numbers(examine(config, count, kind, {}), config, count, kind, tokens, [])
+    return RunPlan(name, numbers)
+
+
+def machine(config: RunConfig, gpus: int | None, gpu: str | None) -> tuple[int, Gpu]:
+    """Number and kind of GPUs. Raises ConfigError where neither the arguments nor the configuration say."""
+    cluster = config.cluster
+    kind = cluster.gpu if gpu is None and cluster is not None else gpu
+    count = cluster.nodes * cluster.gpus_per_node if gpus is None and cluster is not None else gpus
+    if count is None or kind is None:
+        raise ConfigError("--gpus and --gpu: not given, and the configuration names no cluster")
+    if count < 1:
+        raise ConfigError(f"--gpus: given {count}; allowed: 1 or more; nearest: 1")
+    found = read_gpu(kind)
+    if cluster is not None and found.name in GPUS:
+        found = replace(found, gpus_per_node=cluster.gpus_per_node)
+    return count, found
+
+
+def tokens_of(config: RunConfig) -> int:
+    """Tokens of the configured run."""
+    training = config.training
+    return steps_of(training) * training.global_batch_size * training.seq_len
