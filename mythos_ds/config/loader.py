@@ -62,6 +62,23 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
     return LoadedConfig(config, path, text)
 
 
+def check_config(config: RunConfig, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """A configuration made in Python, with overrides, checked as one from a file is; it has the path `python.json`.
+
+    Raises:
+        ConfigError: with every problem found, as `load_config` does.
+    """
+    problems: list[str] = []
+    raw = config.model_dump(mode="json", exclude_unset=True)
+    overridden = apply_overrides(raw, overrides, problems)
+    path = Path("python.json")
+    checked, found = _validated(raw)
+    problems += [f"{_source(key, path, overridden)}: {key}: {message}" for key, message in found]
+    if problems or checked is None:
+        raise ConfigError(problems)
+    return LoadedConfig(checked, path, json.dumps(raw, indent=2) + "\n")
+
+
 def find_config(name: str) -> Path:
     """The file a name stands for: a path, or a preset beside the package, in ./ds_configs or inside it."""
     given = Path(name)

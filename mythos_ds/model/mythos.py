@@ -1,6 +1,9 @@
 """The recurrent-depth transformer: embedding, prelude, looped block, coda, head."""
 
+import importlib
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +72,18 @@ class MythosModel(nn.Module):
             self.norm = RMSNorm(config.dim, config.norm_eps)
             tied = self.embed.weight if config.tie_embeddings else None
             self.lm_head = LMHead(config, init.at("lm_head"), tied)
+
+    @classmethod
+    def from_preset(cls, name: str | Path, overrides: Sequence[str] = (), *, seed: int = 0) -> "MythosModel":
+        """A new model of a preset or of a configuration's file. This and the next alone call upward, to `api`."""
+        made: MythosModel = importlib.import_module("mythos_ds.api").new_model(name, overrides, seed=seed)
+        return made
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "MythosModel":
+        """A trained model in evaluation mode: "tiny", a model folder, a run or a checkpoint. Raises CheckpointError."""
+        loaded: MythosModel = importlib.import_module("mythos_ds.api").open_model(source)
+        return loaded
 
     def forward(
         self,

@@ -18,9 +18,10 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 _FORMAT = 1
 
 
-def save_model(model: MythosModel, folder: Path, metadata: dict[str, Any]) -> None:
+def save_model(model: MythosModel, folder: str | Path, metadata: dict[str, Any]) -> None:
     """Writes a whole model (all parts, not partitioned) to `folder`; `metadata` is JSON values kept beside its
     configuration, under "facts". The configuration is written last: a folder without it is not a model."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
@@ -48,9 +49,10 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{folder / CONFIG}: {place}: {first['msg']}, given {first['input']!r}") from None
 
 
-def load_model(folder: Path, adapt: Callable[[MythosModel], None] | None = None) -> MythosModel:
+def load_model(folder: str | Path, adapt: Callable[[MythosModel], None] | None = None) -> MythosModel:
     """The model in evaluation mode, on the CPU; `adapt` makes it the variant that was saved. Raises CheckpointError
     where a file is missing, damaged or does not fit the configuration."""
+    folder = Path(folder)
     config = read_config(folder)
     model = MythosModel(config)
     if adapt is not None:

@@ -59,6 +59,7 @@ LINES = {
     "cluster": 920,
     "lab": 2_650,
     "bench": 530,
+    "api": 390,
     "__init__": 60,
     "__main__": 110,
     "mains": 60,

@@ -1,0 +1,353 @@
+"""The public names of mythos_ds: what a program or a notebook uses. Nothing heavy is imported before it is needed."""
+
+import importlib
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mythos_ds.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mythos_ds.config.loader import LoadedConfig
+    from mythos_ds.config.schema import ModelConfig as ModelConfig
+    from mythos_ds.config.schema import RunConfig as RunConfig
+    from mythos_ds.data.tokenizer import Tokenizer as Tokenizer
+    from mythos_ds.model.mythos import MythosModel as MythosModel
+    from mythos_ds.plan.run_plan import RunPlan
+
+BUILT_IN = "tiny"
+"""The trained model that is installed with the package."""
+CONTEXT_LENGTH = 1024
+"""Tokens that are seen in generation where the model does not say how long its training's sequences were."""
+_CLASSES = {
+    "RunConfig": "mythos_ds.config.schema",
+    "ModelConfig": "mythos_ds.config.schema",
+    "MythosModel": "mythos_ds.model.mythos",
+    "Tokenizer": "mythos_ds.data.tokenizer",
+}
+"""Public classes, by the module that each is written in."""
+__all__ = ["load_config", "generate", "pretrain", "evaluate", "convert", "plan_run", *_CLASSES]
+
+Format = Literal["mythos", "hf", "openmythos"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return getattr(importlib.import_module(_CLASSES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> "RunConfig":
+    """A checked configuration: of a file, or of a preset such as "tiny" or "1t".
+
+    overrides: `section.key=value`, as on the command line. Raises ConfigError with every problem found.
+    """
+    from mythos_ds.config import loader
+
+    return loader.load_config(str(name), overrides).config
+
+
+def new_model(name: str | Path, overrides: Sequence[str] = (), *, seed: int = 0) -> "MythosModel":
+    """What `MythosModel.from_preset` gives: a model with the configuration's initial weights. Raises ConfigError."""
+    from mythos_ds.model.mythos import MythosModel
+
+    return MythosModel(load_config(name, overrides).model, seed=seed)
+
+
+def open_model(source: str | Path) -> "MythosModel":
+    """What `MythosModel.from_pretrained` gives: the model of `source`, in evaluation mode, on the CPU.
+
+    source: a model folder, a checkpoint, a run (its newest complete checkpoint), or "tiny", where no folder of that
+    name is at hand. A checkpoint is merged in memory, tensor by tensor, whatever layout wrote it. Raises
+    CheckpointError for anything else, and for damage.
+    """
+    place = find_model(source)
+    if (place / "config.json").is_file():
+        from mythos_ds.weights.model_folder import load_model
+
+        return load_model(place)
+    return _merged(place)
+
+
+def find_model(source: str | Path) -> Path:
+    """The folder that `source` names. Raises CheckpointError where there is none."""
+    place = Path(source)
+    if place.is_dir():
+        return place
+    if str(source) == BUILT_IN:
+        package = Path(__file__).resolve().parent
+        folders = [package.parent / "models" / BUILT_IN, package / "models" / BUILT_IN]
+        return next((folder for folder in folders if folder.is_dir()), folders[-1])
+    near = f'; nearest: "{BUILT_IN}"' if place.name.lower().startswith(BUILT_IN) else ""
+    raise CheckpointError(
+        f'{source}: no such folder; allowed: a model folder, a run, a checkpoint or "{BUILT_IN}"{near}'
+    )
+
+
+def _merged(place: Path) -> "MythosModel":
+    """The whole model of a run's newest checkpoint, or of one checkpoint."""
+    import torch
+
+    from mythos_ds.checkpoint import manifest
+    from mythos_ds.conversion.merge import merged_source, model_of, newest_tag
+    from mythos_ds.model.mythos import MythosModel
+
+    tag = newest_tag(place)
+    config = model_of(manifest.read_json(tag / manifest.STATE))
+    source = merged_source(tag, config, "float32")
+    model = MythosModel(config)
+    own = model.state_dict()
+    with torch.no_grad():
+        for name in source.specs():
+            own[name].copy_(source.read(name))
+    return model.eval()
+
+
+def generate(
+    model: "MythosModel | str | Path",
+    prompt: str,
+    *,
+    tokenizer: "Tokenizer | str | Path | None" = None,
+    loops: int | None = None,
+    new_tokens: int = 64,
+    temperature: float = 0.7,
+    seed: int = 0,
+    context_length: int | None = None,
+) -> str:
+    """The continuation of `prompt`, without the prompt.
+
+    Args:
+        model: a model, or what `MythosModel.from_pretrained` takes.
+        tokenizer: a tokenizer, its file, or a model folder or "tiny", which has one; a source's own where None.
+        loops: how often the block is run for every token; the mean of training where None.
+        temperature: 0 takes the likeliest token.
+        context_length: tokens seen at once; that of training where None, where the model's folder says.
+
+    Raises:
+        MythosError: for a value that is not allowed, or a file that is missing.
+    """
+    for name, value, least in (("loops", loops, 1), ("new_tokens", new_tokens, 1), ("temperature", temperature, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name}: given {value}; allowed: {least} or more; nearest: {least}")
+    import torch
+
+    from mythos_ds.inference import generate as inference
+
+    place = find_model(model) if isinstance(model, (str, Path)) else None
+    whole = model if place is None and not isinstance(model, (str, Path)) else open_model(str(model))
+    pieces = _tokenizer(place if tokenizer is None else tokenizer)
+    if pieces.vocab_size > whole.config.vocab_size:
+        allowed = f"at most the model's {whole.config.vocab_size}"
+        raise ConfigError(f"tokenizer: given {pieces.path} of {pieces.vocab_size} pieces; allowed: {allowed}")
+    n_loops = loops or whole.config.mean_recurrence
+    device = next(whole.parameters()).device
+    with torch.inference_mode():
+        continuation = inference.generate(
+            lambda tokens: whole(tokens.to(device), n_loops=n_loops)[0, -1],
+            pieces.encode(prompt),
+            new_tokens=new_tokens,
+            vocab_size=pieces.vocab_size,
+            eos_id=pieces.eos_id,
+            context_length=context_length or _trained_length(place) or CONTEXT_LENGTH,
+            temperature=temperature,
+            seed=seed,
+        )
+    return pieces.decode(continuation)
+
+
+def _tokenizer(given: "Tokenizer | str | Path | None") -> "Tokenizer":
+    from mythos_ds.data.tokenizer import Tokenizer
+
+    if given is None:
+        raise ConfigError(
+            "tokenizer: not given, and the model is not named; allowed: a Tokenizer, a file, a model folder"
+        )
+    if isinstance(given, Tokenizer):
+        return given
+    place = find_model(given) if str(given) == BUILT_IN else Path(given)
+    if (place / "config.json").is_file() or not place.is_dir():
+        return Tokenizer.load(place)
+    return Tokenizer.load(_run_tokenizer(place))
+
+
+def _run_tokenizer(place: Path) -> Path:
+    """That of a run's or a checkpoint's data."""
+    from mythos_ds.checkpoint import manifest
+    from mythos_ds.conversion.merge import newest_tag, tokenizer_of
+
+    return tokenizer_of(manifest.read_json(newest_tag(place) / manifest.STATE)["config"])
+
+
+def _trained_length(place: Path | None) -> int | None:
+    """Tokens of a sequence in training, where the folder says."""
+    if place is None:
+        return None
+    from mythos_ds.checkpoint import manifest
+
+    if (place / "config.json").is_file():
+        from mythos_ds.weights.model_folder import read_metadata
+
+        return read_metadata(place).get("seq_len")
+    from mythos_ds.conversion.merge import facts_of, newest_tag
+
+    return int(facts_of(manifest.read_json(newest_tag(place) / manifest.STATE))["seq_len"])
+
+
+def evaluate(
+    model: "MythosModel", data: "Iterable[Tensor | Mapping[str, Tensor]]", loops: Sequence[int] | None = None
+) -> dict[int, float]:
+    """The mean loss (nats per token) on `data`, by loop count.
+
+    Args:
+        data: batches, each tokens int64 [batch, seq], of which each predicts the next, or {tokens, targets, positions}
+            as the trainer reads them: targets are the tokens after each. It is read once; all counts see the same.
+        loops: the mean of training where None.
+
+    Raises:
+        ConfigError: for a loop count below 1, or data without a token to predict.
+    """
+    import torch
+
+    counts = [model.config.mean_recurrence] if loops is None else sorted(set(loops))
+    if not counts or counts[0] < 1:
+        raise ConfigError(f"loops: given {loops}; allowed: whole numbers of 1 or more; nearest: [1]")
+    device, training = next(model.parameters()).device, model.training
+    sums: dict[int, list[float]] = {count: [] for count in counts}
+    predicted = 0
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for batch in data:
+                tokens, targets, positions = _parts(batch, device)
+                predicted += targets.numel()
+                for count in counts:
+                    logits = model(tokens, n_loops=count, positions=positions)[:, : targets.shape[1]]
+                    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+                    sums[count].append(float(loss))
+    finally:
+        model.train(training)
+    if not predicted:
+        raise ConfigError("data: no token to predict; allowed: batches of two tokens or more")
+    return {count: math.fsum(values) / predicted for count, values in sums.items()}
+
+
+def _parts(batch: "Tensor | Mapping[str, Tensor]", device: Any) -> "tuple[Tensor, Tensor, Tensor | None]":
+    """Tokens, what they are to predict, and their positions."""
+    if isinstance(batch, Mapping):
+        positions = batch.get("positions")
+        placed = None if positions is None else positions.to(device)
+        return batch["tokens"].to(device), batch["targets"].to(device), placed
+    tokens = batch.to(device)
+    return tokens, tokens[:, 1:], None
+
+
+def pretrain(
+    config: "str | Path | RunConfig",
+    *,
+    run_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: str | Path = "auto",
+) -> Path:
+    """Train in this process, alone or as one of a launcher's; the run's directory.
+
+    Args:
+        config: a file, a preset, or a configuration made in Python.
+        run_dir: needed for one made in Python; the same default as on the command line for others.
+        resume: "auto" goes on from the directory's newest checkpoint, "never" refuses one, a path goes on from there.
+
+    Raises:
+        MythosError: for what a user can mend. Another error ends the process, as other ranks would wait for it.
+    """
+    from mythos_ds.config.resolve import resolve
+    from mythos_ds.environment import ProcessEnvironment
+    from mythos_ds.train.run_directory import default_run_directory
+
+    loaded = _loaded(config, overrides)
+    environment = ProcessEnvironment.detect(os.environ)
+    resolved = resolve(loaded.config, environment.world_size)
+    if run_dir is None and not isinstance(config, (str, Path)):
+        raise ConfigError("run_dir: not given; needed for a configuration made in Python")
+    folder = default_run_directory(loaded) if run_dir is None else Path(run_dir)
+    from mythos_ds.train.run import RunRequest, train
+
+    train(RunRequest(resolved, loaded.text, folder, str(resume), ("mythos_ds.pretrain",)), environment)
+    return folder
+
+
+def _loaded(config: "str | Path | RunConfig", overrides: Sequence[str]) -> "LoadedConfig":
+    from mythos_ds.config import loader
+
+    if isinstance(config, (str, Path)):
+        return loader.load_config(str(config), overrides)
+    return loader.check_config(config, overrides)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    from_format: Format = "mythos",
+    to_format: Format = "hf",
+    dtype: Literal["bfloat16", "float32", "fp8"] | None = None,
+    with_remote_code: bool = False,
+    allow_pickle: bool = False,
+    jobs: int = 1,
+    **cut: int,
+) -> list[str]:
+    """Write the model of `source` to the new folder `destination` in another format; what there is to say of it.
+
+    Args:
+        source: a model folder ("tiny" is the built-in one); of OpenMythos also a file.
+        dtype: of matrices; bfloat16 to hf, else as in the source, where None.
+        allow_pickle: let a pickled source run the code it names.
+        jobs: files written at once.
+        cut: how a dense model (hf) becomes a looped one (mythos): prelude, recurrent, coda and so on.
+
+    Raises:
+        MythosError: for a conversion that there is not, an option without effect in it, or damaged files.
+    """
+    from mythos_ds.conversion.convert import CUT_FLAGS, Request, plan_route
+    from mythos_ds.weights.checksums import require_whole
+    from mythos_ds.weights.writer import write_tensors
+
+    if unknown := sorted(set(cut) - set(CUT_FLAGS)):
+        raise ConfigError(f"{unknown[0]}: not an option of a conversion; allowed: {', '.join(CUT_FLAGS)}")
+    folder = find_model(source) if str(source) == BUILT_IN else Path(source)
+    output = Path(destination)
+    if output.resolve() == folder.resolve():
+        raise ConfigError(f"destination: given {destination}, which is the source; allowed: a new folder")
+    request = Request(from_format, to_format, folder, dtype, with_remote_code, allow_pickle, cut)
+    route = plan_route(request)
+    if folder.is_dir():
+        require_whole(folder)
+    write_tensors(route.source, output, jobs=jobs)
+    route.finish(output)
+    return list(route.notes)
+
+
+def plan_run(
+    config: "str | Path | RunConfig",
+    *,
+    gpus: int | None = None,
+    gpu: str | None = None,
+    tokens: float | None = None,
+    overrides: Sequence[str] = (),
+) -> "RunPlan":
+    """What a run needs and costs: memory, traffic, time and money. `.numbers` has it all, `print` shows it.
+
+    Args:
+        gpus: how many; those of the configuration's cluster where None, as is the next.
+        gpu: h100, h200, b200, mi300x or a JSON file.
+        tokens: of the run; the configuration's where None.
+
+    Raises:
+        ConfigError: where the layout does not fit the GPUs' number, or neither is known.
+    """
+    from mythos_ds.plan.run_plan import plan_config
+
+    loaded = _loaded(config, overrides)
+    return plan_config(loaded.path.stem, loaded.config, gpus, gpu, tokens)
