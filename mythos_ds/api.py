@@ -254,6 +254,9 @@ def pretrain(
 ) -> Path:
     """Train in this process, alone or as one of a launcher's; the run's directory.
 
+    Reading data takes worker processes, which import the calling script again: call it below
+    `if __name__ == "__main__"`.
+
     Args:
         config: a file, a preset, or a configuration made in Python.
         run_dir: needed for one made in Python; the same default as on the command line for others.

@@ -47,15 +47,14 @@ class Checkout:
 
     def __init__(self, folder: Path):
         self.root, programs = folder / "checkout", folder / "bin"
-        for path in _files():
-            target = self.root / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / path, target)
+        copy_checkout(self.root)
         programs.mkdir()
         beside = Path(sys.executable).parent
         for name, words in {"python": [], "deepspeed": ["-m", "deepspeed.launcher.runner"]}.items():
             if not (beside / name).exists():
                 _program(programs / name, f'#!/bin/sh\nexec {shlex.join([sys.executable, *words])} "$@"\n')
+        # The installed command would run the package that it was installed from, not the copy.
+        _program(programs / "mythos-ds", f'#!/bin/sh\nexec {shlex.join([sys.executable, "-m", "mythos_ds"])} "$@"\n')
         _program(programs / "ssh", SSH)
         self.variables = environment()
         self.variables["PATH"] = os.pathsep.join([str(programs), str(beside), os.environ["PATH"]])
@@ -77,6 +76,14 @@ class Checkout:
         assert done.returncode == expected, f"{command}: exit code {done.returncode}\n{done.stdout[-4000:]}"
         assert "Traceback" not in done.stdout, f"{command}\n{done.stdout[-4000:]}"
         return done.stdout
+
+
+def copy_checkout(folder: Path) -> None:
+    """The checkout's files in `folder`."""
+    for path in _files():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / path, target)
 
 
 def _files() -> Iterator[Path]:
@@ -118,7 +125,7 @@ def run_on_a_laptop(checkout: Checkout, command: Command) -> str:
         stamp.parent.mkdir(exist_ok=True)
         stamp.touch()
         assert "-e ." not in checkout.run(f"{text} --dry-run"), "the copy is not to be installed"
-    elif "launch/pretrain.py" in words and "--resume" in words:
+    elif {"pretrain", "launch/pretrain.py"} & set(words) and "--resume" in words:
         text = shlex.join([*words, *(f"{key}={value}" for key, value in FEWER.items())])
         text += f" training.max_steps={MORE_STEPS}"
     expected = 2 if any(line.startswith("error:") for line in command.prints) else 0
@@ -134,7 +141,7 @@ def run_without_a_cluster(checkout: Checkout, command: Command) -> str:
     config = load_config(words[words.index("--config") + 1]).config
     processes = planned_world_size(config)
     hostfile = checkout.root / words[words.index("--hostfile") + 1]
-    if "launch/preflight.py" in words:
+    if {"preflight", "launch/preflight.py"} & set(words):
         hostfile.write_text(f"{FAR} slots={processes}\n")
         printed = checkout.run(f"{shlex.join(words)} --json", expected=1)
         report = json.loads(printed)
@@ -142,7 +149,7 @@ def run_without_a_cluster(checkout: Checkout, command: Command) -> str:
         failed = {check["name"] for check in report["checks"] if check["ok"] is False}
         assert {"data"} <= failed <= {"data", "disk space"}, "a laptop lacks the run's data and space, and nothing else"
         return printed
-    assert "launch/pretrain.py" in words, f"{command.text}: how is this to run without a cluster?"
+    assert {"pretrain", "launch/pretrain.py"} & set(words), f"{command.text}: how is this to run without a cluster?"
     hostfile.write_text(f"{FAR} slots=2\n")
     printed = checkout.run(f"{shlex.join(words)} --dry-run --world-size {processes}")
     assert re.search(rf"processes +{processes}: ", printed), printed

@@ -31,7 +31,10 @@ class Block:
     lines: tuple[str, ...]
 
     def commands(self) -> list[Command]:
-        """The commands of a block that runs. In the language `console` they begin with "$ ", and output follows."""
+        """The commands of a block that runs: of one in Python, one. In the language `console` they begin with "$ ", and
+        output follows."""
+        if self.language == "python":
+            return [Command("\n".join(["python - <<'END'", *self.lines, "END"]))]
         if self.language == "console":
             return list(self._shown())
         whole = "\n".join(self.lines).replace("\\\n", " ")

@@ -25,6 +25,11 @@ it
 far away
 ```
 
+```python laptop
+name = "it"  # a comment
+print(name)
+```
+
 ```console laptop
 $ say yes '#1'
 yes
@@ -35,11 +40,13 @@ $ say no  # nothing
 
 def test_blocks_and_their_commands():
     blocks = fenced_blocks(TEXT)
-    assert [block.kind for block in blocks] == [LAPTOP, OUTPUT, CLUSTER, LAPTOP]
-    assert [block.line for block in blocks] == [3, 10, 14, 18]
+    assert [block.kind for block in blocks] == [LAPTOP, OUTPUT, CLUSTER, LAPTOP, LAPTOP]
+    assert [block.line for block in blocks] == [3, 10, 14, 18, 23]
     assert [one.text.split() for one in blocks[0].commands()] == [["make", "it"], ["run", "one", "--more"]]
     assert blocks[1].lines == ("it",)
-    assert blocks[3].commands() == [Command("say yes '#1'", ("yes",)), Command("say no", ())]
+    script = 'name = "it"  # a comment\nprint(name)'
+    assert blocks[3].commands() == [Command(f"python - <<'END'\n{script}\nEND")]
+    assert blocks[4].commands() == [Command("say yes '#1'", ("yes",)), Command("say no", ())]
 
 
 @pytest.mark.parametrize(
@@ -76,12 +83,13 @@ def test_no_two_runs_of_the_readme_share_a_directory():
     for block in fenced_blocks(README.read_text()):
         for command in block.commands() if block.kind != OUTPUT else ():
             words = shlex.split(command.text)
-            if "launch/pretrain.py" not in words or {"--run-dir", "--dry-run"} & set(words):
+            if not {"pretrain", "launch/pretrain.py"} & set(words) or {"--run-dir", "--dry-run"} & set(words):
                 continue
             if any(line.startswith("error:") for line in command.prints):
                 continue
             config, overrides = words[words.index("--config") + 1], [word for word in words if "=" in word]
-            processes = int(words[words.index("--num_gpus") + 1]) if "--proxy" in words else None
+            option = "--num_gpus" if "--num_gpus" in words else "--processes"
+            processes = int(words[words.index(option) + 1]) if "--proxy" in words else None
             chosen.append(default_run_directory(load_config(config, overrides), processes))
     assert len(chosen) >= 3
     assert len(set(chosen)) == len(chosen), chosen

@@ -1,0 +1,16 @@
+"""Build a small model, train it for a few steps on one batch, and look at its loss by loop count."""
+
+import torch
+
+import mythos_ds
+
+model = mythos_ds.MythosModel.from_preset("tiny", ["model.dim=64", "model.n_experts=4"], seed=1)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+tokens = torch.randint(0, model.config.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
+print("before:", mythos_ds.evaluate(model, [tokens], loops=[1, 4]))
+for _ in range(5):
+    logits = model(tokens[:, :-1], n_loops=4)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print("after:", mythos_ds.evaluate(model, [tokens], loops=[1, 4]))
