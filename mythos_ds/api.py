@@ -192,9 +192,9 @@ def _trained_length(place: Path | None) -> int | None:
         from mythos_ds.weights.model_folder import read_metadata
 
         return read_metadata(place).get("seq_len")
-    from mythos_ds.conversion.merge import facts_of, newest_tag
+    from mythos_ds.conversion.merge import metadata_of, newest_tag
 
-    return int(facts_of(manifest.read_json(newest_tag(place) / manifest.STATE))["seq_len"])
+    return int(metadata_of(manifest.read_json(newest_tag(place) / manifest.STATE))["seq_len"])
 
 
 def evaluate(
