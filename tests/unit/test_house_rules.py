@@ -43,7 +43,7 @@ LINES = {
     "kernels": 320,
     "config": 2_380,
     "costs": 1_020,
-    "model": 1_860,
+    "model": 2_000,
     "weights": 770,
     "data": 1_730,
     "monitor": 290,
