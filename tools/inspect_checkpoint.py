@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from mythos_ds.checkpoint import manifest
+from mythos_ds.checkpoint.health import measure_tensor, part_of
 from mythos_ds.checkpoint.portable import open_state, read_layout
 from mythos_ds.conversion.merge import newest_tag
 from mythos_ds.errors import CheckpointError, ConfigError
@@ -31,7 +31,6 @@ from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.model_folder import CONFIG
 from mythos_ds.weights.reader import TensorFolder, TensorSource
 from mythos_ds.weights.safe_load import executes_pickles, executing_pickles
-from mythos_ds.weights.writer import row_pieces
 
 
 def parser() -> ArgumentParser:
@@ -54,7 +53,8 @@ def inspect(arguments: Namespace) -> None:
     total = sum(spec.nbytes for source in sources.values() for spec in source.specs().values())
     with byte_progress("reading", total) as progress:
         health = {
-            kind: {name: measure(source, name, progress) for name in source.specs()} for kind, source in sources.items()
+            kind: {name: measure_tensor(source, name, progress) for name in source.specs()}
+            for kind, source in sources.items()
         }
     if arguments.json:
         sys.stdout.write(json.dumps({**facts, "tensors": health}, indent=1) + "\n")
@@ -91,32 +91,6 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
     return facts, dict(sources)
 
 
-def measure(source: TensorSource, name: str, progress: Any) -> dict[str, Any]:
-    """Shape, norm, largest magnitude, and how many values are zero or not finite."""
-    spec = source.specs()[name]
-    squares, largest, zeros, odd, count = 0.0, 0.0, 0, 0, 0
-    for rows in row_pieces(spec):
-        values = source.read(name, rows)
-        progress(values.nbytes)
-        values = values.double()
-        finite = torch.isfinite(values)
-        odd += int((~finite).sum())
-        values = values[finite]
-        count += values.numel()
-        squares += float(values.square().sum())
-        zeros += int((values == 0).sum())
-        largest = max(largest, float(values.abs().max()) if values.numel() else 0.0)
-    return {
-        "shape": list(spec.shape),
-        "dtype": str(spec.dtype).removeprefix("torch."),
-        "bytes": spec.nbytes,
-        "rms": math.sqrt(squares / count) if count else 0.0,
-        "largest": largest,
-        "zeros": zeros,
-        "not_finite": odd,
-    }
-
-
 def table(kind: str, tensors: Mapping[str, Mapping[str, Any]], every: bool) -> Table:
     """A row per tensor, or per part of the model."""
     made = Table(title=kind)
@@ -134,18 +108,6 @@ def table(kind: str, tensors: Mapping[str, Mapping[str, Any]], every: bool) -> T
         largest = max(m["largest"] for m in members)
         made.add_row(name, f"{total:,}", size, f"{rms:.3g}", f"{largest:.3g}", f"{zeros:.1%}")
     return made
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a tensor belongs to."""
-    for mark, part in (
-        (".experts.", "routed experts"), (".shared_experts.", "shared experts"), (".router.", "routers"),
-        ("embed.", "embedding"), ("lm_head.", "head"), ("prelude.", "prelude"), ("coda.", "coda"),
-        ("recurrent.layers.", "recurrent layers"), ("recurrent.", "loop"), ("prelude_norm", "loop"),
-    ):  # fmt: skip
-        if mark in name and not (mark == ".experts." and ".shared_experts." in name):
-            return part
-    return "final norm"
 
 
 if __name__ == "__main__":
