@@ -2,8 +2,8 @@
 
 Leaving is reading out early. The loop goes on for all positions, so the keys and values that later positions see in it
 keep evolving; nothing is frozen (compare `act` in model/halting.py). The coda too reads all positions at the same
-loop: where
-positions leave at different loops, the loss of a trace is that of a coda whose other positions left at the same one.
+loop: where positions leave at different loops, the loss of a trace is that of a coda whose other positions left at the
+same one.
 """
 
 from collections import defaultdict
@@ -47,7 +47,7 @@ class LoopTrace:
 
 @torch.no_grad()
 def loop_steps(model: MythosModel, tokens: Tensor, n_loops: int, positions: Tensor | None = None) -> Iterator[LoopStep]:
-    """A forward of n_loops loops, loop by loop; the last logits are those of `model.forward`.
+    """Runs a forward of n_loops loops, loop by loop; the last logits are those of `model.forward`.
 
     tokens, positions: int64 [batch, seq]. Costs a coda and a head per loop; holds one loop at a time. Raises ValueError
     for a loop count below 1 or a model with ACT, whose output is not the state of one loop.
@@ -94,7 +94,7 @@ def trace_loops(
 
 
 def agreement(argmax: Tensor) -> Tensor:
-    """Minus the number of loops for which a position's likeliest token [loops, batch, seq] has not changed: below
+    """Counts, negated, the loops for which a position's likeliest token [loops, batch, seq] has not changed: below
     0.5 - n it held for n loops."""
     runs = [torch.zeros_like(argmax[0])]
     for now, before in zip(argmax[1:], argmax[:-1], strict=True):
@@ -103,8 +103,8 @@ def agreement(argmax: Tensor) -> Tensor:
 
 
 def scores(trace: LoopTrace) -> dict[str, Tensor]:
-    """By rule, what has to fall below a threshold: fp32 [loops, batch, seq]. All but `gate`, which only a model that
-    has one gives, need no training."""
+    """Gives by rule what has to fall below a threshold: fp32 [loops, batch, seq]. All but `gate`, which only a model
+    that has one gives, need no training."""
     found = {
         "latent_difference": trace.latent_difference,
         "kl": trace.kl,
@@ -115,7 +115,7 @@ def scores(trace: LoopTrace) -> dict[str, Tensor]:
 
 
 def exit_loops(score: Tensor, threshold: float) -> Tensor:
-    """int64 [...]: the first loop, counted from 1, whose score [loops, ...] is below `threshold`, else the last."""
+    """Finds the first loop, from 1, whose score [loops, ...] is below `threshold`, else the last: int64 [...]."""
     below = score < threshold
     below[-1] = True
     return below.int().argmax(0) + 1

@@ -18,7 +18,7 @@ def generate(
     seed: int = 0,
     broadcast: Callable[[int], int] | None = None,
 ) -> list[int]:
-    """Continue `prompt` by up to `new_tokens` ids, ending at `eos_id`.
+    """Continues `prompt` by up to `new_tokens` ids, ending at `eos_id`.
 
     next_logits: tokens int64 [1, seq] -> logits [vocab] of the token after them. temperature 0 is greedy. Ids from
     `vocab_size` on (rows the tokenizer has no piece for) are never drawn. At most the last `context_length` tokens are
@@ -39,7 +39,7 @@ def generate(
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """One id from logits [vocab]."""
+    """Draws one id from logits [vocab]."""
     logits = logits.float().cpu()
     if temperature == 0:
         return int(logits.argmax())

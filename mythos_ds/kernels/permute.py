@@ -40,10 +40,10 @@ def inverse_permutation(index: Tensor) -> Tensor:
 
 
 def permute_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """rows[index] for a permutation `index` [n] and its inverse."""
+    """Takes rows[index] for a permutation `index` [n] and its inverse."""
     return _PermuteRows.apply(rows, index, inverse)
 
 
 def repeat_permute_rows(rows: Tensor, index: Tensor, inverse: Tensor, repeats: int) -> Tensor:
-    """Each of n rows repeated, then permuted: [n, dim] -> [n * repeats, dim] for a permutation of n * repeats."""
+    """Repeats each of n rows, then permutes them: [n, dim] -> [n * repeats, dim] for a permutation of n * repeats."""
     return _RepeatPermuteRows.apply(rows, index, inverse, repeats)

@@ -1,4 +1,4 @@
-"""Where documents begin and end in a micro-batch, as kernels want to know it."""
+"""The bounds of documents in a micro-batch, in the forms that kernels take."""
 
 from dataclasses import dataclass
 

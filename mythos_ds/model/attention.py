@@ -21,7 +21,7 @@ Entry = TypeVar("Entry", bound=CacheEntry)
 
 
 class Attention(nn.Module, ABC, Generic[Entry]):
-    """What both kinds share: the cache entries of halted positions stay as they were.
+    """The base of both kinds: the cache entries of halted positions stay as they were.
 
     `core` computes the attention itself, from q, k and v.
     """
@@ -119,5 +119,5 @@ def make_attention(config: ModelConfig, init: Initializer, core: AttentionCore) 
 
 
 def rotary_width(config: ModelConfig) -> int:
-    """Channels of a head that carry RoPE."""
+    """Counts the channels of a head that carry RoPE."""
     return config.qk_rope_head_dim or 0 if config.attn_type == "mla" else config.resolved_head_dim

@@ -17,12 +17,12 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """x, with the gradient of the scalar `loss` added in backward, whatever loss x itself flows into."""
+    """Returns x, and adds the gradient of the scalar `loss` in backward, whatever loss x itself flows into."""
     return _AttachLoss.apply(x, loss)
 
 
 def balance_loss(scores: Tensor, indices: Tensor, alive: Tensor | None, weights: Tensor | None = None) -> Tensor:
-    """Sequence-wise balance loss sum_i f_i P_i, mean over sequences (DeepSeek-V3 report, eq. 17-20).
+    """Computes the sequence-wise balance loss sum_i f_i P_i, mean over sequences (DeepSeek-V3 report, eq. 17-20).
 
     scores fp32 [batch, seq, n_experts] positive; indices [batch, seq, k]; alive fp32 [batch, seq] or None;
     weights fp32 [batch] of the sequences, or None. Scalar.
@@ -39,7 +39,7 @@ def balance_loss(scores: Tensor, indices: Tensor, alive: Tensor | None, weights:
 
 
 def z_loss(logits: Tensor, alive: Tensor | None, weights: Tensor | None = None) -> Tensor:
-    """Router z-loss, mean over tokens of logsumexp(logits)^2 (ST-MoE, Zoph et al. 2022).
+    """Computes the router z-loss, the mean over tokens of logsumexp(logits)^2 (ST-MoE, Zoph et al. 2022).
 
     logits fp32 [batch, seq, n_experts], alive fp32 [batch, seq] or None; with weights fp32 [batch] of the sequences
     instead, over all tokens. A scalar.

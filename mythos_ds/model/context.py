@@ -1,4 +1,4 @@
-"""What stays the same for all layers and loops of one forward."""
+"""The context of a forward: what all its layers and loops share."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from mythos_ds.model.sequence_depths import SequenceDepths
 
 @dataclass(frozen=True)
 class AuxLoss:
-    """Weights of the losses that do not pass through the language-model loss.
+    """The weights of the losses that do not pass through the language-model loss.
 
     Their gradients enter in the routers and the halting unit themselves, so that a part of the model without a loss of
     its own gets them too; `scale` is what the trainer multiplies the loss by (1 / gradient accumulation steps).
@@ -28,7 +28,7 @@ class AuxLoss:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """Positions, document bounds, auxiliary losses and notes of one micro-batch."""
+    """The positions, document bounds, auxiliary losses and records of one micro-batch."""
 
     rotary: Rotary
     documents: DocumentBounds | None

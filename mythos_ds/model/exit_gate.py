@@ -15,8 +15,8 @@ _GATE_WIDTH = 64
 
 
 class ExitGate(nn.Module):
-    """How much one more loop would take off each position's loss, in nats: a small network that reads the state, its
-    last change, their ratio and the loop.
+    """The estimate of what one more loop would take off each position's loss, in nats: a small network that reads the
+    state, its last change, their ratio and the loop.
 
     It learns the improvement that a frozen model realises (the second stage of Ouro, arXiv 2510.25741; the amount
     itself here, not a probability), see train/exit_gate.py. A forward of the model does not run it.

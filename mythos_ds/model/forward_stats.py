@@ -1,4 +1,4 @@
-"""What a forward notes beside its result: written per (layer, loop), never added up, and closed when it ends.
+"""The records of a forward: statistics written per (layer, loop), never added up, and closed when the forward ends.
 
 Recomputation in the backward comes after that and writes nothing, so nothing counts twice.
 """
@@ -66,14 +66,14 @@ class ForwardRecords:
 
     @classmethod
     def closed(cls) -> "ForwardRecords":
-        """Records that take no notes."""
+        """Makes records that take no notes."""
         records = cls()
         records.close()
         return records
 
     @property
     def wants_states(self) -> bool:
-        """Whether `start` and `note_state` would write anything."""
+        """Says whether `start` and `note_state` would write anything."""
         return self.open and self.details
 
     @torch.no_grad()
@@ -103,12 +103,12 @@ class ForwardRecords:
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of values [tokens] where the mask (any shape, or none) is nonzero; a scalar, 0 where it never is."""
+    """Averages values [tokens] where the mask (any shape, or none) is nonzero: a scalar, 0 where it never is."""
     return values.mean() if mask is None else (values * mask.flatten()).sum() / mask.sum().clamp_min(1)
 
 
 def jaccard_overlap(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens, those of the mask, of |a and b| / |a or b| for index sets [tokens, k]; a scalar."""
+    """Averages over tokens, those of the mask, |a and b| / |a or b| for index sets [tokens, k]; a scalar."""
     k = first.shape[-1]
     shared = (first[:, :, None] == second[:, None, :]).any(-1).sum(-1)
     return masked_mean((shared / (2 * k - shared)).float(), mask)

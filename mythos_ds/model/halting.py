@@ -20,7 +20,7 @@ INITIAL_BIAS = -2.0
 
 @dataclass(frozen=True)
 class HaltingState:
-    """What the loop carries beside h; all but `entries` are fp32 or bool [batch, seq]."""
+    """The state that the loop carries beside h; all but `entries` are fp32 or bool [batch, seq]."""
 
     output: Tensor
     """fp32 [batch, seq, dim]: weighted sum of states so far."""
@@ -34,7 +34,7 @@ class HaltingState:
 
     @classmethod
     def start(cls, h: Tensor) -> "HaltingState":
-        """The state before the first loop, for a state h [batch, seq, dim]."""
+        """Makes the state before the first loop, for a state h [batch, seq, dim]."""
         zero = torch.zeros(h.shape[:2], device=h.device)
         return cls(torch.zeros_like(h, dtype=torch.float32), zero, zero.bool(), zero)
 
@@ -44,7 +44,7 @@ class HaltingState:
 
 
 class Halting(nn.Module):
-    """Halting probability p = sigmoid(w h + b), fp32 [batch, seq]."""
+    """The halting probability p = sigmoid(w h + b), fp32 [batch, seq]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -39,7 +39,7 @@ class _ClampInward(torch.autograd.Function):
 
 
 def decay_cap(state_dtype: str) -> float:
-    """Largest value of A for a state carried in `state_dtype`."""
+    """Returns the largest value of A for a state carried in `state_dtype`."""
     return BFLOAT16_CAP if state_dtype == "bfloat16" else FLOAT32_CAP
 
 
@@ -64,11 +64,11 @@ class Injection(nn.Module):
             self.B = nn.Parameter(torch.ones(config.dim))
 
     def decay(self) -> Tensor:
-        """Diagonal of A in the dtype of the state, [dim]; its maximum is rho(A)."""
+        """Computes the diagonal of A in the dtype of the state, [dim]; its maximum is rho(A)."""
         return self.coefficients()[0]
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
-        """Diagonals of A (dtype of the state) and of B (fp32), each [dim]."""
+        """Computes the diagonals of A (dtype of the state) and of B (fp32), each [dim]."""
         if self.discretisation == "direct":
             log_rate = (self.log_dt.float() + self.log_A.float()).clamp(-_DIRECT_LIMIT, _DIRECT_LIMIT)
             return torch.exp(-log_rate.exp()).to(self.state_dtype), self.B.float()
@@ -83,6 +83,6 @@ class Injection(nn.Module):
         return decay, gain * self.B.float()
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """A h + B e in fp32; h in the state's dtype and e in the compute dtype, both [batch, seq, dim]."""
+        """Computes A h + B e in fp32; h in the state's dtype and e in the compute dtype, both [batch, seq, dim]."""
         decay, gain = self.coefficients()
         return (decay * h).float() + gain * e.float()

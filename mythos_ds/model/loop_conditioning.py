@@ -1,4 +1,4 @@
-"""What tells the looped block which loop it is in: an index embedding and a depth-wise LoRA.
+"""The conditioning of the looped block on the loop's index: an index embedding and a depth-wise LoRA.
 
 Both are defined for loops beyond the trained range: they hold their last value.
 """

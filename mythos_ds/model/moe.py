@@ -24,7 +24,7 @@ class Dispatcher(Protocol):
     """Brings rows to their experts and back."""
 
     def __call__(self, experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows [n, dim] sorted by global expert, counts int64 [n_experts] -> results [n, dim] in the same order."""
+        """Computes rows [n, dim] sorted by global expert, counts int64 [n_experts]: results [n, dim], in that order."""
         ...
 
 
@@ -52,11 +52,11 @@ class MoE(nn.Module):
         self.dispatcher = self.make_dispatcher()
 
     def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
-        """The routed experts this process holds."""
+        """Makes the routed experts that this process holds."""
         return Experts(config.n_experts, config.dim, config.expert_dim, init, config.resolved_init_std)
 
     def make_dispatcher(self) -> Dispatcher:
-        """How rows reach their experts."""
+        """Makes the dispatcher by which rows reach their experts."""
         return dispatch_locally
 
     def forward(self, x: Tensor, loop: int, context: ForwardContext, alive: Tensor | None = None) -> Tensor:

@@ -186,17 +186,17 @@ class MythosModel(nn.Module):
         return self.logits_or_loss(x[:, :-1][counted], labels[:, 1:][counted])
 
     def run_prelude(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """The prelude layers held here: [batch, seq, dim] -> [batch, seq, dim]."""
+        """Runs the prelude layers held here: [batch, seq, dim] -> [batch, seq, dim]."""
         for layer in self.prelude.values():
             x = layer(x, context)
         return x
 
     def normed(self, x: Tensor) -> Tensor:
-        """e, the loop's input, from the prelude's output x."""
+        """Computes the loop's input e from the prelude's output x."""
         return x if self.prelude_norm is None else self.prelude_norm(x)
 
     def run_coda(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """The coda layers held here: [batch, seq, dim] -> [batch, seq, dim]."""
+        """Runs the coda layers held here: [batch, seq, dim] -> [batch, seq, dim]."""
         for layer in self.coda.values():
             x = layer(x, context)
         return x
@@ -213,7 +213,7 @@ class MythosModel(nn.Module):
         n_grad_loops: int,
         records: ForwardRecords | None = None,
     ) -> ForwardContext:
-        """Rotary tables, document bounds and notes of a micro-batch."""
+        """Makes the rotary tables, document bounds and records of a micro-batch."""
         documents = None if positions is None else DocumentBounds.from_positions(positions)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]

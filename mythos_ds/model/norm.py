@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension, computed and returned in fp32."""
+    """Computes x / rms(x) over the last dimension, in fp32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 

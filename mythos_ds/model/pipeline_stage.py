@@ -1,4 +1,4 @@
-"""One pipeline stage's part of the model, run visit by visit. Knows nothing of processes and messages between them."""
+"""The part of the model that one pipeline stage holds, run visit by visit; it knows no processes and no messages."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,7 @@ Kept = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Visit:
-    """What a stage does with a micro-batch that comes by: its prelude layers, its layers of one loop, the whole loop
+    """The work of a stage on a micro-batch at one time: its prelude layers, its layers of one loop, the whole loop
     ("loops"), or its coda layers. Loops are counted from 0; the last n_grad_loops of n_loops carry gradient."""
 
     kind: Literal["prelude", "loop", "loops", "coda"]
@@ -25,11 +25,11 @@ class Visit:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether the result of the visit does, in training."""
+        """Says whether the result of the visit carries gradient, in training."""
         return self.kind != "loop" or self.is_grad_loop(self.loop)
 
     def is_grad_loop(self, loop: int) -> bool:
-        """Whether `loop` carries gradient, in training."""
+        """Says whether `loop` carries gradient, in training."""
         return loop >= self.n_loops - self.n_grad_loops
 
 
@@ -54,7 +54,7 @@ class StageModel(MythosModel):
     def forward(  # type: ignore[override]
         self, visit: Visit, message: Tensor | None, kept: Kept, batch: MicroBatch
     ) -> tuple[Tensor, Kept]:
-        """message: what the stage before sent, [batch, seq, dim]; None for the first prelude visit.
+        """Runs one visit. message: what the stage before sent, [batch, seq, dim]; None for the first prelude visit.
 
         Returns the message to the next stage (in the last one the loss, or logits without targets), and what the stage
         keeps for its next visit.

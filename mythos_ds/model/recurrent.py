@@ -95,7 +95,7 @@ class RecurrentBlock(nn.Module):
         return self._with_ponder_cost(halting, context)
 
     def start(self, e: Tensor, context: ForwardContext) -> Tensor:
-        """h_0 for e [batch, seq, dim]."""
+        """Makes the state before the first loop, h_0, for e [batch, seq, dim]."""
         h = e.to(self.state_dtype) if self.starts_from_e else torch.zeros_like(e, dtype=self.state_dtype)
         if context.records.wants_states:
             with torch.no_grad():

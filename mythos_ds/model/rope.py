@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotary:
-    """cos and sin, fp32 [batch or 1, seq, 1, width / 2], for one head width."""
+    """The cos and sin tables, fp32 [batch or 1, seq, 1, width / 2], for one head width."""
 
     cos: Tensor
     sin: Tensor
@@ -20,7 +20,7 @@ class Rotary:
 
     @classmethod
     def at(cls, positions: Tensor, width: int, theta: float, interleaved: bool) -> "Rotary":
-        """Tables for integer positions [batch or 1, seq] and heads of `width` channels."""
+        """Computes the tables for integer positions [batch or 1, seq] and heads of `width` channels."""
         exponent = torch.arange(0, width, 2, device=positions.device).float() / width
         frequency = torch.pow(torch.full_like(exponent, theta), -exponent)
         angle = positions.float()[..., None, None] * frequency

@@ -18,7 +18,7 @@ BIAS_SHARES = (1.0, 0.25)
 
 @dataclass(frozen=True)
 class Routing:
-    """Choices of one router call."""
+    """The choices of one router call."""
 
     weights: Tensor
     """fp32 [tokens, k]: normalised routing weights, with gradient."""
@@ -72,7 +72,7 @@ class Router(nn.Module):
         return (self.bias + self.loop_bias.index_select(0, row.view(-1))).view(*row.shape, -1)
 
     def choose(self, scores: Tensor, bias: Tensor | None) -> Tensor:
-        """Indices int64 [tokens, k] of the best biased scores; inside the best groups where routing is limited."""
+        """Chooses the best biased scores, int64 [tokens, k]; inside the best groups where routing is limited."""
         choice = scores if bias is None else scores + bias
         if self.n_groups is not None and self.n_limited_groups is not None:
             grouped = choice.unflatten(-1, (self.n_groups, -1))
@@ -84,14 +84,14 @@ class Router(nn.Module):
 
 
 def count_experts(indices: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:
-    """int64 [n_experts]: how often each expert occurs in indices [tokens, k], over tokens whose mask is nonzero."""
+    """Counts each expert in indices [tokens, k], over tokens whose mask is nonzero: int64 [n_experts]."""
     ones = torch.ones_like(indices) if mask is None else mask.reshape(-1, 1).expand_as(indices).to(indices.dtype)
     return indices.new_zeros(n_experts).scatter_add_(0, indices.flatten(), ones.flatten())
 
 
 @torch.no_grad()
 def update_router_bias(router: Router, counts: Tensor, rate: float) -> None:
-    """One balancing step after an optimizer step.
+    """Moves the router's biases by one balancing step, after an optimizer step.
 
     counts fp32 [n_loops, n_experts]: tokens per loop and expert over all ranks and micro-batches; rate is u_b. The
     shared bias moves by u_b * sign(mean - load) on the loads summed over loops, each loop's row by u_b/4, row-centred.

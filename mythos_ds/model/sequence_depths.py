@@ -21,7 +21,7 @@ _SEQUENCE_STREAM = _STREAM << 64
 
 @dataclass(frozen=True)
 class DepthSampler:
-    """Loop counts in [1, max_loops].
+    """The loop counts of a run, in [1, max_loops].
 
     lognormal_poisson: Poisson(exp(tau)), tau ~ N(log mean - sigma^2/2, sigma) (Geiping et al. 2025, without their
     offset); poisson: Poisson(mean); uniform: 1 .. 2 mean - 1; fixed: mean. All but fixed are clipped. The mean grows
@@ -77,11 +77,11 @@ class DepthSampler:
 
 @dataclass(frozen=True)
 class SequenceDepths:
-    """Sequences of different depth in one run of n_loops loops (Parcae, arXiv 2604.12946).
+    """The depths of sequences that run n_loops loops together, each a number of its own (Parcae, arXiv 2604.12946).
 
-    All end together: sequence i begins in loop n_loops - depths[i]. Until then its state is h_0, what is computed for
-    it is thrown away, and it counts in no statistic and no loss. Then it sees its own loop index, counted from 0: its
-    result is that of the sequence alone, whatever the others do.
+    All sequences end in the same loop, so that one coda reads them all: sequence i begins in loop n_loops - depths[i].
+    Before that its state stays h_0, and what the block computes for it is not used and not counted. From then on it
+    sees its own loop index, from 0, so that its result is the one it would have alone.
     """
 
     depths: Tensor
@@ -89,14 +89,14 @@ class SequenceDepths:
     n_loops: int
 
     def index(self, loop: int) -> Tensor:
-        """int64 [batch]: each sequence's own loop index in loop `loop`; 0 before it begins."""
+        """Computes each sequence's own loop index in loop `loop`, int64 [batch]; 0 before it begins."""
         return (self.depths + (loop - self.n_loops)).clamp_min(0)
 
     def begun(self, loop: int) -> Tensor:
-        """bool [batch]: which sequences run in loop `loop`."""
+        """Says which sequences run in loop `loop`, bool [batch]."""
         return self.depths >= self.n_loops - loop
 
     def loss_weights(self, loop: int, n_grad_loops: int) -> Tensor:
-        """fp32 [batch]: weights of the sequences' auxiliary losses in loop `loop`, so that the mean over the last
-        n_grad_loops loops is one over the loops with gradient that a sequence runs."""
+        """Computes the weights of the sequences' auxiliary losses in loop `loop`, fp32 [batch], so that the mean over
+        the last n_grad_loops loops is one over the loops with gradient that a sequence runs."""
         return self.begun(loop) * (n_grad_loops / self.depths.clamp_max(n_grad_loops))
