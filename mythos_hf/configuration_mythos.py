@@ -1,5 +1,7 @@
 """Configuration of the recurrent-depth mixture-of-experts model for Hugging Face transformers."""
 
+from typing import TypeVar
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -16,6 +18,13 @@ _ALLOWED = {
 }
 _DEPTH = ("num_prelude_layers", "num_recurrent_layers", "num_coda_layers", "n_loops")
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_Setting = TypeVar("_Setting")
+
+
+def filled(setting: _Setting | None) -> _Setting:
+    """The value of a setting that may be left out, but that a made configuration has."""
+    assert setting is not None
+    return setting
 
 
 @strict
@@ -95,7 +104,7 @@ class MythosConfig(PreTrainedConfig):
             if missing:
                 raise ValueError(f"{missing[0]}: not given; attention_type 'mla' needs it")
             # Keys and values are cached per head; values are padded to the keys' width.
-            self.head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+            self.head_dim = filled(self.qk_nope_head_dim) + filled(self.qk_rope_head_dim)
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -117,7 +126,8 @@ class MythosConfig(PreTrainedConfig):
             self._follow_loops()
 
     def _follow_loops(self):
-        if self.n_loops < 1:
-            raise ValueError(f"n_loops: given {self.n_loops}; allowed: 1 or more")
-        looped = self.n_loops * self.num_recurrent_layers
+        n_loops = filled(self.n_loops)
+        if n_loops < 1:
+            raise ValueError(f"n_loops: given {n_loops}; allowed: 1 or more")
+        looped = n_loops * self.num_recurrent_layers
         self.num_hidden_layers = self.num_prelude_layers + looped + self.num_coda_layers

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .configuration_mythos import MythosConfig
+from .configuration_mythos import MythosConfig, filled
 
 _MIN_ROW_UPDATES = 100
 _DECAY_CAP = {"float32": 1.0 - 1e-4, "bfloat16": 1.0 - 2.0**-8}
@@ -113,22 +113,23 @@ class MythosAttention(nn.Module):
     def __init__(self, config: MythosConfig):
         super().__init__()
         self.config, self.layer_idx, self.is_causal, self.attention_dropout = config, 0, True, 0.0
-        self.head_dim = config.head_dim
+        self.head_dim = filled(config.head_dim)
         self.scaling = self.head_dim**-0.5
-        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+        heads, kv_heads, dim = config.num_attention_heads, filled(config.num_key_value_heads), config.hidden_size
         self.num_key_value_groups = heads // kv_heads
         self.latent = config.attention_type == "mla"
         if self.latent:
-            self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+            self.nope, self.rope = filled(config.qk_nope_head_dim), filled(config.qk_rope_head_dim)
+            self.value, self.latent_dim = filled(config.v_head_dim), filled(config.kv_lora_rank)
             if config.q_lora_rank is None:
                 self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=False)
             else:
                 self.q_a_proj = nn.Linear(dim, config.q_lora_rank, bias=False)
                 self.q_a_layernorm = MythosRMSNorm(config.q_lora_rank, config.rms_norm_eps)
                 self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.head_dim, bias=False)
-            self.kv_a_proj_with_mqa = nn.Linear(dim, config.kv_lora_rank + self.rope, bias=False)
-            self.kv_a_layernorm = MythosRMSNorm(config.kv_lora_rank, config.rms_norm_eps)
-            self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (self.nope + self.value), bias=False)
+            self.kv_a_proj_with_mqa = nn.Linear(dim, self.latent_dim + self.rope, bias=False)
+            self.kv_a_layernorm = MythosRMSNorm(self.latent_dim, config.rms_norm_eps)
+            self.kv_b_proj = nn.Linear(self.latent_dim, heads * (self.nope + self.value), bias=False)
             self.o_proj = nn.Linear(heads * self.value, dim, bias=False)
             return
         self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=False)
@@ -168,7 +169,7 @@ class MythosAttention(nn.Module):
         heads, interleaved = self.config.num_attention_heads, self.config.rope_interleaved
         q = self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_rope = q.unflatten(-1, (heads, -1)).split([self.nope, self.rope], dim=-1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.config.kv_lora_rank, self.rope], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent_dim, self.rope], dim=-1)
         expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (heads, -1))
         k_nope, v = expanded.split([self.nope, self.value], dim=-1)
         k_rope = rotate(k_rope[:, :, None], tables, interleaved).expand(-1, -1, heads, -1)
@@ -215,6 +216,10 @@ class MythosExperts(nn.Module):
 class MythosRouter(nn.Module):
     """Token-choice routing in fp32; the selection bias, shared and of each loop, does not enter the weights."""
 
+    e_score_correction_bias: Tensor
+    loop_correction_bias: Tensor
+    loop_updates: Tensor
+
     def __init__(self, config: MythosConfig):
         super().__init__()
         self.config = config
@@ -252,7 +257,7 @@ class MythosMoE(nn.Module):
         self.experts = MythosExperts(config)
         self.shared_experts = None
         if config.n_shared_experts:
-            width = config.n_shared_experts * config.shared_expert_intermediate_size
+            width = config.n_shared_experts * filled(config.shared_expert_intermediate_size)
             self.shared_experts = MythosMLP(config.hidden_size, width)
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
@@ -409,7 +414,8 @@ class MythosPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but a tensor that is missing, unknown or of another shape is an error: transformers would
         leave it random and print a report."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         faults = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
         if faults:
@@ -454,8 +460,8 @@ class MythosModel(MythosPreTrainedModel):
         two caches and for anything but one input, TypeError for an unknown argument.
         """
         config, keywords = self.config, attention_keywords(self, kwargs)
-        cache = one_cache(cache, past_key_values)
-        n_loops = config.n_loops if n_loops is None else int(n_loops)
+        entries = one_cache(cache, past_key_values)
+        n_loops = filled(config.n_loops) if n_loops is None else int(n_loops)
         if n_loops < 1:
             raise ValueError(f"n_loops: given {n_loops}; allowed: 1 or more")
         if (input_ids is None) == (inputs_embeds is None):
@@ -465,32 +471,32 @@ class MythosModel(MythosPreTrainedModel):
         if keywords.get("is_causal") is False and getattr(attention_mask, "ndim", 0) != 4:
             raise ValueError("is_causal: given False; allowed: True, unless attention_mask has 4 dimensions")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if isinstance(cache, PagedAttentionCache) and _CACHE != "cache":
+        if isinstance(entries, PagedAttentionCache) and _CACHE != "cache":
             # Up to 5.23 the attention itself writes continuous batching's cache.
-            keywords["cache"], cache = cache, None
+            keywords["cache"], entries = entries, None
             use_cache = False
         if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
+            seen = entries.get_seq_length() if entries is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen)[None]
         mask = create_causal_mask(
             config=config,
             inputs_embeds=x,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{_CACHE: cache},  # not the empty one below, with which packed sequences would see each other
+            **{_CACHE: entries},  # not the empty one below, with which packed sequences would see each other
         )
-        if cache is None and (config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache()  # made without the configuration, it grows with the loops
+        if entries is None and (config.use_cache if use_cache is None else use_cache):
+            entries = DynamicCache()  # made without the configuration, it grows with the loops
         width = config.qk_rope_head_dim if config.attention_type == "mla" else config.head_dim
-        tables = rotary_tables(position_ids, width, config.rope_parameters["rope_theta"])
-        context = MythosContext(tables, mask, cache, keywords)
+        tables = rotary_tables(position_ids, filled(width), filled(config.rope_parameters)["rope_theta"])
+        context = MythosContext(tables, mask, entries, keywords)
         for slot, layer in enumerate(self.prelude):
             x = layer(x, context, slot)
         e = x if self.prelude_norm is None else self.prelude_norm(x)
         x = self.recurrent(e, n_loops, context).to(e.dtype)
         for slot, layer in enumerate(self.coda, len(self.prelude)):
             x = layer(x, context, slot)
-        out = BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{_CACHE: cache})
+        out = BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{_CACHE: entries})
         return out if _as_mapping(self, return_dict) else out.to_tuple()
 
 
@@ -558,7 +564,7 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
             settings = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or self.generation_config
             use_cache = kwargs.get("use_cache", settings.use_cache)
             kind = kwargs.get("cache_implementation", settings.cache_implementation)
-            if kind is not None and n_loops > self.config.n_loops:
+            if kind is not None and n_loops > filled(self.config.n_loops):
                 raise ValueError(
                     f"n_loops: given {n_loops}; allowed with cache_implementation {kind!r}: up to the configuration's "
                     f"{self.config.n_loops}; model.config.n_loops = {n_loops} makes room"

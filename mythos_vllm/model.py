@@ -17,7 +17,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from mythos_hf.configuration_mythos import MythosConfig
+from mythos_hf.configuration_mythos import MythosConfig, filled
 from mythos_hf.modeling_mythos import (
     MythosAttention,
     MythosInjection,
@@ -90,7 +90,7 @@ class LoopedExperts(nn.Module):
         )
         self.shared_experts = None
         if config.n_shared_experts:
-            width = config.n_shared_experts * config.shared_expert_intermediate_size
+            width = config.n_shared_experts * filled(config.shared_expert_intermediate_size)
             self.shared_experts = MythosMLP(config.hidden_size, width)
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
@@ -130,7 +130,7 @@ class RecurrentBlock(MythosRecurrentBlock):
                 config,
                 vllm_config,
                 f"{prefix}.layers.{index}",
-                [first + loop * count + index for loop in range(config.n_loops)],
+                [first + loop * count + index for loop in range(filled(config.n_loops))],
                 looped=True,
             )
             for index in range(count)
@@ -168,11 +168,11 @@ class Model(nn.Module):
         config = self.config
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         width = config.qk_rope_head_dim if config.attention_type == "mla" else config.head_dim
-        tables = rotary_tables(positions[None], width, config.rope_parameters["rope_theta"])
+        tables = rotary_tables(positions[None], filled(width), filled(config.rope_parameters)["rope_theta"])
         for layer in self.prelude:
             x = layer(x, tables)
         e = x if self.prelude_norm is None else self.prelude_norm(x)
-        x = self.recurrent(e, self.config.n_loops, tables).to(e.dtype)
+        x = self.recurrent(e, filled(config.n_loops), tables).to(e.dtype)
         for layer in self.coda:
             x = layer(x, tables)
         return self.norm(x)
@@ -245,7 +245,8 @@ class MythosForCausalLM(nn.Module):
             if odd := set(parts).symmetric_difference(rest for rest, _ in experts.get(stack, [])):
                 raise ValueError(f"{stack}.{min(odd)}: not in the folder, or not in the model ({len(odd)} such)")
         for name, own in experts.items():
-            found = set(self.get_submodule(name).load_weights(own))
+            stack_of_experts: Any = self.get_submodule(name)
+            found = set(stack_of_experts.load_weights(own))
             loaded |= {f"{name}.{part}" for part in found}
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         if missing := sorted(set(places) - loaded - tied):

@@ -35,6 +35,16 @@ DEPTHS = ((3, 1, 2, 2, 1, 1, 3, 2), (1,) * 8, (1, 4, 2, 1, 1, 3, 2, 2), (2, 1, 1
 """Where each sequence of the global batch has its own T: those of each step, which runs as many loops as LOOPS says."""
 
 
+def numel(parameters: Iterable[Tensor]) -> int:
+    """Numbers in parameters that ZeRO-3 cut: all of each, not this rank's part."""
+    return sum(vars(parameter)["ds_numel"] for parameter in parameters)
+
+
+def own_experts(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Parameters that the ranks of an expert group hold different ones of."""
+    return [parameter for parameter in module.parameters() if not getattr(parameter, "allreduce", True)]
+
+
 def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
     """The run of a case: ep, stage, and optionally pp, checkpointing, optimizer, dtype, accumulation, offload,
     training, deepspeed, model."""

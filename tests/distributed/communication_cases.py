@@ -49,8 +49,7 @@ def _measure(
                 counted = traffic.take()
                 out.append({"checkpointing": mode, "n_loops": n_loops, "bytes": counted})
             model = engine.module
-            whole = sum(p.ds_numel * 4 for p in model.parameters())
-            local_experts = sum(p.ds_numel * 4 for p in model.parameters() if not getattr(p, "allreduce", True))
+            whole, local_experts = (4 * numel(each) for each in (model.parameters(), own_experts(model)))
     for entry in out:
         entry.update(dense_bytes=whole - local_experts, expert_bytes=local_experts)
     return out

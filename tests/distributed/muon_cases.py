@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for weight in group["params"]:
                 momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
@@ -115,7 +115,8 @@ def _compare(case: dict[str, Any]) -> dict[str, Any]:
         balance=training.balance_loss,
         z=training.z_loss,
     )
-    trainer._optimizer = Both(trainer, {"betas": (training.beta1, training.beta2), "eps": training.eps})
+    both: Any = Both(trainer, {"betas": (training.beta1, training.beta2), "eps": training.eps})
+    trainer._optimizer = both
     expected = [trainer.step(global_batches(step, 2), t, GRAD_LOOPS, LEARNING_RATE)[0] for step, t in enumerate(LOOPS)]
     return {
         "loss": largest(abs(a - b) / b for a, b in zip(losses, expected, strict=True)),

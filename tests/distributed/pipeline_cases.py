@@ -26,8 +26,10 @@ from tests.distributed.cases import (
     global_batches,
     layouts,
     non_finite_norm,
+    numel,
     opened,
     own_batches,
+    own_experts,
 )
 
 RING = {"ep": 2, "stage": 3, "pp": 2, "optimizer": "sgd", "checkpointing": "loop"}
@@ -162,10 +164,10 @@ def _traffic(case: dict[str, Any], counter: CollectiveBytes, passes: Counter[str
 def special_cases() -> dict[str, Any]:
     """The cases below, in one launch. Those without pipeline come first: DeepSpeed numbers modules per process, and
     compares the numbers over all ranks there."""
-    plain = {"losses": _four_losses({"ep": 2, "stage": 3, "dtype": "bfloat16"})[0], "inference": _outputs({})}
+    plain_losses, plain_outputs = _four_losses({"ep": 2, "stage": 3, "dtype": "bfloat16"})[0], _outputs({})
     return {
-        "precisions": other_precisions(plain["losses"]),
-        "inference": inference(plain["inference"]),
+        "precisions": other_precisions(plain_losses),
+        "inference": inference(plain_outputs),
         "tied_copies": tied_copies(),
         "made": what_is_made(),
         "skipped": non_finite_norm(RING),
@@ -235,7 +237,7 @@ def tied_copies() -> float:
 def what_is_made() -> dict[str, Any]:
     """What a rank's module holds, from the parameters it was built with."""
     with opened(RING) as (engine, groups):
-        sizes = {name: parameter.ds_numel for name, parameter in engine.module.named_parameters()}
+        sizes = {name: numel([parameter]) for name, parameter in engine.module.named_parameters()}
         return {
             "stage": groups.layout.stage,
             "recurrent": len({name.split(".")[2] for name in sizes if name.startswith("recurrent.layers.")}),

@@ -8,7 +8,7 @@ import torch.distributed as torch_distributed
 from mythos_ds.bench.calibration_worker import held_states
 from mythos_ds.parallel.groups import require_expert_group
 from mythos_ds.plan.memory import states
-from tests.distributed.cases import opened
+from tests.distributed.cases import numel, opened
 
 
 def work(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def work(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "kept": held_states(engine),
                     "planned": asdict(states(engine.resolved, groups.layout.stage)),
                     "expert_group": ranks,
-                    "parameters": sum(p.ds_numel for p in engine.module.parameters()),
+                    "parameters": numel(engine.module.parameters()),
                     "experts": [list(shape) for name, shape in shapes.items() if name.endswith("experts.w1")],
                 }
             )

@@ -1,6 +1,8 @@
 """Pipelines train the same model as one process: against the independent reference, in fp32, with the loop count
 changing in every step, truncated backpropagation, active clipping and auxiliary losses. What they send is counted."""
 
+from typing import Any
+
 import pytest
 
 from tests.distributed.cases import toy_model
@@ -28,7 +30,7 @@ REPRESENTATIVE = [
     {**FOUR_STAGES, "optimizer": "adamw"},
     {**LITERAL, "optimizer": "sgd", **TIED},
 ]
-THOROUGH = {
+THOROUGH: dict[int, list[dict[str, Any]]] = {
     2: [{"ep": 1, "stage": 3, "pp": 2}, {"ep": 1, "stage": 3, "pp": 2, "model": {"coda_layers": 0}}],
     3: [
         {"ep": 1, "stage": 3, "pp": 3, "accumulation": 4, "model": {"recurrent_layers": 3}},

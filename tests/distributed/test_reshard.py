@@ -26,7 +26,7 @@ DeepSpeed's parameter numbers, which it compares between ranks."""
 
 
 def _with(source: str, **layout: Any) -> dict[str, Any]:
-    kept = {key: SOURCES[source][key] for key in ("model", "dtype", "training", "optimizer") if key in SOURCES[source]}
+    kept = {key: value for key, value in SOURCES[source].items() if key in ("model", "dtype", "training", "optimizer")}
     return {**kept, **layout}
 
 

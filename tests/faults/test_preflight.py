@@ -50,7 +50,12 @@ class _Ranks:
         port = free_port()
         self.processes = {}
         for rank in set(range(nprocs)) - set(absent):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nprocs, "LOCAL_WORLD_SIZE": nprocs}
+            place: dict[str, object] = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": nprocs,
+                "LOCAL_WORLD_SIZE": nprocs,
+            }
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             env = {**environment(), **{name: str(value) for name, value in place.items()}}
             env |= (variables or {}).get(rank, {})
@@ -199,8 +204,8 @@ def test_a_missing_hostfile_and_one_under_a_launcher(tmp_path):
     ended = _alone(tmp_path, ["--hostfile", "nowhere"])
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert "nowhere: cannot be read" in ended.err
-    ended = _Ranks(tmp_path, ["--hostfile", "nowhere"]).wait()
-    assert {one.code for one in ended.values()} == {2}
+    ranks = _Ranks(tmp_path, ["--hostfile", "nowhere"]).wait()
+    assert {one.code for one in ranks.values()} == {2}
 
 
 @pytest.mark.skipif(helper.unavailable() is not None, reason=str(helper.unavailable()))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -16,11 +17,11 @@ LONG = "training.max_steps=100000"
 def test_sigterm_to_one_rank_saves_on_all_and_the_run_resumes(tmp_path):
     run_dir = tmp_path / "run"
     command = ["--config", "tiny.json", "--run-dir", str(run_dir), *SMALL, LONG, *small_data(tmp_path)]
-    stopped_at = []
+    stopped_at: list[int] = []
     for start, rank, number in ((1, 1, signal.SIGTERM), (2, 0, signal.SIGINT)):
         former = stopped_at[-1] if stopped_at else 0
         with Pretrain(command, nprocs=2, folder=tmp_path / f"start_{start}") as run:
-            run.wait_until(lambda wanted=former + 2: _last_step(run_dir) >= wanted, 240)
+            run.wait_until(partial(_has_reached, run_dir, former + 2), 240)
             run.processes[rank].send_signal(number)
             finished = run.wait(120).check()
         stopped_at.append(_last_step(run_dir))
@@ -33,6 +34,10 @@ def test_sigterm_to_one_rank_saves_on_all_and_the_run_resumes(tmp_path):
 
 def _last_step(run_dir) -> int:
     return max((line["step"] for line in metrics(run_dir)), default=0)
+
+
+def _has_reached(run_dir, step: int) -> bool:
+    return _last_step(run_dir) >= step
 
 
 PROGRAM = """

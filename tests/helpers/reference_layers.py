@@ -102,7 +102,15 @@ def gqa(params: Params, prefix: str, config: ModelConfig, x: Tensor, inputs: Inp
 
 def mla(params: Params, prefix: str, config: ModelConfig, x: Tensor, inputs: Inputs, kv_hook: Callable) -> Tensor:
     """Multi-head latent attention (DeepSeek-V2, eq. 9-19), without absorption."""
-    heads, nope, width = config.n_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    heads, nope, width, value_width = (
+        config.n_heads,
+        config.qk_nope_head_dim,
+        config.qk_rope_head_dim,
+        config.v_head_dim,
+    )
+    assert nope is not None
+    assert width is not None
+    assert value_width is not None
     if config.q_lora_rank is None:
         query = x @ params[f"{prefix}.q_proj.weight"].T
     else:
@@ -116,7 +124,7 @@ def mla(params: Params, prefix: str, config: ModelConfig, x: Tensor, inputs: Inp
     latent = rms_norm(down[..., : config.kv_lora_rank], config.norm_eps, params[f"{prefix}.kv_norm.weight"])
     key_rope = rope(down[..., None, config.kv_lora_rank :], inputs.positions, config)
     latent, key_rope = kv_hook((latent, key_rope))
-    up = (latent @ params[f"{prefix}.kv_up.weight"].T).unflatten(-1, (heads, nope + config.v_head_dim))
+    up = (latent @ params[f"{prefix}.kv_up.weight"].T).unflatten(-1, (heads, nope + value_width))
     key = torch.cat([up[..., :nope], key_rope.expand(-1, -1, heads, -1)], dim=-1)
     mixed = attend(query, key, up[..., nope:], inputs.visible, (nope + width) ** -0.5)
     return mixed @ params[f"{prefix}.o.weight"].T

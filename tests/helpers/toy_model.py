@@ -19,6 +19,12 @@ MLA: dict[str, Any] = {
 GQA: dict[str, Any] = {"attn_type": "gqa", "n_kv_heads": 2, "head_dim": 8}
 
 
+def gradient(tensor: Tensor) -> Tensor:
+    """The gradient of a tensor that has one."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def toy_config(**changes: Any) -> ModelConfig:
     """A GQA model of width 32 with two recurrent layers and eight experts, unless changed."""
     values: dict[str, Any] = {

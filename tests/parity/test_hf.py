@@ -49,7 +49,7 @@ def make_folder(folder: Path, changes: dict[str, Any]) -> MythosModel:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
             if name.endswith(("w2", "w2.weight", "o.weight", "up.weight")):
                 parameter.normal_(std=0.1, generator=generator)
         for layer in model.moe_layers():

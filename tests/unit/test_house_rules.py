@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,6 +257,14 @@ def test_code_is_found_because_it_is_installed() -> None:
     files += [path for pattern in patterns for path in ROOT.glob(pattern)]
     found = {path.relative_to(ROOT).as_posix() for path in files if tricks.search(path.read_text())}
     assert found <= MAY_NAME_PYTHONPATH
+
+
+def test_mypy_reads_every_file() -> None:
+    """Folders that make or training write hold no code of ours; only libraries may be skipped or silent."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert (settings["files"], settings["exclude"]) == (["."], ["^build/", "^data/", "^runs/"])
+    libraries = {name for override in settings["overrides"] for name in override["module"]}
+    assert not {name for name in libraries if name.split(".")[0] in (*OWN, "*")}
 
 
 def test_nothing_needs_a_file_outside_the_project() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest
     fields = {"vocab_size": 61, "dim": 32, "attn_type": "gqa", "n_kv_heads": 2}
     config.write_text(json.dumps({**_openmythos_fields(), **fields}))
     empty.write_text("{}")
-    cases = [
+    cases: list[tuple[tuple[Any, ...], str]] = [
         ((tmp_path / "none",), "config.json"),
         ((tmp_path / "m", "--batches", "0"), "--batches: given 0"),
         ((tmp_path / "m", "--seq-len", "1"), "nearest: 2"),

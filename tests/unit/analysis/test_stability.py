@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_a_model_whose_layers_are_zero_has_the_norm_of_A() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"injection": "post", "state_dtype": "bfloat16"}])
-def test_the_norm_is_that_of_the_whole_jacobian(changes: dict[str, object]) -> None:
+def test_the_norm_is_that_of_the_whole_jacobian(changes: dict[str, Any]) -> None:
     model, batch = _model(**changes), _batch(1, 4)
     e, context = stability.loop_input(model, batch)
     e = e.detach()

@@ -6,7 +6,7 @@ import pytest
 
 from mythos_ds.checkpoint.deepspeed_format import RankFile, RankGroup, plan
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import resolve
+from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.conversion.planned_checkpoint import planned_tensors
 from mythos_ds.costs.params import count_parameters
 from mythos_ds.errors import CheckpointError, ConfigError
@@ -64,7 +64,7 @@ def test_stages_must_agree_on_tied_weights():
 def test_the_plan_of_a_preset_has_every_parameter(preset):
     started = time.monotonic()
     config = load_config(preset, []).config
-    tensors = planned_tensors(resolve(config, config.cluster.nodes * config.cluster.gpus_per_node))
+    tensors = planned_tensors(resolve(config, planned_world_size(config)))
     counted = 0
     for tensor in tensors.values():
         (tiling,) = tensor.tilings

@@ -102,9 +102,11 @@ def test_underscore_keys_are_comments_at_any_level(tmp_path, tiny_json):
 
 
 def test_overrides_win_and_replace_their_alternative():
-    config = load_config("tiny", ["training.max_tokens=204800", "deepspeed.zero_optimization.overlap_comm=false"])
-    assert config.config.training.max_steps is None
-    assert config.config.deepspeed["zero_optimization"]["overlap_comm"] is False
+    config = load_config(
+        "tiny", ["training.max_tokens=204800", "deepspeed.zero_optimization.overlap_comm=false"]
+    ).config
+    assert config.training.max_steps is None
+    assert config.deepspeed["zero_optimization"]["overlap_comm"] is False
     config = load_config("1b", ["data.corpus=builtin", "data.tokenizer=null", "training.max_steps=2000"]).config
     assert config.data.datasets is None
     assert config.training.max_tokens is None

@@ -1,7 +1,5 @@
 """Every preset keeps the limits that were set for it, and the formulas agree with the module."""
 
-import importlib.util
-
 import pytest
 
 from mythos_ds.config.depth_distribution import tail_probability
@@ -9,7 +7,7 @@ from mythos_ds.config.loader import load_config
 from mythos_ds.config.proxy import make_proxy
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, training_depth_pmf
 from mythos_ds.costs.params import count_parameters
-from tests.helpers.paths import ROOT
+from tests.helpers.mains import load_main
 
 # name: total, largest active share, vocabulary, max_loops, mean_recurrence
 LIMITS = {
@@ -110,8 +108,6 @@ def test_trillion_costs_a_tenth_of_the_usual_layout():
 
 @pytest.mark.parametrize("tool", ["preset_table", "config_schema"])
 def test_generated_files_are_current(tool, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_main(f"tools/{tool}.py")
     monkeypatch.setattr("sys.argv", [tool, "--check"])
     assert module.main() == 0, capsys.readouterr().out

@@ -114,7 +114,7 @@ def test_what_has_no_effect_or_does_not_fit_is_one_message(
 ) -> None:
     out = tmp_path / "out"
     cut = ("--prelude", 1, "--recurrent", 2, "--coda", 1)
-    cases = [
+    cases: list[tuple[tuple[Any, ...], str]] = [
         (("mythos", "mythos", TINY, out), "--from mythos --to mythos: given"),
         (("hf", "openmythos", llama, out), "others go through mythos"),
         (("openmythos", "mythos", openmythos, out, "--with-remote-code"), "--with-remote-code: given with --to mythos"),

@@ -1,5 +1,7 @@
 """The configuration that transformers reads."""
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -38,6 +40,6 @@ def test_what_the_model_does_not_have_is_refused(values):
 
 
 def test_latent_heads_are_as_wide_as_their_keys():
-    widths = {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    widths: dict[str, Any] = {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6}
     config = MythosConfig(attention_type="mla", num_attention_heads=2, **widths)
     assert (config.head_dim, config.num_key_value_heads) == (10, 2)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_what_has_no_effect_is_refused(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     assert _run("mythos", "hf", TINY, tmp_path / "hf") == 0
     capsys.readouterr()
-    cases = [
+    cases: list[tuple[tuple[Any, ...], str]] = [
         (("hf", "mythos", tmp_path / "hf", out, "--prelude", 1), "--prelude: given for a mythos model"),
         (("hf", "mythos", tmp_path / "hf", out, "--with-remote-code"), "--with-remote-code: given with --to mythos"),
         (("hf", "mythos", tmp_path / "hf", out, "--evaluate"), "--evaluate: given with --to mythos"),

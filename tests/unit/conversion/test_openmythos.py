@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ def _import(source: Path, output: Path) -> Path:
     return output
 
 
+def _last_logits(model: MythosModel, n_loops: int, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens, n_loops=n_loops)[0, -1]
+
+
 @pytest.mark.parametrize(("attn_type", "kind"), [("mla", "pt"), ("gqa", "checkpoint"), ("mla", "safetensors")])
 def test_the_converted_model_says_what_openmythos_says(tmp_path: Path, attn_type: str, kind: str) -> None:
     theirs = _theirs(attn_type)
@@ -75,7 +80,7 @@ def test_the_converted_model_says_what_openmythos_says(tmp_path: Path, attn_type
         expected = theirs.generate(prompt, max_new_tokens=24, n_loops=n_loops, top_k=1)[0, 7:].tolist()
         with torch.inference_mode():
             tokens = generate(
-                lambda tokens, loops=n_loops: ours(tokens, n_loops=loops)[0, -1],
+                partial(_last_logits, ours, n_loops),
                 prompt[0].tolist(), new_tokens=24, vocab_size=61, eos_id=-1, context_length=48, temperature=0.0,
             )  # fmt: skip
         assert len(tokens) == 24

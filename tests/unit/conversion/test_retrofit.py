@@ -31,9 +31,9 @@ _SIZES = {
 def _source(folder: Path, kind: str = "llama", **options: Any) -> Any:
     """A random model saved to `folder`; weights large enough that a wrong one shows."""
     torch.manual_seed(1)
-    extra = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 16}, "llama": {}}[kind]
+    extras: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 16}, "llama": {}}
     theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
-    config = transformers.AutoConfig.for_model(kind, **{**_SIZES, **theta, **extra, **options})
+    config = transformers.AutoConfig.for_model(kind, **{**_SIZES, **theta, **extras[kind], **options})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

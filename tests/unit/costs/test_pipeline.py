@@ -1,6 +1,5 @@
 """The schedule simulator: known bubbles, and counts and bytes by hand."""
 
-import importlib.util
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -213,10 +212,7 @@ def test_it_is_fast() -> None:
 
 
 def load_tool():
-    specification = importlib.util.spec_from_file_location("plot_pipeline", TOOL)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_main("tools/plot_pipeline.py")
 
 
 def test_the_drawing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

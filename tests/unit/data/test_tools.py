@@ -1,11 +1,11 @@
 """The data tools as a user calls them."""
 
-import importlib.util
 import json
 
 import pytest
 
 from mythos_ds.data.dataset_info import read_info
+from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
 from tests.helpers.text_data import make_texts, make_tokenizer
 
@@ -14,10 +14,7 @@ TEXTS = make_texts(40)
 
 
 def load(name):
-    specification = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_main(f"tools/{name}.py")
 
 
 @pytest.fixture

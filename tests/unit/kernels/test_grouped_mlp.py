@@ -16,7 +16,7 @@ def _run(grouped: bool, counts: list[int]) -> list[Tensor]:
     weights = (w1, w2, w3)
     out = grouped_swiglu(rows, torch.tensor(counts), *weights) if grouped else looped_swiglu(rows, counts, *weights)
     (out * torch.randn(out.shape, generator=generator)).sum().backward()
-    return [out.detach(), *(x.grad for x in (rows, w1, w2, w3))]
+    return [out.detach(), *(gradient(x) for x in (rows, w1, w2, w3))]
 
 
 @pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped matmul")

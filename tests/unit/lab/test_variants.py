@@ -1,5 +1,7 @@
 """Variants of the block: against formulas, and against the model where they start as it."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -77,7 +79,7 @@ def test_the_penalty_is_the_squared_gain_of_one_more_loop() -> None:
     scale = torch.nn.Parameter(torch.tensor(3.0))
     penalised.block.step = lambda h, e, **options: (scale * h, None)
     h = torch.ones(1, 4, 64, requires_grad=True)
-    penalised.block.forward = lambda e, n_loops, context: h
+    block.forward = lambda e, n_loops, context: h
     context = model.make_context(torch.zeros(1, 4, dtype=torch.int64), None, None, 1)
     penalised(h.detach(), 1, context).sum().backward()
     assert scale.grad is not None

@@ -26,11 +26,12 @@ def run(
     loss = model(**toy_batch(config), n_loops=n_loops, n_grad_loops=n_grad_loops, aux=aux, records=records)
     loss.backward()
     gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    counts = [
-        torch.stack([own[loop].counts, own[loop].prebias_counts])
-        for own in records.routing.values()
-        for loop in range(n_loops)
-    ]
+    counts = []
+    for own in records.routing.values():
+        for loop in range(n_loops):
+            prebias_counts = own[loop].prebias_counts
+            assert prebias_counts is not None
+            counts.append(torch.stack([own[loop].counts, prebias_counts]))
     return loss.detach(), gradients, counts
 
 

@@ -107,6 +107,7 @@ def test_what_is_noted_is_of_sequences_that_have_begun() -> None:
         found, expected = both.routing[1][loop], first.routing[1][loop]
         assert torch.equal(found.counts[loop], expected.counts)
         assert found.prebias_counts is not None
+        assert expected.prebias_counts is not None
         assert torch.equal(found.prebias_counts[loop], expected.prebias_counts)
         for field in ("balance", "z", "entropy", *(["overlap_previous"] if loop else [])):
             assert torch.allclose(getattr(found, field), getattr(expected, field)), field

@@ -48,7 +48,7 @@ def test_agrees_with_the_planned_law(law: str, mean: int, max_loops: int) -> Non
     share = np.bincount(loops, minlength=max_loops + 1)[1:] / DRAWS
     # Five standard deviations of a binomial share.
     assert (np.abs(share - pmf) <= 5 * np.sqrt(pmf * (1 - pmf) / DRAWS) + 1e-3).all()
-    assert loops.mean() == pytest.approx(mean_depth(pmf), abs=5 * loops.std() / DRAWS**0.5 + 1e-9)
+    assert loops.mean() == pytest.approx(mean_depth(pmf.tolist()), abs=5 * loops.std() / DRAWS**0.5 + 1e-9)
 
 
 @pytest.mark.parametrize("law", LAWS)

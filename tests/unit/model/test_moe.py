@@ -14,7 +14,7 @@ from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from tests.helpers.reference_layers import Loop, Pass, moe
-from tests.helpers.toy_model import toy_config
+from tests.helpers.toy_model import gradient, toy_config
 
 
 def layer(**changes: Any) -> tuple[MoE, ForwardContext]:
@@ -55,7 +55,7 @@ def test_sorted_equals_masked(k: int) -> None:
     (expected * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     assert torch.allclose(out.double(), expected, atol=1e-6)
     for name, got in gradients.items():
-        want = x.grad if name == "x" else params[f"m.{name}"].grad
+        want = gradient(x if name == "x" else params[f"m.{name}"])
         if name == "router.weight" and k == 1:  # a single weight is always 1
             assert got.norm() < 1e-5
             continue
@@ -116,12 +116,15 @@ def test_record_details() -> None:
     own = context.records.routing[0]
     x = torch.randn(2, 30, 32)
     module(x, 0, context)
+    assert own[0].prebias_counts is not None
     assert torch.equal(own[0].prebias_counts, own[0].counts), "no bias yet"
     assert own[0].overlap_previous is None
     module.router.bias[0] = 10.0
     module(x, 1, context)
     record = own[1]
     assert record.counts[0] == 60
+    assert record.prebias_counts is not None
+    assert record.entropy is not None
     assert torch.equal(record.prebias_counts, own[0].counts)
     assert 0 < record.entropy <= torch.log(torch.tensor(8.0))
     module(x, 2, context)

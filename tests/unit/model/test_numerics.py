@@ -13,7 +13,7 @@ from mythos_ds.model.injection import Injection
 from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.router import Router, update_router_bias
-from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
+from tests.helpers.toy_model import MLA, gradient, randomise, toy_batch, toy_config
 
 TINY_LR = load_config("tiny.json").config.training.lr
 
@@ -88,13 +88,14 @@ def test_dtype_of_the_carried_state_and_of_the_router(state_dtype: str, injectio
     model.recurrent.injection.register_forward_hook(note_injection)
     for layer in model.recurrent.layers.values():
         layer.register_forward_hook(lambda module, inputs, out: streams.add(out[0].dtype))
-        layer.moe.router.register_forward_hook(note_router)
+    for moe_layer in model.moe_layers():
+        moe_layer.router.register_forward_hook(note_router)
     model.recurrent.register_forward_hook(lambda module, inputs, out: streams.add(out.dtype))
     model(**toy_batch(config), n_loops=3).backward()
     assert states == [getattr(torch, state_dtype)] * 3
     assert streams == {torch.float32}, "residual stream of the block"
     assert logits == {torch.float32}
-    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters())
+    assert all(gradient(parameter).dtype == torch.bfloat16 for parameter in model.parameters())
 
 
 def test_bf16_stays_close_to_fp32() -> None:

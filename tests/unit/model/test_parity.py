@@ -76,7 +76,8 @@ def test_counts_equal_the_reference(name: str) -> None:
     config = toy_config(**changes)
     model = randomise(MythosModel(config, seed=3))
     batch = toy_batch(config)
-    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    params: dict[str, torch.Tensor] = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
     _, out = forward(params, config, batch["tokens"], n_loops, None, batch["positions"], buffers)
     records = ForwardRecords()
     model(**batch, n_loops=n_loops, records=records)
@@ -114,6 +115,7 @@ def test_halted_positions_keep_their_state() -> None:
     config = toy_config(**ACT)
     model = randomise(MythosModel(config))
     batch = toy_batch(config)
+    assert model.recurrent.halting is not None
     with torch.no_grad():
         model.recurrent.halting.bias.fill_(20.0)  # every position halts after the first loop
     records = ForwardRecords(details=True)

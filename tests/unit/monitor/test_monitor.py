@@ -49,7 +49,14 @@ def test_the_plain_progress_line_holds_every_number() -> None:
     line = ProgressLine(20, True, console=Console(file=out, width=200))
     line.update(9, loss=3.0, n_loops=2)
     assert out.getvalue() == "", "without a terminal only logged steps are printed"
-    values = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.7, "n_loops": 4, "tokens_per_second": 12345.0, "load": [1.0]}
+    values: dict[str, float | list[float]] = {
+        "loss": 2.5,
+        "lr": 1e-3,
+        "grad_norm": 0.7,
+        "n_loops": 4,
+        "tokens_per_second": 12345.0,
+        "load": [1.0],
+    }
     line.log(10, values)
     line.close()
     for part in ("step 10/20", "loss 2.5000", "12,345 tok/s", "lr 1.00e-03", "4 loops", "|g| 0.700", "left"):

@@ -31,6 +31,7 @@ PRESETS = ("1b", "3b", "10b", "50b", "100b", "500b", "1t")
 def test_a_preset_fits_the_cluster_it_names(name):
     config = load_config(name, []).config
     found = memory(resolve(config, planned_world_size(config)))
+    assert config.cluster is not None
     assert found.total <= GPUS[config.cluster.gpu].memory_bytes
     assert found.total >= 0.2 * GPUS[config.cluster.gpu].memory_bytes, "a layout that leaves most of the GPU empty"
 
@@ -108,12 +109,14 @@ def test_node_limited_routing_saves_only_where_a_token_is_sent_once_to_a_node():
     drawn = torch.rand(4000, experts, generator=generator).topk(used).indices // (experts // nodes)
     away = drawn[drawn != 0].numel() / len(drawn)
     distinct = sum(len(set(row) - {0}) for row in drawn.tolist()) / len(drawn)
+    assert found is not None
     assert found.nodes == nodes
     assert found.sent == pytest.approx(away, rel=0.02)
     assert found.once_per_node == pytest.approx(distinct, rel=0.02)
     assert found.limited == pytest.approx(4 * 31 / 32)
     limited = {"model.n_expert_groups": 32, "model.n_limited_groups": 2}
     again = node_limit(resolve(with_changes(config, limited), 1024), 8)
+    assert again is not None
     assert (again.limit, again.sent, again.limited) == (2, found.sent, pytest.approx(2 * 31 / 32))
     assert node_limit(resolve(load_config("1b", []).config, 8), 8) is None
 

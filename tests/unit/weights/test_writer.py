@@ -93,7 +93,7 @@ def _write(folder: str) -> None:
 
 
 def test_killed_at_any_point_and_started_again_it_writes_the_same_bytes(tmp_path):
-    shapes = {f"t{i}": (50, 20) for i in range(12)}
+    shapes: dict[str, tuple[int, ...]] = {f"t{i}": (50, 20) for i in range(12)}
     write_tensors(Numbers(shapes, delay=0.008), tmp_path / "whole", max_file_bytes=9000)
     context = multiprocessing.get_context("fork")
     dice = random.Random(1)
@@ -103,6 +103,7 @@ def test_killed_at_any_point_and_started_again_it_writes_the_same_bytes(tmp_path
         process = context.Process(target=_write, args=(str(folder),))
         process.start()
         time.sleep(dice.uniform(0.002, 0.09))
+        assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join(10)
         kills += not (folder / CHECKSUMS).exists()
