@@ -24,7 +24,7 @@ from mythos_ds.formatting import plain_table
 from mythos_ds.mains import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPORT_TESTS = ("tests/parity/test_hf*.py", "tests/unit/test_hf*.py", "tests/unit/conversion/test_hf_folders.py")
+EXPORT_TESTS = ("tests/parity/test_hf*.py", "tests/unit/conversion/test_hf*.py")
 EXPORT_NEEDS = ("numpy", "packaging", "psutil", "pydantic", "pytest", "rich", "safetensors", "sentencepiece")
 """What the export's tests import beside torch, transformers and this project; psutil for continuous batching on CPU."""
 OLDER_WITH_TRANSFORMERS = {"transformers", "huggingface-hub", "tokenizers"}

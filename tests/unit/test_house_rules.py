@@ -259,6 +259,15 @@ def test_code_is_found_because_it_is_installed() -> None:
     assert found <= MAY_NAME_PYTHONPATH
 
 
+def test_unit_tests_stand_where_the_packages_do() -> None:
+    """And none imports a main by the name it has in a wheel, which type checkers cannot follow."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    folders = {path.parent.name for path in files if path.parent.parent == ROOT / "tests" / "unit"}
+    assert folders <= {path.parent.name for path in FILES if path.parent.parent == PACKAGE}
+    mains = ("mythos_ds.tools", "mythos_ds.launch")
+    assert not [path for path in files if any(_is(name, main) for name in _imports(path) for main in mains)]
+
+
 def test_mypy_reads_every_file() -> None:
     """Folders that make or training write hold no code of ours; only libraries may be skipped or silent."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from mythos_ds.tools.loop_report import main
 
 from mythos_ds.analysis import depth_curve
 from mythos_ds.errors import LabError
 from mythos_ds.lab.studies.language import base, configuration
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.model_folder import save_model
+from tests.helpers.mains import load_main
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
+
+main = load_main("tools/loop_report.py").main
 
 SMALL = {**base("cpu"), "model.mean_recurrence": 2, "model.n_experts": 4}
 LOOPS = depth_curve.depths_up_to(4)

@@ -1,6 +1,5 @@
 """The files that start training: their syntax, what is rendered into them, and what they do when a run is stopped."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mythos_ds.tools import render_launch
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.errors import ConfigError
+from tests.helpers.mains import load_main
 from tests.helpers.pretrain import ROOT, SMALL, environment, free_port, metrics, small_data
+
+render_launch = load_main("tools/render_launch.py")
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -254,12 +255,7 @@ def _main(arguments: list[str]) -> int:
 
 def _program(name: str) -> Any:
     """A program of launch/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_main(f"launch/{name}.py")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mythos_ds.tools import average_checkpoints
 from safetensors.torch import load_file, save_file
 
 from mythos_ds.config.schema import ModelConfig
@@ -15,7 +14,10 @@ from mythos_ds.mains import run_tool
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.model_folder import TOKENIZER, load_model, save_model
 from mythos_ds.weights.reader import TensorFolder
+from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
+
+average_checkpoints = load_main("tools/average_checkpoints.py")
 
 TINY = json.loads((ROOT / "models" / "tiny" / "config.json").read_text())["model"]
 CONFIG = ModelConfig.model_validate({**TINY, "vocab_size": 64, "dim": 32, "ffn_dim": 48, "expert_dim": 16})

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from mythos_ds.tools import convert_checkpoint
 from safetensors.torch import load_file
 
 from mythos_ds.mains import run_tool
 from mythos_ds.weights.model_folder import TOKENIZER, load_model, read_metadata
 from tests.helpers.paths import ROOT
+
+convert_checkpoint = load_main("tools/convert_checkpoint.py")
 
 TINY = ROOT / "models" / "tiny"
 Capture = pytest.CaptureFixture[str]

@@ -9,14 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from mythos_ds.tools import (
-    average_checkpoints,
-    convert_checkpoint,
-    inspect_checkpoint,
-    merge_checkpoint,
-    reshard_checkpoint,
-    verify_checkpoint,
-)
 from safetensors.torch import load_file, save_file
 
 from mythos_ds.checkpoint import manifest
@@ -26,8 +18,16 @@ from mythos_ds.conversion.average import similarity
 from mythos_ds.io import write_json
 from mythos_ds.mains import run_tool
 from mythos_ds.weights.reader import TensorSpec
+from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
 from tests.helpers.synthetic_checkpoint import write_synthetic
+
+average_checkpoints = load_main("tools/average_checkpoints.py")
+convert_checkpoint = load_main("tools/convert_checkpoint.py")
+inspect_checkpoint = load_main("tools/inspect_checkpoint.py")
+merge_checkpoint = load_main("tools/merge_checkpoint.py")
+reshard_checkpoint = load_main("tools/reshard_checkpoint.py")
+verify_checkpoint = load_main("tools/verify_checkpoint.py")
 
 TINY = ROOT / "models" / "tiny"
 Capture = pytest.CaptureFixture[str]

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from mythos_ds.tools import convert_checkpoint
 from safetensors.torch import load_file
 
 from mythos_ds.conversion.fp8 import SCALE, dequantised
 from mythos_ds.mains import run_tool
+from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
+
+convert_checkpoint = load_main("tools/convert_checkpoint.py")
 
 TINY = ROOT / "models" / "tiny"
 Capture = pytest.CaptureFixture[str]

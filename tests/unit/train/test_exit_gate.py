@@ -1,6 +1,5 @@
 """A gate learns on a frozen model, and exit rules are compared at equal mean depth."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -146,12 +145,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def tool() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("train_gate", ROOT / "tools" / "train_gate.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_main("tools/train_gate.py")
 
 
 def run(module: ModuleType, *arguments: object) -> int:

@@ -1,7 +1,6 @@
 """The index of a run can be built before it starts, and is then the one the run reads."""
 
 import pytest
-from mythos_ds.tools.prepare_index import main
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
@@ -10,6 +9,8 @@ from mythos_ds.errors import DataError
 from mythos_ds.train.data_loader import dataset_arguments
 from mythos_ds.train.run_manifest import new_manifest
 from tests.helpers.pretrain import SMALL, small_data
+
+main = load_main("tools/prepare_index.py").main
 
 
 def test_the_index_is_the_one_a_run_reads(tmp_path, capsys):
