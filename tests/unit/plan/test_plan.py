@@ -14,6 +14,7 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.costs.flops import flops_per_token
 from mythos_ds.errors import ConfigError
 from mythos_ds.hardware import GPUS, read_gpu
+from mythos_ds.mains import run_tool
 from mythos_ds.plan import layouts
 from mythos_ds.plan.activation_trace import Workload, trace
 from mythos_ds.plan.layouts import candidates, examine, first_remedy, ranked, remedies, with_changes
@@ -21,10 +22,17 @@ from mythos_ds.plan.memory import held_elements, memory, states
 from mythos_ds.plan.report import as_numbers, draw
 from mythos_ds.plan.timing import checkpoint, costs, timing
 from mythos_ds.plan.traffic import node_limit, traffic
+from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
 from tests.helpers.toy_model import toy_model
 
+PLAN = load_main("tools/plan.py")
 PRESETS = ("1b", "3b", "10b", "50b", "100b", "500b", "1t")
+
+
+def plan_main(arguments: list[str]) -> int:
+    """tools/plan.py's exit code."""
+    return run_tool(PLAN.parser(), PLAN.work, arguments)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -150,7 +158,7 @@ def test_a_gpu_from_a_file_and_what_is_wrong_with_one(tmp_path):
         read_gpu("h999")
 
 
-def test_the_command_writes_a_configuration_that_loads_and_a_picture(tmp_path):
+def test_the_command_writes_a_configuration_that_loads_and_a_picture(tmp_path, capsys):
     chosen, picture = tmp_path / "chosen.json", tmp_path / "plan.png"
     command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config", "1b.json", "--json", "--compare"]
     command += ["--write", str(chosen), "--picture", str(picture), "--objective", "time", "--layouts", "2"]
@@ -167,8 +175,8 @@ def test_the_command_writes_a_configuration_that_loads_and_a_picture(tmp_path):
     assert picture.stat().st_size > 10_000
     stage_one = ["parallel.zero_stage=1"]
     for wrong in (stage_one, ["--tokens", "many"], ["--gpu", "h999"], ["--gpus", "0"]):
-        refused = subprocess.run([*command[:4], *wrong], capture_output=True, text=True, timeout=120)
-        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+        code, refused = plan_main([*command[2:4], *wrong]), capsys.readouterr().err
+        assert (code, refused.count("\n")) == (2, 1), refused
 
 
 def test_experts_copies_on_many_nodes_and_rings_in_one_travel_where_they_lie():
@@ -200,9 +208,8 @@ def test_optimizer_state_in_host_memory_takes_time_and_no_room():
     assert without.timing.serial_s - with_it.timing.serial_s == pytest.approx(moved / GPUS["h100"].host_bandwidth)
 
 
-def test_what_is_written_names_the_machines_that_were_asked_for(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config", "1b.json"]
-    command += ["--write", str(tmp_path / "w.json")]
+def test_what_is_written_names_the_machines_that_were_asked_for(tmp_path, capsys):
+    command = ["--config", "1b.json", "--write", str(tmp_path / "w.json")]
     own = {"name": "mine", "memory_bytes": 141e9, "peak_flops": 9e14, "kernel_share": 0.7}
     (tmp_path / "g.json").write_text(json.dumps({**own, "node_bandwidth": 4e11, "network_bandwidth": 5e10}))
     cases = (
@@ -211,13 +218,11 @@ def test_what_is_written_names_the_machines_that_were_asked_for(tmp_path):
         (["--gpus", "16", "--gpu", str(tmp_path / "g.json")], (str(tmp_path / "g.json"), 2, 8)),
     )
     for more, (gpu, nodes, per_node) in cases:
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        assert plan_main([*command, *more]) == 0, capsys.readouterr().err
         cluster = json.loads((tmp_path / "w.json").read_text())["cluster"]
         assert cluster == {"gpu": gpu, "nodes": nodes, "gpus_per_node": per_node}
-    command = [*command[:4], "--picture", str(tmp_path / "x.foo")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, "ends in .png" in done.stderr) == (2, True)
+    code = plan_main([*command[:2], "--picture", str(tmp_path / "x.foo")])
+    assert (code, "ends in .png" in capsys.readouterr().err) == (2, True)
 
 
 def test_layouts_are_tried_with_less_where_none_fits(monkeypatch):
