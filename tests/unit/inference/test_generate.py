@@ -1,17 +1,17 @@
 """Continuing a text: greedy follows the likeliest token, the end ends it, and the tool says what is wrong."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from mythos_ds.inference.generate import generate
 from mythos_ds.lab.studies.language import base, configuration
+from mythos_ds.mains import run_tool
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.model_folder import save_model
-from tests.helpers.paths import ROOT
+from tests.helpers.mains import load_main
 from tests.helpers.text_data import make_tokenizer
 
 
@@ -53,15 +53,19 @@ def test_only_the_last_tokens_are_seen() -> None:
     assert seen == [3, 4, 4, 4]
 
 
-def test_the_tool_continues_a_prompt_and_refuses_a_loop_count_below_one(tmp_path: Path) -> None:
+def test_the_tool_continues_a_prompt_and_refuses_a_loop_count_below_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = configuration(base("cpu")).model.model_copy(update={"vocab_size": 512})
     save_model(MythosModel(model), tmp_path, {"seq_len": 16})
     make_tokenizer(tmp_path)
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "tools" / "generate.py"), "def ", "--model", str(tmp_path), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    tool = load_main("tools/generate.py")
 
-    assert run("--tokens", "3", "--loops", "2").stdout.startswith("def ")
-    refused = run("--loops", "0")
-    assert (refused.returncode, "allowed: 1 or more" in refused.stderr) == (2, True)
+    def run(*arguments: str) -> int:
+        return run_tool(tool.parser(), tool.work, ["def ", "--model", str(tmp_path), *arguments])
+
+    assert run("--tokens", "3", "--loops", "2") == 0
+    assert capsys.readouterr().out.startswith("def ")
+    assert run("--loops", "0") == 2
+    assert "allowed: 1 or more" in capsys.readouterr().err
