@@ -1,0 +1,69 @@
+"""Losses and gradient norms of 20 steps of every preset, as recorded in tests/golden/losses.json.
+
+A change that is meant to alter them records them anew (python -m tests.golden.write) and says so in CHANGELOG.md.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.golden.runs import LOSSES, STEPS, digest, names, record
+from tests.golden.tokens import TOKENS, write_tokens
+from tests.helpers.paths import ROOT
+
+DEFAULT = ("1t", "tiny")
+SAME_TORCH, OTHER_TORCH = 1e-5, 1e-3
+"""Relative tolerances: with the torch that recorded, and with any other."""
+MAX_TOKEN_BYTES = 200_000
+
+
+def recorded() -> dict[str, Any]:
+    return json.loads(LOSSES.read_text())
+
+
+@pytest.mark.parametrize(
+    "preset", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in names()]
+)
+def test_a_preset_trains_as_recorded(preset: str, tmp_path: Path) -> None:
+    expected = recorded()
+    tolerance = SAME_TORCH if torch.__version__.split("+")[0] == expected["torch"] else OTHER_TORCH
+    found = record(preset, tmp_path)
+    assert found.keys() == expected["runs"][preset].keys()
+    for name, values in expected["runs"][preset].items():
+        assert found[name] == pytest.approx(values, rel=tolerance), f"{preset}: {name}"
+
+
+def test_every_preset_is_recorded_with_the_torch_that_is_installed_by_default() -> None:
+    expected = recorded()
+    assert sorted(expected["runs"]) == names()
+    assert f"TORCH ?= torch=={expected['torch']}\n" in (ROOT / "Makefile").read_text()
+    for preset, metrics in expected["runs"].items():
+        assert all(len(values) == STEPS for values in metrics.values()), preset
+        assert metrics["loss"][-1] < 0.9 * metrics["loss"][0], f"{preset}: learns"
+
+
+def test_recorded_numbers_have_an_entry_in_the_changelog() -> None:
+    """The newest that is named must be what is recorded, so that no file of numbers changes in silence."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    entries = [" ".join(entry.split()) for entry in re.split(r"^- ", text, flags=re.M)]
+    named = [(found.group(1), entry) for entry in entries for found in re.finditer(r"[Gg]olden losses `(\w+)`", entry)]
+    assert named, "no entry"
+    label, entry = named[0]
+    assert label == digest(recorded()["runs"]), (
+        "new numbers need an entry: python -m tests.golden.write prints its label"
+    )
+    assert "**N**" in entry
+
+
+def test_the_tokens_are_those_of_the_script(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens")
+    sizes = []
+    for suffix in (".bin", ".idx", ".json"):
+        committed = TOKENS.with_suffix(suffix).read_bytes()
+        sizes.append(len(committed))
+        assert (tmp_path / "tokens").with_suffix(suffix).read_bytes() == committed, suffix
+    assert sum(sizes) <= MAX_TOKEN_BYTES
