@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mythos_ds" / "__init__.py").read_text()).group(1)
+(VERSION,) = re.findall(r'^__version__ = "(.+)"', (ROOT / "mythos_ds" / "__init__.py").read_text(), re.M)
 BESIDE = {
     "mythos_ds.presets": "ds_configs",
     "mythos_ds.tools": "tools",

@@ -7,7 +7,7 @@ from unittest.mock import patch
 from mythos_ds.bench.collective_bytes import CollectiveBytes
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.parallel.routing_stats import StepRecords
-from tests.distributed.cases import opened, own_batches
+from tests.distributed.cases import numel, opened, own_batches, own_experts
 
 LARGE_MODEL = {
     "zero_optimization": {

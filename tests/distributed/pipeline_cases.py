@@ -152,10 +152,8 @@ def _traffic(case: dict[str, Any], counter: CollectiveBytes, passes: Counter[str
                     "held": runs[-1].peak_held,
                     "predicted_sent": prediction.sent_bytes[groups.layout.stage],
                     "predicted_held": prediction.peak_held[groups.layout.stage],
-                    "stage_bytes": sum(p.ds_numel * 4 for p in engine.module.parameters()),
-                    "own_expert_bytes": sum(
-                        p.ds_numel * 4 for p in engine.module.parameters() if not getattr(p, "allreduce", True)
-                    ),
+                    "stage_bytes": numel(engine.module.parameters()) * 4,
+                    "own_expert_bytes": numel(own_experts(engine.module)) * 4,
                 }
             )
     return out

@@ -19,7 +19,7 @@ def work(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ranks = []
             if groups.layout.ep_size > 1:
                 ranks = torch_distributed.get_process_group_ranks(require_expert_group(groups.layout.ep_size))
-            shapes = {name: tuple(p.ds_shape) for name, p in engine.module.named_parameters()}
+            shapes = {name: tuple(vars(p)["ds_shape"]) for name, p in engine.module.named_parameters()}
             found.append(
                 {
                     "kept": held_states(engine),

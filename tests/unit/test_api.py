@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_loading_and_generating_import_no_deepspeed(tmp_path):
 
 
 def test_generation_takes_a_model_or_its_source(in_empty):
-    options = {"new_tokens": 8, "temperature": 0, "loops": 2}
+    options: dict[str, Any] = {"new_tokens": 8, "temperature": 0, "loops": 2}
     text = mythos_ds.generate("tiny", "def main(", **options)
     assert text
     model, tokenizer = mythos_ds.MythosModel.from_pretrained("tiny"), mythos_ds.Tokenizer.load(str(TINY))

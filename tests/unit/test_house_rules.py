@@ -72,6 +72,9 @@ MAX_READING_PATH = 9_000
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 
+OWN = ("mythos_ds", "mythos_hf", "mythos_vllm", "tools", "launch", "tests", "examples", "setup")
+"""Where code is, by the names that type checkers know it by."""
+
 LIBRARIES = {
     "deepspeed": {"parallel", "engine", "checkpoint", "bench"},
     "torch.distributed": {"parallel", "engine", "checkpoint", "bench", "cluster/preflight"},

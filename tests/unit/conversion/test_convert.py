@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from mythos_ds.mains import run_tool
 from mythos_ds.weights.model_folder import TOKENIZER, load_model, read_metadata
+from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
 
 convert_checkpoint = load_main("tools/convert_checkpoint.py")

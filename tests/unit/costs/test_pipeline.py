@@ -19,6 +19,7 @@ from mythos_ds.costs.pipeline import (
     visits_of,
 )
 from mythos_ds.costs.schedule import backward, forward, interleaved_order, one_forward_one_backward_order
+from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
 
 TOOL = ROOT / "tools" / "plot_pipeline.py"

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mythos_ds.kernels.grouped_mlp import grouped_swiglu, looped_swiglu
+from tests.helpers.toy_model import gradient
 
 DIM, HIDDEN = 16, 24
 

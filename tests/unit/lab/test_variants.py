@@ -77,7 +77,8 @@ def test_the_penalty_is_the_squared_gain_of_one_more_loop() -> None:
     model = _same_weights("jacobian_penalty").train()
     penalised = model.recurrent
     scale = torch.nn.Parameter(torch.tensor(3.0))
-    penalised.block.step = lambda h, e, **options: (scale * h, None)
+    block: Any = penalised.block
+    block.step = lambda h, e, **options: (scale * h, None)
     h = torch.ones(1, 4, 64, requires_grad=True)
     block.forward = lambda e, n_loops, context: h
     context = model.make_context(torch.zeros(1, 4, dtype=torch.int64), None, None, 1)

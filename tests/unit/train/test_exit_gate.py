@@ -25,7 +25,7 @@ from mythos_ds.errors import ConfigError
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.train.exit_gate import explained_share, train_exit_gate, with_exit_gate
 from mythos_ds.weights.model_folder import load_model, read_metadata, save_model
-from tests.helpers.paths import ROOT
+from tests.helpers.mains import load_main
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
 from tests.helpers.toy_model import randomise, toy_batch, toy_config
 

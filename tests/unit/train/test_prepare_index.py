@@ -8,6 +8,7 @@ from mythos_ds.data.datasets import build_datasets
 from mythos_ds.errors import DataError
 from mythos_ds.train.data_loader import dataset_arguments
 from mythos_ds.train.run_manifest import new_manifest
+from tests.helpers.mains import load_main
 from tests.helpers.pretrain import SMALL, small_data
 
 main = load_main("tools/prepare_index.py").main
