@@ -56,7 +56,7 @@ LINES = {
     "train": 1_300,
     "conversion": 2_390,
     "plan": 1_760,
-    "analysis": 880,
+    "analysis": 1_060,
     "cluster": 920,
     "lab": 2_650,
     "bench": 530,
