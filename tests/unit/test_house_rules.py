@@ -59,7 +59,7 @@ LINES = {
     "analysis": 1_060,
     "cluster": 920,
     "lab": 2_650,
-    "bench": 530,
+    "bench": 790,
     "api": 390,
     "__init__": 60,
     "__main__": 110,

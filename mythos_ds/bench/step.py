@@ -1,0 +1,73 @@
+"""Time of one optimizer step on DeepSpeed against plain torch, or of a pipeline against none, on the same cores."""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mythos_ds.errors import LabError
+
+TIME_LIMIT_S = 900
+
+
+def compare_steps(
+    config: str, overrides: Sequence[str], *, processes: int, against: str, steps: int, repetitions: int
+) -> dict[str, Any]:
+    """Medians of the step's seconds by side, their ratio, and a pipeline's idle shares; both sides run in turn.
+
+    against: "torch" (plain torch in one process of as many threads) or "unpipelined". Raises LabError where a side
+    failed.
+    """
+    medians: dict[str, list[float]] = {"deepspeed": [], against: []}
+    idle: list[dict[str, float]] = []
+    for _ in range(repetitions):
+        for side in medians:
+            own = [*overrides] if side == "deepspeed" else [*overrides, "parallel.pp_size=1"]
+            timed = _run({"side": side, "config": config, "overrides": own, "processes": processes, "steps": steps})
+            medians[side].append(statistics.median(timed["seconds"]))
+            idle += timed["idle"]
+    best = {side: min(values) for side, values in medians.items()}
+    result: dict[str, Any] = {
+        "config": config,
+        "overrides": [*overrides],
+        "processes": processes,
+        "step_s": medians,
+        f"ratio_deepspeed_to_{against}": best["deepspeed"] / best[against],
+    }
+    if idle:
+        result["idle_share"] = {name: statistics.mean(step[name] for step in idle) for name in idle[0]}
+    return result
+
+
+def _run(case: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of each timed step of one fresh run, and the idle shares of a pipeline's."""
+    processes = 1 if case["side"] == "torch" else case["processes"]
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        case_file, result = Path(folder) / "case.json", Path(folder) / "seconds.json"
+        case_file.write_text(json.dumps(case), encoding="utf-8")
+        command = [sys.executable, "-m", "mythos_ds.bench.step_worker", str(case_file), str(result)]
+        running = []
+        for rank in range(processes):
+            launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            added = {**launcher, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            added |= {"OMP_NUM_THREADS": case["processes"] // processes}
+            # Both sides on the same cores.
+            environment = {"DS_ACCELERATOR": "cpu", **os.environ, **{key: str(value) for key, value in added.items()}}
+            running.append(subprocess.Popen(command, env=environment))
+        try:
+            failed = [process.args for process in running if process.wait(TIME_LIMIT_S)]
+        finally:
+            for process in running:
+                process.kill()
+        if failed:
+            raise LabError(f"the {case['side']} side failed")
+        return json.loads(result.read_text(encoding="utf-8"))
