@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mythos_ds.api import (
+        Callback,
         ModelConfig,
         MythosModel,
         RunConfig,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callback",
     "ModelConfig",
     "MythosModel",
     "RunConfig",

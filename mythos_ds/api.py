@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mythos_ds.data.tokenizer import Tokenizer as Tokenizer
     from mythos_ds.model.mythos import MythosModel as MythosModel
     from mythos_ds.plan.run_plan import RunPlan
+    from mythos_ds.train.callbacks import Callback as Callback
 
 BUILT_IN = "tiny"
 """The trained model that is installed with the package."""
@@ -28,6 +29,7 @@ _CLASSES = {
     "ModelConfig": "mythos_ds.config.schema",
     "MythosModel": "mythos_ds.model.mythos",
     "Tokenizer": "mythos_ds.data.tokenizer",
+    "Callback": "mythos_ds.train.callbacks",
 }
 """Public classes, by the module that each is written in."""
 __all__ = ["load_config", "generate", "pretrain", "evaluate", "convert", "plan_run", *_CLASSES]
@@ -251,6 +253,7 @@ def pretrain(
     run_dir: str | Path | None = None,
     overrides: Sequence[str] = (),
     resume: str | Path = "auto",
+    callbacks: "Sequence[Callback]" = (),
 ) -> Path:
     """Train in this process, alone or as one of a launcher's; the run's directory.
 
@@ -261,6 +264,7 @@ def pretrain(
         config: a file, a preset, or a configuration made in Python.
         run_dir: needed for one made in Python; the same default as on the command line for others.
         resume: "auto" goes on from the directory's newest checkpoint, "never" refuses one, a path goes on from there.
+        callbacks: called on every rank, in this order; `mythos_ds/train/callbacks.py` says when.
 
     Raises:
         MythosError: for what a user can mend. Another error ends the process, as other ranks would wait for it.
@@ -277,7 +281,8 @@ def pretrain(
     folder = default_run_directory(loaded) if run_dir is None else Path(run_dir)
     from mythos_ds.train.run import RunRequest, train
 
-    train(RunRequest(resolved, loaded.text, folder, str(resume), ("mythos_ds.pretrain",)), environment)
+    request = RunRequest(resolved, loaded.text, folder, str(resume), ("mythos_ds.pretrain",))
+    train(request, environment, callbacks=callbacks)
     return folder
 
 

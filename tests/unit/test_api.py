@@ -224,7 +224,12 @@ def test_a_run_is_trained_and_its_model_is_merged_in_memory(tmp_path):
     program = f"""
 import os, mythos_ds, torch
 config = mythos_ds.load_config("tiny", {overrides!r})
-run = mythos_ds.pretrain(config, run_dir="run", overrides=["training.seed=5"])
+class Steps(mythos_ds.Callback):
+    seen = []
+    def after_step(self, state):
+        self.seen.append(state.step)
+run = mythos_ds.pretrain(config, run_dir="run", overrides=["training.seed=5"], callbacks=[Steps()])
+assert Steps.seen == [1, 2, 3], Steps.seen
 model = mythos_ds.MythosModel.from_pretrained(run)
 one = mythos_ds.MythosModel.from_pretrained(str(run / "checkpoints" / "step_00000003"))
 assert all(torch.equal(value, one.state_dict()[name]) for name, value in model.state_dict().items())
