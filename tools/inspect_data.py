@@ -53,7 +53,7 @@ def _summary(view: DatasetView) -> str:
         "tokens": f"{info.tokens:,} as {view.dtype}",
         "text": f"{info.text_bytes:,} bytes, {info.text_bytes / info.tokens:.2f} per token",
         "vocabulary": f"{info.vocab_size:,} pieces, tokenizer sha256 {info.tokenizer_sha256[:12]}",
-        "length": f"mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, max {lengths.max()} tokens",
+        "length": f"mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, max {np.max(lengths)} tokens",
     }
     return "".join(f"{name:<11}{value}\n" for name, value in rows.items())
 

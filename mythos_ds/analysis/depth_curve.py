@@ -85,7 +85,7 @@ def fit(loops: Sequence[int], losses: Sequence[float], noise: float | None = Non
     solved = [_solve(x[own], y[own]) for own in kept]
     missed = [abs(own[0] + own[1] * math.exp(-own[2] * a) - b) for own, a, b in zip(solved, x, y, strict=True)]
     relative = np.array(missed) / np.abs(y).clip(min=1e-12)
-    spread = float(y.max() - y.min())
+    spread = float(np.max(y) - np.min(y))
     return {
         "L_inf": level,
         "Z": scale,

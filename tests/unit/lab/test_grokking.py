@@ -68,7 +68,7 @@ def test_the_sizes_have_queries_of_each_kind(scale: str) -> None:
     task = FactTask(*SIZES[scale][0], graph_seed=0)
     splits = task.splits()
     assert all(len(splits[name][0]) >= 100 for name in SPLITS)
-    assert max(int(tokens.max()) for tokens, _ in splits.values()) < task.entities + task.relations
+    assert max(int(np.max(tokens)) for tokens, _ in splits.values()) < task.entities + task.relations
     assert {arm for arm, _ in runs(scale, "data")} <= {arm.name for arm in ARMS}
 
 
