@@ -29,6 +29,8 @@ def git_commit() -> str | None:
     """Commit of the checkout this package runs from, with `+changes` when it has some; None outside of git."""
     folder = Path(__file__).resolve().parent
     try:
+        # An environment inside another project's repository is not a checkout of this one.
+        _git(folder, "ls-files", "--error-unmatch", "provenance.py")
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("+changes" if _git(folder, "status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):

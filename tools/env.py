@@ -15,7 +15,7 @@ from typing import Any
 
 import mythos_ds
 from mythos_ds.mains import run_tool
-from mythos_ds.train.run_directory import git_commit
+from mythos_ds.provenance import git_commit
 
 PACKAGES = (
     "torch", "deepspeed", "megatron-core", "sentencepiece", "pydantic", "numpy", "safetensors", "transformers",

@@ -27,8 +27,8 @@ def held_out_batches(
     seed: int = 0,
     training: bool = False,
 ) -> tuple[list[Batch], Tokenizer]:
-    """The first batches {tokens, labels, positions} int64 [rows, seq_len] of held-out text, or of text to train on; and
-    the tokenizer. For the other arguments see `open_text`."""
+    """Reads the first batches {tokens, targets, positions}, int64 [rows, seq_len], of held-out text, or of training
+    text, and the tokenizer. For the other arguments see `open_text`."""
     count = batches * rows
     data = open_text(
         data_dir,

@@ -179,7 +179,7 @@ class MythosModel(nn.Module):
     ) -> Tensor:
         """Runs coda and head on the state h [batch, seq, dim], with ACT the halting state's output: fp32 logits
         [batch, seq, vocab], or the scalar mean loss where labels or targets are given (see `forward`)."""
-        x = self.run_coda(h.float().to(self.norm.weight.dtype), context)
+        x = self.run_coda(h.to(self.norm.weight.dtype), context)
         if labels is None:
             return self.logits_or_loss(x, targets)
         counted = labels[:, 1:] != IGNORED_LABEL
