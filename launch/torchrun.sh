@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.." || exit 1
 . launch/supervise.sh
 python="${PYTHON:-python}" verb="${VERB:-pretrain}"
 program=(-m mythos_ds "$verb")
-[[ -n "${PROGRAM:-}" && "$PROGRAM" != launch/pretrain.py ]] && verb="" program=("$PROGRAM")
+[[ -n "${PROGRAM:-}" && "${PROGRAM##*/}" != pretrain.py ]] && verb="" program=("$PROGRAM")
 node="${NODE_RANK:-${JOB_COMPLETION_INDEX:-}}"
 
 processes="${NPROC:-gpu}"
