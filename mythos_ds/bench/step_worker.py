@@ -17,8 +17,8 @@ from mythos_ds.engine.optimizer import make_optimizer, parameter_groups, set_lea
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.model.sequence_depths import DepthSampler
 from mythos_ds.parallel.groups import init_parallel
+from mythos_ds.train.depth_sampler import DepthSampler
 
 WARM_UP_STEPS = 3
 

@@ -18,12 +18,12 @@ from mythos_ds.errors import ParallelError
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.parameter_roles import is_expert
-from mythos_ds.model.sequence_depths import DepthSampler
 from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.pretended import pretend, ranks_of
 from mythos_ds.plan.memory import parameter_shapes, states
 from mythos_ds.plan.traffic import traffic
+from mythos_ds.train.depth_sampler import DepthSampler
 
 
 def rehearse(resolved: ResolvedRun, rank: int, gpus_per_node: int, step: int = 0) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from mythos_ds.engine.training_engine import StepResult, TrainingEngine
 from mythos_ds.errors import NumericsError
 from mythos_ds.inference.generate import generate
 from mythos_ds.log import get_logger
-from mythos_ds.model.sequence_depths import DepthSampler
 from mythos_ds.monitor.memory import peak_memory_bytes
 from mythos_ds.monitor.throughput import Throughput, peak_flops
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.resilience.signals import StopSignals
 from mythos_ds.train.callbacks import Callback, CallbackList, CallbackState
 from mythos_ds.train.data_loader import Batch, DataLoader
+from mythos_ds.train.depth_sampler import DepthSampler
 from mythos_ds.train.evaluation import depth_counts, losses_at
 from mythos_ds.train.lr_schedule import learning_rate
 from mythos_ds.train.metrics_logger import MetricsLogger

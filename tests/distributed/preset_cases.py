@@ -10,8 +10,8 @@ from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.resolve import resolve
 from mythos_ds.engine.build import build_engine
 from mythos_ds.environment import ProcessEnvironment
-from mythos_ds.model.sequence_depths import DepthSampler
 from mythos_ds.parallel.groups import init_parallel
+from mythos_ds.train.depth_sampler import DepthSampler
 
 STEPS = 3
 

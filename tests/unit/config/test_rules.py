@@ -166,7 +166,7 @@ def test_key_lists_agree_with_the_installed_deepspeed(monkeypatch):
 
 
 def test_depth_law_agrees_with_the_sampler():
-    depth = pytest.importorskip("mythos_ds.model.sequence_depths")
+    depth = pytest.importorskip("mythos_ds.train.depth_sampler")
     for name in ("lognormal_poisson", "poisson", "uniform", "fixed"):
         pmf = depth_pmf(name, 4, 0.5, 12)
         assert sum(pmf) == pytest.approx(1.0)

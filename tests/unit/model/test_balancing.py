@@ -7,7 +7,7 @@ from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords, load_imbalance
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.router import update_router_bias
-from mythos_ds.model.sequence_depths import DepthSampler
+from mythos_ds.train.depth_sampler import DepthSampler
 
 CONFIG = ModelConfig(
     vocab_size=256,

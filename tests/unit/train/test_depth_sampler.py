@@ -7,7 +7,7 @@ import torch
 from mythos_ds.config.depth_distribution import depth_pmf, growing_mean, largest_of, mean_depth
 from mythos_ds.config.loader import load_config
 from mythos_ds.costs.flops import expected_flops_per_token, mean_training_depth
-from mythos_ds.model.sequence_depths import DepthSampler
+from mythos_ds.train.depth_sampler import DepthSampler
 
 LAWS = ["lognormal_poisson", "poisson", "uniform", "fixed"]
 DRAWS = 20_000
