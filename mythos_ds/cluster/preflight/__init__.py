@@ -1,1 +1,1 @@
-"""What launch/preflight.py looks at before a run starts."""
+"""The checks of hosts, devices and links before a run starts."""

@@ -29,8 +29,8 @@ KUBERNETES = ["kubernetes", "--config", "1t.json", "--image", "registry/mythos:1
 
 
 def _render(arguments: list[str]) -> str:
-    options = render_launch.parser().parse_args(arguments)
-    return options.render(render_launch._cluster(options), options)
+    text: str = render_launch.render(render_launch.parser().parse_args(arguments))
+    return text
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def finished():
 def test_preflight_looks_where_training_will_write(arguments, directory):
     preflight = _program("preflight")
     parsed = preflight.parse_arguments(["--config", "1t.json", *arguments])
-    assert preflight.Preflight(parsed).run_dir == Path(directory)
+    assert preflight.preflight_of(parsed).run_dir == Path(directory)
 
 
 @pytest.mark.parametrize(
