@@ -112,8 +112,8 @@ def report(arguments: Namespace, models: list[SourceModel], mean: Mean, alike: l
     recorded = lineage_metadata(models)
     for i, model in enumerate(models):
         cosine = f"cosine with the last {alike[i]:.4f}" if i < len(alike) else "the last"
-        facts = ", ".join(f"{name} {values[i]}" for name, values in recorded.items() if values[i] is not None)
-        sys.stdout.write(f"{model.folder}: weight {mean.weights[i]:.4g}, {cosine}; {facts or 'nothing recorded'}\n")
+        metadata = ", ".join(f"{name} {values[i]}" for name, values in recorded.items() if values[i] is not None)
+        sys.stdout.write(f"{model.folder}: weight {mean.weights[i]:.4g}, {cosine}; {metadata or 'nothing recorded'}\n")
     sys.stdout.write(f"not averaged, from {models[-1].folder}: {', '.join(mean.kept) or 'nothing'}\n")
     print_estimate(f"{arguments.output}{' (nothing written)' if arguments.dry_run else ''}", made, False)
 

@@ -49,7 +49,7 @@ def work(arguments: Namespace) -> None:
 
 def inspect(arguments: Namespace) -> None:
     """Read everything and print what was found."""
-    facts, sources = read(arguments.path)
+    summary, sources = read(arguments.path)
     total = sum(spec.nbytes for source in sources.values() for spec in source.specs().values())
     with byte_progress("reading", total) as progress:
         health = {
@@ -57,10 +57,10 @@ def inspect(arguments: Namespace) -> None:
             for kind, source in sources.items()
         }
     if arguments.json:
-        sys.stdout.write(json.dumps({**facts, "tensors": health}, indent=1) + "\n")
+        sys.stdout.write(json.dumps({**summary, "tensors": health}, indent=1) + "\n")
         return
     console = Console(soft_wrap=True)
-    for name, value in facts.items():
+    for name, value in summary.items():
         console.print(f"{name}: {value}", highlight=False)
     for kind, tensors in health.items():
         console.print(table(kind, tensors, arguments.tensors))
@@ -69,7 +69,7 @@ def inspect(arguments: Namespace) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
-    """Facts about what is at `path`, and its tensors by kind. Raises CheckpointError where it is neither."""
+    """A summary of what is at `path`, and its tensors by kind. Raises CheckpointError where it is neither."""
     if (path / CONFIG).is_file():
         content = read_json(path / CONFIG)
         if not isinstance(content, dict) or "model" not in content:
@@ -80,7 +80,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
     tag = newest_tag(path)
     state = read_json(tag / manifest.STATE)
     sources, updates = open_state(tag)
-    facts = {
+    summary = {
         "checkpoint": str(tag),
         "step": state["step"],
         "optimizer updates": int(updates),
@@ -88,7 +88,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
         "layout": read_layout(tag),
         "bytes on disk": sum(record.size for record in manifest.read_manifest(tag).values()),
     }
-    return facts, dict(sources)
+    return summary, dict(sources)
 
 
 def table(kind: str, tensors: Mapping[str, Mapping[str, Any]], every: bool) -> Table:

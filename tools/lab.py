@@ -64,7 +64,7 @@ def run_study(study: Study, arguments: Namespace) -> None:
     folders = {key: run_folder(output, spec) for key, spec in specs.items()}
     report = study.analyse(results, folders, arguments.scale)
     minutes = sum(result.get("seconds", 0) for result in results.values()) / 60
-    facts = {
+    header = {
         "question": study.title,
         "command": f"`mythos-ds lab {study.name} --scale {arguments.scale}`",
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
@@ -73,7 +73,7 @@ def run_study(study: Study, arguments: Namespace) -> None:
         "runs": f"{len(specs)}, {minutes:.0f} process-minutes",
     }
     folder = arguments.docs / (study.name if arguments.scale == "cpu" else f"{study.name}-{arguments.scale}")
-    write_report(study, report, folder, facts)
+    write_report(study, report, folder, header)
     sys.stdout.write(f"{folder / 'results.md'}\n")
 
 

@@ -17,12 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mythos_ds.data.batches import BatchStream
+from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import TokenDataset
 from mythos_ds.data.held_out import open_text
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
-from mythos_ds.train.data_loader import Batch
 from mythos_ds.train.exit_gate import explained_share, train_exit_gate, with_exit_gate
 from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, load_model, read_metadata, save_model
 

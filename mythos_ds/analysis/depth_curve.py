@@ -74,7 +74,7 @@ def fit(loops: Sequence[int], losses: Sequence[float], noise: float | None = Non
     """L(T) = L_inf + Z exp(-z T) by least squares, as {L_inf, Z, z, ...}.
 
     `held_out_error`, `largest_held_out_error`: |prediction / loss - 1| where one depth at a time is left out, mean and
-    largest; `held_out_share`: the same mean error as a share of the losses' spread, which says whether the law explains
+    largest; `held_out_share`: the same mean error as a share of the losses' spread, which says whether the fit explains
     anything. `too_flat`: the spread is within the noise, and the parameters mean nothing. `rate_at_bound`: z is the
     least or greatest that is tried, so that the data do not say it. Raises LabError for fewer than MIN_POINTS depths.
     """
@@ -128,12 +128,12 @@ def draw(results: Results, path: Path) -> None:
     figure, axes = new_panels(1, 1)
     panel = axes[0, 0]
     for index, (label, own) in enumerate(runs.items()):
-        color, law = f"C{index}", own["fit"]
+        color, fitted = f"C{index}", own["fit"]
         panel.plot(own["loops"], own["loss"], "o-", color=color, label=label or "held-out loss", ms=4)
         panel.plot([own["best_loops"]], [min(own["loss"])], "*", color=color, ms=12)
-        if not law["too_flat"]:
+        if not fitted["too_flat"]:
             x = np.geomspace(own["loops"][0], own["loops"][-1], 200)
-            panel.plot(x, law["L_inf"] + law["Z"] * np.exp(-law["z"] * x), "--", color=color, lw=0.9)
+            panel.plot(x, fitted["L_inf"] + fitted["Z"] * np.exp(-fitted["z"] * x), "--", color=color, lw=0.9)
     loop_axis(panel, runs)
     panel.set(ylabel="loss (nats per token)")
     panel.legend(fontsize=8)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 from mythos_ds.analysis import depth_curve, exit_rule_comparison, routing, stability
+from mythos_ds.data.batches import Batch
 from mythos_ds.data.held_out import held_out_batches
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.formatting import markdown_table
@@ -21,11 +21,10 @@ from mythos_ds.weights.model_folder import TOKENIZER
 ROWS = 4
 DEFAULT_SEQ_LEN = 256
 
-Batches = list[dict[str, Tensor]]
 Table = list[list[str]]
 
 
-def report_text(model: MythosModel, checkpoint: Path, data_dir: Path, n: int, seq_len: int) -> tuple[Batches, str]:
+def report_text(model: MythosModel, checkpoint: Path, data_dir: Path, n: int, seq_len: int) -> tuple[list[Batch], str]:
     """Batches of held-out text, or of random tokens where the vocabulary is none for text; and which it is."""
     vocab = model.config.vocab_size
     own = checkpoint / TOKENIZER if checkpoint.is_dir() else checkpoint.parent / "none"
@@ -54,7 +53,7 @@ def _builtin_vocabulary(data_dir: Path) -> int:
     return Tokenizer.load(tokenizer).vocab_size if tokenizer.is_file() else VOCABULARY
 
 
-def measure_all(model: MythosModel, batches: Batches) -> dict[str, Any]:
+def measure_all(model: MythosModel, batches: list[Batch]) -> dict[str, Any]:
     """Every inspection's result by name."""
     trained = model.config.mean_recurrence
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -128,16 +127,16 @@ def _chosen(own: dict[str, Any]) -> list[int]:
 
 
 def _depth_curve(own: dict[str, Any]) -> tuple[list[str], list[Table]]:
-    law, noise = own["fit"], own["noise"]
+    fit, noise = own["fit"], own["noise"]
     sentences = [
         f"perplexity at 2T / at T: {own['ppl_ratio']:.4f}; least loss at T = {own['best_loops']}, "
         f"{own['overthinking']:.4f} above it at T = {own['loops'][-1]}; noise of a loss "
         + ("unknown (one batch)" if noise is None else f"{noise:.4f}"),
         "the curve is too flat for a law"
-        if law["too_flat"]
-        else f"L(T) = {law['L_inf']:.4f} {law['Z']:+.4f} exp(-{law['z']:.4f} T); a depth left out is missed by "
-        f"{law['held_out_error']:.2%} of its loss ({law['held_out_share']:.0%} of the curve's spread)"
-        + ("; z is at the bound of what is tried: the curve does not fix it" if law["rate_at_bound"] else ""),
+        if fit["too_flat"]
+        else f"L(T) = {fit['L_inf']:.4f} {fit['Z']:+.4f} exp(-{fit['z']:.4f} T); a depth left out is missed by "
+        f"{fit['held_out_error']:.2%} of its loss ({fit['held_out_share']:.0%} of the curve's spread)"
+        + ("; z is at the bound of what is tried: the curve does not fix it" if fit["rate_at_bound"] else ""),
     ]
     pairs = zip(own["loops"], own["loss"], strict=True)
     return sentences, [[["loops", "loss"], *([str(n), f"{loss:.4f}"] for n, loss in pairs)]]

@@ -1,7 +1,8 @@
 """Predicts what a pipeline's schedule costs: idle time, messages, visits that wait for their backward. Pure; no torch.
 
 The orders are those that the pipeline runs (costs/schedule.py), simulated by list scheduling: a stage takes its
-computations in order, each as soon as what it reads is there.
+computations in order, each as soon as what it reads is there. A visit is the work of one virtual stage on a
+micro-batch: visit v of stage s is virtual stage v * n_stages + s.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class VisitCost:
-    """A stage's work on a micro-batch that comes by, per process of the stage.
+    """The cost of one virtual stage's work on a micro-batch, per process of the stage.
 
     Attributes:
         kind: prelude layers, layers of one loop, the whole loop ("loops"), or coda layers.
@@ -53,7 +54,7 @@ class VisitCost:
 
 
 Visits = tuple[tuple[VisitCost, ...], ...]
-"""Of each stage, by visit number; a micro-batch goes through all stages before it comes to the next number."""
+"""Costs of each stage, by visit number; a micro-batch goes through all stages before it comes to the next number."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The order in which the stages of a pipeline compute, send and receive: read by the planner and by the executor. Pure.
 
-The ring is interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473) over virtual stages visit * n_stages + stage: the
-loop count is the interleaving factor. With one visit per stage it is plain 1F1B. A test holds the orders equal to those
+The ring is interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473): in turn v, a stage s works as virtual stage
+v * n_stages + s, and what it does there on one micro-batch is a visit. The loop count is the interleaving factor; with
+one visit per stage the order is plain 1F1B. A test holds the orders equal to those
 of torch.distributed.pipelining.
 """
 

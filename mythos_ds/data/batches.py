@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Sampler
 
 Item = dict[str, NDArray[np.int64]]
 Batch = dict[str, Tensor]
+"""tokens, targets, positions: int64 [rows, seq]; targets are the next tokens. Where each sequence has its own depth,
+also depths: int64 [rows]."""
 
 
 class SampleSource(Protocol):

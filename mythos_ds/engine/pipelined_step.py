@@ -1,8 +1,8 @@
 """Forward and backward of a step's micro-batches through a pipeline.
 
 Each process has one ordinary ZeRO-3 engine, confined to its stage. The stage's weights are gathered once, the schedule
-runs over all visits and micro-batches while gradients add up locally, and leaving DeepSpeed's `coalesce_grad_reduction`
-reduces them once.
+runs over all virtual stages and micro-batches while gradients add up locally, and leaving DeepSpeed's
+`coalesce_grad_reduction` reduces them once.
 """
 
 import math
@@ -15,8 +15,9 @@ import torch.distributed as torch_distributed
 from torch import Tensor
 
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.data.batches import Batch
 from mythos_ds.engine.deepspeed_patches import DuplicateNorm, couple_gradient_norm, remove_module_hooks
-from mythos_ds.engine.plain_step import Batch, StepRun
+from mythos_ds.engine.plain_step import StepRun
 from mythos_ds.errors import ParallelError
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.pipeline_stage import StageModel

@@ -7,14 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mythos_ds.data.batches import Batch
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.pipeline_executor import PipelineRun
-
-Batch = dict[str, Tensor]
-"""tokens, targets, positions: int64 [rows, seq] on this process's device; targets are the next tokens. Where each
-sequence has its own depth, also depths: int64 [rows]."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.data.batches import Batch
 from mythos_ds.engine.optimizer import set_learning_rate
 from mythos_ds.engine.pipelined_step import PipelinedStep
-from mythos_ds.engine.plain_step import Batch, PlainStep
+from mythos_ds.engine.plain_step import PlainStep
 from mythos_ds.errors import NumericsError
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
@@ -34,8 +35,8 @@ class StepResult:
     routing: Statistics
     """Metrics of the routers and the carried state."""
     pipeline: dict[str, float] = field(default_factory=dict)
-    """With a pipeline and statistics: the mean idle share of the processes, and the most visits that any held for their
-    backward at once."""
+    """With a pipeline and statistics: the mean idle share of the processes, and the most (virtual stage, micro-batch)
+    pairs that any held for their backward at once."""
 
 
 class TrainingEngine:

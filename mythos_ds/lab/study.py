@@ -44,18 +44,21 @@ class Study:
     scales: tuple[str, ...] = ("cpu", "gpu")
 
 
-def write_report(study: Study, report: Report, folder: Path, facts: Mapping[str, str]) -> None:
-    """Writes results.json, the pictures and results.md (tables and pictures, to be included by a page)."""
+def write_report(study: Study, report: Report, folder: Path, header: Mapping[str, str]) -> None:
+    """Writes results.json, the pictures and results.md (tables and pictures, to be included by a page).
+
+    `header`: how the study was run, by name; it stands above the tables.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in report.pictures:
         draw(folder / name)
     lines = [f"<!-- written by the command below; read {study.name}.md for what it means -->", ""]
-    lines += [f"* {name}: {value}" for name, value in facts.items()] + [""]
+    lines += [f"* {name}: {value}" for name, value in header.items()] + [""]
     for caption, rows in report.tables:
         lines += [f"**{caption}**", "", markdown_table(rows[0], rows[1:]), ""]
     lines += [f"![{name}]({name})\n" for name, _ in report.pictures]
     write_atomic(folder / "results.md", "\n".join(lines))
-    content = {"study": study.name, **facts, "numbers": report.numbers}
+    content = {"study": study.name, **header, "numbers": report.numbers}
     write_atomic(folder / "results.json", json.dumps(content, indent=1) + "\n")
 
 

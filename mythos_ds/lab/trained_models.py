@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mythos_ds.analysis import exit_rule_comparison
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.data.batches import Batch
 from mythos_ds.data.held_out import held_out_batches
 from mythos_ds.lab.spec import Arm, RunSpec
 from mythos_ds.lab.study import Results
@@ -17,7 +16,6 @@ from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.model_folder import load_model
 
 Folders = Mapping[tuple[str, int], Path]
-Batches = list[dict[str, Tensor]]
 
 _ROWS = 8
 
@@ -31,7 +29,7 @@ def trained_model(folder: Path) -> MythosModel:
     return model
 
 
-def text(folder: Path, *, batches: int, training: bool = False) -> Batches:
+def text(folder: Path, *, batches: int, training: bool = False) -> list[Batch]:
     """The first batches of held-out text (or of text to train on) at a run's length, with token classes."""
     spec = RunSpec.from_json((folder / SPEC).read_text(encoding="utf-8"))
     config = RunConfig.model_validate(spec.config)
@@ -51,7 +49,10 @@ def text(folder: Path, *, batches: int, training: bool = False) -> Batches:
 
 
 def measured(
-    results: Results, folders: Folders, arms: Sequence[Arm], measure: Callable[[MythosModel, Batches], dict[str, Any]]
+    results: Results,
+    folders: Folders,
+    arms: Sequence[Arm],
+    measure: Callable[[MythosModel, list[Batch]], dict[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:
     """What `measure` says of the arms' models that did not diverge, by arm and in the order of seeds."""
     found: dict[str, list[dict[str, Any]]] = {}

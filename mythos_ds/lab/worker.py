@@ -55,7 +55,7 @@ class Worker(Callback):
         except NumericsError as error:
             self.result = {"finished": True, "diverged": str(error).splitlines()[0]}
         if self.result["finished"]:
-            self.result |= self.facts()
+            self.result |= self.curve_and_cost()
             write_atomic(self.folder / RESULT, json.dumps(self.result, indent=2) + "\n")
 
     def adapt(self) -> Adapt | None:
@@ -93,8 +93,8 @@ class Worker(Callback):
             losses[n_loops] = sum(values) / len(values)
         return {}
 
-    def facts(self) -> dict[str, Any]:
-        """What else a table shows: the training curve, cost, and where it ran."""
+    def curve_and_cost(self) -> dict[str, Any]:
+        """Reads what else a table shows: the training curve, cost, and where it ran."""
         text = (self.folder / "run" / "metrics.jsonl").read_text(encoding="utf-8")
         lines = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
         flops = expected_flops_per_token(self.resolved.config, self.resolved.mean_backprop_depth)

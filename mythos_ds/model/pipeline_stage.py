@@ -1,4 +1,8 @@
-"""The part of the model that one pipeline stage holds, run visit by visit; it knows no processes and no messages."""
+"""The part of the model that one pipeline stage holds, run visit by visit; it knows no processes and no messages.
+
+A visit is the work of one virtual stage on a micro-batch: of stage s in turn v through the ring, virtual stage
+v * n_stages + s of interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473).
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,12 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.mythos import MythosModel
 
-Kept = tuple[Tensor, ...]
+StageState = tuple[Tensor, ...]
+"""What a stage holds of a micro-batch from one visit to the next: e, and with `post` injection the injected state."""
 
 
 @dataclass(frozen=True)
 class Visit:
-    """The work of a stage on a micro-batch at one time: its prelude layers, its layers of one loop, the whole loop
+    """The work of one virtual stage on a micro-batch: its prelude layers, its layers of one loop, the whole loop
     ("loops"), or its coda layers. Loops are counted from 0; the last n_grad_loops of n_loops carry gradient."""
 
     kind: Literal["prelude", "loop", "loops", "coda"]
@@ -47,32 +52,32 @@ class MicroBatch:
 class StageModel(MythosModel):
     """The modules of `part`; a forward is one visit.
 
-    The stage with the loop's own parts keeps e, and with `post` injection the injected state, from one visit to the
-    next, so that one tensor per micro-batch travels: the residual stream.
+    The stage with the loop's own parts keeps its `StageState` between visits, so that one tensor per
+    micro-batch travels: the residual stream.
     """
 
     def forward(  # type: ignore[override]
-        self, visit: Visit, message: Tensor | None, kept: Kept, batch: MicroBatch
-    ) -> tuple[Tensor, Kept]:
+        self, visit: Visit, message: Tensor | None, state: StageState, batch: MicroBatch
+    ) -> tuple[Tensor, StageState]:
         """Runs one visit. message: what the stage before sent, [batch, seq, dim]; None for the first prelude visit.
 
-        Returns the message to the next stage (in the last one the loss, or logits without targets), and what the stage
-        keeps for its next visit.
+        Returns the message to the next stage (in the last one the loss, or logits without targets), and the stage's
+        state for its next visit.
         """
         if visit.kind == "prelude":
             x = self.embed(batch.tokens) if message is None else message
             return self.run_prelude(x, batch.context), ()
         assert message is not None, "only the first visit starts without a message"
         if visit.kind == "coda":
-            return self._coda(visit, message, kept, batch), ()
+            return self._coda(visit, message, state, batch), ()
         if visit.kind == "loops":
             e = self.normed(message)
             return self.recurrent(e, visit.n_loops, batch.context).to(e.dtype), ()
         if self.recurrent.checkpoint_loops and torch.is_grad_enabled() and visit.has_gradient:
-            return checkpoint(self._loop, visit, message, kept, batch, use_reentrant=False, preserve_rng_state=False)
-        return self._loop(visit, message, kept, batch)
+            return checkpoint(self._loop, visit, message, state, batch, use_reentrant=False, preserve_rng_state=False)
+        return self._loop(visit, message, state, batch)
 
-    def _loop(self, visit: Visit, message: Tensor, kept: Kept, batch: MicroBatch) -> tuple[Tensor, Kept]:
+    def _loop(self, visit: Visit, message: Tensor, state: StageState, batch: MicroBatch) -> tuple[Tensor, StageState]:
         if not self.part.loops:
             with self._gradient(visit, visit.loop):
                 return self.recurrent.run_layers(message, visit.loop, batch.context)[0], ()
@@ -81,25 +86,25 @@ class StageModel(MythosModel):
             e = self.normed(message.view_as(message))
             h = self.recurrent.start(e, batch.context)
         else:
-            e, h = kept[0], self._end_loop(visit, message, kept, batch, visit.loop - 1)
+            e, h = state[0], self._end_loop(visit, message, state, batch, visit.loop - 1)
         with self._gradient(visit, visit.loop):
             x, injected = self.recurrent.begin(h, e, batch.context.index_at(visit.loop))
             x, _ = self.recurrent.run_layers(x, visit.loop, batch.context)
         return x, (e, injected) if self.recurrent.post else (e,)
 
-    def _end_loop(self, visit: Visit, message: Tensor, kept: Kept, batch: MicroBatch, loop: int) -> Tensor:
+    def _end_loop(self, visit: Visit, message: Tensor, state: StageState, batch: MicroBatch, loop: int) -> Tensor:
         """The state after `loop`, whose last layer's output came back from the ring."""
         with self._gradient(visit, loop):
-            injected = kept[1] if self.recurrent.post else None
+            injected = state[1] if self.recurrent.post else None
             h = self.recurrent.end(message, injected, batch.context.index_at(loop))
         if batch.context.records.wants_states:
             batch.context.records.note_state(loop, h)
         return h
 
-    def _coda(self, visit: Visit, message: Tensor, kept: Kept, batch: MicroBatch) -> Tensor:
+    def _coda(self, visit: Visit, message: Tensor, state: StageState, batch: MicroBatch) -> Tensor:
         x = message
-        if kept:
-            x = self._end_loop(visit, message, kept, batch, visit.n_loops - 1).float().to(kept[0].dtype)
+        if state:
+            x = self._end_loop(visit, message, state, batch, visit.n_loops - 1).float().to(state[0].dtype)
         x = self.run_coda(x, batch.context)
         return self.logits_or_loss(x, batch.targets) if self.part.predicts else x
 

@@ -1,8 +1,9 @@
 """Runs micro-batches through the pipeline stages in the order of costs/schedule.py.
 
-Every process runs the actions of its stage in order. Receive buffers exist from the receive to the visit that reads
-them; a visit with gradient keeps its input and output until its backward, one without keeps nothing. Gradients of
-weights add up in `.grad` over all visits and micro-batches; the caller reduces them once.
+Every process runs the actions of its stage in order. A visit is the work of one virtual stage on a micro-batch: of
+stage s in turn v through the ring, virtual stage v * n_stages + s of interleaved 1F1B. Receive buffers exist from the
+receive to the visit that reads them; a visit with gradient keeps its input and output until its backward, one without
+keeps nothing. Gradients of weights add up in `.grad` over all visits and micro-batches; the caller reduces them once.
 """
 
 from collections import deque
@@ -19,7 +20,7 @@ from mythos_ds.costs.schedule import Action, ActionKind, actions_of
 from mythos_ds.errors import ParallelError
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
-from mythos_ds.model.pipeline_stage import Kept, MicroBatch, StageModel, Visit
+from mythos_ds.model.pipeline_stage import MicroBatch, StageModel, StageState, Visit
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.pipeline_stopwatch import Stopwatch
 
@@ -110,7 +111,7 @@ class Pipeline:
         return run.result()
 
     def visit_at(self, stage: int, visit: int, n_loops: int, n_grad_loops: int) -> Visit:
-        """What `stage` does in its visit number `visit`."""
+        """Says what `stage` does as virtual stage visit * n_stages + stage."""
         if not self.ring:
             part = self.stages[stage].part
             kind = "loops" if part.loops else "prelude" if part.embeds else "coda"
@@ -128,7 +129,7 @@ class _Saved:
 
     message: Tensor | None
     output: GradientEdge | None
-    kept: list[tuple[GradientEdge, Tensor]]
+    state: list[tuple[GradientEdge, Tensor]]
     """What the visit computed for the next one, and the leaf by which the next one read it."""
 
 
@@ -145,7 +146,7 @@ class _Run:
         self.arrivals: dict[tuple[ActionKind, int, int], tuple[Tensor, list[torch_distributed.Work]]] = {}
         self.departures: dict[tuple[ActionKind, int, int], Tensor] = {}
         self.in_flight: deque[tuple[Tensor, list[torch_distributed.Work]]] = deque()
-        self.kept: dict[int, Kept] = {}
+        self.states: dict[int, StageState] = {}
         self.saved: dict[tuple[int, int], _Saved] = {}
         self.outputs: list[Tensor] = []
         self.peak_held = 0
@@ -179,22 +180,22 @@ class _Run:
         if message is not None:
             message.requires_grad_(self._sends_gradient(action))
         with self.stopwatch.busy(), torch.set_grad_enabled(self.training):
-            output, kept = self.pipeline.model(visit, message, self.kept.pop(m, ()), batch)
+            output, state = self.pipeline.model(visit, message, self.states.pop(m, ()), batch)
         if number == self.n_visits - 1:
             batch.context.records.close()
-        if kept:
-            self.kept[m] = tuple(tensor if tensor.is_leaf else _leaf_of(tensor) for tensor in kept)
-        self._save(action, message, output, kept)
+        if state:
+            self.states[m] = tuple(tensor if tensor.is_leaf else _leaf_of(tensor) for tensor in state)
+        self._save(action, message, output, state)
         if self._has_successor(number):
             self.departures[ActionKind.SEND_FORWARD, number, m] = output.detach()
         else:
             self.outputs.append(output.detach())
 
-    def _save(self, action: Action, message: Tensor | None, output: Tensor, kept: Kept) -> None:
+    def _save(self, action: Action, message: Tensor | None, output: Tensor, state: StageState) -> None:
         # A tensor that is passed on as it came is its own leaf: its gradient gathers there.
         new = [
             (get_gradient_edge(tensor), leaf)
-            for tensor, leaf in zip(kept, self.kept.get(action.micro_batch, ()), strict=True)
+            for tensor, leaf in zip(state, self.states.get(action.micro_batch, ()), strict=True)
             if tensor.requires_grad and tensor is not leaf
         ]
         edge = get_gradient_edge(output) if output.requires_grad else None
@@ -208,8 +209,8 @@ class _Run:
         saved = self.saved.pop((number, m), None)
         if saved is None:
             return
-        edges = [edge for edge, leaf in saved.kept if leaf.grad is not None]
-        gradients = [leaf.grad for _, leaf in saved.kept if leaf.grad is not None]
+        edges = [edge for edge, leaf in saved.state if leaf.grad is not None]
+        gradients = [leaf.grad for _, leaf in saved.state if leaf.grad is not None]
         if saved.output is not None:
             edges.append(saved.output)
             gradients.append(self._output_gradient(action))

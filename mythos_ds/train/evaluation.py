@@ -3,11 +3,8 @@
 import math
 from collections.abc import Callable, Iterable
 
-from torch import Tensor
-
+from mythos_ds.data.batches import Batch
 from mythos_ds.engine.training_engine import TrainingEngine
-
-Batches = Callable[[], Iterable[list[dict[str, Tensor]]]]
 
 
 def depth_counts(mean_recurrence: int) -> list[int]:
@@ -16,7 +13,9 @@ def depth_counts(mean_recurrence: int) -> list[int]:
     return sorted({1, max(1, mean // 2), mean, 2 * mean, 4 * mean, 8 * mean})
 
 
-def losses_at(engine: TrainingEngine, batches: Batches, loop_counts: Iterable[int]) -> dict[int, float]:
+def losses_at(
+    engine: TrainingEngine, batches: Callable[[], Iterable[list[Batch]]], loop_counts: Iterable[int]
+) -> dict[int, float]:
     """Mean cross-entropy in nats per token over all ranks' batches, by loop count.
 
     `batches` is called once per loop count, so that every count sees the same text; it yields what goes through the

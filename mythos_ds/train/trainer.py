@@ -11,6 +11,7 @@ from mythos_ds.checkpoint.save import CheckpointWriter, TrainingState, layout_of
 from mythos_ds.config.layout import RankLayout
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.pipeline import predict
+from mythos_ds.data.batches import Batch
 from mythos_ds.engine.training_engine import StepResult, TrainingEngine
 from mythos_ds.errors import NumericsError
 from mythos_ds.inference.generate import generate
@@ -20,7 +21,7 @@ from mythos_ds.monitor.throughput import Throughput, peak_flops
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.resilience.signals import StopSignals
 from mythos_ds.train.callbacks import Callback, CallbackList, CallbackState
-from mythos_ds.train.data_loader import Batch, DataLoader
+from mythos_ds.train.data_loader import DataLoader
 from mythos_ds.train.depth_sampler import DepthSampler
 from mythos_ds.train.evaluation import depth_counts, losses_at
 from mythos_ds.train.lr_schedule import learning_rate
@@ -157,7 +158,7 @@ class Trainer:
         self.callbacks.on_save(self.state, checkpoint)
 
     def _pipeline_metrics(self, result: StepResult, n_loops: int) -> dict[str, float]:
-        """Idle time and held visits as measured, beside what the schedule's simulation says."""
+        """Idle time, and (virtual stage, micro-batch) pairs held for their backward, as measured and as simulated."""
         if not result.pipeline:
             return {}
         predicted = predict(self.resolved, n_loops)

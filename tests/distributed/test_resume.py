@@ -118,7 +118,7 @@ def test_a_torn_checkpoint_is_skipped_and_the_one_before_taken(killed_and_resume
 
 
 def test_the_depths_of_sequences_resume(data, tmp_path):
-    """Each sequence with its own depth, from a law whose mean grows: the last steps once more, from a checkpoint."""
+    """Each sequence with its own depth, whose mean grows: the last steps once more, from a checkpoint."""
     growing = ["training.depth_per=sequence", "training.depth_curriculum_steps=4", "training.max_steps=6"]
     run = tmp_path / "run"
     command = arguments(run, data, *growing, "checkpoint.interval=3")

@@ -147,11 +147,11 @@ def depth_fits(results: Results, arms: Sequence[Arm]) -> list[list[str]]:
             continue
         loops = sorted(map(int, own[0]["losses"]))
         losses = [sum(result["losses"][str(n)] for result in own) / len(own) for n in loops]
-        law = depth_curve.fit(loops, losses)
+        fitted = depth_curve.fit(loops, losses)
         rows.append([
-            arm.label, f"{law['L_inf']:.4f}", f"{law['Z']:.4f}",
-            f"{law['z']:.2f}" + (" (at the bound)" if law["rate_at_bound"] else ""),
-            f"{law['held_out_error']:.3%}", f"{law['held_out_share']:.0%}", f"{max(losses) - min(losses):.4f}",
+            arm.label, f"{fitted['L_inf']:.4f}", f"{fitted['Z']:.4f}",
+            f"{fitted['z']:.2f}" + (" (at the bound)" if fitted["rate_at_bound"] else ""),
+            f"{fitted['held_out_error']:.3%}", f"{fitted['held_out_share']:.0%}", f"{max(losses) - min(losses):.4f}",
         ])  # fmt: skip
     return rows
 

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.data.batches import BatchStream, Item
+from mythos_ds.data.batches import Batch, BatchStream, Item
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.parallel.groups import ParallelGroups
-from mythos_ds.train.data_loader import Batch
 from mythos_ds.train.run_manifest import RunManifest
 
 _TRAIN, _VALID, _TEST = range(3)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.data.batches import BatchStream, Item, SampleSource
+from mythos_ds.data.batches import Batch, BatchStream, Item, SampleSource
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.io import write_atomic
@@ -27,7 +27,7 @@ from mythos_ds.lab.worker import Worker, leave, main
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.callbacks import CallbackState
-from mythos_ds.train.data_loader import Batch, DataLoader
+from mythos_ds.train.data_loader import DataLoader
 from mythos_ds.train.run_manifest import RunManifest
 
 LENGTH = 3

@@ -165,7 +165,7 @@ def test_key_lists_agree_with_the_installed_deepspeed(monkeypatch):
     assert not removed & set(deepspeed_section.KNOWN_KEYS)
 
 
-def test_depth_law_agrees_with_the_sampler():
+def test_depth_distribution_is_the_samplers():
     depth = pytest.importorskip("mythos_ds.train.depth_sampler")
     for name in ("lognormal_poisson", "poisson", "uniform", "fixed"):
         pmf = depth_pmf(name, 4, 0.5, 12)
