@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def measured_cache_bytes(model: ModelConfig, n_loops: int) -> float:
     values: list[int] = []
 
     def note(module: Any, inputs: Any, outputs: Any) -> None:
-        values.append(sum(tensor[0, 0].numel() for tensor in outputs[1]))
+        entry = outputs[1]
+        values.append(sum(getattr(entry, field.name)[0, 0].numel() for field in fields(entry)))
 
     built = MythosModel(model)
     for module in built.modules():
