@@ -53,6 +53,18 @@ def test_importing_the_package_loads_nothing_heavy():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_preflight_loads_torch_only_on_the_ranks():
+    """A host with a broken torch still answers with its versions, and nothing of a library stands before the JSON."""
+    program = (
+        "import sys; from tests.helpers.mains import load_main; main = load_main('launch/preflight.py');"
+        f"sys.exit(' '.join(name for name in {set(HEAVY) - {'pydantic'}} if name in sys.modules) or None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
 def test_without_a_verb_the_verbs_are_named(capsys):
     assert command.main([]) == 2
     assert "  pretrain " in capsys.readouterr().out

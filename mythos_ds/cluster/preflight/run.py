@@ -16,7 +16,6 @@ from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError
-from mythos_ds.parallel.groups import select_device
 from mythos_ds.train.run_directory import default_run_directory
 
 if TYPE_CHECKING:
@@ -190,12 +189,14 @@ class Preflight:
 
 def _device(meeting: "Meeting") -> host_facts.HostFacts:
     from mythos_ds.cluster.preflight import devices
+    from mythos_ds.parallel.groups import select_device
 
     return devices.device_facts(select_device(meeting.environment))
 
 
 def _links(meeting: "Meeting", nodes: dict[str, list[int]]) -> host_facts.HostFacts:
     from mythos_ds.cluster.preflight import devices
+    from mythos_ds.parallel.groups import select_device
 
     device = select_device(meeting.environment)
     devices.open_group(meeting.environment, device, meeting.store, meeting.left_s * GROUP_SHARE)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -124,7 +123,7 @@ def test_presets_are_found_from_anywhere(tmp_path, monkeypatch):
     assert load_config("1t.json").path == load_config("1t").path == ROOT / "ds_configs" / "1t.json"
 
 
-def test_planning_imports_no_torch_and_is_quick():
+def test_planning_imports_no_torch():
     code = """if True:
         import sys
         from mythos_ds.config.loader import load_config
@@ -133,6 +132,4 @@ def test_planning_imports_no_torch_and_is_quick():
         dry_run_report(resolve(load_config("1t").config, 1024))
         sys.exit(bool({"torch", "deepspeed", "numpy"} & set(sys.modules)))
     """
-    start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
-    assert time.perf_counter() - start < 10  # about 0.5 s on an idle core
