@@ -57,7 +57,7 @@ def test_preflight_loads_torch_only_on_the_ranks():
     """A host with a broken torch still answers with its versions, and nothing of a library stands before the JSON."""
     program = (
         "import sys; from tests.helpers.mains import load_main; main = load_main('launch/preflight.py');"
-        f"sys.exit(' '.join(name for name in ('torch', 'deepspeed') if name in sys.modules) or None)"
+        "sys.exit(' '.join(name for name in ('torch', 'deepspeed') if name in sys.modules) or None)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, check=False
