@@ -1,7 +1,6 @@
 """Hugging Face folders: from a mythos folder and back, tensor by tensor."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -14,13 +13,12 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.hf_card import model_card
 from mythos_ds.conversion.hf_names import LEFT_OUT, Names
 from mythos_ds.conversion.hf_tokenizer import write_tokenizer
-from mythos_ds.conversion.model_target import WholeModel, folder_dtype, write_config
+from mythos_ds.conversion.model_target import WholeModel, folder_dtype
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import read_json, write_atomic
+from mythos_ds.io import write_atomic
 from mythos_ds.weights.checksums import seal
-from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config, read_metadata
+from mythos_ds.weights.model_folder import TOKENIZER, read_config, read_metadata
 from mythos_ds.weights.reader import TensorFolder, TensorSource, TensorSpec
-from mythos_ds.weights.writer import MAX_FILE_BYTES, write_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FIELDS = {
@@ -195,29 +193,3 @@ def write_side_files(model_folder: Path, output: Path, config: dict[str, Any], *
             "AutoModelForCausalLM": "modeling_mythos.MythosForCausalLM",
         }
     seal(output, config)
-
-
-def export(
-    model_folder: Path,
-    output: Path,
-    *,
-    dtype: str = "bfloat16",
-    jobs: int = 1,
-    with_remote_code: bool = False,
-    max_file_bytes: int = MAX_FILE_BYTES,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    """Write a mythos folder as a Hugging Face folder. Raises CheckpointError for a model that transformers cannot
-    run."""
-    config = hf_config(model_folder, dtype)
-    source = hf_source(model_folder, dtype)
-    write_tensors(source, output, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
-    write_side_files(model_folder, output, config, with_remote_code=with_remote_code)
-
-
-def import_hf(folder: Path, output: Path, *, jobs: int = 1, progress: Callable[[int], None] | None = None) -> None:
-    """Write a Hugging Face folder of this model as a mythos folder. Raises CheckpointError for another model."""
-    hf = read_json(folder / CONFIG)
-    source, config = mythos_source(TensorFolder(folder), hf)
-    write_tensors(source, output, jobs=jobs, progress=progress)
-    write_config(output, config, hf_metadata(hf), folder / TOKENIZER)

@@ -182,19 +182,10 @@ def openmythos_rows(config: ModelConfig) -> list[Row]:
     return rows + [Row(target, (source,), join) for target, source, join in _LOOP]
 
 
-def convert_openmythos(source: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """An open-mythos state_dict in memory (or its gradients by the same names) under our parameter names, as copies.
-
-    Raises CheckpointError where a tensor is missing, or where a router bias is set: theirs shifts logits, ours scores
-    (their training never moves it from zero).
-    """
-    converted = Joined(_refuse_bias(_InMemory(source)), openmythos_rows(config))
-    return {name: converted.read(name).clone() for name in converted.specs()}
-
-
 def openmythos_source(source: TensorSource, config: ModelConfig) -> TensorSource:
-    """Our tensors, read from theirs. Raises CheckpointError as `convert_openmythos` does, and for a tensor that is
-    unknown or a head that is not the embedding."""
+    """Our tensors, read from theirs. Raises CheckpointError where a tensor is missing or unknown, where the head is not
+    the embedding, and where a router bias is set: theirs shifts logits, ours scores (their training never moves it from
+    zero)."""
     rows = openmythos_rows(config)
     known = {name for row in rows for name in row.sources} | {*_TABLES, _BIAS, _HEAD}
     specs = source.specs()
@@ -296,19 +287,6 @@ def _part_shapes(
             own = [whole[::-1]]
         shapes |= dict(zip(row.sources, own, strict=True))
     return shapes
-
-
-class _InMemory:
-    """A mapping of tensors as a source."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.tensors = tensors
-
-    def specs(self) -> dict[str, TensorSpec]:
-        return {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in self.tensors.items()}
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.tensors[name] if rows is None else self.tensors[name][rows]
 
 
 def _refuse_bias(source: TensorSource) -> TensorSource:

@@ -138,15 +138,6 @@ def predict(resolved: ResolvedRun, n_loops: int) -> PipelinePrediction:
     )
 
 
-def ring_bubble(n_stages: int, n_loops: int, n_micro_batches: int) -> float:
-    """(P - 1) / (M (T + 2) + P - 1): the idle share of a ring whose visits all take equally long.
-
-    Assumes M a multiple of P, prelude and coda visits as long as a loop's, gradient through every loop, and messages
-    that take no time.
-    """
-    return (n_stages - 1) / (n_micro_batches * (n_loops + 2) + n_stages - 1)
-
-
 def simulate(order: Order, visits: Visits, message_time: float = 0.0) -> Simulation:
     """Runs `order`; a message arrives `message_time` after its sender is done, which does not wait for it.
 

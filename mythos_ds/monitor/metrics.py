@@ -37,12 +37,6 @@ class MetricsWriter:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """All lines of a metrics file, without a torn last one."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if _step_of(line, -1) >= 0]
-
-
 def _finite(value: Value) -> float | list[float | None] | None:
     if isinstance(value, list):
         return [each if math.isfinite(each) else None for each in value]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mythos_ds.monitor.metrics import read_metrics
 from tests.helpers.distributed import ROOT
+from tests.helpers.pretrain import metrics
 
 TIME_LIMIT_S = 1800
 
@@ -24,7 +24,7 @@ def test_tiny_learns_and_extrapolates_in_depth(tmp_path: Path) -> None:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
     )
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = metrics(tmp_path / "run")
     prefix = "validation/loss_at_"
     evaluations = [
         {int(name.removeprefix(prefix)): value for name, value in line.items() if name.startswith(prefix)}

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from mythos_ds.conversion.huggingface import export
+import mythos_ds
 from tests.parity.test_hf import TINY, make_folder
 
 LATENT = {
@@ -15,10 +15,10 @@ LATENT = {
 def main(output: Path) -> None:
     """Write both, unless they are there."""
     if not (output / "tiny").exists():
-        export(TINY, output / "tiny", dtype="float32")
+        mythos_ds.convert(TINY, output / "tiny", dtype="float32")
     if not (output / "latent").exists():
         make_folder(output / "latent_weights", LATENT)
-        export(output / "latent_weights", output / "latent", dtype="float32")
+        mythos_ds.convert(output / "latent_weights", output / "latent", dtype="float32")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import mythos_ds
 from tests.helpers.paths import ROOT
 
 TINY = ROOT / "models" / "tiny"
@@ -13,8 +14,6 @@ TINY = ROOT / "models" / "tiny"
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The released tiny model as a Hugging Face folder, fp32."""
     pytest.importorskip("transformers")
-    from mythos_ds.conversion.huggingface import export
-
     folder = tmp_path_factory.mktemp("tiny") / "hf"
-    export(TINY, folder, dtype="float32")
+    mythos_ds.convert(TINY, folder, dtype="float32")
     return folder

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mythos_ds.conversion.huggingface import export, hf_config, hf_notes, import_hf
+import mythos_ds
+from mythos_ds.conversion.convert import Request, plan_route
+from mythos_ds.conversion.huggingface import hf_config, hf_notes
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.model_folder import load_model, read_metadata, save_model
+from mythos_ds.weights.writer import write_tensors
 from tests.helpers.toy_model import toy_model
 
 transformers = pytest.importorskip("transformers")
@@ -62,7 +65,7 @@ def make_folder(folder: Path, changes: dict[str, Any]) -> MythosModel:
 
 def exported(tmp_path: Path, changes: dict[str, Any], **options: Any) -> tuple[MythosModel, Any]:
     model = make_folder(tmp_path / "ours", changes)
-    export(tmp_path / "ours", tmp_path / "hf", dtype="float32", **options)
+    mythos_ds.convert(tmp_path / "ours", tmp_path / "hf", dtype="float32", **options)
     return model, mythos_hf.MythosForCausalLM.from_pretrained(tmp_path / "hf").eval()
 
 
@@ -140,7 +143,7 @@ def test_what_transformers_saves_comes_back_as_a_model_folder(tiny, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     given, saved = load_file(tiny / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
     assert given.keys() == saved.keys()
-    import_hf(tmp_path / "saved", tmp_path / "back")
+    mythos_ds.convert(tmp_path / "saved", tmp_path / "back", from_format="hf", to_format="mythos")
     before, after = load_model(TINY).state_dict(), load_model(tmp_path / "back").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert read_metadata(tmp_path / "back") == read_metadata(TINY)
@@ -176,7 +179,7 @@ def test_a_fresh_process_needs_the_folder_and_the_package_only(remote, tiny, tmp
     folder = tiny
     if remote:
         folder = tmp_path / "remote"
-        export(TINY, folder, dtype="float32", with_remote_code=True)
+        mythos_ds.convert(TINY, folder, dtype="float32", with_remote_code=True)
     code = FRESH.format(
         imports="" if remote else "import mythos_hf", options=", trust_remote_code=True" if remote else ""
     )
@@ -206,12 +209,19 @@ def test_the_tokenizer_has_the_same_ids(tiny):
         assert fast.decode(ids) == own.decode(ids), text[:40]
 
 
+def in_small_files(folder: Path, output: Path) -> None:
+    """A model folder as a Hugging Face folder, fp32, in files of at most 50 kB."""
+    route = plan_route(Request("mythos", "hf", folder, "float32"))
+    write_tensors(route.source, output, max_file_bytes=50_000)
+    route.finish(output)
+
+
 def test_there_and_back_is_bit_equal(tmp_path):
     for name, changes in (("a", CONFIGURATIONS["grouped"]), ("b", {}), ("c", {**GQA, "tie_embeddings": True})):
         make_folder(tmp_path / name, changes)
-        export(tmp_path / name, tmp_path / f"{name}_hf", dtype="float32", max_file_bytes=50_000, jobs=1)
-        import_hf(tmp_path / f"{name}_hf", tmp_path / f"{name}_back")
-        export(tmp_path / f"{name}_back", tmp_path / f"{name}_again", dtype="float32", max_file_bytes=50_000)
+        in_small_files(tmp_path / name, tmp_path / f"{name}_hf")
+        mythos_ds.convert(tmp_path / f"{name}_hf", tmp_path / f"{name}_back", from_format="hf", to_format="mythos")
+        in_small_files(tmp_path / f"{name}_back", tmp_path / f"{name}_again")
         before, after = load_model(tmp_path / name).state_dict(), load_model(tmp_path / f"{name}_back").state_dict()
         assert all(torch.equal(before[key], after[key]) for key in before)
         written = [*(tmp_path / f"{name}_hf").glob("*.safetensors*"), tmp_path / f"{name}_hf" / "config.json"]
@@ -222,7 +232,7 @@ def test_there_and_back_is_bit_equal(tmp_path):
 
 def test_bf16_keeps_fp32_where_the_model_computes_in_fp32(tmp_path):
     make_folder(tmp_path / "ours", {})
-    export(tmp_path / "ours", tmp_path / "hf")
+    mythos_ds.convert(tmp_path / "ours", tmp_path / "hf")
     stored = load_file(tmp_path / "hf" / "model.safetensors")
     assert stored["model.recurrent.layers.0.mlp.router.weight"].dtype == torch.float32
     assert stored["model.recurrent.layers.0.mlp.experts.3.up_proj.weight"].dtype == torch.bfloat16
@@ -244,7 +254,7 @@ def test_a_folder_that_is_not_whole_fails_loudly(tmp_path):
     with pytest.raises((ValueError, RuntimeError)):
         mythos_hf.MythosForCausalLM.from_pretrained(tmp_path / "hf")
     with pytest.raises(CheckpointError):
-        import_hf(tmp_path / "hf", tmp_path / "back")
+        plan_route(Request("hf", "mythos", tmp_path / "hf", None))
 
 
 def test_without_the_expert_mapping_loading_fails(tmp_path):
@@ -266,7 +276,7 @@ def test_what_transformers_cannot_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="halting"):
         hf_config(tmp_path / "ours", "float32")
     with pytest.raises(CheckpointError, match="halting"):
-        export(tmp_path / "ours", tmp_path / "hf")
+        mythos_ds.convert(tmp_path / "ours", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 

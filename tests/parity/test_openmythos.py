@@ -1,16 +1,41 @@
 """Same weights, same logits and gradients as open-mythos 0.5.0, run as the oracle."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import open_mythos.main as oracle
 import pytest
 import torch
+from torch import Tensor
 
-from mythos_ds.conversion.openmythos import convert_openmythos, openmythos_config
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.conversion.openmythos import openmythos_config, openmythos_source
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.weights.reader import TensorSpec
 
 MAX_LOOPS = 4
+
+
+class InMemory:
+    """A mapping of tensors as a source."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """The type and shape of each."""
+        return {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in self.tensors.items()}
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One of them, or some of its rows."""
+        return self.tensors[name] if rows is None else self.tensors[name][rows]
+
+
+def converted_tensors(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """An open-mythos state_dict (or its gradients by the same names) under our parameter names, as copies."""
+    source = openmythos_source(InMemory(theirs), config)
+    return {name: source.read(name).clone() for name in source.specs()}
 
 
 def _pair(attn_type: str, *, halt_bias: float | None = None) -> tuple[Any, MythosModel]:
@@ -45,7 +70,7 @@ def _pair(attn_type: str, *, halt_bias: float | None = None) -> tuple[Any, Mytho
             theirs.recurrent.act.halt.bias.fill_(halt_bias)
     config = openmythos_config(source)
     ours = MythosModel(config)
-    missing, unexpected = ours.load_state_dict(convert_openmythos(theirs.state_dict(), config), strict=False)
+    missing, unexpected = ours.load_state_dict(converted_tensors(theirs.state_dict(), config), strict=False)
     assert not unexpected
     buffers = ("router.bias", "router.loop_bias", "router.loop_updates")
     assert all(name == "lm_head.weight" or name.endswith(buffers) for name in missing)
@@ -68,7 +93,7 @@ def test_logits_and_gradients_equal_the_oracle(attn_type: str, n_loops: int, hal
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in theirs.named_parameters()
     }
-    converted = convert_openmythos(gradients, ours.config)
+    converted = converted_tensors(gradients, ours.config)
     ours_by_name = dict(ours.named_parameters())
     assert converted.keys() == ours_by_name.keys()
     for name, want in converted.items():
@@ -90,7 +115,7 @@ def test_a_missing_tensor_is_named() -> None:
     weights = dict(theirs.state_dict())
     del weights["recurrent.lora.B"]
     with pytest.raises(CheckpointError, match=r"recurrent\.lora\.B"):
-        convert_openmythos(weights, ours.config)
+        converted_tensors(weights, ours.config)
 
 
 def test_a_router_bias_is_refused() -> None:
@@ -98,4 +123,4 @@ def test_a_router_bias_is_refused() -> None:
     weights = dict(theirs.state_dict())
     weights["recurrent.block.ffn.router_bias"] = torch.ones(8)
     with pytest.raises(CheckpointError, match="router_bias"):
-        convert_openmythos(weights, ours.config)
+        converted_tensors(weights, ours.config)

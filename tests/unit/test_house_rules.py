@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import mythos_ds
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mythos_ds"
 FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 MAINS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "launch").glob("*.py")])
 
 ORDER = (
@@ -191,6 +194,42 @@ def same_names() -> set[str]:
     return {name for name, found in places.items() if len(found) > 1}
 
 
+def unused_definitions() -> set[str]:
+    """Public functions and classes of the package, outside the face, that no code beside the tests uses."""
+    folders = ("mythos_ds", "tools", "launch", "examples", "mythos_hf", "mythos_vllm")
+    trees = {path: ast.parse(path.read_text()) for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))}
+    used: set[tuple[str, str]] = set()
+    for path, tree in trees.items():
+        used |= _used_elsewhere(path, tree)
+    face = set(mythos_ds.__all__)  # the tests of the face ask for a user of each
+    unused = set()
+    for path in FILES:
+        names = _names(trees[path])
+        for node in trees[path].body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                inside = names[node.name] > _names(node)[node.name]
+                of_face = short(path) == "api.py" and node.name in face
+                if not inside and not of_face and (MODULES[path], node.name) not in used:
+                    unused.add(f"{short(path)}: {node.name}")
+    return unused
+
+
+def _names(tree: ast.AST) -> Counter[str]:
+    """How often each name is read in code, by itself or as an attribute."""
+    nodes = list(ast.walk(tree))
+    alone = [node.id for node in nodes if isinstance(node, ast.Name)]
+    return Counter([*alone, *(node.attr for node in nodes if isinstance(node, ast.Attribute))])
+
+
+def _used_elsewhere(path: Path, tree: ast.Module) -> set[tuple[str, str]]:
+    """(module, name) of what a file imports, or reads as an attribute where it imports or names the module."""
+    imported = list(_imports(path))
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used = {(module, name) for module, _, name in (text.rpartition(".") for text in imported)}
+    return used | {(module, name) for module in {*imported, *texts} & set(MODULES.values()) for name in attributes}
+
+
 @pytest.mark.parametrize("path", FILES, ids=short)
 def test_imports_point_one_way(path: Path) -> None:
     assert wrong_imports(path) == set()
@@ -221,6 +260,10 @@ def test_files_and_functions_stay_small() -> None:
 
 def test_a_public_class_has_a_name_of_its_own() -> None:
     assert same_names() == set()
+
+
+def test_a_public_definition_has_a_user_outside_its_tests() -> None:
+    assert unused_definitions() == set()
 
 
 def test_the_package_does_not_print_and_has_no_utils() -> None:

@@ -13,16 +13,12 @@ from mythos_ds.costs.pipeline import (
     VisitCost,
     Visits,
     predict,
-    ring_bubble,
     sent_bytes,
     simulate,
     visits_of,
 )
 from mythos_ds.costs.schedule import Action, backward, forward, interleaved_order, one_forward_one_backward_order
 from tests.helpers.mains import load_main
-from tests.helpers.paths import ROOT
-
-TOOL = ROOT / "tools" / "plot_pipeline.py"
 
 
 def spread(layers: float, n_stages: int, n_loops: int, once: float) -> Visits:
@@ -52,6 +48,15 @@ def test_bubbles_of_literal_stages() -> None:
         order = one_forward_one_backward_order(3, n_micro_batches)
         uneven = simulate(order, tuple((VisitCost("loops", cost, 3 * cost),) for cost in scaled))
         assert round(100 * uneven.bubble(sizes), 1) == percent
+
+
+def ring_bubble(n_stages: int, n_loops: int, n_micro_batches: int) -> float:
+    """(P - 1) / (M (T + 2) + P - 1): the idle share of a ring whose visits all take equally long.
+
+    Assumes M a multiple of P, prelude and coda visits as long as a loop's, gradient through every loop, and messages
+    that take no time.
+    """
+    return (n_stages - 1) / (n_micro_batches * (n_loops + 2) + n_stages - 1)
 
 
 @pytest.mark.parametrize(("n_stages", "n_loops", "n_micro_batches"), [(2, 1, 2), (3, 4, 6), (4, 16, 4), (8, 5, 24)])
