@@ -17,6 +17,7 @@ from mythos_ds.engine.float_buffers import restore_float_buffers
 from mythos_ds.engine.optimizer import make_optimizer, parameter_groups
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import ConfigError, ParallelError
+from mythos_ds.kernels.attention import AttentionCore, causal_attention
 from mythos_ds.model.layers import DenseLayer
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
@@ -30,25 +31,33 @@ Adapt = Callable[[MythosModel], None]
 """Changes a model right after it was made, in place; for experiments."""
 
 
-def build_engine(resolved: ResolvedRun, groups: ParallelGroups, adapt: Adapt | None = None) -> TrainingEngine:
-    """The engine of a resolved run; collective over all ranks.
+def build_engine(
+    resolved: ResolvedRun,
+    groups: ParallelGroups,
+    adapt: Adapt | None = None,
+    *,
+    attention_core: AttentionCore = causal_attention,
+) -> TrainingEngine:
+    """The engine of a resolved run; collective over all ranks. `attention_core` as in MythosModel.
 
     Errors: ParallelError where the groups do not belong to this run, or for ZeRO 0 with expert parallelism; ConfigError
     for values of the `deepspeed` section that DeepSpeed refuses.
     """
     try:
-        return _build(resolved, groups, adapt)
+        return _build(resolved, groups, adapt, attention_core)
     except ValidationError as error:
         problems = [f"deepspeed: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ConfigError(problems) from None
 
 
-def _build(resolved: ResolvedRun, groups: ParallelGroups, adapt: Adapt | None) -> TrainingEngine:
+def _build(
+    resolved: ResolvedRun, groups: ParallelGroups, adapt: Adapt | None, attention_core: AttentionCore
+) -> TrainingEngine:
     config = resolved.config
     stage = config.parallel.zero_stage
     _check_layout(resolved, groups)
     section = deepspeed_section(resolved, groups)
-    model = build_model(resolved, groups, section, adapt)
+    model = build_model(resolved, groups, section, adapt, attention_core=attention_core)
     if stage == 3 and not groups.pipelined:
         # The module that owns the loop: gathered once in forward and once in backward for any loop count. A leaf that
         # is called several times gets wrong gradients; prelude and coda layers run once, and as leaves save hooks.
@@ -69,7 +78,12 @@ def _build(resolved: ResolvedRun, groups: ParallelGroups, adapt: Adapt | None) -
 
 
 def build_model(
-    resolved: ResolvedRun, groups: ParallelGroups, section: dict[str, Any], adapt: Adapt | None = None
+    resolved: ResolvedRun,
+    groups: ParallelGroups,
+    section: dict[str, Any],
+    adapt: Adapt | None = None,
+    *,
+    attention_core: AttentionCore = causal_attention,
 ) -> MythosModel:
     """The model, or the stage's part of it, with this rank's experts only. With ZeRO-3 each parameter is cut up as soon
     as it is made, so no rank ever holds the whole model."""
@@ -84,6 +98,7 @@ def build_model(
         model = kind(
             config.model,
             seed=config.training.seed,
+            attention_core=attention_core,
             moe_factory=factory,
             checkpoint_loops=config.parallel.activation_checkpointing == "loop",
             part=resolved.stages[groups.layout.stage].part,

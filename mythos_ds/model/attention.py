@@ -23,10 +23,15 @@ Entry = TypeVar("Entry", bound=CacheEntry)
 class Attention(nn.Module, ABC, Generic[Entry]):
     """The base of both kinds: the cache entries of halted positions stay as they were.
 
-    `core` computes the attention itself, from q, k and v.
+    `core` computes the attention itself, from q, k and v; it is no part of the model and has no weights.
     """
 
     core: AttentionCore
+
+    def __init__(self, core: AttentionCore):
+        super().__init__()
+        # Past nn.Module: a core that is one itself would add its names to the state_dict.
+        object.__setattr__(self, "core", core)
 
     def forward(
         self, x: Tensor, context: ForwardContext, halted: HaltedPositions | None = None
@@ -50,8 +55,7 @@ class GroupedQueryAttention(Attention[GroupedEntry]):
     """GQA (Ainslie et al. 2023), RoPE on whole heads, optional QK-norm (Henry et al. 2020)."""
 
     def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
-        super().__init__()
-        self.core = core
+        super().__init__(core)
         dim, width, std = config.dim, config.resolved_head_dim, config.resolved_init_std
         self.width = width
         self.q = Linear(dim, config.n_heads * width, init.at("q"), std)
@@ -77,8 +81,7 @@ class MultiHeadLatentAttention(Attention[LatentEntry]):
     """MLA of DeepSeek-V2: keys and values come from one latent per token, RoPE from one key shared by all heads."""
 
     def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
-        super().__init__()
-        self.core = core
+        super().__init__(core)
         latent, nope, rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
         value = config.v_head_dim
         if latent is None or nope is None or rope is None or value is None:

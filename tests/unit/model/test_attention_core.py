@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mythos_ds.kernels.attention import causal_attention
 from mythos_ds.kernels.segments import DocumentBounds
@@ -51,3 +51,24 @@ def test_every_layer_calls_the_core(kind: type[MythosModel]) -> None:
     model = kind(config, attention_core=counting)
     MythosModel.forward(model, toy_batch(config)["tokens"], n_loops=LOOPS)
     assert calls == [(3, 20, 4, 8)] * (1 + 2 * LOOPS + 1)
+
+
+class ScaledCore(nn.Module):
+    """A core that is a module, with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents: DocumentBounds | None) -> Tensor:
+        return causal_attention(q * self.weight, k, v, scale=scale, documents=documents)
+
+
+@pytest.mark.parametrize("changes", [{}, MLA], ids=["gqa", "mla"])
+def test_a_core_that_is_a_module_is_no_part_of_the_model(changes: dict[str, Any]) -> None:
+    config = toy_config(**changes)
+    plain, other = MythosModel(config), MythosModel(config, attention_core=ScaledCore())
+    assert plain.state_dict().keys() == other.state_dict().keys()
+    assert [name for name, _ in plain.named_modules()] == [name for name, _ in other.named_modules()]
+    tokens = toy_batch(config)["tokens"]
+    assert torch.equal(plain(tokens, n_loops=LOOPS), other(tokens, n_loops=LOOPS))
