@@ -47,9 +47,12 @@ def test_public_names_outlive_the_import_of_every_module():
     """A package of a public name would take its place once it is imported."""
     importing = (
         "import importlib, pkgutil, mythos_ds\n"
+        "from mythos_ds.__main__ import verbs\n"
         "for found in pkgutil.walk_packages(mythos_ds.__path__, 'mythos_ds.'):\n"
         "    if not found.name.endswith('__main__'):\n"
         "        importlib.import_module(found.name)\n"
+        "for module in verbs().values():\n"
+        "    importlib.import_module(module)\n"
         "print(*(name for name in mythos_ds.__all__ if not callable(getattr(mythos_ds, name))))\n"
     )
     assert run_python(importing, Path("/")).strip() == ""
@@ -158,6 +161,18 @@ def test_loading_and_generating_import_no_deepspeed(tmp_path):
         "print(*(name for name in sys.modules if name.partition('.')[0] == 'deepspeed'))\n"
     )
     assert run_python(program, tmp_path).strip() == ""
+
+
+def test_planning_imports_no_deepspeed(tmp_path):
+    program = (
+        "import atexit, sys, mythos_ds\n"
+        "import mythos_ds.plan.compare, mythos_ds.plan.report, mythos_ds.plan.run_plan\n"
+        "from mythos_ds.__main__ import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules, 'deepspeed' in sys.modules))\n"
+        "assert str(mythos_ds.plan_run('tiny', gpus=2, gpu='h100'))\n"
+        "main(['plan', '--config', 'tiny', '--gpus', '2', '--gpu', 'h100', '--compare'])\n"  # ends the process
+    )
+    assert run_python(program, tmp_path).splitlines()[-1] == "True False"
 
 
 def test_generation_takes_a_model_or_its_source(in_empty):

@@ -102,6 +102,9 @@ MAY_NAME_PYTHONPATH = {
     "tests/unit/test_house_rules.py",
 }
 
+WITHOUT_UNIT_TESTS = {"bench", "engine", "parallel", "resilience"}
+"""Packages that only whole runs, of one process or several, test: tests/distributed and tests/faults."""
+
 
 def short(path: Path) -> str:
     """A file's path inside the package."""
@@ -309,7 +312,9 @@ def test_unit_tests_stand_where_the_packages_do() -> None:
     """And none imports a main by the name it has in a wheel, which type checkers cannot follow."""
     files = sorted((ROOT / "tests").rglob("*.py"))
     folders = {path.parent.name for path in files if path.parent.parent == ROOT / "tests" / "unit"}
-    assert folders <= {path.parent.name for path in FILES if path.parent.parent == PACKAGE}
+    packages = {path.parent.name for path in FILES if path.parent.parent == PACKAGE}
+    assert packages - folders == WITHOUT_UNIT_TESTS
+    assert folders <= packages
     mains = ("mythos_ds.tools", "mythos_ds.launch")
     assert not [path for path in files if any(_is(name, main) for name in _imports(path) for main in mains)]
 
