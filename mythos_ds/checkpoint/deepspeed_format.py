@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mythos_ds.checkpoint.manifest import MANIFEST
+from mythos_ds.config.layout import RankLayout
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.parameter_roles import is_expert, role_of
 from mythos_ds.weights.reader import TensorSpec
@@ -320,12 +321,13 @@ def _rank_files(reader: ShardReader, folder: Path, ep_size: int) -> list[RankFil
         return [_whole_file(reader, str(folder / "mp_rank_00_model_states.pt"))]
     if [_dp_rank(path) for path in paths] != list(range(len(paths))):
         raise CheckpointError(f"{reader.tag / folder}: the files of some ranks are missing")
-    return [_rank_file(reader, path, ep_size) for path in paths]
+    layouts = [RankLayout(rank, (len(paths),), run_ep_size=ep_size) for rank in range(len(paths))]
+    return [_rank_file(reader, path, layout) for path, layout in zip(paths, layouts, strict=True)]
 
 
-def _rank_file(reader: ShardReader, path: Path, ep_size: int) -> RankFile:
+def _rank_file(reader: ShardReader, path: Path, layout: RankLayout) -> RankFile:
     file = str(path.relative_to(reader.tag))
-    rank, states = _dp_rank(path), reader.content(file)["optimizer_state_dict"]
+    rank, states = layout.dp_rank, reader.content(file)["optimizer_state_dict"]
     own = path.with_name(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
     model_states = own if own.is_file() else path.with_name("mp_rank_00_model_states.pt")
     shapes = reader.content(str(model_states.relative_to(reader.tag)))["param_shapes"]
@@ -342,7 +344,7 @@ def _rank_file(reader: ShardReader, path: Path, ep_size: int) -> RankFile:
             place = places[index]["partition_rank"], places[index]["partition_count"]
         local = {name: tuple(shape) for name, shape in names.items()}
         groups.append(RankGroup(index, local, slices, *place))
-    return RankFile(file, rank % ep_size, tuple(groups))
+    return RankFile(file, layout.ep_rank, tuple(groups))
 
 
 def _whole_file(reader: ShardReader, file: str) -> RankFile:

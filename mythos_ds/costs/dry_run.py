@@ -26,11 +26,12 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
     matrix_lr = training.lr * training.lr_reference_dim / model.dim
     accumulation = resolved.gradient_accumulation_steps
     pipelined = len(resolved.stages) > 1
-    holders = resolved.layout(0).expert_stage_size
+    layout = resolved.layout(0)
+    holders, copies = layout.expert_stage_size, len(layout.all_expert_copies[0])
     what = "micro-batches" if pipelined else "accumulation"
     split = f"{training.micro_batch_size} x {holders} processes x {accumulation} {what}"
     return [
-        ("processes", f"{world}: expert parallel {ep_size} x {holders // ep_size} expert copies, ZeRO {zero}"),
+        ("processes", f"{world}: expert parallel {ep_size} x {copies} expert copies, ZeRO {zero}"),
         *(_pipeline(resolved) if pipelined else ()),
         ("experts", f"{model.n_experts // ep_size} of {model.n_experts} per process and layer"),
         ("batch", f"{training.global_batch_size} sequences = {split} = {resolved.tokens_per_step:,} tokens"),

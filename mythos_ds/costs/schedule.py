@@ -47,6 +47,11 @@ Slots = tuple[tuple[Action | None, ...], ...]
 """The same by slots of time; None: idle."""
 
 
+def ring_visits(n_loops: int) -> int:
+    """Times that a micro-batch comes by each stage of a ring: for the prelude, for every loop, for the coda."""
+    return n_loops + 2
+
+
 def forward(visit: int, micro_batch: int) -> Action:
     """The forward of one visit of one micro-batch."""
     return Action(ActionKind.FORWARD, visit, micro_batch)

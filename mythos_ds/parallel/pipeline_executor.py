@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mythos_ds.config.layout import Stage
-from mythos_ds.costs.schedule import Action, ActionKind, actions_of
+from mythos_ds.costs.schedule import Action, ActionKind, actions_of, ring_visits
 from mythos_ds.errors import ParallelError
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
@@ -104,7 +104,7 @@ class Pipeline:
 
     def _run(self, micro_batches: list[MicroBatch], n_loops: int, n_grad_loops: int, *, training: bool) -> PipelineRun:
         run = _Run(self, micro_batches, n_loops, n_grad_loops, training)
-        n_visits = n_loops + 2 if self.ring else 1
+        n_visits = ring_visits(n_loops) if self.ring else 1
         run.execute(
             actions_of(self.groups.layout.stage, len(self.stages), n_visits, len(micro_batches), training=training)
         )
@@ -118,7 +118,7 @@ class Pipeline:
             return Visit(kind, n_loops, n_grad_loops)  # type: ignore[arg-type]
         if visit == 0:
             return Visit("prelude", n_loops, n_grad_loops)
-        if visit == n_loops + 1:
+        if visit == ring_visits(n_loops) - 1:
             return Visit("coda", n_loops, n_grad_loops)
         return Visit("loop", n_loops, n_grad_loops, visit - 1)
 
@@ -142,7 +142,7 @@ class _Run:
         self.pipeline, self.micro_batches, self.training = pipeline, micro_batches, training
         self.depth = n_loops, n_grad_loops
         self.stage, self.n_stages = pipeline.groups.layout.stage, len(pipeline.stages)
-        self.n_visits = n_loops + 2 if pipeline.ring else 1
+        self.n_visits = ring_visits(n_loops) if pipeline.ring else 1
         self.arrivals: dict[tuple[ActionKind, int, int], tuple[Tensor, list[torch_distributed.Work]]] = {}
         self.departures: dict[tuple[ActionKind, int, int], Tensor] = {}
         self.in_flight: deque[tuple[Tensor, list[torch_distributed.Work]]] = deque()

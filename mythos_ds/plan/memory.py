@@ -101,7 +101,7 @@ def states(resolved: ResolvedRun, index: int = 0) -> States:
     """What a process of a stage keeps under ZeRO-3: weights in the training type, fp32 masters, optimizer state, and
     the fp32 sum of gradients."""
     stage = resolved.stages[index]
-    ep_size = resolved.ep_size if stage.part.recurrent else 1
+    ep_size = resolved.layout(stage.first_rank).ep_size
     shapes = parameter_shapes(resolved.config.model, stage.part)
     matrices, held = held_elements(shapes, stage.size, ep_size)
     training = resolved.config.training
@@ -194,7 +194,7 @@ def saved_state_bytes(load: Workload) -> int:
 def _pipeline_items(resolved: ResolvedRun, index: int, on_gpu: bool) -> list[Item]:
     """A stage of a pipeline holds its weights, and their gradients in fp32, during the step."""
     stage, config = resolved.stages[index], resolved.config
-    ep_size = resolved.ep_size if stage.part.recurrent else 1
+    ep_size = resolved.layout(stage.first_rank).ep_size
     shapes = parameter_shapes(config.model, stage.part)
     whole_elements = sum(prod(shape) // (ep_size if is_expert(name) else 1) for name, shape in shapes)
     expected = predict(resolved, config.model.mean_recurrence)
@@ -236,7 +236,7 @@ def _update_items(resolved: ResolvedRun, index: int, offloaded: bool) -> list[It
     if offloaded:
         return []
     stage = resolved.stages[index]
-    ep_size = resolved.ep_size if stage.part.recurrent else 1
+    ep_size = resolved.layout(stage.first_rank).ep_size
     zero = resolved.deepspeed.get("zero_optimization", {})
     _, held = held_elements(parameter_shapes(resolved.config.model, stage.part), stage.size, ep_size)
     largest = min(held, int(zero.get("sub_group_size", _SUB_GROUP)))

@@ -13,7 +13,7 @@ import torch
 
 from mythos_ds.config.layout import Stage
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.costs.schedule import actions_of
+from mythos_ds.costs.schedule import actions_of, ring_visits
 from mythos_ds.errors import ParallelError
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
@@ -85,7 +85,7 @@ def _actions(resolved: ResolvedRun, groups: ParallelGroups, n_loops: int) -> dic
     """How often the stage does what, in a training step of a pipeline."""
     if not groups.pipelined:
         return {}
-    visits = n_loops + 2 if isinstance(resolved.config.parallel.pp_size, int) else 1
+    visits = ring_visits(n_loops) if isinstance(resolved.config.parallel.pp_size, int) else 1
     stages, micro_batches = len(groups.layout.stage_sizes), resolved.gradient_accumulation_steps
     counts: dict[str, int] = {}
     for action in actions_of(groups.layout.stage, stages, visits, micro_batches, True):

@@ -89,10 +89,11 @@ def transfers(resolved: ResolvedRun, moved: Traffic, gpu: Gpu, index: int) -> tu
     A gather over several nodes enters each node once, through the network links of all its GPUs, and is spread inside;
     the processes that hold the same experts lie on different nodes, each with its own link.
     """
-    size, per_node = resolved.stages[index].size, gpu.gpus_per_node
+    stage, per_node = resolved.stages[index], gpu.gpus_per_node
+    size = stage.size
     nodes = ceil(size / per_node)
     outside = (1 - 1 / nodes) / per_node
-    ep_size = resolved.ep_size if resolved.stages[index].part.recurrent else 1
+    ep_size = resolved.layout(stage.first_rank).ep_size
     copies, near = size // ep_size, max(1, min(per_node, size) // ep_size)
     remote = max(0, ep_size - per_node) / ep_size
     kinds = (

@@ -88,7 +88,7 @@ def traffic(
     """
     pipelined = len(resolved.stages) > 1
     config, stage = resolved.config, resolved.stages[index]
-    ep_size = resolved.ep_size if stage.part.recurrent else 1
+    ep_size = resolved.layout(stage.first_rank).ep_size
     micro_batches = resolved.gradient_accumulation_steps
     size = _BYTES[config.training.dtype]
     zero = resolved.deepspeed.get("zero_optimization", {})
@@ -125,7 +125,7 @@ def _exchange(resolved: ResolvedRun, n_loops: float, graded: float, index: int) 
     """Rows go to their experts and back in every forward, and their gradients in every backward; a recomputed loop
     repeats its forward."""
     config, stage = resolved.config, resolved.stages[index]
-    if resolved.ep_size == 1 or not stage.part.recurrent:
+    if resolved.layout(stage.first_rank).ep_size == 1:
         return 0.0, 0.0
     recompute = config.parallel.activation_checkpointing == "loop"
     model = config.model
