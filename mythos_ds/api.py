@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.errors import ConfigError
+from mythos_ds.weights.built_in import find_model, model_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from mythos_ds.plan.run_plan import RunPlan
     from mythos_ds.train.callbacks import Callback as Callback
 
-BUILT_IN = "tiny"
-"""The trained model that is installed with the package."""
 CONTEXT_LENGTH = 1024
 """Tokens that are seen in generation where the model does not say how long its training's sequences were."""
 _CLASSES = {
@@ -67,39 +66,41 @@ def open_model(source: str | Path) -> "MythosModel":
     name is at hand. A checkpoint is merged in memory, tensor by tensor, whatever layout wrote it. Raises
     CheckpointError for anything else, and for damage.
     """
+    return _opened(_place(source))
+
+
+def _place(source: str | Path) -> Path:
+    """The model folder, or the checkpoint, that `source` names. It reads all of a checkpoint once, to verify it."""
     place = find_model(source)
-    if (place / "config.json").is_file():
-        from mythos_ds.weights.model_folder import load_model
-
-        return load_model(place)
-    return _merged(place)
-
-
-def find_model(source: str | Path) -> Path:
-    """The folder that `source` names. Raises CheckpointError where there is none."""
-    place = Path(source)
-    if place.is_dir():
+    if _is_model(place):
         return place
-    if str(source) == BUILT_IN:
-        package = Path(__file__).resolve().parent
-        folders = [package.parent / "models" / BUILT_IN, package / "models" / BUILT_IN]
-        return next((folder for folder in folders if folder.is_dir()), folders[-1])
-    near = f'; nearest: "{BUILT_IN}"' if place.name.lower().startswith(BUILT_IN) else ""
-    raise CheckpointError(
-        f'{source}: no such folder; allowed: a model folder, a run, a checkpoint or "{BUILT_IN}"{near}'
-    )
+    from mythos_ds.conversion.merge import newest_tag
+
+    return newest_tag(place)
 
 
-def _merged(place: Path) -> "MythosModel":
-    """The whole model of a run's newest checkpoint, or of one checkpoint."""
+def _is_model(place: Path) -> bool:
+    """Whether a folder is a model's, and no run's or checkpoint's."""
+    return (place / "config.json").is_file()
+
+
+def _opened(place: Path) -> "MythosModel":
+    """The model of a folder or of a verified checkpoint."""
+    if not _is_model(place):
+        return _merged(place)
+    from mythos_ds.weights.model_folder import load_model
+
+    return load_model(place)
+
+
+def _merged(tag: Path) -> "MythosModel":
+    """The whole model of a verified checkpoint."""
     import torch
 
-    from mythos_ds.checkpoint import manifest
-    from mythos_ds.conversion.merge import merged_source, model_of, newest_tag
+    from mythos_ds.conversion.merge import merged_source, model_of
     from mythos_ds.model.mythos import MythosModel
 
-    tag = newest_tag(place)
-    config = model_of(manifest.read_json(tag / manifest.STATE))
+    config = model_of(_state(tag))
     source = merged_source(tag, config, "float32")
     model = MythosModel(config)
     own = model.state_dict()
@@ -139,17 +140,19 @@ def generate(
 
     from mythos_ds.inference import generate as inference
 
-    place = find_model(model) if isinstance(model, (str, Path)) else None
-    whole = model if place is None and not isinstance(model, (str, Path)) else open_model(str(model))
-    pieces = _tokenizer(place if tokenizer is None else tokenizer)
-    if pieces.vocab_size > whole.config.vocab_size:
-        allowed = f"at most the model's {whole.config.vocab_size}"
+    place: Path | None = None
+    if isinstance(model, (str, Path)):
+        place = _place(model)
+        model = _opened(place)
+    pieces = _tokenizer(tokenizer, place)
+    if pieces.vocab_size > model.config.vocab_size:
+        allowed = f"at most the model's {model.config.vocab_size}"
         raise ConfigError(f"tokenizer: given {pieces.path} of {pieces.vocab_size} pieces; allowed: {allowed}")
-    n_loops = loops or whole.config.mean_recurrence
-    device = next(whole.parameters()).device
+    n_loops = loops or model.config.mean_recurrence
+    device = next(model.parameters()).device
     with torch.inference_mode():
         continuation = inference.generate(
-            lambda tokens: whole(tokens.to(device), n_loops=n_loops)[0, -1],
+            lambda tokens: model(tokens.to(device), n_loops=n_loops)[0, -1],
             pieces.encode(prompt),
             new_tokens=new_tokens,
             vocab_size=pieces.vocab_size,
@@ -161,42 +164,45 @@ def generate(
     return pieces.decode(continuation)
 
 
-def _tokenizer(given: "Tokenizer | str | Path | None") -> "Tokenizer":
+def _tokenizer(given: "Tokenizer | str | Path | None", place: Path | None) -> "Tokenizer":
+    """The tokenizer that is given, or else that of the model's place."""
     from mythos_ds.data.tokenizer import Tokenizer
 
-    if given is None:
+    if isinstance(given, Tokenizer):
+        return given
+    if given is not None:
+        path = model_path(given)
+        if not path.is_dir():
+            return Tokenizer.load(path)
+        place = _place(path)
+    if place is None:
         raise ConfigError(
             "tokenizer: not given, and the model is not named; allowed: a Tokenizer, a file, a model folder"
         )
-    if isinstance(given, Tokenizer):
-        return given
-    place = find_model(given) if str(given) == BUILT_IN else Path(given)
-    if (place / "config.json").is_file() or not place.is_dir():
+    if _is_model(place):
         return Tokenizer.load(place)
-    return Tokenizer.load(_run_tokenizer(place))
+    from mythos_ds.conversion.merge import tokenizer_of
+
+    return Tokenizer.load(tokenizer_of(_state(place)["config"]))
 
 
-def _run_tokenizer(place: Path) -> Path:
-    """That of a run's or a checkpoint's data."""
+def _state(tag: Path) -> dict[str, Any]:
     from mythos_ds.checkpoint import manifest
-    from mythos_ds.conversion.merge import newest_tag, tokenizer_of
 
-    return tokenizer_of(manifest.read_json(newest_tag(place) / manifest.STATE)["config"])
+    return manifest.read_json(tag / manifest.STATE)
 
 
 def _trained_length(place: Path | None) -> int | None:
     """Tokens of a sequence in training, where the folder says."""
     if place is None:
         return None
-    from mythos_ds.checkpoint import manifest
-
-    if (place / "config.json").is_file():
+    if _is_model(place):
         from mythos_ds.weights.model_folder import read_metadata
 
         return read_metadata(place).get("seq_len")
-    from mythos_ds.conversion.merge import metadata_of, newest_tag
+    from mythos_ds.conversion.merge import metadata_of
 
-    return int(metadata_of(manifest.read_json(newest_tag(place) / manifest.STATE))["seq_len"])
+    return int(metadata_of(_state(place))["seq_len"])
 
 
 def evaluate(
@@ -324,7 +330,7 @@ def convert(
 
     if unknown := sorted(set(cut) - set(CUT_FLAGS)):
         raise ConfigError(f"{unknown[0]}: not an option of a conversion; allowed: {', '.join(CUT_FLAGS)}")
-    folder = find_model(source) if str(source) == BUILT_IN else Path(source)
+    folder = model_path(source)
     output = Path(destination)
     if output.resolve() == folder.resolve():
         raise ConfigError(f"destination: given {destination}, which is the source; allowed: a new folder")

@@ -1,7 +1,7 @@
 """Convert a model between mythos, Hugging Face and OpenMythos.
 
-    mythos-ds convert --from mythos --to hf --input models/tiny --output hf
-    mythos-ds convert --from mythos --to hf --input models/tiny --output fp8 --dtype fp8 --evaluate
+    mythos-ds convert --from mythos --to hf --input tiny --output hf
+    mythos-ds convert --from mythos --to hf --input tiny --output fp8 --dtype fp8 --evaluate
     mythos-ds convert --from openmythos --to mythos --input weights --output imported
     mythos-ds convert --from hf --to mythos --input llama --output looped \\
         --prelude 4 --recurrent 6 --coda 4
@@ -25,6 +25,7 @@ from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_i
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
+from mythos_ds.weights.built_in import model_path
 from mythos_ds.weights.writer import plan_files, write_tensors
 
 
@@ -32,7 +33,7 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("--from", dest="source", choices=FORMATS, required=True, help="format of the input")
     made.add_argument("--to", dest="target", choices=FORMATS, required=True, help="format of the output")
-    made.add_argument("--input", type=Path, required=True, help="model folder; of OpenMythos also a file")
+    made.add_argument("--input", type=Path, required=True, help="a model folder, or tiny; of OpenMythos also a file")
     made.add_argument("--output", type=Path, required=True, help="a new folder")
     made.add_argument("--dtype", choices=DTYPES, help="of matrices; default: bfloat16 to hf, else as in the input")
     made.add_argument("--with-remote-code", action="store_true", help="to hf: add the model's code and auto_map")
@@ -47,6 +48,7 @@ def parser() -> ArgumentParser:
 
 
 def work(arguments: Namespace) -> None:
+    arguments.input = model_path(arguments.input)
     check(arguments)
     given = {name: getattr(arguments, name) for name in CUT_FLAGS if getattr(arguments, name) is not None}
     request = Request(

@@ -2,7 +2,7 @@
 
     mythos-ds inspect runs/quickstart
     mythos-ds inspect runs/quickstart/checkpoints/step_00000400 --tensors
-    mythos-ds inspect models/tiny --json
+    mythos-ds inspect tiny --json
 
 Reads every value once, a few rows at a time. Whether the files are those that were written is another question:
 mythos-ds verify answers it.
@@ -28,6 +28,7 @@ from mythos_ds.formatting import byte_text
 from mythos_ds.io import read_json
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
+from mythos_ds.weights.built_in import find_model
 from mythos_ds.weights.model_folder import CONFIG
 from mythos_ds.weights.reader import TensorFolder, TensorSource
 from mythos_ds.weights.safe_load import executes_pickles, executing_pickles
@@ -35,7 +36,7 @@ from mythos_ds.weights.safe_load import executes_pickles, executing_pickles
 
 def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("path", type=Path, help="a run's directory, a checkpoint (step_<n>) or a model folder")
+    made.add_argument("path", type=Path, help="a run's directory, a checkpoint (step_<n>), a model folder, or tiny")
     made.add_argument("--tensors", action="store_true", help="list every tensor, not parts only")
     made.add_argument("--allow-pickle", action="store_true", help="let a checkpoint's files run the code they name")
     made.add_argument("--json", action="store_true", help="everything as JSON")
@@ -49,7 +50,7 @@ def work(arguments: Namespace) -> None:
 
 def inspect(arguments: Namespace) -> None:
     """Read everything and print what was found."""
-    summary, sources = read(arguments.path)
+    summary, sources = read(find_model(arguments.path))
     total = sum(spec.nbytes for source in sources.values() for spec in source.specs().values())
     with byte_progress("reading", total) as progress:
         health = {

@@ -1,6 +1,6 @@
 """What a looped model does at depth: where its state goes, loss by loops, routing by loop, and when tokens could leave.
 
-    mythos-ds loop-report --checkpoint models/tiny --output report
+    mythos-ds loop-report --checkpoint tiny --output report
     mythos-ds loop-report --checkpoint weights.pt --openmythos-config config.json --output report
 
 The first form takes a folder with config.json and model.safetensors; the second an OpenMythos state_dict and the fields
@@ -23,12 +23,13 @@ from mythos_ds.mains import run_tool
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.monitor.throughput import gpu_name
 from mythos_ds.provenance import describe
+from mythos_ds.weights.built_in import model_path
 from mythos_ds.weights.model_folder import load_model, model_of, read_metadata
 
 
 def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("--checkpoint", type=Path, required=True, help="a model folder, or an OpenMythos state_dict")
+    made.add_argument("--checkpoint", type=Path, required=True, help="a model folder, tiny, or OpenMythos weights")
     made.add_argument("--openmythos-config", type=Path, metavar="JSON", help="what the state_dict was made with")
     made.add_argument("--output", type=Path, default=Path("loop_report"), help="where the report is written")
     made.add_argument("--batches", type=int, default=4, help=f"held-out batches of {ROWS} sequences")
@@ -50,11 +51,12 @@ def work(arguments: Namespace) -> None:
             raise ConfigError(f"{name}: given {value}; allowed: at least {least}; nearest: {least}")
     if arguments.output.exists() and not arguments.output.is_dir():
         raise ConfigError(f"--output: given {arguments.output}, which is a file; allowed: a folder, or a new one")
-    model = load(arguments.checkpoint, arguments.openmythos_config)
+    place = model_path(arguments.checkpoint)
+    model = load(place, arguments.openmythos_config)
     if seq_len is None:
-        known = read_metadata(arguments.checkpoint) if arguments.checkpoint.is_dir() else {}
+        known = read_metadata(place) if place.is_dir() else {}
         seq_len = known.get("seq_len", DEFAULT_SEQ_LEN)
-    batches, text = report_text(model, arguments.checkpoint, arguments.data_dir, arguments.batches, seq_len)
+    batches, text = report_text(model, place, arguments.data_dir, arguments.batches, seq_len)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]

@@ -1,7 +1,7 @@
 """Train a gate that says per token what one more loop is worth, on a finished model whose weights do not change.
 
-    mythos-ds train-gate --model models/tiny --output models/tiny-gate
-    mythos-ds train-gate --model models/tiny --output /tmp/gate --steps 20 --seq-len 64
+    mythos-ds train-gate --model tiny --output tiny-gate
+    mythos-ds train-gate --model tiny --output /tmp/gate --steps 20 --seq-len 64
 
 Reads the built-in corpus with the tokenizer in the model's folder (tokenizer.model; where there is none, with the
 corpus's own), and writes a model folder whose halting is "gate".
@@ -23,6 +23,7 @@ from mythos_ds.data.held_out import open_text
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
 from mythos_ds.train.exit_gate import explained_share, train_exit_gate, with_exit_gate
+from mythos_ds.weights.built_in import find_model
 from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, load_model, read_metadata, save_model
 
 _HELD_OUT_BATCHES = 8
@@ -31,7 +32,7 @@ _LEAST = {"steps": 1, "seq_len": 2, "batch": 1, "loops": 2, "seed": 0}
 
 def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("--model", type=Path, required=True, help="a folder with config.json and weights")
+    made.add_argument("--model", type=Path, required=True, help="a folder with config.json and weights, or tiny")
     made.add_argument("--output", type=Path, required=True, help="a new folder")
     made.add_argument("--steps", type=int, default=200)
     made.add_argument("--lr", type=float, default=1e-3)
@@ -45,6 +46,7 @@ def parser() -> ArgumentParser:
 
 def work(arguments: Namespace) -> None:
     check(arguments)
+    arguments.model = find_model(arguments.model)
     model = with_exit_gate(load_model(arguments.model))
     n_loops = arguments.loops or max(model.config.max_loops, 2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

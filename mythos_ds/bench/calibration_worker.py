@@ -1,5 +1,5 @@
 """One process of a real engine that counts what it holds and sends, or measures how long it waits; started by
-tools/calibrate.py, one per rank."""
+mythos-ds calibrate, one per rank."""
 
 import gc
 import json

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mythos_ds.errors import DataError
 from mythos_ds.io import partial_path, sync
+from mythos_ds.weights.built_in import model_path
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -40,8 +41,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a model file, or that of a model folder. Raises DataError when it is missing or of another kind."""
-        path = Path(path)
+        """Read a model file, or that of a model folder or of "tiny".
+
+        Raises DataError when it is missing or of another kind.
+        """
+        path = model_path(path)
         path = path / "tokenizer.model" if path.is_dir() else path
         if not path.is_file():
             command = f"mythos-ds train-tokenizer INPUT --output {path}"

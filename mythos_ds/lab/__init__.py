@@ -1,1 +1,1 @@
-"""Studies of what looping, experts in the loop, stability and halting do. Each is run by tools/lab.py."""
+"""Studies of what looping, experts in the loop, stability and halting do. Each is run by `mythos-ds lab`."""

@@ -1,4 +1,4 @@
-"""Bytes that a process hands to each collective in an optimizer step, by formula; tools/calibrate.py counts them."""
+"""Bytes that a process hands to each collective in an optimizer step, by formula; mythos-ds calibrate counts them."""
 
 from dataclasses import dataclass
 from math import prod

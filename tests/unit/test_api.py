@@ -147,6 +147,7 @@ def test_the_built_in_model_and_a_folder_of_its_name(in_empty):
     assert torch.equal(built_in.embed.weight, load_model(TINY).embed.weight)
     with pytest.raises(CheckpointError, match=r'tiny2: no such folder; .* or "tiny"; nearest: "tiny"'):
         mythos_ds.MythosModel.from_pretrained("tiny2")
+    assert mythos_ds.Tokenizer.load("tiny").vocab_size == built_in.config.vocab_size
     (in_empty / "tiny").mkdir()
     with pytest.raises(CheckpointError, match="tiny: no complete checkpoint"):
         mythos_ds.MythosModel.from_pretrained("tiny")
@@ -235,22 +236,29 @@ def test_a_run_is_trained_and_its_model_is_merged_in_memory(tmp_path):
     """In a process of its own, which ends with the engine's threads."""
     from tests.helpers.pretrain import small_data
 
-    overrides = [*SMALL, *small_data(tmp_path), "training.max_steps=3", "parallel.ep_size=1", "training.lr=0.01"]
+    overrides = [*SMALL, *small_data(tmp_path), "training.max_steps=1", "training.warmup_steps=0", "parallel.ep_size=1"]
     program = f"""
 import os, mythos_ds, torch
+from mythos_ds.checkpoint import manifest
 config = mythos_ds.load_config("tiny", {overrides!r})
 class Steps(mythos_ds.Callback):
     seen = []
     def after_step(self, state):
         self.seen.append(state.step)
 run = mythos_ds.pretrain(config, run_dir="run", overrides=["training.seed=5"], callbacks=[Steps()])
-assert Steps.seen == [1, 2, 3], Steps.seen
+assert Steps.seen == [1], Steps.seen
 model = mythos_ds.MythosModel.from_pretrained(run)
-one = mythos_ds.MythosModel.from_pretrained(str(run / "checkpoints" / "step_00000003"))
+one = mythos_ds.MythosModel.from_pretrained(str(run / "checkpoints" / "step_00000001"))
 assert all(torch.equal(value, one.state_dict()[name]) for name, value in model.state_dict().items())
 fresh = mythos_ds.MythosModel.from_preset("tiny", {overrides!r}, seed=5)
 assert not torch.equal(model.embed.weight, fresh.embed.weight)
+verify, verified = manifest.verify, []
+def counted(tag, *arguments):
+    verified.append(tag)
+    return verify(tag, *arguments)
+manifest.verify = counted
 print(repr(mythos_ds.generate(run, "a", new_tokens=2)), flush=True)
+assert len(verified) == 1, verified
 torch.save(model.state_dict(), "model.pt")
 os._exit(0)
 """

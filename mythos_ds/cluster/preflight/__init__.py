@@ -1,1 +1,1 @@
-"""The checks of hosts, devices and links before a run starts."""
+"""What `mythos-ds preflight` looks at before a run starts."""

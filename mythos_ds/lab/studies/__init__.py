@@ -1,1 +1,1 @@
-"""The studies that tools/lab.py runs: which arms are trained, and what is made of their results."""
+"""The studies that `mythos-ds lab` runs: which arms are trained, and what is made of their results."""

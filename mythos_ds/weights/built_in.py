@@ -1,0 +1,34 @@
+"""Models by name: the one that is installed with the package, or a path. No torch."""
+
+from pathlib import Path
+
+from mythos_ds.errors import CheckpointError
+
+BUILT_IN = "tiny"
+"""The trained model that is installed with the package."""
+
+
+def model_path(source: str | Path) -> Path:
+    """The path that `source` names; "tiny" is the built-in model where nothing at hand has that name."""
+    place = Path(source)
+    return place if place.exists() or str(source) != BUILT_IN else _folder()
+
+
+def find_model(source: str | Path) -> Path:
+    """The folder that `source` names, as `model_path`. Raises CheckpointError where there is none."""
+    place = Path(source)
+    if place.is_dir():
+        return place
+    if str(source) == BUILT_IN:
+        return _folder()
+    near = f'; nearest: "{BUILT_IN}"' if place.name.lower().startswith(BUILT_IN) else ""
+    raise CheckpointError(
+        f'{source}: no such folder; allowed: a model folder, a run, a checkpoint or "{BUILT_IN}"{near}'
+    )
+
+
+def _folder() -> Path:
+    """The built-in model's, in a checkout or where the package is installed."""
+    package = Path(__file__).resolve().parents[1]
+    folders = [package.parent / "models" / BUILT_IN, package / "models" / BUILT_IN]
+    return next((folder for folder in folders if folder.is_dir()), folders[-1])
