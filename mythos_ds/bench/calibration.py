@@ -1,9 +1,6 @@
 """The planner's predictions held against real engines on this machine, layout by layout, and the page about it."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -12,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.bench.paced_pipeline import idle_share
+from mythos_ds.cluster.local_processes import run_processes
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve
 from mythos_ds.costs.pipeline import predict
@@ -157,7 +155,7 @@ def run_case(case: Case, *, paced: bool) -> tuple[ResolvedRun, list[dict[str, An
     overrides = [*_BASE, *case.settings]
     resolved = resolve(load_config("tiny", overrides).config, case.processes)
     task = {"config": "tiny", "overrides": overrides, "n_loops": case.n_loops, "paced": paced}
-    return resolved, run_processes(task, case.processes)
+    return resolved, _found(task, case.processes)
 
 
 def compare(case: Case, resolved: ResolvedRun, found: dict[str, Any], exchanged: float) -> Comparison:
@@ -183,36 +181,17 @@ def compare(case: Case, resolved: ResolvedRun, found: dict[str, Any], exchanged:
     )
 
 
-def run_processes(case: dict[str, Any], processes: int) -> list[dict[str, Any]]:
-    """What each calibration worker found. Raises ConfigError with its output where one failed."""
-    with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
+def _found(task: dict[str, Any], processes: int) -> list[dict[str, Any]]:
+    """What each calibration worker found. Raises ConfigError with what all printed where one failed."""
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "case.json").write_text(json.dumps(case))
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        common = {
-            "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1,
-        }  # fmt: skip
+        (folder / "case.json").write_text(json.dumps(task))
         command = [sys.executable, "-m", "mythos_ds.bench.calibration_worker", str(folder / "case.json"), str(folder)]
-        started = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **{k: str(v) for k, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(processes)
-        ]
-        try:
-            outputs = [process.communicate(timeout=_LIMIT_S)[0] for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        if any(process.returncode for process in started):
-            raise ConfigError(f"a process of the measured run failed:\n{outputs[0][-2000:]}")
+        variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        code = run_processes(command, processes, variables=variables, logs=folder, limit_s=_LIMIT_S)
+        if code:
+            logs = [(folder / f"rank_{rank}.log").read_text(errors="replace")[-2000:] for rank in range(processes)]
+            raise ConfigError("\n".join([f"a process of the measured run failed (exit code {code}):", *logs]))
         return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(processes)]
 
 
@@ -259,7 +238,7 @@ _PAGE = """# How close are the planner's numbers?
 Made by `{command}` on {date}; {hardware}.
 
 A small model (width 128, 16 experts, 2 looped layers, 512 tokens per process) trains three steps with DeepSpeed; in the
-third, all tensors alive and all bytes handed to collectives are counted, and stand here beside `tools/plan.py`'s
+third, all tensors alive and all bytes handed to collectives are counted, and stand here beside `mythos-ds plan`'s
 prediction for the same configuration, in bytes, for the process whose memory is predicted worst. A figure without a
 percentage is equal to the prediction; a percentage is prediction over count.
 

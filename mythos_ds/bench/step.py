@@ -2,15 +2,14 @@
 
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mythos_ds.cluster.local_processes import run_processes
 from mythos_ds.errors import LabError
 
 TIME_LIMIT_S = 900
@@ -48,26 +47,14 @@ def compare_steps(
 def _run(case: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each timed step of one fresh run, and the idle shares of a pipeline's."""
     processes = 1 if case["side"] == "torch" else case["processes"]
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
         case_file, result = Path(folder) / "case.json", Path(folder) / "seconds.json"
         case_file.write_text(json.dumps(case), encoding="utf-8")
         command = [sys.executable, "-m", "mythos_ds.bench.step_worker", str(case_file), str(result)]
-        running = []
-        for rank in range(processes):
-            launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            added = {**launcher, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            added |= {"OMP_NUM_THREADS": case["processes"] // processes}
-            # Both sides on the same cores.
-            environment = {"DS_ACCELERATOR": "cpu", **os.environ, **{key: str(value) for key, value in added.items()}}
-            running.append(subprocess.Popen(command, env=environment))
-        try:
-            failed = [process.args for process in running if process.wait(TIME_LIMIT_S)]
-        finally:
-            for process in running:
-                process.kill()
-        if failed:
-            raise LabError(f"the {case['side']} side failed")
+        # Both sides on the same cores.
+        threads = str(case["processes"] // processes)
+        variables = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "OMP_NUM_THREADS": threads}
+        code = run_processes(command, processes, variables=variables, limit_s=TIME_LIMIT_S)
+        if code:
+            raise LabError(f"the {case['side']} side failed (exit code {code})")
         return json.loads(result.read_text(encoding="utf-8"))

@@ -1,11 +1,13 @@
 """The processes of a run on this machine, started, watched and ended as a launcher does. No torch."""
 
+import math
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 
 from mythos_ds.environment import ProcessEnvironment
@@ -15,36 +17,62 @@ _GRACE_SECONDS = 10.0
 """What the others have left when one has failed; they may hang in a collective."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BY_SIGNAL = 128
+TIME_LIMIT_EXIT_CODE = 124
+"""That of the command `timeout`."""
 
 
-def run_processes(command: Sequence[str], count: int) -> int:
-    """Run `command` once for each of `count` ranks, and wait for all.
+def run_processes(
+    command: Sequence[str],
+    count: int,
+    *,
+    variables: Mapping[str, str] | None = None,
+    logs: Path | None = None,
+    limit_s: float = math.inf,
+) -> int:
+    """Run `command` once for each of `count` ranks, and wait for all. SIGTERM and SIGINT are handed on to every rank.
 
-    Returns 0, or the exit code of the first that failed (128 + n where signal n ended it); the others are then ended.
-    SIGTERM and SIGINT are handed on to every rank.
+    Args:
+        variables: of the environment, beside this process's own.
+        logs: a folder; what a rank prints goes to `rank_<n>.log` in it.
+        limit_s: seconds until all are ended.
+
+    Returns:
+        0, or the exit code of the first that failed (128 + n where signal n ended it), or 124 past the time limit; the
+        others are then ended.
     """
     running: list[subprocess.Popen[bytes]] = []
-    with _handing_on(running):
-        for variables in _environments(count):
-            # A session of its own: a terminal's Ctrl-C comes once, by way of this process.
-            running.append(subprocess.Popen(command, env=variables, start_new_session=True))
+    deadline = time.monotonic() + limit_s
+    with ExitStack() as files, _handing_on(running):
         try:
-            while True:
-                codes = [process.poll() for process in running]
-                failed = [code for code in codes if code]
-                if failed or None not in codes:
-                    return _exit_code(failed[0]) if failed else 0
-                time.sleep(_POLL_SECONDS)
+            for rank, environment in enumerate(_environments(count, variables or {})):
+                log = files.enter_context((logs / f"rank_{rank}.log").open("wb")) if logs else None
+                # A session of its own: a terminal's Ctrl-C comes once, by way of this process.
+                running.append(
+                    subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
+                )
+            return _wait(running, deadline)
         finally:
             _end(running)
 
 
-def _environments(count: int) -> Iterator[dict[str, str]]:
+def _wait(running: Sequence[subprocess.Popen[bytes]], deadline: float) -> int:
+    """Wait until all have ended well, one has failed, or the deadline; the exit code of all together."""
+    while True:
+        codes = [process.poll() for process in running]
+        failed = [code for code in codes if code]
+        if failed or None not in codes:
+            return _exit_code(failed[0]) if failed else 0
+        if time.monotonic() > deadline:
+            return TIME_LIMIT_EXIT_CODE
+        time.sleep(_POLL_SECONDS)
+
+
+def _environments(count: int, added: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """The variables of each rank. Every process would else take all cores for its threads."""
     alone = ProcessEnvironment.detect({})
     threads = str(max(1, (os.cpu_count() or 1) // count))
     for rank in range(count):
-        variables = {"OMP_NUM_THREADS": threads, **os.environ}
+        variables = {"OMP_NUM_THREADS": threads, **os.environ, **added}
         place = ProcessEnvironment(rank, count, rank, count, alone.master_addr, alone.master_port, "python")
         place.export(variables)
         yield variables

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mythos_ds.cluster.local_processes import run_processes
+from mythos_ds.cluster.local_processes import TIME_LIMIT_EXIT_CODE, run_processes
 from tests.helpers.pretrain import environment
 
 PLACE = """
@@ -52,6 +52,16 @@ def test_one_that_fails_ends_the_others_and_its_code_is_handed_on():
     assert run_processes([sys.executable, "-c", ONE_FAILS], 2) == 7
     assert time.monotonic() - started < 60
     assert run_processes([sys.executable, "-c", KILLED], 1) == 128 + signal.SIGKILL
+
+
+def test_what_each_prints_is_kept_and_variables_are_handed_on(tmp_path):
+    program = "import os, sys; print(os.environ['RANK'], os.environ['OWN']); sys.exit('wrong')"
+    assert run_processes([sys.executable, "-c", program], 1, variables={"OWN": "x"}, logs=tmp_path) == 1
+    assert (tmp_path / "rank_0.log").read_text().split() in (["0", "x", "wrong"], ["wrong", "0", "x"])
+
+
+def test_past_the_time_limit_all_are_ended(tmp_path):
+    assert run_processes([sys.executable, "-c", WAITS, str(tmp_path)], 2, limit_s=0.5) == TIME_LIMIT_EXIT_CODE
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
