@@ -29,7 +29,7 @@ class _Listener:
         self.entropies: dict[int, float] = {}
 
     def __call__(self, router: Router, arguments: tuple[Any, ...], routing: Routing) -> None:
-        loop, scores = int(arguments[1]), routing.scores
+        loop, scores = arguments[1].number, routing.scores
         share = scores / scores.sum(-1, keepdim=True)
         counts = count_experts(router.choose(scores, None), scores.shape[-1]).cpu()
         self.indices.setdefault(loop, []).append(routing.indices.cpu())

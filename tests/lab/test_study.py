@@ -24,6 +24,11 @@ def _lab(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *places], capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
+def _written(folder: Path) -> dict[str, int]:
+    """When the files of the runs were written, in nanoseconds."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def test_the_committed_figures_come_out_of_the_command(tmp_path: Path) -> None:
     result = _lab(tmp_path, "khop", "--scale", "smoke")
     assert result.returncode == 0, result.stderr
@@ -35,16 +40,18 @@ def test_the_committed_figures_come_out_of_the_command(tmp_path: Path) -> None:
     for arm, (own,) in made.items():
         (other,) = committed[arm]
         assert own["parameters"] == other["parameters"]
-        assert own["training_flops"] == other["training_flops"]
+        # From Python 3.12 on, sum() of floats keeps what it rounds off.
+        assert own["training_flops"] == pytest.approx(other["training_flops"], rel=1e-12)
         for loops, values in own["accuracy"].items():
             # Sums differ in their last bits between processors, and training carries that on.
             close = [abs(a - b) <= 0.2 for a, b in zip(values, other["accuracy"][loops], strict=True)]
             assert sum(close) >= 0.9 * len(close), (arm, loops, values, other["accuracy"][loops])
     assert (tmp_path / "docs" / STUDY / "khop.png").stat().st_size > 10_000
 
-    started = time.monotonic()
+    written = _written(tmp_path / "runs")
+    assert written
     assert _lab(tmp_path, "khop", "--scale", "smoke").returncode == 0
-    assert time.monotonic() - started < 30
+    assert _written(tmp_path / "runs") == written, "nothing is trained again"
     assert _lab(tmp_path, "report").returncode == 0
     report = (tmp_path / "docs" / "report.html").read_text()
     assert "<table>" in report
