@@ -32,6 +32,11 @@ print(repr(generate(MythosModel.from_pretrained("tiny"), "def main(", tokenizer=
 """
 
 
+def losses_of(run: Path) -> list[float]:
+    """The losses of a run, step by step."""
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
 class Installed:
     """An environment with the wheel in it, which nobody may write to."""
 
@@ -91,10 +96,15 @@ def installed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(installed, tmp_path_factory):
+def settings(tmp_path_factory):
+    """Overrides of a small run of three steps."""
+    return [*SMALL, *small_data(tmp_path_factory.mktemp("data")), "training.max_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def trained(installed, settings, tmp_path_factory):
     """A folder in which three launchers have trained the same run for three steps, and its losses."""
     folder = tmp_path_factory.mktemp("empty")
-    words = [*SMALL, *small_data(tmp_path_factory.mktemp("data")), "training.max_steps=3"]
     ports = [["--master_port", str(free_port())] for _ in range(2)]
     torchrun = ["python", "-m", "torch.distributed.run", "--nproc_per_node", "2", *ports[0]]
     deepspeed = ["python", "-m", "deepspeed.launcher.runner", "--num_gpus", "2", *ports[1]]
@@ -105,8 +115,8 @@ def trained(installed, tmp_path_factory):
     }
     losses = {}
     for name, launcher in launchers.items():
-        installed.run(*launcher, "--config", "tiny.json", "--run-dir", name, *words, cwd=folder)
-        losses[name] = [line["loss"] for line in metrics(folder / name) if "loss" in line]
+        installed.run(*launcher, "--config", "tiny.json", "--run-dir", name, *settings, cwd=folder)
+        losses[name] = losses_of(folder / name)
     return folder, losses
 
 
@@ -186,10 +196,29 @@ def test_examples(installed, example, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False], ids=["inside the checkout", "outside"])
-def test_an_editable_install_has_the_command_too(inside, tmp_path):
-    cwd = ROOT if inside else tmp_path
-    for words in (["pretrain", "--config", "tiny.json", "--dry-run"], ["generate", "def", "--tokens", "1"]):
-        command = [sys.executable, "-m", "mythos_ds", *words]
-        done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.iterdir())
+def test_an_editable_install_does_what_the_wheel_does(inside, trained, settings, tmp_path):
+    """It reads what the wheel wrote, and trains the same run."""
+    empty, output = tmp_path / "empty", tmp_path / "output"
+    empty.mkdir()
+    cwd = ROOT if inside else empty
+
+    def run(*words: str | Path) -> str:
+        command = [sys.executable, "-m", "mythos_ds", *map(str, words)]
+        done = subprocess.run(
+            command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False, timeout=LIMIT_S
+        )
+        assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    assert "parameters" in run("pretrain", "--config", "tiny.json", "--dry-run")
+    assert "1t.json on 1,024 h200: fits" in run("plan", "--config", "1t.json")
+    assert run("generate", "def", "--model", "tiny", "--tokens", "1").startswith("def")
+    folder, losses = trained
+    run("pretrain", "--processes", "2", "--config", "tiny.json", "--run-dir", output / "run", *settings)
+    assert losses_of(output / "run") == losses["processes"]
+    for source, merged in ((output / "run", output / "own"), (folder / "processes", output / "wheels")):
+        run("merge", source, "--output", merged)
+        assert f"{merged}: whole" in run("verify", merged)
+    run("convert", "--from", "mythos", "--to", "hf", "--input", output / "own", "--output", output / "hf")
+    assert json.loads((output / "hf" / "config.json").read_text())["model_type"] == "mythos"
+    assert not list(empty.iterdir()), "something was written where the command was called"
