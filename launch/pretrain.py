@@ -9,11 +9,13 @@ The same command resumes an interrupted run. Exit code 2: the message on stderr 
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mythos_ds.cluster.local_processes import run_processes
 from mythos_ds.config.loader import LoadedConfig, load_config
@@ -24,6 +26,9 @@ from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.resilience.failure import fail
 from mythos_ds.train.run_directory import another_layout_note, default_run_directory
 
+if TYPE_CHECKING:
+    from mythos_ds.train.run import OpenWeights
+
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,7 +36,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>; docs/launch.md")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from")
     parser.add_argument(
-        "--allow-pickle", action="store_true", help="execute what the checkpoint contains; only for files you trust"
+        "--allow-pickle",
+        action="store_true",
+        help="execute what a checkpoint or weights contain; only for files you trust",
     )
     parser.add_argument("--processes", type=int, help="start so many processes on this machine; needs no launcher")
     parser.add_argument("--proxy", action="store_true", help="the same structure at laptop size")
@@ -110,7 +117,16 @@ def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: li
         if first and note and arguments.resume == "auto" and not arguments.proxy:
             print(note, flush=True)
     request = RunRequest(resolved, loaded.text, run_dir, arguments.resume, tuple(argv), arguments.allow_pickle)
-    train(request, environment)
+    train(request, environment, open_weights=opener(resolved, arguments.allow_pickle))
+
+
+def opener(resolved: ResolvedRun, allow_pickle: bool) -> "OpenWeights | None":
+    """What reads the weights that training starts from; None where they are random."""
+    if resolved.config.training.init_from is None:
+        return None
+    from mythos_ds.conversion.starting_weights import open_starting_weights
+
+    return functools.partial(open_starting_weights, allow_pickle=allow_pickle)
 
 
 def plan(

@@ -288,7 +288,9 @@ def pretrain(
     from mythos_ds.train.run import RunRequest, train
 
     request = RunRequest(resolved, loaded.text, folder, str(resume), ("mythos_ds.pretrain",))
-    train(request, environment, callbacks=callbacks)
+    from mythos_ds.conversion.starting_weights import open_starting_weights
+
+    train(request, environment, open_weights=open_starting_weights, callbacks=callbacks)
     return folder
 
 

@@ -8,7 +8,7 @@ Expert weights are first cut by expert over the expert-parallel ranks. A pipelin
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos_ds.checkpoint.manifest import MANIFEST
+from mythos_ds.checkpoint.manifest import MANIFEST, STATE
 from mythos_ds.config.layout import RankLayout
 from mythos_ds.errors import CheckpointError
-from mythos_ds.model.parameter_roles import is_expert, role_of
+from mythos_ds.io import read_json
+from mythos_ds.model.parameter_roles import is_expert, is_frozen, role_of
 from mythos_ds.weights.reader import TensorSpec
 from mythos_ds.weights.safe_load import executes_pickles, safe_load
 
 WEIGHTS = "weights"
 """Kind of the fp32 weights; other kinds are the optimizer's: exp_avg, exp_avg_sq, momentum_buffer."""
 STEP = "step"
+FROZEN = -1
+"""Stands for the group of weights that no optimizer holds: each lies in the model's file under its own name."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """Elements of a logical tensor: `numel` of them from `offset` on are those of `file` from `start` on, in the flat
-    group `group` (ZeRO) or under the tensor's own name (ZeRO 0, group None)."""
+    group `group` (ZeRO) or under the tensor's own name (ZeRO 0, group None; group FROZEN)."""
 
     offset: int
     numel: int
@@ -167,6 +170,25 @@ class ShardReader:
         self.allow_pickle = executes_pickles() if allow_pickle is None else allow_pickle
         self._open: dict[str, Any] = {}
 
+    @cached_property
+    def training(self) -> dict[str, Any]:
+        """The training section of the run's configuration."""
+        path = self.tag / STATE
+        return dict(read_json(path)["config"]["training"]) if path.is_file() else {}
+
+    def order(self, content: Mapping[str, Any]) -> dict[str, int]:
+        """Index of each parameter in an unpartitioned optimizer: the order in which `parameter_groups` takes them."""
+        apart = self.training.get("injection_lr") is not None
+        roles: dict[str, list[str]] = {}
+        for name, tensor in _weights(content).items():
+            if not self.is_frozen(name):
+                roles.setdefault(role_of(name, tensor.dim(), injection_apart=apart).name, []).append(name)
+        return {name: index for index, name in enumerate(name for members in roles.values() for name in members)}
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether the run did not train the parameter."""
+        return is_frozen(name, self.training.get("frozen") or ())
+
     def content(self, file: str) -> Any:
         """What torch saved in `file`."""
         if file not in self._open:
@@ -181,11 +203,13 @@ class ShardReader:
         """The flat tensor that a piece is cut from. Raises CheckpointError where there is none of that kind."""
         content = self.content(file)
         try:
+            if group == FROZEN and kind == WEIGHTS:
+                return _frozen(content)[name].reshape(-1)
             if group is None:
                 masters, states = _whole_states(content)
                 if kind != WEIGHTS:
-                    return states[_order(content)[name]][kind].reshape(-1)
-                return (masters[_order(content)[name]] if masters else content["module"][name]).reshape(-1)
+                    return states[self.order(content)[name]][kind].reshape(-1)
+                return (masters[self.order(content)[name]] if masters else content["module"][name]).reshape(-1)
             state = content["optimizer_state_dict"]
             if kind == WEIGHTS:
                 return _first(state, "fp32_flat_groups", "single_partition_of_fp32_groups")[group].reshape(-1)
@@ -195,9 +219,11 @@ class ShardReader:
 
     def kinds(self, file: str, group: int | None, name: str) -> dict[str, float | None]:
         """Optimizer states kept for a parameter; for `step`, its value."""
+        if group == FROZEN:
+            return {}
         content = self.content(file)
         if group is None:
-            state = _whole_states(content)[1].get(_order(content).get(name, -1), {})
+            state = _whole_states(content)[1].get(self.order(content).get(name, -1), {})
         else:
             state = _first(content["optimizer_state_dict"], "optimizer_state_dict", "base_optimizer_state")
             state = state["state"].get(group, {})
@@ -218,16 +244,20 @@ def _whole_states(content: Mapping[str, Any]) -> tuple[list[Tensor], Mapping[int
     return masters, optimizer.get("optimizer_state_dict", optimizer)["state"]
 
 
-def _order(content: Mapping[str, Any]) -> dict[str, int]:
-    """Index of each parameter in an unpartitioned optimizer: the order in which `parameter_groups` collects them."""
+def _weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters among what the module holds, a tied head only once."""
     buffers = set(content["buffer_names"])
     module = {name: tensor for name, tensor in content["module"].items() if name not in buffers}
-    roles: dict[str, list[str]] = {}
-    for name, tensor in module.items():
-        if name == "lm_head.weight" and tensor.data_ptr() == module["embed.weight"].data_ptr():
-            continue
-        roles.setdefault(role_of(name, tensor.dim()).name, []).append(name)
-    return {name: index for index, name in enumerate(name for members in roles.values() for name in members)}
+    head, embed = module.get("lm_head.weight"), module.get("embed.weight")
+    if head is not None and embed is not None and head.data_ptr() == embed.data_ptr():
+        del module["lm_head.weight"]
+    return module
+
+
+def _frozen(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Where frozen weights lie: ZeRO-3 keeps its ranks' parts of them apart from the module."""
+    parts: Mapping[str, Tensor] | None = content.get("frozen_param_fragments")
+    return content["module"] if parts is None else parts
 
 
 class CheckpointTensors:
@@ -322,19 +352,23 @@ def _rank_files(reader: ShardReader, folder: Path, ep_size: int) -> list[RankFil
     if [_dp_rank(path) for path in paths] != list(range(len(paths))):
         raise CheckpointError(f"{reader.tag / folder}: the files of some ranks are missing")
     layouts = [RankLayout(rank, (len(paths),), run_ep_size=ep_size) for rank in range(len(paths))]
-    return [_rank_file(reader, path, layout) for path, layout in zip(paths, layouts, strict=True)]
+    found = zip(paths, layouts, strict=True)
+    return [file for path, layout in found for file in _rank_file(reader, path, layout)]
 
 
-def _rank_file(reader: ShardReader, path: Path, layout: RankLayout) -> RankFile:
+def _rank_file(reader: ShardReader, path: Path, layout: RankLayout) -> list[RankFile]:
+    """What a rank wrote: of the optimizer, and of the frozen weights."""
     file = str(path.relative_to(reader.tag))
     rank, states = layout.dp_rank, reader.content(file)["optimizer_state_dict"]
     own = path.with_name(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
     model_states = own if own.is_file() else path.with_name("mp_rank_00_model_states.pt")
-    shapes = reader.content(str(model_states.relative_to(reader.tag)))["param_shapes"]
+    model_file = str(model_states.relative_to(reader.tag))
+    content = reader.content(model_file)
+    shapes = content["param_shapes"]
     groups = []
     places = states.get("ds_zero_partition_groups")  # None where no weight is expert-parallel
     for index, names in enumerate(shapes):
-        slices = None
+        slices: Mapping[str, tuple[int, int]] | None = None
         if "param_slice_mappings" in states:
             slices = {name: (part.start, part.numel) for name, part in states["param_slice_mappings"][index].items()}
             place = 0, 0
@@ -344,17 +378,32 @@ def _rank_file(reader: ShardReader, path: Path, layout: RankLayout) -> RankFile:
             place = places[index]["partition_rank"], places[index]["partition_count"]
         local = {name: tuple(shape) for name, shape in names.items()}
         groups.append(RankGroup(index, local, slices, *place))
-    return RankFile(file, layout.ep_rank, tuple(groups))
+    rank_file = RankFile(file, layout.ep_rank, tuple(groups))
+    frozen = _frozen_groups(reader, content, layout, cut="param_slice_mappings" not in states)
+    return [rank_file, RankFile(model_file, layout.ep_rank, tuple(frozen))]
+
+
+def _frozen_groups(
+    reader: ShardReader, content: Mapping[str, Any], layout: RankLayout, *, cut: bool
+) -> Iterator[RankGroup]:
+    """The frozen weights in a rank's file of the model, each by itself: its parts of them where ZeRO-3 has `cut` them,
+    else whole, as every rank has them; then the first rank's count."""
+    if cut:
+        for name, shape in (content.get("frozen_param_shapes") or {}).items():
+            yield RankGroup(FROZEN, {name: tuple(shape)}, None, layout.dp_rank, layout.dp_size)
+    elif layout.dp_rank == 0:
+        for name, tensor in _weights(content).items():
+            if reader.is_frozen(name):
+                yield RankGroup(FROZEN, {name: tuple(tensor.shape)}, {name: (0, tensor.numel())}, 0, 1)
 
 
 def _whole_file(reader: ShardReader, file: str) -> RankFile:
     """ZeRO 0: every tensor under its name, on every rank the same."""
     content = reader.content(file)
-    groups = []
-    for name in _order(content):
-        tensor = content["module"][name]
-        shape = tuple(tensor.shape)
-        groups.append(RankGroup(None, {name: shape}, {name: (0, tensor.numel())}, 0, 1))
+    groups, trained = [], reader.order(content)
+    for name, tensor in _weights(content).items():
+        whole = {name: (0, tensor.numel())}
+        groups.append(RankGroup(None if name in trained else FROZEN, {name: tuple(tensor.shape)}, whole, 0, 1))
     return RankFile(file, 0, tuple(groups))
 
 

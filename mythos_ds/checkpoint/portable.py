@@ -5,7 +5,6 @@ Every layout loads it, as it loads the checkpoints of other layouts (`reshard`).
 """
 
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from shutil import copyfile
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.deepspeed_format import WEIGHTS, open_checkpoint
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import read_json, sync, write_json
-from mythos_ds.weights.reader import TensorFolder, TensorSource
+from mythos_ds.weights.reader import TensorFolder, TensorSource, elements
 from mythos_ds.weights.writer import MAX_FILE_BYTES, write_tensors
 
 PORTABLE = "portable"
@@ -36,10 +35,7 @@ class PortableTensors(TensorFolder):
 
     def elements(self, name: str, start: int, stop: int) -> Tensor:
         """Elements start:stop of the flattened tensor."""
-        shape = self.specs()[name].shape
-        per_row = prod(shape[1:])
-        first, last = start // per_row, -(-stop // per_row)
-        return self.read(name, slice(first, last)).reshape(-1)[start - first * per_row : stop - first * per_row]
+        return elements(self, name, start, stop)
 
 
 def read_layout(tag: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Bringing an engine of any layout to the state of a checkpoint that another layout wrote.
+"""Bringing an engine of any layout to the state of a checkpoint that another layout wrote, or to given weights.
 
 Every rank reads only the elements that it holds, from whatever files have them.
 """
@@ -18,6 +18,7 @@ from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.weights.reader import TensorSource, TensorSpec, elements
 
 _PARTITIONED = "fp32_partitioned_groups_flat"
 """What only DeepSpeed's ZeRO-3 optimizer has."""
@@ -39,37 +40,96 @@ def load_resharded(engine: TrainingEngine, groups: ParallelGroups, tag: Path, st
     """Fill a freshly built engine with weights, optimizer state, buffers and counters of `tag`, saved after `step`
     steps. Raises CheckpointError where the checkpoint is of another model or another optimizer."""
     tensors, updates = open_state(tag)
-    zero, module = engine.deepspeed.optimizer, engine.module
-    partitioned = hasattr(zero, _PARTITIONED)
     weights = tensors.pop(WEIGHTS)
-    _check_names(tag, module, weights)
-    if partitioned:
-        zero.checkpoint_event_prologue()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if not partitioned:
-                base, numel = _base(name, parameter, groups), parameter.numel()
-                parameter.copy_(weights.elements(name, base, base + numel).view_as(parameter))
-        for name, buffer in module.named_buffers():
-            if name in weights.specs():
-                buffer.copy_(weights.read(name))
-        parameters = dict(module.named_parameters())
-        for part in _parts(zero, module):
-            _fill(part, parameters[part.name], groups, zero, weights, tensors, updates)
-    if partitioned:
-        zero.checkpoint_event_epilogue()
+    _check_names(str(tag), engine.module, weights)
+    _place(engine, groups, weights, tensors, updates)
     deepspeed = engine.deepspeed
     deepspeed.global_steps = step
     deepspeed.global_samples = step * deepspeed.train_batch_size()
     deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
 
 
-def _check_names(tag: Path, module: nn.Module, weights: StateTensors) -> None:
+def load_weights(engine: TrainingEngine, groups: ParallelGroups, source: TensorSource, name: str) -> None:
+    """Fill a freshly built engine with the weights and buffers of a whole model, one tensor at a time; everything else
+    of it stays as it is. Each rank reads what it holds, so nothing is sent. name: the source's, for messages.
+
+    Raises CheckpointError where a tensor is missing, has another shape or holds a value that is not finite.
+    """
+    weights = _Finite(source, name)
+    _check_names(name, engine.module, weights)
+    for own, parameter in engine.module.named_parameters():
+        shape = _shape(parameter)
+        whole = (shape[0] * groups.layout.ep_size, *shape[1:]) if is_expert(own) else shape
+        if (found := weights.specs()[own].shape) != whole:
+            raise CheckpointError(f"{name}: {own} has the shape {list(found)}; the model's has {list(whole)}")
+    _place(engine, groups, weights, {}, 0.0)
+
+
+class _Finite:
+    """Tensors of which no element is NaN or infinite."""
+
+    def __init__(self, source: TensorSource, name: str):
+        self.source, self.name, self._specs = source, name, source.specs()
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor."""
+        return self._specs
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor or some of its rows. Raises CheckpointError for a value that is not finite."""
+        value = self.source.read(name, rows)
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{self.name}: {name} holds NaN or infinite values")
+        return value
+
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements start:stop of the flattened tensor."""
+        return elements(self, name, start, stop)
+
+
+def _place(
+    engine: TrainingEngine,
+    groups: ParallelGroups,
+    weights: StateTensors,
+    states: dict[str, StateTensors],
+    updates: float,
+) -> None:
+    """Write weights, buffers and the optimizer's states to where the engine keeps them."""
+    zero, module = engine.deepspeed.optimizer, engine.module
+    partitioned = hasattr(zero, _PARTITIONED)
+    if partitioned:
+        zero.checkpoint_event_prologue()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            base = _base(name, parameter, groups)
+            if not partitioned:
+                parameter.copy_(weights.elements(name, base, base + parameter.numel()).view_as(parameter))
+            elif not parameter.requires_grad:
+                _fill_frozen(name, parameter, base, weights, zero)
+        for name, buffer in module.named_buffers():
+            if name in weights.specs():
+                buffer.copy_(weights.read(name))
+        parameters = dict(module.named_parameters())
+        for part in _parts(zero, module):
+            _fill(part, parameters[part.name], groups, zero, weights, states, updates)
+    if partitioned:
+        zero.checkpoint_event_epilogue()
+
+
+def _fill_frozen(name: str, parameter: Any, base: int, weights: StateTensors, zero: Any) -> None:
+    """This rank's part of a weight that ZeRO-3 cuts up and the optimizer does not hold."""
+    size, numel = parameter.partition_numel(), prod(_shape(parameter))
+    offset = min(zero._get_param_partition_rank(parameter) * size, numel)
+    held = min(size, numel - offset)
+    parameter.ds_tensor.data.view(-1)[:held].copy_(weights.elements(name, base + offset, base + offset + held))
+
+
+def _check_names(name: str, module: nn.Module, weights: StateTensors) -> None:
     stored = weights.specs()
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     persistent = set(module.state_dict(keep_vars=True)) & set(own)
     if missing := sorted(persistent - set(stored)):
-        raise CheckpointError(f"{tag}: has no {missing[0]} ({len(missing)} tensors of the model are missing)")
+        raise CheckpointError(f"{name}: has no {missing[0]} ({len(missing)} tensors of the model are missing)")
 
 
 def _base(name: str, parameter: nn.Parameter, groups: ParallelGroups) -> int:
@@ -114,7 +174,7 @@ def _fill(
     groups: ParallelGroups,
     zero: Any,
     weights: StateTensors,
-    tensors: dict[str, StateTensors],
+    states: dict[str, StateTensors],
     updates: float,
 ) -> None:
     first = _base(part.name, parameter, groups) + part.offset
@@ -123,8 +183,10 @@ def _fill(
     part.flat.view(-1)[held].copy_(values)
     if hasattr(parameter, "ds_tensor"):
         parameter.ds_tensor.data.view(-1)[: part.numel].copy_(values)
+    if not states:
+        return
     state = getattr(zero, "optimizer", zero).state[part.flat]
-    for kind, source in tensors.items():
+    for kind, source in states.items():
         if part.name in source.specs():
             if kind not in state:
                 state[kind] = torch.zeros_like(part.flat)

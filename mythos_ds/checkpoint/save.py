@@ -33,7 +33,8 @@ class TrainingState:
     """What a checkpoint holds beside the engine's tensors (weights, optimizer state and router buffers).
 
     `layout` are the facts that must be equal for DeepSpeed's files to fit; `consumed_samples` counts sequences;
-    `first_validation_loss` is that of the untrained model, in nats per token.
+    `first_validation_loss` is that of the untrained model, in nats per token; `init_from` says what weights the run
+    started from (name, kind, SHA-256), None where they were random.
     """
 
     step: int
@@ -41,6 +42,7 @@ class TrainingState:
     first_validation_loss: float | None
     layout: dict[str, Any]
     config: dict[str, Any]
+    init_from: dict[str, Any] | None = None
 
 
 def layout_of(resolved: ResolvedRun) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from mythos_ds.config.error_messages import did_you_mean, explain, section_type
 from mythos_ds.config.rules import check
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.starting_model import complete_model
 from mythos_ds.errors import ConfigError
 
 COMMENT = "_"
@@ -68,10 +69,18 @@ def check_config(config: RunConfig, overrides: Sequence[str] = ()) -> LoadedConf
     Raises:
         ConfigError: with every problem found, as `load_config` does.
     """
+    return check_raw(config.model_dump(mode="json", exclude_unset=True), overrides, Path("python.json"))
+
+
+def check_raw(raw: dict[str, Any], overrides: Sequence[str], path: Path) -> LoadedConfig:
+    """The sections of a run as JSON values, with overrides, checked as a file at `path` is. `raw` becomes what such a
+    file would hold.
+
+    Raises:
+        ConfigError: with every problem found, as `load_config` does.
+    """
     problems: list[str] = []
-    raw = config.model_dump(mode="json", exclude_unset=True)
     overridden = apply_overrides(raw, overrides, problems)
-    path = Path("python.json")
     checked, found = _validated(raw)
     problems += [f"{_source(key, path, overridden)}: {key}: {message}" for key, message in found]
     if problems or checked is None:
@@ -196,12 +205,16 @@ def _write(raw: dict[str, Any], parts: list[str], value: Any) -> bool:
 
 def _validated(raw: dict[str, Any]) -> tuple[RunConfig | None, list[tuple[str, str]]]:
     """The configuration, and (key path, message) of each problem with single values and with combinations."""
+    contradictions = complete_model(raw)
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems = explain(error)
-        return None, problems + _other_problems(raw, error, {key for key, _ in problems})
-    return config, check.check(config)
+        problems = contradictions + explain(error)
+        problems += _other_problems(raw, error, {key for key, _ in problems})
+        if any(key == "training.init_from" for key, _ in contradictions):  # which would have said what the model is
+            problems = [(key, message) for key, message in problems if key.partition(".")[0] != "model"]
+        return None, problems
+    return config, contradictions + check.check(config)
 
 
 def _other_problems(raw: dict[str, Any], error: ValidationError, wrong: set[str]) -> list[tuple[str, str]]:

@@ -128,6 +128,7 @@ def _training_changes(config: RunConfig, world_size: int, pp_size: PipelineSize)
         "global_batch_size": rows * holders * accumulation,
         "max_steps": steps,
         "max_tokens": None,
+        "init_from": None,  # weights of the whole size do not fit
         "warmup_steps": min(training.warmup_steps, steps // 10),
         "depth_curriculum_steps": min(training.depth_curriculum_steps, steps // 2),
         "eval_interval": 0,

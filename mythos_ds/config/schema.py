@@ -117,10 +117,25 @@ class TrainingConfig(Section):
     max_tokens: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, le=2**31)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    init_from: str | None = Field(
+        None,
+        description="Where the weights come from: a model folder, a Hugging Face folder, OpenMythos weights, a run or "
+        "a checkpoint; null = random. Optimizer, schedule and data start anew.",
+    )
+    frozen: list[str] = Field(
+        default_factory=list,
+        description='Parameters that are not trained, by name patterns such as "prelude.*" or "*.router.weight".',
+    )
 
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
     lr: float = Field(gt=0, description="Peak learning rate at width lr_reference_dim.")
     lr_reference_dim: int = Field(128, ge=1, description="Matrices train at lr * lr_reference_dim / dim.")
+    injection_lr: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate of the injection (A, dt, B) and of the loop embedding, at any width; "
+        "null = lr.",
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)

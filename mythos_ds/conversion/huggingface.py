@@ -153,8 +153,9 @@ def _model_config(folder: Path) -> ModelConfig:
     return config
 
 
-def mythos_source(source: TensorSource, hf: dict[str, Any]) -> tuple[TensorSource, ModelConfig]:
-    """Hugging Face tensors and their config.json as ours. Raises CheckpointError where something is missing."""
+def mythos_config(hf: dict[str, Any]) -> ModelConfig:
+    """The configuration that the config.json of a Hugging Face folder of ours says. Raises CheckpointError for another
+    model's."""
     if hf.get("model_type") != "mythos":
         raise CheckpointError(f"config.json: model_type {hf.get('model_type')!r}, expected 'mythos'")
     values = {ours: hf[theirs] for ours, theirs in FIELDS.items() if hf.get(theirs) is not None}
@@ -165,9 +166,14 @@ def mythos_source(source: TensorSource, hf: dict[str, Any]) -> tuple[TensorSourc
     own = hf.get("mythos") or {}
     values |= {name: own[name] for name in ("init_std", "embedding_std") if own.get(name) is not None}
     try:
-        config = ModelConfig.model_validate(values)
+        return ModelConfig.model_validate(values)
     except ValidationError as error:
         raise CheckpointError(f"config.json: not a configuration of this model ({error})") from None
+
+
+def mythos_source(source: TensorSource, hf: dict[str, Any]) -> tuple[TensorSource, ModelConfig]:
+    """Hugging Face tensors and their config.json as ours. Raises CheckpointError where something is missing."""
+    config = mythos_config(hf)
     renamed = _MythosTensors(source, config.attn_type == "mla")
     return WholeModel(renamed, config, None), config
 

@@ -77,6 +77,7 @@ def metadata_of(state: dict[str, Any]) -> dict[str, Any]:
         "seq_len": training["seq_len"],
         "training": training,
         "data": state["config"]["data"],
+        **({"init_from": state["init_from"]} if state.get("init_from") else {}),
     }
 
 

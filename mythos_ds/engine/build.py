@@ -3,14 +3,17 @@
 import contextlib
 import copy
 import functools
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 
+from mythos_ds.config.error_messages import did_you_mean
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.deepspeed_patches import require_checked_version
 from mythos_ds.engine.float_buffers import restore_float_buffers
@@ -21,6 +24,7 @@ from mythos_ds.kernels.attention import AttentionCore, causal_attention
 from mythos_ds.model.layers import DenseLayer
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.parameter_roles import is_expert, is_frozen
 from mythos_ds.model.pipeline_stage import StageModel
 from mythos_ds.model.recurrent import RecurrentBlock
 from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
@@ -58,6 +62,7 @@ def _build(
     _check_layout(resolved, groups)
     section = deepspeed_section(resolved, groups)
     model = build_model(resolved, groups, section, adapt, attention_core=attention_core)
+    freeze(model, resolved, groups)
     if stage == 3 and not groups.pipelined:
         # The module that owns the loop: gathered once in forward and once in backward for any loop count. A leaf that
         # is called several times gets wrong gradients; prelude and coda layers run once, and as leaves save hooks.
@@ -97,7 +102,7 @@ def build_model(
     with context:
         model = kind(
             config.model,
-            seed=config.training.seed,
+            seed=None if config.training.init_from else config.training.seed,
             attention_core=attention_core,
             moe_factory=factory,
             checkpoint_loops=config.parallel.activation_checkpointing == "loop",
@@ -106,6 +111,33 @@ def build_model(
         if adapt is not None:
             adapt(model)
         return model
+
+
+def freeze(model: MythosModel, resolved: ResolvedRun, groups: ParallelGroups) -> None:
+    """Takes the gradient from the parameters that `training.frozen` names. Raises ConfigError on every rank for a
+    pattern that names none of the whole model's, and where nothing is left to train."""
+    patterns = resolved.config.training.frozen
+    if not patterns:
+        return
+    with torch.device("meta"):
+        names = [name for name, _ in MythosModel(resolved.config.model, seed=None).named_parameters()]
+    problems = []
+    for pattern in patterns:
+        if not any(is_frozen(name, [pattern]) for name in names):
+            near = did_you_mean(pattern, [*names, *sorted({f"{name.rpartition('.')[0]}.*" for name in names})])
+            problems.append(f"training.frozen: {pattern!r} given; no parameter has such a name{near}")
+    if not problems and all(is_frozen(name, patterns) for name in names):
+        problems.append(f"training.frozen: {json.dumps(patterns)} given; nothing is left to train")
+    if groups.layout.run_ep_size > 1 and any(is_expert(name) and is_frozen(name, patterns) for name in names):
+        problems.append(
+            f"training.frozen: routed experts given with ep_size {groups.layout.run_ep_size}; DeepSpeed keeps frozen "
+            "expert-parallel weights in no checkpoint; allowed: ep_size 1; nearest: parallel.ep_size=1"
+        )
+    if problems:
+        raise ConfigError(problems)
+    for name, parameter in model.named_parameters():
+        if is_frozen(name, patterns):
+            parameter.requires_grad_(False)
 
 
 def deepspeed_section(resolved: ResolvedRun, groups: ParallelGroups) -> dict[str, Any]:

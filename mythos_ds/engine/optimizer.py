@@ -12,22 +12,26 @@ import torch
 from torch import nn
 
 from mythos_ds.config.schema import RunConfig, TrainingConfig
-from mythos_ds.model.parameter_roles import Role, role_of
+from mythos_ds.model.parameter_roles import INJECTION, Role, role_of
 
 LR_SCALE = "lr_scale"
 """Key of a parameter group: factor on the scheduled learning rate."""
 
 
 def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: RunConfig) -> list[dict[str, Any]]:
-    """Groups of one role each, for torch and for DeepSpeed.
+    """Groups of one role each, for torch and for DeepSpeed; frozen parameters are in none.
 
     Expert-parallel weights get groups of their own. DeepSpeed asks for the key `moe` and, as the `name`, that of their
     process group (ZeRO 1 and 2 look the group up by it).
     """
     members: dict[tuple[Role, str | None], list[nn.Parameter]] = defaultdict(list)
+    apart = config.training.injection_lr is not None
     for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
         # Under zero.Init the local tensor is empty; ds_shape is the parameter's own.
-        role = role_of(name, len(getattr(parameter, "ds_shape", parameter.shape)))
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        role = role_of(name, dimensions, injection_apart=apart)
         members[role, _expert_group_of(parameter)].append(parameter)
     scale = config.training.lr_reference_dim / config.model.dim
     decay = config.training.weight_decay
@@ -39,7 +43,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
             "name": role.name if expert_group is None else expert_group,
             "moe": expert_group is not None,
             "weight_decay": decay if role.decays else 0.0,
-            LR_SCALE: scale if role.width_scaled else 1.0,
+            LR_SCALE: _lr_scale(role, config.training, scale),
         }
         for (role, expert_group), parameters in members.items()
     ]
@@ -57,7 +61,7 @@ def _muon_groups(
         for parameter in parameters:
             parameter.use_muon = role.orthogonal  # type: ignore[attr-defined]
         own: dict[str, Any] = {"betas": (training.beta1, training.beta2), "eps": training.eps}
-        factor = scale if role.width_scaled else 1.0
+        factor = _lr_scale(role, training, scale)
         if role.orthogonal:
             own = {"momentum": training.muon_momentum}
             factor = (training.muon_lr or training.lr) / training.lr
@@ -74,6 +78,13 @@ def _muon_groups(
             }
         )
     return groups
+
+
+def _lr_scale(role: Role, training: TrainingConfig, width_scale: float) -> float:
+    """The factor on the scheduled learning rate."""
+    if role == INJECTION and training.injection_lr is not None:
+        return training.injection_lr / training.lr
+    return width_scale if role.width_scaled else 1.0
 
 
 def _expert_group_of(parameter: nn.Parameter) -> str | None:

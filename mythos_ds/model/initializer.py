@@ -17,9 +17,9 @@ _BLOCK_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class Initializer:
-    """Draws weights for the module called `prefix`."""
+    """Draws weights for the module called `prefix`; with seed None it leaves them as they are, to be loaded."""
 
-    seed: int
+    seed: int | None
     prefix: str = ""
 
     def at(self, name: str | int) -> "Initializer":
@@ -29,7 +29,7 @@ class Initializer:
     @torch.no_grad()
     def normal_(self, tensor: Tensor, name: str, std: float, *, expert: int | None = None) -> None:
         """Fills `tensor` with N(0, std^2); `expert` is the global id where the tensor is one expert's slice."""
-        if tensor.is_meta:
+        if tensor.is_meta or self.seed is None:
             return
         key = f"{self.seed}:{self.prefix}.{name}" + ("" if expert is None else f"[{expert}]")
         digest = hashlib.blake2b(key.encode(), digest_size=16).digest()

@@ -35,7 +35,8 @@ class MythosModel(nn.Module):
     `attention_core` computes attention from q, k and v in every layer; `moe_factory` builds the experts' layer (expert
     parallelism passes its own); `checkpoint_loops` recomputes each loop
     in backward, so that activation memory hardly grows with the loop count. `part` says which layers to hold (None:
-    all); names and initial values of parameters do not depend on it, and `forward` needs all of them.
+    all); names and initial values of parameters do not depend on it, and `forward` needs all of them. `seed` None
+    leaves the matrices zero, for weights that are loaded.
 
     A forward is `encode`, the looped block, `decode`; whoever wants to look between the loops calls `encode`,
     `start_loop`, `step_loop` for each loop and `decode` instead, with the same result.
@@ -45,7 +46,7 @@ class MythosModel(nn.Module):
         self,
         config: ModelConfig,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         attention_core: AttentionCore = causal_attention,
         moe_factory: MoEFactory = MoE,
         checkpoint_loops: bool = False,

@@ -181,6 +181,9 @@ class _Run:
             message.requires_grad_(self._sends_gradient(action))
         with self.stopwatch.busy(), torch.set_grad_enabled(self.training):
             output, state = self.pipeline.model(visit, message, self.states.pop(m, ()), batch)
+        if self.training and visit.has_gradient and not output.requires_grad:
+            # Nothing up to here is trained; the next stage, which cannot know, sends a gradient all the same.
+            output.requires_grad_()
         if number == self.n_visits - 1:
             batch.context.records.close()
         if state:

@@ -9,6 +9,7 @@ from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.train.run_manifest import RunManifest, continue_manifest
+from mythos_ds.weights.model_folder import CONFIG
 
 AUTO = "auto"
 NO_RESUME = "never"
@@ -43,6 +44,7 @@ def manifest_for(run: RunDirectory, tag: Path | None, wanted: RunManifest) -> Ru
 
 
 def _checkpoint_at(groups: ParallelGroups, path: Path) -> Path:
+    together(groups, lambda: _refuse_model(path))
     if manifest.is_tag(path.name):
         tag = path if verified_everywhere(groups, path) else None
     else:
@@ -51,6 +53,15 @@ def _checkpoint_at(groups: ParallelGroups, path: Path) -> Path:
     together(groups, lambda: _require_any(path, tag, required=True))
     assert tag is not None
     return tag
+
+
+def _refuse_model(path: Path) -> None:
+    """Raises CheckpointError where a path names a model, which training starts from and does not go on with."""
+    if path.is_file() or (path / CONFIG).is_file():
+        raise CheckpointError(
+            f"--resume: given {path}, a model and no training checkpoint; to start a new run from its weights: "
+            f"training.init_from={path}"
+        )
 
 
 def _require_any(folder: Path, tag: Path | None, *, required: bool) -> None:

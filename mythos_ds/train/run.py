@@ -1,5 +1,6 @@
 """One training run in one process of many: groups, checkpoint, data, engine, training, report."""
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from rich.console import Console
 from mythos_ds import log
 from mythos_ds.checkpoint import manifest as files
 from mythos_ds.checkpoint.load import load_checkpoint
+from mythos_ds.checkpoint.reshard import load_weights
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.build import Adapt, build_engine
+from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
-from mythos_ds.errors import MythosError
+from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.parallel.collective import on_rank_zero, together
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 from mythos_ds.resilience.failure import abort
@@ -22,9 +25,12 @@ from mythos_ds.train.callbacks import Callback
 from mythos_ds.train.data_loader import DataLoader, TextLoader
 from mythos_ds.train.resume import choose_checkpoint, manifest_for
 from mythos_ds.train.run_directory import RunDirectory
-from mythos_ds.train.run_manifest import RunManifest, new_manifest, with_dataset
+from mythos_ds.train.run_manifest import RunManifest, new_manifest, with_dataset, with_weights
 from mythos_ds.train.summary import RunSummary, show_summary
 from mythos_ds.train.trainer import Progress, Trainer
+from mythos_ds.weights.reader import StartingWeights
+
+_logger = log.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class RunRequest:
     allow_pickle: bool = False
 
 
+OpenWeights = Callable[[ResolvedRun, int], StartingWeights]
+"""Opens the weights that `training.init_from` names, on the rank that is given."""
 OpenData = Callable[[ResolvedRun, RunManifest, ParallelGroups, int], DataLoader]
 """Opens a run's data from a step on; the calling process's part of them."""
 
@@ -49,12 +57,14 @@ def train(
     environment: ProcessEnvironment,
     *,
     open_data: OpenData = TextLoader.open,
+    open_weights: OpenWeights | None = None,
     adapt: Adapt | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunSummary:
     """Start or resume the run and train it to its end. Raises MythosError subclasses for what a user can mend.
 
-    open_data: other data than the configured ones; adapt: changes the model right after it was made; callbacks: see
+    open_data: other data than the configured ones; open_weights: needed with `training.init_from`, and called for a
+    fresh start only; adapt: changes the model right after it was made; callbacks: see
     `callbacks.py`.
     """
     log.configure(environment.rank)
@@ -66,7 +76,7 @@ def train(
             environment, resolved.ep_size, resolved.stages, timeout_s=resolved.config.parallel.timeout_s
         )
         try:
-            summary = _train(request, groups, stop, open_data, adapt, callbacks)
+            summary = _train(request, groups, stop, open_data, open_weights, adapt, callbacks)
         except MythosError:
             groups.close()
             raise
@@ -81,6 +91,7 @@ def _train(
     groups: ParallelGroups,
     stop: StopSignals,
     open_data: OpenData,
+    open_weights: OpenWeights | None,
     adapt: Adapt | None,
     callbacks: Sequence[Callback],
 ) -> RunSummary:
@@ -89,11 +100,16 @@ def _train(
     tag = choose_checkpoint(groups, run, request.resume)
     manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
     step = 0 if tag is None else files.tag_step(tag)
+    weights = together(groups, lambda: _opened(resolved, groups.rank, open_weights)) if tag is None else None
+    if weights is not None:
+        manifest = with_weights(manifest, weights.identity)
     data = open_data(resolved, manifest, groups, step)
     manifest = together(groups, lambda: with_dataset(manifest, data.identity))
     on_rank_zero(groups, lambda: _record(request, run, manifest, step))
     engine = build_engine(resolved, groups, adapt)
     progress = Progress()
+    if weights is not None:
+        _start_from(weights, engine, groups)
     if tag is not None:
         state = load_checkpoint(engine, groups, tag, allow_pickle=request.allow_pickle)
         progress = Progress(state.step, state.first_validation_loss)
@@ -103,6 +119,24 @@ def _train(
     if claimed is not None:
         claimed.close()
     return summary
+
+
+def _opened(resolved: ResolvedRun, rank: int, open_weights: OpenWeights | None) -> StartingWeights | None:
+    if resolved.config.training.init_from is None:
+        return None
+    if open_weights is None:
+        raise ConfigError("training.init_from: given to a program that starts from random weights only; remove it")
+    return open_weights(resolved, rank)
+
+
+def _start_from(weights: StartingWeights, engine: TrainingEngine, groups: ParallelGroups) -> None:
+    name = str(weights.identity["name"])
+    for note in weights.notes if groups.rank == 0 else ():
+        _logger.info("%s: %s", name, note)
+    started = time.monotonic()
+    together(groups, lambda: load_weights(engine, groups, weights.source, name))
+    if groups.rank == 0:
+        _logger.info("starting from the weights of %s, read in %.1f s", name, time.monotonic() - started)
 
 
 def _record(request: RunRequest, run: RunDirectory, manifest: RunManifest, step: int) -> None:

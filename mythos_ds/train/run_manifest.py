@@ -6,13 +6,14 @@ length and seed that begins where the last one ends.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.errors import CheckpointError
 from mythos_ds.train.lr_schedule import PlannedLength
 
-_DATASET = "dataset"
+_DATASET, _WEIGHTS = "dataset", "init_from"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class RunManifest:
         """The planned lengths for the learning-rate schedule."""
         return [PlannedLength(phase.decided_at, phase.end_step) for phase in self.phases]
 
+    @property
+    def starting_weights(self) -> dict[str, Any] | None:
+        """What the run's weights were read from at its start; None where they were random."""
+        return self.pinned.get(_WEIGHTS)
+
     def phase_index(self, step: int) -> int:
         """Index of the phase that optimizer step `step` reads from; the last one's once the run is complete."""
         return next((i for i, phase in enumerate(self.phases) if step < phase.end_step), len(self.phases) - 1)
@@ -53,7 +59,7 @@ class RunManifest:
 def new_manifest(resolved: ResolvedRun) -> RunManifest:
     """The manifest of a run that starts now; its dataset is pinned once that has been opened (`with_dataset`)."""
     training = resolved.config.training
-    pinned = {
+    pinned: dict[str, Any] = {
         "seq_len": training.seq_len,
         "global_batch_size": training.global_batch_size,
         "seed": training.seed,
@@ -61,6 +67,13 @@ def new_manifest(resolved: ResolvedRun) -> RunManifest:
         "dtype": training.dtype,
         "model": resolved.config.model.model_dump(mode="json"),
     }
+    # What the optimizer's groups depend on, where it is not as usual.
+    if training.frozen:
+        pinned["frozen"] = list(training.frozen)
+    if training.injection_lr is not None:
+        pinned["injection_has_own_lr"] = True
+    if training.init_from is not None:
+        pinned[_WEIGHTS] = {"name": Path(training.init_from).resolve().name}
     return RunManifest(pinned, (Phase(0, resolved.max_steps, training.seed),))
 
 
@@ -72,16 +85,22 @@ def with_dataset(manifest: RunManifest, identity: dict[str, Any]) -> RunManifest
     return RunManifest({**manifest.pinned, _DATASET: identity}, manifest.phases)
 
 
+def with_weights(manifest: RunManifest, identity: dict[str, Any]) -> RunManifest:
+    """The manifest with what the run's weights were read from."""
+    return RunManifest({**manifest.pinned, _WEIGHTS: identity}, manifest.phases)
+
+
 def continue_manifest(manifest: RunManifest, wanted: RunManifest, step: int) -> RunManifest:
     """The manifest for going on at `step` with the configuration that `wanted` was made from.
 
     A larger length appends a phase; phases decided on but never begun are forgotten. Raises CheckpointError naming
     every pinned value that differs, or a length below the pinned one.
     """
-    stored = {name: value for name, value in manifest.pinned.items() if name != _DATASET}
+    stored = {name: value for name, value in manifest.pinned.items() if name not in (_DATASET, _WEIGHTS)}
+    pinned = {name: value for name, value in wanted.pinned.items() if name != _WEIGHTS}
     begun = [phase for phase in manifest.phases if phase.start_step < max(step, 1)]
     manifest = RunManifest(manifest.pinned, tuple(begun))
-    problems = _differences("", stored, wanted.pinned)
+    problems = _differences("", stored, pinned) + _other_weights(manifest, wanted)
     if wanted.total_steps < manifest.total_steps:
         problems.append(
             f"training length: {wanted.total_steps} steps now, {manifest.total_steps} when the run was started; "
@@ -94,6 +113,14 @@ def continue_manifest(manifest: RunManifest, wanted: RunManifest, step: int) -> 
     seed = manifest.phases[0].seed + len(manifest.phases)
     phase = Phase(last.end_step, wanted.total_steps, seed, decided_at=step)
     return RunManifest(manifest.pinned, (*manifest.phases, phase))
+
+
+def _other_weights(manifest: RunManifest, wanted: RunManifest) -> list[str]:
+    """The weights are gone from a run that goes on; another name for them would have no effect."""
+    old, new = (pinned.pinned.get(_WEIGHTS, {}).get("name") for pinned in (manifest, wanted))
+    if new is None or new == old:
+        return []
+    return [f"training.init_from: {new!r} now, {'random weights' if old is None else repr(old)} at the run's start"]
 
 
 def _refuse(problems: list[str]) -> None:

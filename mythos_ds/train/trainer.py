@@ -225,6 +225,7 @@ class Trainer:
             first_validation_loss=self.first_loss,
             layout=layout_of(self.resolved),
             config=self.config.model_dump(mode="json"),
+            init_from=self.manifest.starting_weights,
         )
         self.writer.save(state)
         self.saved_step = self.step

@@ -36,6 +36,16 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class StartingWeights:
+    """The weights that a run starts from. `identity`: last name of the path, kind and digest, as JSON values; `notes`:
+    what there is to say of them."""
+
+    source: "TensorSource"
+    identity: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
 class TensorSource(Protocol):
     """Tensors by name. A conversion wraps one source in another. Sources are pickled to worker processes: they hold
     paths and small data, and open files when they read."""
@@ -45,6 +55,18 @@ class TensorSource(Protocol):
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor, or rows start:stop of its first dimension."""
+
+
+def elements(source: TensorSource, name: str, start: int, stop: int) -> Tensor:
+    """Elements start:stop of a flattened tensor; only the rows that hold them are read."""
+    shape = source.specs()[name].shape
+    if start == stop:
+        return torch.empty(0)
+    if not shape:
+        return source.read(name).reshape(1)
+    per_row = prod(shape[1:])
+    first, last = start // per_row, -(-stop // per_row)
+    return source.read(name, slice(first, last)).reshape(-1)[start - first * per_row : stop - first * per_row]
 
 
 class TensorFolder:

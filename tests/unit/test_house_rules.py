@@ -57,7 +57,7 @@ LINES = {
     "checkpoint": 1_520,
     "inference": 190,
     "train": 1_380,
-    "conversion": 2_360,
+    "conversion": 2_700,
     "plan": 1_770,
     "analysis": 1_060,
     "cluster": 1_420,

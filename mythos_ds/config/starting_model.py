@@ -1,0 +1,94 @@
+"""The model section of a run that starts from weights: the weights' own configuration, and what may differ from it."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.errors import ConfigError
+
+FREE = ("mean_recurrence", "embedding_std", "init_std", "act_threshold", "state_dtype")
+"""Settings that no tensor of the weights depends on, and that a run may therefore choose anew."""
+
+CONFIG = "config.json"
+_RUN_MANIFEST, _CHECKPOINTS = "manifest.json", "checkpoints"
+_TRAINING_STATE = "training_state.json"
+
+
+def complete_model(raw: dict[str, Any]) -> list[tuple[str, str]]:
+    """Fill in what the model section of `raw` leaves out, from the weights that `training.init_from` names; (key path,
+    message) of each setting that contradicts them. Does nothing for a run from random weights."""
+    training, given = raw.get("training"), raw.get("model", {})
+    source = training.get("init_from") if isinstance(training, dict) else None
+    if not isinstance(source, str) or not isinstance(given, dict):
+        return []
+    try:
+        own = model_section(Path(source), given)
+    except ConfigError as error:
+        return [("training.init_from", problem) for problem in error.problems]
+    raw["model"] = {**own, **given}
+    return [(f"model.{key}", message) for key, message in differences(own, given, source)]
+
+
+def model_section(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration, as JSON values, of the model that a run from `path` starts as. `given`: what the run's own
+    model section says, from which a dense model is cut. Raises ConfigError for anything that is no model."""
+    found = _own_section(path)
+    if found is None:
+        # Other formats take torch to read; conversion stands above this package, and this is the one call upward.
+        found = importlib.import_module("mythos_ds.conversion.starting_weights").foreign_section(path, given)
+    defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
+    return {**defaults, **found}
+
+
+def _own_section(path: Path) -> dict[str, Any] | None:
+    """That of a model folder, a checkpoint or a run of ours; None for anything else."""
+    places = (
+        (path / CONFIG, ("model",)),
+        (path / _TRAINING_STATE, ("config", "model")),
+        (path / _RUN_MANIFEST, ("pinned", "model")),
+        # a run's folder of checkpoints
+        (path.parent / _RUN_MANIFEST if path.name == _CHECKPOINTS else path / _RUN_MANIFEST, ("pinned", "model")),
+    )
+    for file, keys in places:
+        content = _json(file)
+        for key in keys:
+            content = content.get(key) if isinstance(content, dict) else None
+        if isinstance(content, dict):
+            return content
+    return None
+
+
+def _json(file: Path) -> Any:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error})") from None
+
+
+def differences(own: Mapping[str, Any], given: Mapping[str, Any], source: str) -> list[tuple[str, str]]:
+    """(key, message) of each setting of a model section that the weights contradict."""
+    problems = []
+    for key, value in given.items():
+        if key not in own or own[key] == value or key in FREE or _fits(own, key, value):
+            continue
+        allowed = json.dumps(own[key])
+        if key == "vocab_size":
+            allowed = f"{own[key]} or more"
+        nearest = json.dumps(own[key])
+        problems.append((key, f"{json.dumps(value)} given; the weights of {source} have {allowed}; nearest: {nearest}"))
+    return problems
+
+
+def _fits(own: Mapping[str, Any], key: str, value: Any) -> bool:
+    """Whether the weights do for another value too: more loops where no table has a row for each, a larger vocabulary,
+    or a model without its trained exit gate."""
+    if key == "max_loops":
+        return not own.get("lora_rank")
+    if key == "vocab_size":
+        return isinstance(value, int) and value > own[key]
+    return bool(key == "halting" and own[key] == "gate" and value == "none")

@@ -1,0 +1,192 @@
+"""Weights of every kind as the start of a run: the model section they imply, and their tensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mythos_ds.api import convert
+from mythos_ds.config.loader import LoadedConfig, load_config
+from mythos_ds.config.resolve import resolve
+from mythos_ds.conversion.init_config import file_text, init_config
+from mythos_ds.conversion.starting_weights import open_starting_weights
+from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.weights.model_folder import save_model
+from mythos_ds.weights.reader import StartingWeights
+from tests.helpers.toy_model import toy_config
+
+TRAINING: dict[str, Any] = {
+    "seq_len": 16,
+    "micro_batch_size": 1,
+    "global_batch_size": 2,
+    "max_steps": 2,
+    "lr": 0.01,
+    "depth_distribution": "poisson",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("weights") / "model"
+    model = MythosModel(toy_config(lora_rank=0), seed=3)
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.add_(1.5)
+    save_model(model, made, {})
+    return made
+
+
+def loaded(path: Path, weights: Path, *overrides: str, **model: Any) -> LoadedConfig:
+    """A run file without a model section, but for `model`."""
+    sections: dict[str, Any] = {"training": {**TRAINING, "init_from": str(weights)}}
+    sections["data"] = {"datasets": [{"prefix": "unused"}], "tokenizer": "unused"}
+    if model:
+        sections["model"] = model
+    file = path / "run.json"
+    file.write_text(json.dumps(sections))
+    return load_config(str(file), overrides)
+
+
+def opened(run: LoadedConfig) -> StartingWeights:
+    return open_starting_weights(resolve(run.config, 1), 0)
+
+
+def assert_equal(weights: StartingWeights, folder: Path) -> None:
+    wanted = load_file(folder / "model.safetensors")
+    assert set(weights.source.specs()) == set(wanted)
+    for name, value in wanted.items():
+        assert torch.equal(weights.source.read(name), value), name
+
+
+def test_the_folder_gives_the_model_section(folder, tmp_path):
+    run = loaded(tmp_path, folder)
+    assert run.config.model == toy_config(lora_rank=0)
+    weights = opened(run)
+    assert_equal(weights, folder)
+    assert weights.identity["name"] == "model"
+    again = opened(loaded(tmp_path, folder, "model.mean_recurrence=2", "model.max_loops=4"))
+    assert again.identity == weights.identity
+
+
+def test_what_an_export_holds_is_the_same_model(folder, tmp_path):
+    convert(folder, tmp_path / "hf", dtype="float32")
+    run = loaded(tmp_path, tmp_path / "hf")
+    assert run.config.model.model_copy(update={"shared_expert_dim": None}) == toy_config(lora_rank=0)
+    assert_equal(opened(run), folder)
+
+
+def test_another_digest_for_other_weights(folder, tmp_path):
+    other = tmp_path / "other"
+    save_model(MythosModel(toy_config(lora_rank=0), seed=4), other, {})
+    assert opened(loaded(tmp_path, other)).identity["sha256"] != opened(loaded(tmp_path, folder)).identity["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [
+        ({"dim": 64}, "have 32; nearest: 32"),
+        ({"rope_theta": 5e5}, "have 10000.0"),
+        ({"vocab_size": 39}, "have 40 or more; nearest: 40"),
+        ({"tie_embeddings": True}, "have false"),
+        ({"n_experts": 16}, "have 8"),
+    ],
+)
+def test_a_model_section_that_contradicts_the_weights_is_refused(changes, allowed, folder, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, folder, **changes)
+    (problem,) = caught.value.problems
+    assert f"model.{next(iter(changes))}: " in problem
+    assert allowed in problem
+
+
+def test_a_larger_vocabulary_gets_the_mean_of_the_rows(folder, tmp_path):
+    run = loaded(tmp_path, folder, vocab_size=50)
+    weights = opened(run)
+    assert any("10 rows added" in note for note in weights.notes)
+    own = load_file(folder / "model.safetensors")
+    for name in ("embed.weight", "lm_head.weight"):
+        value, mean = weights.source.read(name), own[name].double().mean(0).float()
+        assert torch.equal(value[:40], own[name])
+        assert torch.allclose(value[40:], mean.expand(10, -1), atol=1e-7)
+        for rows in (slice(0, 7), slice(38, 43), slice(40, 41), slice(44, 50)):
+            assert torch.equal(weights.source.read(name, rows), value[rows])
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda tensors: tensors.pop("norm.weight"), "norm.weight: not in the given weights"),
+        (lambda tensors: tensors.update(extra=torch.zeros(2)), "extra: not a tensor"),
+        (lambda tensors: tensors.update({"norm.weight": torch.zeros(2)}), "norm.weight: has the shape"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(damage, named, folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, other / "model.safetensors")
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=named):
+        opened(loaded(tmp_path, other))
+
+
+def test_a_gate_is_left_out(tmp_path):
+    config = toy_config(lora_rank=0, halting="gate")
+    save_model(MythosModel(config), tmp_path / "gated", {})
+    with pytest.raises(ConfigError, match=r"model\.halting"):
+        loaded(tmp_path, tmp_path / "gated")
+    weights = opened(loaded(tmp_path, tmp_path / "gated", halting="none"))
+    assert not any("gate." in name for name in weights.source.specs())
+    assert weights.notes == ("the trained exit gate is left out",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file or folder"),
+        ({}, "has no config.json"),
+        ({"config.json": "{}"}, "model_type None"),
+        ({"config.json": '{"model_type": "gpt2"}'}, "model_type 'gpt2'"),
+        ({"config.json": "{"}, "not readable"),
+        ({"config.json": '{"model_type": "llama", "num_hidden_layers": 6}'}, "model.prelude_layers"),
+    ],
+)
+def test_what_is_no_model_is_one_message(content, message, tmp_path):
+    place = tmp_path / "given"
+    if content is not None:
+        place.mkdir()
+        for name, text in content.items():
+            (place / name).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, place)
+    (problem,) = caught.value.problems
+    assert "training.init_from: " in problem
+    assert message in problem
+
+
+def test_init_config_writes_a_run_that_loads(folder, tmp_path):
+    run, notes = init_config(
+        folder, load_config("tiny"), ["training.max_steps=9", "data.tokenizer=t"], data=[tmp_path / "text"]
+    )
+    path = tmp_path / "made.json"
+    path.write_text(file_text(run))
+    again = load_config(str(path)).config
+    assert again == run.config
+    assert again.model == toy_config(lora_rank=0)
+    assert again.training.init_from == str(folder)
+    assert (again.training.max_steps, again.data.datasets[0].prefix) == (9, str(tmp_path / "text"))
+    assert again.training.lr == load_config("tiny").config.training.lr
+    assert any("no tokenizer" in note for note in notes)
+
+
+def test_init_config_names_the_weights_tokenizer(tmp_path):
+    run, notes = init_config(Path("tiny"), load_config("tiny"), data=[tmp_path / "text"])
+    assert str(run.config.data.tokenizer).endswith("models/tiny/tokenizer.model")
+    assert notes == []
+    _, notes = init_config(Path("tiny"), load_config("tiny"), [f"data.data_dir={tmp_path}"])
+    assert "prepare-data INPUT --tokenizer tiny" in notes[0]
