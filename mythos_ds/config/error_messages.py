@@ -107,7 +107,7 @@ def _explain_one(schema: dict[str, Any], location: Location, item: Any) -> str:
 def _unknown_key(schema: dict[str, Any], location: Location) -> str:
     name = str(location[-1])
     parent = _node_at(schema, location[:-1]) or schema
-    known = list(_follow(schema, parent).get("properties", {}))
+    known = list(_container(schema, parent, name).get("properties", {}))
     homes = [section for section in schema["properties"] if _has_property(schema, section, name)]
     hint = f"; it belongs in '{homes[0]}'" if homes else did_you_mean(name, known)
     return f"unknown key{hint}" if hint else f"unknown key; allowed here: {', '.join(known)}"

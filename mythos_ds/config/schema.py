@@ -14,6 +14,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class RopeScaling(Section):
+    """How RoPE is stretched beyond the length it was first trained with; keys and meaning as in Hugging Face's
+    `rope_parameters`."""
+
+    rope_type: Literal["linear", "llama3", "yarn"] = Field(
+        description="linear: arXiv 2306.15595; llama3: that of Llama 3.1; yarn: arXiv 2309.00071."
+    )
+    factor: float = Field(ge=1, description="By how much; positions, or low frequencies, are divided by it.")
+    original_max_position_embeddings: int | None = Field(
+        None, ge=1, description="llama3 and yarn: the length before it was stretched."
+    )
+    low_freq_factor: float | None = Field(None, gt=0, description="llama3: longer waves are divided by the factor.")
+    high_freq_factor: float | None = Field(None, gt=0, description="llama3: shorter waves stay as they are.")
+    beta_fast: float | None = Field(None, gt=0, description="yarn: turns above which a wave stays; null = 32.")
+    beta_slow: float | None = Field(None, gt=0, description="yarn: turns below which a wave is divided; null = 1.")
+    attention_factor: float | None = Field(
+        None, gt=0, description="yarn: factor on queries and keys; null = from the factor, or mscale / mscale_all_dim."
+    )
+    mscale: float | None = Field(None, gt=0, description="yarn: of attention_factor, where that is null.")
+    mscale_all_dim: float | None = Field(None, gt=0, description="yarn: of attention_factor, where that is null.")
+    truncate: bool | None = Field(None, description="yarn: round the bounds between the waves; null = true.")
+
+
 class ModelConfig(Section):
     """A recurrent-depth mixture-of-experts transformer: prelude, looped block, coda."""
 
@@ -30,6 +53,10 @@ class ModelConfig(Section):
     n_kv_heads: int | None = Field(None, ge=1, description="GQA only: key/value heads; null = n_heads.")
     head_dim: int | None = Field(None, ge=2, description="GQA only: width of a head; null = dim / n_heads.")
     qk_norm: bool = Field(False, description="GQA only: RMSNorm on each query and key head.")
+    qk_norm_span: Literal["head", "all"] = Field("head", description='"all": over all heads together, before RoPE.')
+    attention_biases: Literal["none", "qkv", "all"] = Field(
+        "none", description="GQA only: biases of the attention's matrices: none, of query, key and value, or all four."
+    )
     q_lora_rank: int | None = Field(None, ge=1, description="MLA only: query latent; null = full-rank query.")
     kv_lora_rank: int | None = Field(None, ge=1, description="MLA only: key/value latent width.")
     qk_nope_head_dim: int | None = Field(None, ge=1, description="MLA only: head width without RoPE.")
@@ -37,6 +64,10 @@ class ModelConfig(Section):
     v_head_dim: int | None = Field(None, ge=1, description="MLA only: value head width.")
     rope_theta: float = Field(10000.0, gt=0)
     rope_interleaved: bool = Field(False, description="Rotate adjacent pairs instead of halves.")
+    rope_scaling: RopeScaling | None = Field(None, description="GQA only: RoPE stretched to longer sequences.")
+    norm_placement: Literal["before", "after"] = Field(
+        "before", description="Norms of a layer: before attention and feed-forward, or on their output."
+    )
 
     ffn_dim: int = Field(ge=1, description="Hidden width of the dense SwiGLU in prelude and coda.")
     n_experts: int = Field(ge=1, description="Routed experts per recurrent layer.")
@@ -74,6 +105,11 @@ class ModelConfig(Section):
     def resolved_init_std(self) -> float:
         """Standard deviation of hidden matrices, sqrt(2/(5 d)) unless given (Nguyen & Salazar 2019)."""
         return self.init_std if self.init_std is not None else math.sqrt(2.0 / (5.0 * self.dim))
+
+    @property
+    def resolved_output_std(self) -> float:
+        """Standard deviation of the last matrix of a branch: zero, unless a norm behind it would undo that."""
+        return self.resolved_init_std if self.norm_placement == "after" else 0.0
 
     @property
     def resolved_head_dim(self) -> int:

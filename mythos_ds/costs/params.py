@@ -14,7 +14,7 @@ class ParameterCounts:
         embedding: rows of the embedding table.
         head: the LM head; 0 when tied to the embedding.
         dense: prelude and coda blocks.
-        attention: attention of the recurrent layers, with its own norms.
+        attention: attention of the recurrent layers, with its own norms and biases.
         router: routers of the recurrent layers.
         routed: all routed experts.
         shared: all shared experts.
@@ -59,7 +59,7 @@ def checkpoint_disk_bytes(config: RunConfig) -> int:
 def count_parameters(model: ModelConfig) -> ParameterCounts:
     """Counts every weight, norm and gain of the model."""
     layers, dim = model.recurrent_layers, model.dim
-    attention = attention_matmul(model) + _attention_norms(model)
+    attention = attention_matmul(model) + _attention_vectors(model)
     dense_block = attention + 3 * dim * model.ffn_dim + 2 * dim
     embedding = model.vocab_size * dim
     counts = {
@@ -103,10 +103,14 @@ def shared_matmul(model: ModelConfig) -> int:
     return 3 * model.dim * model.n_shared_experts * model.resolved_shared_dim
 
 
-def _attention_norms(model: ModelConfig) -> int:
+def _attention_vectors(model: ModelConfig) -> int:
+    """Norms and biases of one attention."""
     if model.attn_type == "mla":
         return (model.q_lora_rank or 0) + (model.kv_lora_rank or 0)
-    return 2 * model.resolved_head_dim if model.qk_norm else 0
+    width, heads, kv_heads = model.resolved_head_dim, model.n_heads, model.resolved_kv_heads
+    normed = heads + kv_heads if model.qk_norm_span == "all" else 2
+    biases = {"none": 0, "qkv": width * (heads + 2 * kv_heads), "all": width * (heads + 2 * kv_heads) + model.dim}
+    return (normed * width if model.qk_norm else 0) + biases[model.attention_biases]
 
 
 def _other(model: ModelConfig) -> int:

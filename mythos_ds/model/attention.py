@@ -52,27 +52,35 @@ class Attention(nn.Module, ABC, Generic[Entry]):
 
 
 class GroupedQueryAttention(Attention[GroupedEntry]):
-    """GQA (Ainslie et al. 2023), RoPE on whole heads, optional QK-norm (Henry et al. 2020)."""
+    """GQA (Ainslie et al. 2023), RoPE on whole heads, optional QK-norm (Henry et al. 2020) of each head or of all heads
+    together (OLMo 2, arXiv 2501.00656), optional biases."""
 
     def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
         super().__init__(core)
         dim, width, std = config.dim, config.resolved_head_dim, config.resolved_init_std
         self.width = width
-        self.q = Linear(dim, config.n_heads * width, init.at("q"), std)
-        self.k = Linear(dim, config.resolved_kv_heads * width, init.at("k"), std)
-        self.v = Linear(dim, config.resolved_kv_heads * width, init.at("v"), std)
-        self.o = Linear(config.n_heads * width, dim, init.at("o"), 0.0)
-        self.q_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
+        queries, keys = config.n_heads * width, config.resolved_kv_heads * width
+        biased = config.attention_biases != "none"
+        self.q = Linear(dim, queries, init.at("q"), std, biased=biased)
+        self.k = Linear(dim, keys, init.at("k"), std, biased=biased)
+        self.v = Linear(dim, keys, init.at("v"), std, biased=biased)
+        self.o = Linear(queries, dim, init.at("o"), config.resolved_output_std, biased=config.attention_biases == "all")
+        self.norms_all = config.qk_norm_span == "all"
+        self.q_norm = RMSNorm(queries if self.norms_all else width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(keys if self.norms_all else width, config.norm_eps) if config.qk_norm else None
 
     def make_entry(self, x: Tensor, context: ForwardContext) -> GroupedEntry:
-        k = self.k(x).unflatten(-1, (-1, self.width))
-        k = k if self.k_norm is None else self.k_norm(k)
+        k = self._heads(self.k(x), self.k_norm)
         return GroupedEntry(context.rotary.rotate(k), self.v(x).unflatten(-1, (-1, self.width)))
 
+    def _heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Queries or keys [batch, seq, heads * width] in heads, normed."""
+        x = norm(x) if norm is not None and self.norms_all else x
+        x = x.unflatten(-1, (-1, self.width))
+        return x if norm is None or self.norms_all else norm(x)
+
     def attend(self, x: Tensor, entry: GroupedEntry, context: ForwardContext) -> Tensor:
-        q = self.q(x).unflatten(-1, (-1, self.width))
-        q = context.rotary.rotate(q if self.q_norm is None else self.q_norm(q))
+        q = context.rotary.rotate(self._heads(self.q(x), self.q_norm))
         out = self.core(q, entry.k, entry.v, scale=self.width**-0.5, documents=context.documents)
         return self.o(out.flatten(-2))
 
@@ -98,7 +106,7 @@ class MultiHeadLatentAttention(Attention[LatentEntry]):
         self.kv_down = Linear(dim, latent + rope, init.at("kv_down"), std)
         self.kv_norm = RMSNorm(latent, eps)
         self.kv_up = Linear(latent, heads * (nope + value), init.at("kv_up"), std)
-        self.o = Linear(heads * value, dim, init.at("o"), 0.0)
+        self.o = Linear(heads * value, dim, init.at("o"), config.resolved_output_std)
 
     def make_entry(self, x: Tensor, context: ForwardContext) -> LatentEntry:
         latent, k_rope = self.kv_down(x).split([self.latent, self.rope], dim=-1)

@@ -11,10 +11,10 @@ from mythos_ds.model.initializer import Initializer, Linear
 class FeedForward(nn.Module):
     """Dense SwiGLU w2(silu(w1 x) * w3 x): [..., dim] -> [..., dim]."""
 
-    def __init__(self, dim: int, hidden: int, init: Initializer, std: float):
+    def __init__(self, dim: int, hidden: int, init: Initializer, std: float, out_std: float = 0.0):
         super().__init__()
         self.w1 = Linear(dim, hidden, init.at("w1"), std)
-        self.w2 = Linear(hidden, dim, init.at("w2"), 0.0)
+        self.w2 = Linear(hidden, dim, init.at("w2"), out_std)
         self.w3 = Linear(dim, hidden, init.at("w3"), std)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,7 +27,16 @@ class Experts(nn.Module):
     w1 (gate) and w3 (up) are [n_experts, hidden, dim], w2 (down) is [n_experts, dim, hidden].
     """
 
-    def __init__(self, n_experts: int, dim: int, hidden: int, init: Initializer, std: float, first_expert: int = 0):
+    def __init__(
+        self,
+        n_experts: int,
+        dim: int,
+        hidden: int,
+        init: Initializer,
+        std: float,
+        first_expert: int = 0,
+        out_std: float = 0.0,
+    ):
         super().__init__()
         self.w1 = nn.Parameter(torch.zeros(n_experts, hidden, dim))
         self.w2 = nn.Parameter(torch.zeros(n_experts, dim, hidden))
@@ -35,6 +44,8 @@ class Experts(nn.Module):
         for local in range(n_experts):
             init.normal_(self.w1.data[local], "w1", std, expert=first_expert + local)
             init.normal_(self.w3.data[local], "w3", std, expert=first_expert + local)
+            if out_std > 0:
+                init.normal_(self.w2.data[local], "w2", out_std, expert=first_expert + local)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Computes rows [n, dim] sorted by expert, counts int64 [n_experts] (local) -> [n, dim]."""

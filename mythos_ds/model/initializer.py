@@ -42,19 +42,21 @@ class Initializer:
 
 
 class Linear(nn.Module):
-    """Matrix without bias: [..., in_features] -> [..., out_features]; std 0 makes it a zero map.
+    """Matrix, with a bias that starts at zero where asked: [..., in_features] -> [..., out_features]; std 0 makes it a
+    zero map.
 
     Weights are filled inside `__init__`: under `zero.Init` a parameter is already cut up when `__init__` returns.
     """
 
-    def __init__(self, in_features: int, out_features: int, init: Initializer, std: float):
+    def __init__(self, in_features: int, out_features: int, init: Initializer, std: float, *, biased: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if biased else None
         if std > 0:
             init.normal_(self.weight.data, "weight", std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight)
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):

@@ -1,4 +1,5 @@
-"""Pre-norm transformer layers: dense ones for prelude and coda, MoE ones for the recurrent block."""
+"""Transformer layers, dense ones for prelude and coda, MoE ones for the recurrent block: norms stand before attention
+and feed-forward, or after them on what they add to the stream (OLMo 2, arXiv 2501.00656)."""
 
 from typing import Protocol
 
@@ -22,16 +23,24 @@ class MoEFactory(Protocol):
 
 
 class DenseLayer(nn.Module):
-    """x + attention(norm x), then x + ffn(norm x): [batch, seq, dim] -> [batch, seq, dim]."""
+    """x + attention(norm x), then x + ffn(norm x); or x + norm(attention(x)), then x + norm(ffn(x)).
+
+    [batch, seq, dim] -> [batch, seq, dim].
+    """
 
     def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = make_attention(config, init.at("attn"), core)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = FeedForward(config.dim, config.ffn_dim, init.at("ffn"), config.resolved_init_std)
+        stds = config.resolved_init_std, config.resolved_output_std
+        self.ffn = FeedForward(config.dim, config.ffn_dim, init.at("ffn"), *stds)
+        self.norms_after = config.norm_placement == "after"
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        if self.norms_after:
+            x = x + self.attn_norm(self.attn(x, context)[0])
+            return x + self.ffn_norm(self.ffn(x))
         x = x + self.attn(self.attn_norm(x), context)[0]
         return x + self.ffn(self.ffn_norm(x))
 
@@ -47,12 +56,18 @@ class RecurrentLayer(nn.Module):
         self.attn = make_attention(config, init.at("attn"), core)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.moe = moe_factory(config, init.at("moe"), layer=layer)
+        self.norms_after = config.norm_placement == "after"
 
     def forward(
         self, x: Tensor, loop: int, context: ForwardContext, halted: HaltedPositions | None = None
     ) -> tuple[Tensor, CacheEntry]:
         """Returns the new residual stream from x, both fp32 [batch, seq, dim], and the attention's cache entry."""
+        alive = None if halted is None else ~halted.halted
+        if self.norms_after:
+            dtype = self.attn_norm.weight.dtype  # in which the branches compute; the stream stays fp32
+            attended, entry = self.attn(x.to(dtype), context, halted)
+            x = x + self.attn_norm(attended)
+            return x + self.ffn_norm(self.moe(x.to(dtype), loop, context, alive)), entry
         attended, entry = self.attn(self.attn_norm(x), context, halted)
         x = x + attended
-        alive = None if halted is None else ~halted.halted
         return x + self.moe(self.ffn_norm(x), loop, context, alive), entry

@@ -18,10 +18,10 @@ _RAW_SHARE = 8
 def sinusoid(index: LoopIndex, width: int, device: torch.device) -> Tensor:
     """Computes [sin(t f_i), cos(t f_i)] with f_i = 10000^(-2i/width) of the index t (Vaswani et al. 2017).
 
-    fp32 [width], or [batch, 1, width]."""
+    fp32 [width], or [batch, 1, width]; an odd width has no last cosine."""
     exponent = torch.arange(0, width, 2, device=device).float() / width
     angle = index.scale(torch.pow(torch.full_like(exponent, _THETA), -exponent))
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
 
 
 class LoopEmbedding(nn.Module):

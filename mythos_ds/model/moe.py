@@ -48,12 +48,16 @@ class MoE(nn.Module):
         self.shared_experts: FeedForward | None = None
         if config.n_shared_experts:
             width = config.n_shared_experts * config.resolved_shared_dim
-            self.shared_experts = FeedForward(config.dim, width, init.at("shared_experts"), config.resolved_init_std)
+            own = init.at("shared_experts")
+            self.shared_experts = FeedForward(
+                config.dim, width, own, config.resolved_init_std, config.resolved_output_std
+            )
         self.dispatcher = self.make_dispatcher()
 
     def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
         """Makes the routed experts that this process holds."""
-        return Experts(config.n_experts, config.dim, config.expert_dim, init, config.resolved_init_std)
+        stds = {"std": config.resolved_init_std, "out_std": config.resolved_output_std}
+        return Experts(config.n_experts, config.dim, config.expert_dim, init, **stds)
 
     def make_dispatcher(self) -> Dispatcher:
         """Makes the dispatcher by which rows reach their experts."""

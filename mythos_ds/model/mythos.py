@@ -219,7 +219,8 @@ class MythosModel(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         config = self.config
-        rotary = Rotary.at(positions, rotary_width(config), config.rope_theta, config.rope_interleaved)
+        shape = rotary_width(config), config.rope_theta, config.rope_interleaved
+        rotary = Rotary.at(positions, *shape, config.rope_scaling)
         return ForwardContext(rotary, documents, aux, n_grad_loops, records or ForwardRecords())
 
     def moe_layers(self) -> list[MoE]:

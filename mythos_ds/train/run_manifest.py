@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import CheckpointError
 from mythos_ds.train.lr_schedule import PlannedLength
 
@@ -98,6 +99,7 @@ def continue_manifest(manifest: RunManifest, wanted: RunManifest, step: int) -> 
     """
     stored = {name: value for name, value in manifest.pinned.items() if name not in (_DATASET, _WEIGHTS)}
     pinned = {name: value for name, value in wanted.pinned.items() if name != _WEIGHTS}
+    stored["model"] = {**_added_later(), **stored["model"]}
     begun = [phase for phase in manifest.phases if phase.start_step < max(step, 1)]
     manifest = RunManifest(manifest.pinned, tuple(begun))
     problems = _differences("", stored, pinned) + _other_weights(manifest, wanted)
@@ -121,6 +123,11 @@ def _other_weights(manifest: RunManifest, wanted: RunManifest) -> list[str]:
     if new is None or new == old:
         return []
     return [f"training.init_from: {new!r} now, {'random weights' if old is None else repr(old)} at the run's start"]
+
+
+def _added_later() -> dict[str, Any]:
+    """What a key of the model meant before there was such a key: its default."""
+    return {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
 
 
 def _refuse(problems: list[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mythos_ds.config.schema import ModelConfig
-from tests.helpers.reference_layers import Inputs, Loop, Params, Pass, attention, dense_layer, moe, rms_norm
+from tests.helpers.reference_layers import Inputs, Loop, Params, Pass, attention, branch, dense_layer, moe, rms_norm
 
 
 def sinusoid(index: int, dim: int) -> Tensor:
@@ -45,10 +45,15 @@ def recurrent_layers(
     """The shared layers, once."""
     for j in range(config.recurrent_layers):
         prefix = f"recurrent.layers.{j}"
-        normed = rms_norm(x, config.norm_eps, params[f"{prefix}.attn_norm.weight"])
-        x = x + attention(params, f"{prefix}.attn", config, normed, inputs, j, loop)
-        normed = rms_norm(x, config.norm_eps, params[f"{prefix}.ffn_norm.weight"])
-        x = x + moe(params, f"{prefix}.moe", config, normed, j, loop, router_bias, out)
+
+        def attended(x: Tensor, j: int = j, prefix: str = prefix) -> Tensor:
+            return attention(params, f"{prefix}.attn", config, x, inputs, j, loop)
+
+        def mixed(x: Tensor, j: int = j, prefix: str = prefix) -> Tensor:
+            return moe(params, f"{prefix}.moe", config, x, j, loop, router_bias, out)
+
+        x = branch(params, f"{prefix}.attn_norm", config, x, attended)
+        x = branch(params, f"{prefix}.ffn_norm", config, x, mixed)
     return x
 
 

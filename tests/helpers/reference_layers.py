@@ -1,5 +1,6 @@
 """Layers of the reference model: attention, dense and mixture-of-experts feed-forward. See `reference.py`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -56,13 +57,41 @@ def rope(x: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
     """Rotates x [batch, seq, heads, d] by position * theta^(-2i/d); pairs are (i, i + d/2) or (2i, 2i + 1)."""
     d = x.shape[-1]
     frequency = config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-    angle = (positions[:, :, None, None].double() * frequency).to(x.device)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    stretched, factor = stretch(frequency.tolist(), config)
+    angle = (positions[:, :, None, None].double() * torch.tensor(stretched, dtype=torch.float64)).to(x.device)
+    cos, sin = factor * angle.cos().to(x.dtype), factor * angle.sin().to(x.dtype)
     if config.rope_interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
         return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
     first, second = x[..., : d // 2], x[..., d // 2 :]
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def stretch(frequencies: list[float], config: ModelConfig) -> tuple[list[float], float]:
+    """The frequencies after model.rope_scaling, wave by wave, and the factor on rotated vectors."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies, 1.0
+    s, length = scaling.factor, scaling.original_max_position_embeddings or 0
+    if scaling.rope_type == "linear":
+        return [w / s for w in frequencies], 1.0
+    stretched = []
+    for i, w in enumerate(frequencies):
+        turns = length * w / (2 * math.pi)
+        if scaling.rope_type == "llama3":
+            low, high = scaling.low_freq_factor or 0.0, scaling.high_freq_factor or 0.0
+            kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+        else:
+            # The (fractional) index of the wave that turns so often: theta^(2i/d) = length / (2 pi turns).
+            fast, slow = (
+                len(frequencies) * math.log(length / (2 * math.pi * often)) / math.log(config.rope_theta)
+                for often in (scaling.beta_fast or 32, scaling.beta_slow or 1)
+            )
+            first, last = max(math.floor(fast), 0), min(math.ceil(slow), 2 * len(frequencies) - 1)
+            kept = 1 - min(max((i - first) / (last - first), 0.0), 1.0)
+        stretched.append(kept * w + (1 - kept) * w / s)
+    yarn = 1 + 0.1 * math.log(s) if scaling.attention_factor is None else scaling.attention_factor
+    return stretched, yarn if scaling.rope_type == "yarn" else 1.0
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -87,17 +116,24 @@ def keep_halted(new: tuple[Tensor, Tensor], layer: int, loop: Loop | None) -> tu
 def gqa(params: Params, prefix: str, config: ModelConfig, x: Tensor, inputs: Inputs, kv_hook: Callable) -> Tensor:
     """Grouped-query attention."""
     d, heads, kv_heads = config.resolved_head_dim, config.n_heads, config.resolved_kv_heads
-    query = (x @ params[f"{prefix}.q.weight"].T).unflatten(-1, (heads, d))
-    key = (x @ params[f"{prefix}.k.weight"].T).unflatten(-1, (kv_heads, d))
-    value = (x @ params[f"{prefix}.v.weight"].T).unflatten(-1, (kv_heads, d))
-    if config.qk_norm:
+    query, key, value = (affine(params, f"{prefix}.{name}", x) for name in "qkv")
+    if config.qk_norm and config.qk_norm_span == "all":
+        query = rms_norm(query, config.norm_eps, params[f"{prefix}.q_norm.weight"])
+        key = rms_norm(key, config.norm_eps, params[f"{prefix}.k_norm.weight"])
+    query, key, value = (part.unflatten(-1, (-1, d)) for part in (query, key, value))
+    if config.qk_norm and config.qk_norm_span == "head":
         query = rms_norm(query, config.norm_eps, params[f"{prefix}.q_norm.weight"])
         key = rms_norm(key, config.norm_eps, params[f"{prefix}.k_norm.weight"])
     query = rope(query, inputs.positions, config)
     key, value = kv_hook((rope(key, inputs.positions, config), value))
     key = key.repeat_interleave(heads // kv_heads, dim=2)
     value = value.repeat_interleave(heads // kv_heads, dim=2)
-    return attend(query, key, value, inputs.visible, d**-0.5) @ params[f"{prefix}.o.weight"].T
+    return affine(params, f"{prefix}.o", attend(query, key, value, inputs.visible, d**-0.5))
+
+
+def affine(params: Params, name: str, x: Tensor) -> Tensor:
+    """W x, plus b where there is one."""
+    return x @ params[f"{name}.weight"].T + params.get(f"{name}.bias", 0.0)
 
 
 def mla(params: Params, prefix: str, config: ModelConfig, x: Tensor, inputs: Inputs, kv_hook: Callable) -> Tensor:
@@ -146,10 +182,18 @@ def attention(
 
 def dense_layer(params: Params, prefix: str, config: ModelConfig, x: Tensor, inputs: Inputs) -> Tensor:
     """A layer of prelude or coda."""
-    x = x + attention(
-        params, f"{prefix}.attn", config, rms_norm(x, config.norm_eps, params[f"{prefix}.attn_norm.weight"]), inputs
+    x = branch(
+        params, f"{prefix}.attn_norm", config, x, lambda x: attention(params, f"{prefix}.attn", config, x, inputs)
     )
-    return x + swiglu(params, f"{prefix}.ffn", rms_norm(x, config.norm_eps, params[f"{prefix}.ffn_norm.weight"]))
+    return branch(params, f"{prefix}.ffn_norm", config, x, lambda x: swiglu(params, f"{prefix}.ffn", x))
+
+
+def branch(params: Params, norm: str, config: ModelConfig, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """x + f(norm(x)), or x + norm(f(x))."""
+    weight = params[f"{norm}.weight"]
+    if config.norm_placement == "after":
+        return x + rms_norm(compute(x), config.norm_eps, weight)
+    return x + compute(rms_norm(x, config.norm_eps, weight))
 
 
 def selection_bias(router_bias: Params | None, prefix: str, loop: int) -> Tensor | float:

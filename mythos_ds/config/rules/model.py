@@ -2,7 +2,17 @@
 
 import math
 
-from mythos_ds.config.schema import ModelConfig
+from mythos_ds.config.schema import ModelConfig, RopeScaling
+
+SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": ((), ()),
+    "llama3": (("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (
+        ("original_max_position_embeddings",),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+"""What a kind of RoPE scaling needs beside its factor, and what it may have."""
 
 
 def nearest_divisors(value: int, *numbers: int) -> str:
@@ -15,8 +25,8 @@ def nearest_divisors(value: int, *numbers: int) -> str:
 
 
 def loop_embedding_width(model: ModelConfig) -> str | None:
-    """The sinusoid has pairs over all channels ("scaled") or over an eighth of them ("raw")."""
-    unit = {"none": 1, "scaled": 2, "raw": 16}[model.loop_embedding]
+    """The "scaled" sinusoid has pairs over all channels; the "raw" one, over an eighth, drops a last cosine."""
+    unit = 2 if model.loop_embedding == "scaled" else 1
     if model.dim % unit == 0:
         return None
     nearest = round(model.dim / unit) * unit or unit
@@ -42,6 +52,32 @@ def head_dim(model: ModelConfig) -> str | None:
         return f"missing; required where n_heads = {model.n_heads} does not divide dim = {model.dim}"
     width = model.resolved_head_dim
     return f"{width} given; allowed: even numbers (RoPE rotates pairs); nearest: {width + 1}" if width % 2 else None
+
+
+def rope_scaling(model: ModelConfig) -> str | None:
+    """Each kind has keys of its own; a key of another would do nothing."""
+    if model.rope_scaling is None:
+        return None
+    if model.attn_type == "mla":
+        return 'given; allowed with attn_type "mla": null (its softmax scale would follow from it); nearest: null'
+    return scaling_problem(model.rope_scaling)
+
+
+def scaling_problem(scaling: RopeScaling) -> str | None:
+    """What is wrong with the keys of a RoPE scaling, or None."""
+    kind, given = scaling.rope_type, scaling.model_dump(exclude_none=True)
+    needed, optional = SCALING_KEYS[kind]
+    if missing := [key for key in needed if key not in given]:
+        return f'{missing[0]} is missing; required with rope_type "{kind}"'
+    if idle := sorted(set(given) - {"rope_type", "factor", *needed, *optional}):
+        allowed = ", ".join(("factor", *needed, *optional))
+        return f'{idle[0]} has no effect with rope_type "{kind}"; allowed: {allowed}'
+    if kind == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
+        return f"high_freq_factor {given['high_freq_factor']} given; allowed: above low_freq_factor"
+    scales = [key for key in ("mscale", "mscale_all_dim") if key in given]
+    if scales and "attention_factor" in given:
+        return f"{scales[0]} has no effect beside attention_factor; remove it"
+    return f"{scales[0]} has no effect alone; allowed: mscale and mscale_all_dim together" if len(scales) == 1 else None
 
 
 def rope_dim(model: ModelConfig) -> str | None:

@@ -5,6 +5,7 @@ import pytest
 from mythos_ds.config.depth_distribution import tail_probability
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.proxy import make_proxy
+from mythos_ds.config.schema import RopeScaling
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, training_depth_pmf
 from mythos_ds.costs.params import count_parameters
 from tests.helpers.mains import load_main
@@ -19,11 +20,18 @@ LIMITS = {
     "500b": (500e9, 0.04, 131072, 48, 16),
     "1t": (1e12, 0.04, 131072, 64, 16),
 }
+GQA = {
+    "attn_type": "gqa", "q_lora_rank": None, "kv_lora_rank": None, "qk_nope_head_dim": None, "qk_rope_head_dim": None,
+    "v_head_dim": None,
+}  # fmt: skip
 VARIANTS = [
     {"q_lora_rank": None},
     {"injection": "post", "discretisation": "direct"},
     {"halting": "act", "tie_embeddings": True},
     {"loop_embedding": "none", "lora_rank": 0, "n_shared_experts": 2, "shared_expert_dim": 96},
+    {**GQA, "attention_biases": "qkv", "rope_scaling": RopeScaling(rope_type="linear", factor=2.0)},
+    {**GQA, "attention_biases": "all", "qk_norm": True},
+    {**GQA, "qk_norm": True, "qk_norm_span": "all", "norm_placement": "after", "n_kv_heads": 2},
     {"n_shared_experts": 0, "lora_target": "output", "coda_layers": 0, "prelude_norm": False},
 ]
 

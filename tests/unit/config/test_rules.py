@@ -19,6 +19,9 @@ MLA = ["model.attn_type=mla", "model.n_kv_heads=null", "model.qk_norm=false", "m
        "model.qk_nope_head_dim=16", "model.qk_rope_head_dim=8", "model.v_head_dim=16"]  # fmt: skip
 KEPT = ("recurrent_layers", "max_loops", "mean_recurrence", "attn_type", "n_shared_experts", "injection",
         "n_experts_per_tok")  # fmt: skip
+LINEAR = ["model.rope_scaling.rope_type=linear", "model.rope_scaling.factor=8"]
+YARN = ["model.rope_scaling.rope_type=yarn", "model.rope_scaling.factor=8",
+        "model.rope_scaling.original_max_position_embeddings=64"]  # fmt: skip
 POISSON = ["training.depth_distribution=poisson"]
 SGD = ["training.optimizer=sgd"]
 PER_SEQUENCE = ["training.depth_per=sequence"]
@@ -64,7 +67,19 @@ PER_SEQUENCE = ["training.depth_per=sequence"]
         (["model.mean_recurrence=17"], "model.mean_recurrence", "nearest: 16"),
         (["model.max_loops=64"], "model.max_loops", "go beyond max_loops / 2"),
         (["model.discretisation=direct"], "model.discretisation", '"euler" or "zoh"'),
-        (["model.loop_embedding=raw", "model.dim=136"], "model.dim", "multiples of 16"),
+        (["model.dim=129", "model.head_dim=32"], "model.dim", "multiples of 2"),
+        ([*MLA, "model.attention_biases=qkv"], "model.attention_biases", "no effect"),
+        (["model.qk_norm=false", "model.qk_norm_span=all"], "model.qk_norm_span", "no effect unless qk_norm"),
+        ([*MLA, *LINEAR], "model.rope_scaling", 'attn_type "mla": null'),
+        ([*LINEAR, "model.rope_scaling.beta_fast=32"], "model.rope_scaling", 'beta_fast has no effect with rope_type'),
+        (["model.rope_scaling.rope_type=llama3", "model.rope_scaling.factor=8"], "model.rope_scaling",
+         "original_max_position_embeddings is missing"),
+        ([*YARN, "model.rope_scaling.mscale=1"], "model.rope_scaling", "mscale has no effect alone"),
+        ([*YARN, "model.rope_scaling.attention_factor=1", "model.rope_scaling.mscale=1",
+          "model.rope_scaling.mscale_all_dim=1"], "model.rope_scaling", "beside attention_factor"),
+        (["model.rope_scaling.rope_type=dynamic", "model.rope_scaling.factor=8"], "model.rope_scaling.rope_type",
+         '"dynamic" given; allowed: "linear" or "llama3" or "yarn"'),
+        ([*LINEAR, "model.rope_scaling.facter=8"], "model.rope_scaling.facter", "did you mean 'factor'"),
         (["model.shared_expert_dim=64", "model.n_shared_experts=0"], "model.shared_expert_dim", "no effect"),
         (["model.vocab_size=4000"], "model.vocab_size", "nearest: 4096"),
         (["data.tokenizer=a.model"], "data.tokenizer", "no effect"),
@@ -85,6 +100,8 @@ def test_valid_variants_load():
     for overrides in (
         MLA,
         SGD,
+        [*YARN, "model.attention_biases=all", "model.qk_norm_span=all", "model.norm_placement=after"],
+        ["model.loop_embedding=raw", "model.dim=132", "model.head_dim=32"],
         [*PER_SEQUENCE, "training.depth_curriculum_steps=100"],
         ["model.halting=act", "training.ponder_cost=0.01", "model.act_threshold=0.9"],
     ):

@@ -6,12 +6,18 @@ import pytest
 import torch
 from torch.nn import functional
 
+from mythos_ds.config.schema import RopeScaling
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.mythos import MythosModel
 from tests.helpers.reference import ReferenceTrainer, forward, reference_logits, reference_loss
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
 
+LLAMA3 = RopeScaling(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=12
+)
+YARN = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=10, beta_fast=4.0)
+OLMO = {"qk_norm": True, "qk_norm_span": "all", "norm_placement": "after"}
 ACT: dict[str, Any] = {"halting": "act", "act_threshold": 0.8}
 CASES: dict[str, tuple[dict[str, Any], int, int | None]] = {
     "gqa": ({}, 4, None),
@@ -20,6 +26,14 @@ CASES: dict[str, tuple[dict[str, Any], int, int | None]] = {
     "truncated": ({}, 5, 2),
     "more_gradient_than_loops": ({}, 2, 4),
     "qk_norm_interleaved": ({"qk_norm": True, "rope_interleaved": True, "rope_theta": 500.0}, 3, None),
+    "biases": ({"attention_biases": "qkv"}, 3, None),
+    "all_biases": ({"attention_biases": "all", "qk_norm": True}, 3, None),
+    "norms_after": (OLMO, 4, 2),
+    "norms_after_mla_act": ({**ACT, **MLA, "norm_placement": "after"}, 4, None),
+    "norms_after_post": ({**OLMO, "injection": "post"}, 3, None),
+    "linear_rope": ({"rope_scaling": RopeScaling(rope_type="linear", factor=3.0)}, 3, None),
+    "llama3_rope": ({"rope_scaling": LLAMA3, "rope_theta": 50.0}, 3, None),
+    "yarn_rope": ({"rope_scaling": YARN, "rope_theta": 50.0, "rope_interleaved": True}, 3, None),
     "mla": (MLA, 4, 2),
     "mla_full_query": ({**MLA, "q_lora_rank": None}, 3, None),
     "mla_interleaved": ({**MLA, "rope_interleaved": True}, 3, None),

@@ -1,6 +1,7 @@
 """A run pins what it is; it may be continued and extended, not changed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,18 @@ def test_every_difference_is_named_at_once():
     message = str(caught.value)
     for line in ("seq_len: 128 now, 256", "model.ffn_dim: 256 now, 384", "seed: 9 now, 0"):
         assert line in message
+
+
+def test_a_key_that_was_added_since_means_its_default():
+    """A run of an older version goes on, unless the new key is set to something else."""
+    first = manifest()
+    model = dict(first.pinned["model"])
+    for key in ("attention_biases", "norm_placement", "qk_norm_span", "rope_scaling"):
+        del model[key]
+    old = replace(first, pinned={**first.pinned, "model": model})
+    assert continue_manifest(old, planned(), 5).pinned == old.pinned
+    with pytest.raises(CheckpointError, match=r"model\.norm_placement: 'after' now, 'before' when"):
+        continue_manifest(old, planned("model.norm_placement=after"), 5)
 
 
 def test_another_dataset_is_refused():
