@@ -1,5 +1,7 @@
 """Named tensors that are read one at a time, and the safetensors files of a folder as such a source."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,6 +17,7 @@ from mythos_ds.io import read_json
 
 SINGLE = "model.safetensors"
 _INDEX_ENDING = ".safetensors.index.json"
+_POINTER = b"version https://git-lfs"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "C64": torch.complex64, "I64": torch.int64, "I32": torch.int32,
@@ -69,8 +72,55 @@ def elements(source: TensorSource, name: str, start: int, stop: int) -> Tensor:
     return source.read(name, slice(first, last)).reshape(-1)[start - first * per_row : stop - first * per_row]
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises CheckpointError for what Git LFS leaves in a weights file's place until it downloads it."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{path}: is a pointer of Git LFS, the weights themselves were not downloaded. In {path.parent}: "
+                "git lfs pull"
+            )
+
+
+def whole_set(folder: Path, stem: str, ending: str) -> list[str]:
+    """The names of the files STEM-00001-of-0000N.ENDING in `folder`, all N; none where there is no such file. Raises
+    CheckpointError where some are missing, or files of two sets are there."""
+    pattern = re.compile(rf"{re.escape(stem)}-(\d+)-of-(\d+){re.escape(ending)}")
+    found = [match for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
+    if not found:
+        return []
+    totals = sorted({match.group(2) for match in found})
+    if len(totals) > 1:
+        raise CheckpointError(f"{folder}: holds files -of-{totals[0]} and -of-{totals[1]}{ending}; allowed: one set")
+    digits, total = len(found[0].group(1)), totals[0]
+    names = [f"{stem}-{number:0{digits}d}-of-{total}{ending}" for number in range(1, int(total) + 1)]
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{folder / absent[0]}: missing; {len(absent)} of {total} files of the weights are")
+    return names
+
+
+def indexed_files(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index names it. Raises CheckpointError for what is no index, or names files
+    elsewhere."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map")
+    outside = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index}: names {outside[0]!r}, which is not a file of the folder")
+    return weight_map
+
+
+def refuse_odd_index(index: Path, listed: Iterable[str], found: Iterable[str]) -> None:
+    """Raises CheckpointError where an index and its files hold different tensors."""
+    if odd := sorted(set(listed) ^ set(found)):
+        raise CheckpointError(f"{index}: {odd[0]} is in the index or the files, not in both")
+
+
 class TensorFolder:
-    """The safetensors file or files of one stem in a folder; a model's is "model".
+    """The safetensors file or files of one stem in a folder, with an index or without; a model's stem is "model".
 
     Files are mapped, so that only what is read takes memory. Raises CheckpointError where one is missing or damaged.
     """
@@ -98,21 +148,17 @@ class TensorFolder:
         return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
     def _names(self) -> list[str]:
-        if not self._index.is_file():
-            return [f"{self.stem}.safetensors"]
-        content = read_json(self._index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{self._index}: has no weight_map")
-        names = sorted(set(weight_map.values()))
-        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if outside:
-            raise CheckpointError(f"{self._index}: names {outside[0]!r}, which is not a file of the folder")
-        return names
+        single = f"{self.stem}.safetensors"
+        if self._index.is_file():
+            return sorted(set(indexed_files(self._index).values()))
+        if (self.folder / single).is_file():
+            return [single]
+        return whole_set(self.folder, self.stem, ".safetensors") or [single]
 
     def _identity(self, name: str) -> tuple[int, int]:
         try:
             found = (self.folder / name).stat()
+            refuse_pointer(self.folder / name)
         except OSError as error:
             raise CheckpointError(f"{self.folder / name}: not readable ({error})") from None
         return found.st_size, found.st_mtime_ns
@@ -139,8 +185,5 @@ class TensorFolder:
                     raise CheckpointError(f"{self.folder / file}: {name} {reason}")
                 places[name] = file, TensorSpec(DTYPES[part.get_dtype()], tuple(part.get_shape()))
         if self._index.is_file():
-            listed = set(read_json(self._index)["weight_map"])
-            if listed != set(places):
-                odd = sorted(listed ^ set(places))[0]
-                raise CheckpointError(f"{self._index}: {odd} is in the index or the files, not in both")
+            refuse_odd_index(self._index, indexed_files(self._index), places)
         return places

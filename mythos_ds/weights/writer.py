@@ -242,12 +242,21 @@ def _pieces(source: TensorSource, name: str, spec: TensorSpec) -> Iterator[Tenso
         if piece.dtype != spec.dtype or tuple(piece.shape) != shape:
             found = f"{piece.dtype} {tuple(piece.shape)}"
             raise CheckpointError(f"{name}: read as {found}, announced as {spec.dtype} {shape}")
-        if spec.dtype.is_floating_point and not _finite(piece):
+        if spec.dtype.is_floating_point and not all_finite(piece):
             raise CheckpointError(f"{name}: has values that are not finite")
         yield piece
 
 
-def _finite(piece: Tensor) -> bool:
+def same_values(source: TensorSource, one: str, other: str) -> bool:
+    """Whether two tensors are of one type and shape and hold the same values."""
+    spec = source.specs()[one]
+    if spec != source.specs()[other]:
+        return False
+    return all(torch.equal(source.read(one, rows), source.read(other, rows)) for rows in row_pieces(spec))
+
+
+def all_finite(piece: Tensor) -> bool:
+    """Whether no value is infinite or not a number."""
     # In parts: the check takes several times the memory of what it looks at, and fp8 has to be widened first.
     parts = piece.reshape(-1).split(_CHECKED_AT_ONCE)
     return all(bool(torch.isfinite(part if part.dtype.itemsize > 1 else part.float()).all()) for part in parts)
