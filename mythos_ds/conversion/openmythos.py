@@ -31,8 +31,9 @@ from mythos_ds.conversion.tensor_joins import (
 )
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.weights.pickled import PickledTensors, open_weights
+from mythos_ds.weights.prefixes import without_prefix
 from mythos_ds.weights.reader import TensorSource, TensorSpec
-from mythos_ds.weights.writer import row_pieces
+from mythos_ds.weights.writer import same_values
 
 SEQ_LEN = 4096
 """max_seq_len of an export whose folder says no context length (their default)."""
@@ -40,6 +41,16 @@ SEQ_LEN = 4096
 _TABLES = ("freqs_cis", "freqs_cis_mla")
 _BIAS, _HEAD, _EMBED = "recurrent.block.ffn.router_bias", "head.weight", "embed.weight"
 _NO_COMPUTATION = {"embedding_std", "init_std", "mean_recurrence"}
+_ABSENT: dict[str, Any] = {
+    "vocab_size": 32000, "dim": 2048, "n_heads": 16, "n_kv_heads": 4, "max_seq_len": SEQ_LEN, "max_loop_iters": 16,
+    "prelude_layers": 2, "coda_layers": 2, "attn_type": "mla", "kv_lora_rank": 512, "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_experts": 64, "n_shared_experts": 2,
+    "n_experts_per_tok": 4, "expert_dim": 512, "act_threshold": 0.99, "rope_theta": 500000.0, "lora_rank": 16,
+}  # fmt: skip
+"""What their MythosConfig takes for a field that is not given: files of older versions lack some."""
+_UNUSED = {"max_output_tokens", "dropout"}
+_LEAST = ("vocab_size", "dim")
+"""Without these it is some other file."""
 
 _NORMS: tuple[tuple[str, str], ...] = (("attn_norm", "attn_norm"), ("ffn_norm", "ffn_norm"))
 _ATTENTION: dict[str, tuple[tuple[str, str], ...]] = {
@@ -74,6 +85,8 @@ def openmythos_config(source: Any) -> ModelConfig:
     """The configuration that computes what an open-mythos `MythosConfig` computes (dropout aside)."""
     mla = source.attn_type == "mla"
     attention: dict[str, Any] = {"n_kv_heads": source.n_kv_heads}
+    if source.dim % source.n_heads:  # their heads share out what n_heads divides of the width
+        attention["head_dim"] = source.dim // source.n_heads
     if mla:
         names = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
         attention = {name: getattr(source, name) for name in names}
@@ -179,7 +192,8 @@ def openmythos_rows(config: ModelConfig) -> list[Row]:
         if shared:
             beside: Join = OnColumns() if ours == "w2" else OnRows()
             rows.append(Row(f"{moe}.shared_experts.{ours}.weight", shared, beside))
-    return rows + [Row(target, (source,), join) for target, source, join in _LOOP]
+    loop = [row for row in _LOOP if config.lora_rank or ".lora." not in row[0]]
+    return rows + [Row(target, (source,), join) for target, source, join in loop]
 
 
 def openmythos_source(source: TensorSource, config: ModelConfig) -> TensorSource:
@@ -192,12 +206,8 @@ def openmythos_source(source: TensorSource, config: ModelConfig) -> TensorSource
     unknown = sorted(set(specs) - known)
     if unknown:
         raise CheckpointError(f"{unknown[0]}: not a tensor of this OpenMythos configuration")
-    if _HEAD in specs and _EMBED in specs:
-        if specs[_HEAD] != specs[_EMBED]:
-            raise CheckpointError(f"{_HEAD}: is not the embedding, to which OpenMythos ties it")
-        for piece in row_pieces(specs[_HEAD]):
-            if not torch.equal(source.read(_HEAD, piece), source.read(_EMBED, piece)):
-                raise CheckpointError(f"{_HEAD}: is not the embedding, to which OpenMythos ties it")
+    if _HEAD in specs and _EMBED in specs and not same_values(source, _HEAD, _EMBED):
+        raise CheckpointError(f"{_HEAD}: is not the embedding, to which OpenMythos ties it")
     return Joined(_refuse_bias(source), rows)
 
 
@@ -212,8 +222,10 @@ def read_openmythos(
     if found is None and isinstance(weights, PickledTensors) and (inside := weights.config_fields()) is not None:
         found = inside, _config_of(inside, path)
     fields, config = found or _fields_in((path if path.is_dir() else path.parent) / "config.json")
-    metadata = {"source": "open-mythos", "seq_len": int(fields.get("max_seq_len", SEQ_LEN))}
-    return openmythos_source(weights, config), config, metadata
+    metadata: dict[str, Any] = {"source": "open-mythos", "seq_len": int(fields.get("max_seq_len", SEQ_LEN))}
+    if unread := sorted(set(fields) - set(_ABSENT) - _UNUSED):
+        metadata["unread"] = unread
+    return openmythos_source(without_prefix(weights, _EMBED), config), config, metadata
 
 
 def _fields_in(file: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -226,8 +238,11 @@ def _fields_in(file: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def _config_of(fields: dict[str, Any], where: Path) -> ModelConfig:
+    if not isinstance(fields, dict) or (missing := [name for name in _LEAST if name not in fields]):
+        says = f"{missing[0]} is missing" if isinstance(fields, dict) else "not an object"
+        raise ConfigError(f"{where}: not an OpenMythos configuration ({says})")
     try:
-        return openmythos_config(SimpleNamespace(**fields))
+        return openmythos_config(SimpleNamespace(**{**_ABSENT, **fields}))
     except (TypeError, AttributeError, ValidationError) as error:
         raise ConfigError(f"{where}: not an OpenMythos configuration ({error})") from None
 

@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel, write_config
-from mythos_ds.conversion.openmythos import OpenMythosTensors, openmythos_fields, read_openmythos
+from mythos_ds.conversion.openmythos import (
+    _ABSENT,
+    _UNUSED,
+    OpenMythosTensors,
+    openmythos_fields,
+    read_openmythos,
+)
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.inference.generate import generate
 from mythos_ds.model.mythos import MythosModel
@@ -29,10 +35,11 @@ oracle = pytest.importorskip("open_mythos.main")
 LOOPS = 4
 
 
-def _theirs(attn_type: str = "gqa", n_shared: int = 2) -> Any:
+def _theirs(attn_type: str = "gqa", n_shared: int = 2, **options: int) -> Any:
     torch.manual_seed(3)
+    sizes = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, **options}
     config = oracle.MythosConfig(
-        vocab_size=61, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=48, max_loop_iters=LOOPS, prelude_layers=2,
+        vocab_size=61, **sizes, max_seq_len=48, max_loop_iters=LOOPS, prelude_layers=2,
         coda_layers=1, attn_type=attn_type, kv_lora_rank=24, q_lora_rank=20, qk_rope_head_dim=8, qk_nope_head_dim=12,
         v_head_dim=10, n_experts=8, n_shared_experts=n_shared, n_experts_per_tok=3, expert_dim=16, lora_rank=4,
     )  # fmt: skip
@@ -155,6 +162,61 @@ def test_weights_that_do_not_fit_are_named(
     torch.save(state, folder / "weights.pt")
     with pytest.raises(CheckpointError, match=message):
         _import(folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("attn_type", ["mla", "gqa"])
+@pytest.mark.parametrize("dim", [8, 60, 72, 88, 120])
+def test_every_width_that_openmythos_accepts(tmp_path: Path, dim: int, attn_type: str) -> None:
+    """Also where an eighth of it, the channels that tell the loop, is odd; and back."""
+    theirs = _theirs(attn_type, dim=dim, n_heads=2)
+    ours = load_model(_import(_save(theirs, tmp_path / "theirs", "safetensors"), tmp_path / "ours"))
+    tokens = torch.randint(0, 61, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        for loops in (1, 3, 6):
+            expected = theirs(tokens, n_loops=loops)
+            assert (ours(tokens, n_loops=loops) - expected).abs().max() <= 1e-5 * expected.abs().max(), loops
+    assert openmythos_fields(ours.config, 48)["dim"] == dim
+
+
+def test_heads_that_do_not_divide_the_width(tmp_path: Path) -> None:
+    theirs = _theirs(dim=50, n_heads=4)
+    ours = load_model(_import(_save(theirs, tmp_path / "theirs", "pt"), tmp_path / "ours"))
+    assert ours.config.head_dim == 12
+    tokens = torch.randint(0, 61, (2, 17))
+    with torch.inference_mode():
+        assert (ours(tokens, n_loops=3) - theirs(tokens, n_loops=3)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", ""])
+def test_wrapped_and_prefixed_weights(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+    theirs = _theirs("mla")
+    folder = _save(theirs, tmp_path / "theirs", "pt")
+    state = {prefix + name: value for name, value in theirs.state_dict().items()}
+    torch.save({wrapper: state, "step": 3} if wrapper else state, folder / "weights.pt")
+    ours = load_model(_import(folder, tmp_path / "ours"))
+    tokens = torch.randint(0, 61, (1, 9))
+    with torch.inference_mode():
+        assert (ours(tokens, n_loops=2) - theirs(tokens, n_loops=2)).abs().max() <= 1e-5
+
+
+def test_a_configuration_of_an_older_version_lacks_fields(tmp_path: Path) -> None:
+    """They mean what MythosConfig takes for them; those that nothing knows are said."""
+    theirs = _theirs()
+    folder = _save(theirs, tmp_path / "theirs", "safetensors")
+    fields = dataclasses.asdict(theirs.cfg)
+    for name in ("max_output_tokens", "dropout", "act_threshold", "rope_theta"):
+        assert fields.pop(name) == getattr(oracle.MythosConfig(), name)
+    (folder / "config.json").write_text(json.dumps({**fields, "speculative": True}))
+    _, config, metadata = read_openmythos(folder)
+    assert config == read_openmythos(_save(theirs, tmp_path / "whole", "safetensors"))[1]
+    assert metadata["unread"] == ["speculative"]
+    assert {name: getattr(oracle.MythosConfig(), name) for name in _ABSENT} == _ABSENT
+    assert set(dataclasses.asdict(oracle.MythosConfig())) == set(_ABSENT) | _UNUSED
+    del fields["dim"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match="dim is missing"):
+        read_openmythos(folder)
 
 
 class _Payload:
