@@ -15,7 +15,11 @@ _ALLOWED = {
     "loop_embedding": ("scaled", "raw", "none"),
     "lora_target": ("input", "output"),
     "hidden_act": ("silu",),
+    "qk_norm_span": ("head", "all"),
+    "attention_biases": ("none", "qkv", "all"),
+    "norm_placement": ("before", "after"),
 }
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _DEPTH = ("num_prelude_layers", "num_recurrent_layers", "num_coda_layers", "n_loops")
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _Setting = TypeVar("_Setting")
@@ -56,6 +60,9 @@ class MythosConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     qk_norm: bool = False
+    qk_norm_span: str = "head"
+    attention_biases: str = "none"
+    norm_placement: str = "before"
     q_lora_rank: int | None = None
     kv_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -114,8 +121,9 @@ class MythosConfig(PreTrainedConfig):
             self.shared_expert_intermediate_size = self.moe_intermediate_size
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-        if self.rope_parameters.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters: given {self.rope_parameters}; allowed: rope_type 'default' only")
+        kinds = _ROPE_TYPES if self.attention_type == "gqa" else _ROPE_TYPES[:1]
+        if self.rope_parameters.get("rope_type", "default") not in kinds:
+            raise ValueError(f"rope_parameters: given {self.rope_parameters}; allowed: rope_type {', '.join(kinds)}")
         self._follow_loops()
         super().__post_init__(**kwargs)
 

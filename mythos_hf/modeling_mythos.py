@@ -7,6 +7,7 @@ normed output of the prelude. State, injection, router and norms compute in fp32
 import difflib
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_mythos import MythosConfig, filled
+from .rotary_mythos import rotary_tables, rotate
 
 _MIN_ROW_UPDATES = 100
 _DECAY_CAP = {"float32": 1.0 - 1e-4, "bfloat16": 1.0 - 2.0**-8}
@@ -87,26 +89,6 @@ class MythosRMSNorm(nn.Module):
         return (rms(x, self.eps) * self.weight.float()).to(self.weight.dtype)
 
 
-def rotary_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [batch, seq, 1, width / 2]."""
-    exponent = torch.arange(0, width, 2, device=positions.device).float() / width
-    frequency = torch.pow(torch.full_like(exponent, theta), -exponent)
-    angle = positions.float()[..., None, None] * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """RoPE on x [batch, seq, heads, width]."""
-    cos, sin = tables
-    if interleaved:
-        first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    else:
-        first, second = x.float().chunk(2, dim=-1)
-    turned = (first * cos - second * sin, first * sin + second * cos)
-    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    return joined.to(x.dtype)
-
-
 class MythosAttention(nn.Module):
     """Grouped-query or multi-head latent attention; `slot` says which cache entry belongs to this call."""
 
@@ -132,13 +114,14 @@ class MythosAttention(nn.Module):
             self.kv_b_proj = nn.Linear(self.latent_dim, heads * (self.nope + self.value), bias=False)
             self.o_proj = nn.Linear(heads * self.value, dim, bias=False)
             return
-        self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, dim, bias=False)
+        biased = config.attention_biases != "none"
+        self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=biased)
+        self.k_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=biased)
+        self.v_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=biased)
+        self.o_proj = nn.Linear(heads * self.head_dim, dim, bias=config.attention_biases == "all")
         if config.qk_norm:
-            self.q_norm = MythosRMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = MythosRMSNorm(self.head_dim, config.rms_norm_eps)
+            together = (heads, kv_heads) if config.qk_norm_span == "all" else (1, 1)
+            self.q_norm, self.k_norm = (MythosRMSNorm(n * self.head_dim, config.rms_norm_eps) for n in together)
 
     def forward(self, x: Tensor, context: MythosContext, slot: int) -> Tensor:
         """x [batch, seq, dim] -> the same."""
@@ -159,9 +142,11 @@ class MythosAttention(nn.Module):
 
     def _grouped(self, x: Tensor, tables) -> tuple[Tensor, Tensor, Tensor]:
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
-        if self.config.qk_norm:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x).view(shape)
+        if self.config.qk_norm:  # of each head, or over all of them
+            q, k = (x if self.config.qk_norm_span == "all" else x.view(shape) for x in (q, k))
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.view(shape), k.view(shape)
         interleaved = self.config.rope_interleaved
         return rotate(q, tables, interleaved), rotate(k, tables, interleaved), v
 
@@ -268,20 +253,34 @@ class MythosMoE(nn.Module):
 
 
 class MythosLayer(nn.Module):
-    """A pre-norm layer: dense outside the loop (loop=None), with experts and an fp32 stream inside."""
+    """A layer: dense outside the loop (loop=None), with experts and an fp32 stream inside."""
 
     def __init__(self, config: MythosConfig, looped: bool):
         super().__init__()
-        self.input_layernorm = MythosRMSNorm(config.hidden_size, config.rms_norm_eps)
+        add_norms(self, config)
         self.self_attn = MythosAttention(config)
-        self.post_attention_layernorm = MythosRMSNorm(config.hidden_size, config.rms_norm_eps)
-        dense = (config.hidden_size, config.intermediate_size)
-        self.mlp = MythosMoE(config) if looped else MythosMLP(*dense)
+        self.mlp = MythosMoE(config) if looped else MythosMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, context: MythosContext, slot: int, loop: int | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context, slot)
-        normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed) if loop is None else self.mlp(normed, loop))
+        own = () if loop is None else (loop,)
+        return residual(self, x, lambda x: self.self_attn(x, context, slot), lambda x: self.mlp(x, *own))
+
+
+def add_norms(layer: nn.Module, config: MythosConfig) -> None:
+    """Gives a layer its two norms: before attention and feed-forward, or after them, as in OLMo 2."""
+    after = layer.norms_after = config.norm_placement == "after"
+    for name in ("post_attention_layernorm", "post_feedforward_layernorm" if after else "input_layernorm"):
+        setattr(layer, name, MythosRMSNorm(config.hidden_size, config.rms_norm_eps))
+
+
+def residual(layer: Any, x: Tensor, attend: Callable[[Tensor], Tensor], mix: Callable[[Tensor], Tensor]) -> Tensor:
+    """The stream x [..., dim] after a layer with `add_norms`'s norms, of its attention and feed-forward."""
+    if layer.norms_after:
+        dtype = layer.post_attention_layernorm.weight.dtype  # an fp32 stream meets branches of the weights' type
+        x = x + layer.post_attention_layernorm(attend(x.to(dtype)))
+        return x + layer.post_feedforward_layernorm(mix(x.to(dtype)))
+    x = x + attend(layer.input_layernorm(x))
+    return x + mix(layer.post_attention_layernorm(x))
 
 
 class MythosInjection(nn.Module):
@@ -327,7 +326,7 @@ class MythosLoopEmbedding(nn.Module):
         index = loop if self.gain is None else min(loop, self.last)
         exponent = torch.arange(0, width, 2, device=device).float() / width
         angle = index * torch.pow(torch.full_like(exponent, 10000.0), -exponent)
-        table = torch.cat([angle.sin(), angle.cos()])
+        table = torch.cat([angle.sin(), angle.cos()])[:width]
         return functional.pad(table, (0, self.dim - width)) if self.gain is None else self.gain.float() * table
 
 
@@ -487,8 +486,7 @@ class MythosModel(MythosPreTrainedModel):
         )
         if entries is None and (config.use_cache if use_cache is None else use_cache):
             entries = DynamicCache()  # made without the configuration, it grows with the loops
-        width = config.qk_rope_head_dim if config.attention_type == "mla" else config.head_dim
-        tables = rotary_tables(position_ids, filled(width), filled(config.rope_parameters)["rope_theta"])
+        tables = rotary_tables(position_ids, config)
         context = MythosContext(tables, mask, entries, keywords)
         for slot, layer in enumerate(self.prelude):
             x = layer(x, context, slot)

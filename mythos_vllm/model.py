@@ -26,8 +26,10 @@ from mythos_hf.modeling_mythos import (
     MythosRecurrentBlock,
     MythosRMSNorm,
     MythosRouter,
-    rotary_tables,
+    add_norms,
+    residual,
 )
+from mythos_hf.rotary_mythos import rotary_tables
 
 _EXPERT_PARTS = ("gate", "up", "down")
 
@@ -107,17 +109,15 @@ class Layer(nn.Module):
 
     def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str, slots: list[int], looped: bool):
         super().__init__()
-        dim, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = MythosRMSNorm(dim, eps)
+        add_norms(self, config)
         self.self_attn = LoopedAttention(config, vllm_config, prefix, slots)
-        self.post_attention_layernorm = MythosRMSNorm(dim, eps)
         self.looped = looped
-        self.mlp = LoopedExperts(config, f"{prefix}.mlp") if looped else MythosMLP(dim, config.intermediate_size)
+        dim, hidden = config.hidden_size, config.intermediate_size
+        self.mlp = LoopedExperts(config, f"{prefix}.mlp") if looped else MythosMLP(dim, hidden)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], loop: int = 0) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), tables, loop)
-        normed = self.post_attention_layernorm(x)
-        return x + (self.mlp(normed, loop) if self.looped else self.mlp(normed))
+        own = (loop,) if self.looped else ()
+        return residual(self, x, lambda x: self.self_attn(x, tables, loop), lambda x: self.mlp(x, *own))
 
 
 class RecurrentBlock(MythosRecurrentBlock):
@@ -167,8 +167,7 @@ class Model(nn.Module):
         """Tokens and positions [tokens] -> [tokens, dim]."""
         config = self.config
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        width = config.qk_rope_head_dim if config.attention_type == "mla" else config.head_dim
-        tables = rotary_tables(positions[None], filled(width), filled(config.rope_parameters)["rope_theta"])
+        tables = rotary_tables(positions[None], config)
         for layer in self.prelude:
             x = layer(x, tables)
         e = x if self.prelude_norm is None else self.prelude_norm(x)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.conversion.dense_source import FAMILIES, unread_fields
 from mythos_ds.conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
 from mythos_ds.conversion.held_out_loss import comparison, evaluated_loops, held_out_text, losses
 from mythos_ds.conversion.huggingface import (
@@ -16,17 +17,19 @@ from mythos_ds.conversion.huggingface import (
     hf_notes,
     hf_source,
     mythos_source,
+    unread_by_mythos,
     write_side_files,
 )
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel, check_tokenizer, write_config
 from mythos_ds.conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmythos_fields, read_openmythos
-from mythos_ds.conversion.retrofit import FAMILIES, Cut, Retrofitted, describe, retrofit_config
+from mythos_ds.conversion.retrofit import Cut, Retrofitted, context_of, describe, retrofit_config
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError, DataError
 from mythos_ds.io import read_json
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config, read_metadata
 from mythos_ds.weights.pickled import has_safetensors, open_weights
+from mythos_ds.weights.prefixes import without_prefix
 from mythos_ds.weights.reader import TensorFolder, TensorSource
 
 FORMATS = ("mythos", "hf", "openmythos")
@@ -42,6 +45,7 @@ CUT_FLAGS = {
     "mean_recurrence": f"mean loop count of the training to come (default {Cut.mean_recurrence})",
     "max_loops": f"largest loop count of the training to come (default {Cut.max_loops})",
     "seed": "draws the router (default 0)",
+    "context_length": "longest text in tokens that the model is for (default: the source's longest)",
 }
 _TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -115,10 +119,11 @@ def _from_hf(request: Request) -> Route:
     if request.cut:
         flag = next(iter(request.cut)).replace("_", "-")
         raise ConfigError(f"--{flag}: given for a mythos model; allowed: for a dense one ({', '.join(FAMILIES)})")
-    weights = TensorFolder(request.folder)
+    weights = _hf_weights(request)
     given = Dequantised(weights) if "quantization_config" in hf else weights
     tensors, config = mythos_source(given, hf)
     notes = ["the matrices were fp8: what quantisation took away does not come back"] if given is not weights else []
+    notes += _unread(unread_by_mythos(hf))
     return _to_mythos(request, tensors, config, hf_metadata(hf) or {"source": "hf"}, notes)
 
 
@@ -153,7 +158,8 @@ def _to_hf(request: Request) -> Route:
 
 def _from_openmythos(request: Request) -> Route:
     tensors, config, metadata = read_openmythos(request.folder, allow_pickle=request.allow_pickle)
-    return _to_mythos(request, tensors, config, metadata, [], may_lack=ROUTER_BUFFERS)
+    notes = _unread(metadata.get("unread", []))
+    return _to_mythos(request, tensors, config, metadata, notes, may_lack=ROUTER_BUFFERS)
 
 
 def _to_openmythos(request: Request) -> Route:
@@ -179,8 +185,9 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
     given = {"n_experts" if name == "experts" else name: value for name, value in request.cut.items()}
     cut = Cut(**given)
     config = retrofit_config(hf, cut)
-    weights = open_weights(request.folder, allow_pickle=request.allow_pickle)
+    weights = _hf_weights(request)
     notes = describe(cut, int(hf["num_hidden_layers"]))
+    notes += _unread(unread_fields(hf))
     tokenizer = request.folder / TOKENIZER
     try:
         usable = Tokenizer.load(tokenizer).vocab_size <= config.vocab_size
@@ -188,9 +195,22 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
         usable = False
     if not usable:
         notes.append(f"no tokenizer is written: {request.folder} has no sentencepiece {TOKENIZER} that fits")
-    metadata = {"source": hf["model_type"], "layers": cut.layers(int(hf["num_hidden_layers"]))}
+    metadata = {
+        "source": hf["model_type"],
+        "layers": cut.layers(int(hf["num_hidden_layers"])),
+        "context_length": context_of(hf, cut),
+    }
     tensors = Retrofitted(weights, hf, cut)
     return _to_mythos(request, tensors, config, metadata, notes, tokenizer if usable else None, may_lack=ROUTER_BUFFERS)
+
+
+def _unread(fields: list[str]) -> list[str]:
+    return [f"{', '.join(fields)}: not known here, and not read from the configuration"] if fields else []
+
+
+def _hf_weights(request: Request) -> TensorSource:
+    weights = open_weights(request.folder, allow_pickle=request.allow_pickle)
+    return without_prefix(weights, "model.embed_tokens.weight")
 
 
 def _to_mythos(

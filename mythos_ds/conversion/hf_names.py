@@ -5,17 +5,25 @@ from collections.abc import Iterator
 
 from mythos_ds.errors import CheckpointError
 
-_LAYER = (
-    ("attn_norm.weight", "input_layernorm.weight"),
-    ("ffn_norm.weight", "post_attention_layernorm.weight"),
-    ("attn.o.weight", "self_attn.o_proj.weight"),
-)
+_OUTPUT = ("attn.o.weight", "self_attn.o_proj.weight")
+LAYER_NORMS = {
+    "before": (
+        ("attn_norm.weight", "input_layernorm.weight"),
+        ("ffn_norm.weight", "post_attention_layernorm.weight"),
+    ),
+    "after": (
+        ("attn_norm.weight", "post_attention_layernorm.weight"),
+        ("ffn_norm.weight", "post_feedforward_layernorm.weight"),
+    ),
+}
+"""By ModelConfig.norm_placement; named as in OLMo 2 where they stand after."""
 _GROUPED = (
     ("attn.q.weight", "self_attn.q_proj.weight"),
     ("attn.k.weight", "self_attn.k_proj.weight"),
     ("attn.v.weight", "self_attn.v_proj.weight"),
     ("attn.q_norm.weight", "self_attn.q_norm.weight"),
     ("attn.k_norm.weight", "self_attn.k_norm.weight"),
+    *((f"attn.{name}.bias", f"self_attn.{name}_proj.bias") for name in "qkvo"),
 )
 _LATENT = (
     ("attn.q_proj.weight", "self_attn.q_proj.weight"),
@@ -41,7 +49,7 @@ LEFT_OUT = ("recurrent.gate.",)
 """What a trained gate adds; the model's forward does not use it."""
 
 
-def _pairs(latent: bool) -> Iterator[tuple[str, str]]:
+def _pairs(latent: bool, norms: str) -> Iterator[tuple[str, str]]:
     yield from (
         ("embed.weight", "model.embed_tokens.weight"),
         ("prelude_norm.weight", "model.prelude_norm.weight"),
@@ -49,7 +57,7 @@ def _pairs(latent: bool) -> Iterator[tuple[str, str]]:
         ("lm_head.weight", "lm_head.weight"),
     )
     yield from ((f"recurrent.{name}", f"model.recurrent.{name}") for name in _LOOP)
-    layer = (*_LAYER, *(_LATENT if latent else _GROUPED))
+    layer = (*LAYER_NORMS[norms], _OUTPUT, *(_LATENT if latent else _GROUPED))
     for part in ("prelude", "coda", "recurrent.layers"):
         yield from ((f"{part}.#.{a}", f"model.{part}.#.{b}") for a, b in layer)
     for part in ("prelude", "coda"):
@@ -63,11 +71,11 @@ def _pairs(latent: bool) -> Iterator[tuple[str, str]]:
 
 
 class Names:
-    """The rules for a model with grouped-query (latent=False) or latent attention. Both directions raise
-    CheckpointError for a name that no rule knows."""
+    """The rules for a model with grouped-query (latent=False) or latent attention, and norms before or after. Both
+    directions raise CheckpointError for a name that no rule knows."""
 
-    def __init__(self, latent: bool):
-        rules = list(_pairs(latent))
+    def __init__(self, latent: bool, norms: str = "before"):
+        rules = list(_pairs(latent, norms))
         self._to_hf, self._from_hf = dict(rules), {theirs: ours for ours, theirs in rules}
 
     def to_hf(self, name: str) -> str:

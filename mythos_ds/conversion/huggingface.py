@@ -9,7 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from mythos_ds.config.rules.model import rope_scaling
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.conversion.dense_source import NO_COMPUTATION
 from mythos_ds.conversion.hf_card import model_card
 from mythos_ds.conversion.hf_names import LEFT_OUT, Names
 from mythos_ds.conversion.hf_tokenizer import write_tokenizer
@@ -26,6 +28,7 @@ FIELDS = {
     "prelude_layers": "num_prelude_layers", "recurrent_layers": "num_recurrent_layers",
     "coda_layers": "num_coda_layers", "max_loops": "max_loops", "mean_recurrence": "mean_recurrence",
     "attn_type": "attention_type", "n_heads": "num_attention_heads", "qk_norm": "qk_norm",
+    "qk_norm_span": "qk_norm_span", "attention_biases": "attention_biases", "norm_placement": "norm_placement",
     "q_lora_rank": "q_lora_rank", "kv_lora_rank": "kv_lora_rank", "qk_nope_head_dim": "qk_nope_head_dim",
     "qk_rope_head_dim": "qk_rope_head_dim", "v_head_dim": "v_head_dim", "rope_interleaved": "rope_interleaved",
     "n_experts": "n_routed_experts", "n_experts_per_tok": "num_experts_per_tok",
@@ -38,13 +41,17 @@ FIELDS = {
 }  # fmt: skip
 """Our fields and those of the Hugging Face configuration that say the same."""
 _CARD = "README.md"
+_ALSO_READ = {
+    "model_type", "n_loops", "num_key_value_heads", "head_dim", "shared_expert_intermediate_size", "rope_parameters",
+    "max_position_embeddings", "mythos", "quantization_config", "hidden_act", "num_hidden_layers",
+}  # fmt: skip
 
 
 class _HfTensors:
     """A mythos folder under Hugging Face names, experts one by one."""
 
     def __init__(self, source: TensorSource, config: ModelConfig, dtype: torch.dtype):
-        self.source, names = source, Names(config.attn_type == "mla")
+        self.source, names = source, Names(config.attn_type == "mla", config.norm_placement)
         self.places: dict[str, tuple[str, int | None, TensorSpec]] = {}
         for ours, spec in source.specs().items():
             if ours.startswith(LEFT_OUT):
@@ -73,8 +80,8 @@ class _HfTensors:
 class _MythosTensors:
     """Hugging Face tensors under our names, experts stacked."""
 
-    def __init__(self, source: TensorSource, latent: bool):
-        self.source, names = source, Names(latent)
+    def __init__(self, source: TensorSource, config: ModelConfig):
+        self.source, names = source, Names(config.attn_type == "mla", config.norm_placement)
         self.parts: dict[str, dict[int | None, str]] = {}
         for theirs in source.specs():
             ours, expert = names.from_hf(theirs)
@@ -125,8 +132,8 @@ def hf_config(model_folder: Path, dtype: str) -> dict[str, Any]:
         "num_key_value_heads": config.resolved_kv_heads if grouped else config.n_heads,
         "head_dim": config.resolved_head_dim if grouped else None,
         "shared_expert_intermediate_size": config.resolved_shared_dim,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": metadata.get("seq_len", 4096),
+        "rope_parameters": {"rope_type": "default", **_scaling(config), "rope_theta": config.rope_theta},
+        "max_position_embeddings": metadata.get("seq_len", metadata.get("context_length", 4096)),
         "dtype": dtype,
         # Beyond what a forward needs: what training goes on with.
         "mythos": {"init_std": config.init_std, "embedding_std": config.embedding_std, "facts": metadata},
@@ -134,11 +141,21 @@ def hf_config(model_folder: Path, dtype: str) -> dict[str, Any]:
     return {name: value for name, value in sorted(content.items()) if value is not None}
 
 
+def _scaling(config: ModelConfig) -> dict[str, Any]:
+    return {} if config.rope_scaling is None else config.rope_scaling.model_dump(exclude_none=True)
+
+
 def hf_notes(model_folder: Path) -> list[str]:
     """What is lost on the way, for people to read."""
     if _model_config(model_folder).halting == "gate":
         return ["the trained gate is left out: every token runs n_loops loops"]
     return []
+
+
+def unread_by_mythos(hf: dict[str, Any]) -> list[str]:
+    """The keys of a mythos model's config.json that nothing here knows."""
+    known = {*FIELDS.values(), *_ALSO_READ, *NO_COMPUTATION}
+    return sorted(key for key in hf if key not in known and not key.startswith("_"))
 
 
 def hf_metadata(hf: dict[str, Any]) -> dict[str, Any]:
@@ -159,22 +176,28 @@ def mythos_config(hf: dict[str, Any]) -> ModelConfig:
     if hf.get("model_type") != "mythos":
         raise CheckpointError(f"config.json: model_type {hf.get('model_type')!r}, expected 'mythos'")
     values = {ours: hf[theirs] for ours, theirs in FIELDS.items() if hf.get(theirs) is not None}
-    values["rope_theta"] = (hf.get("rope_parameters") or {}).get("rope_theta")
+    rope = dict(hf.get("rope_parameters") or {})
+    values["rope_theta"] = rope.pop("rope_theta", None)
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = rope
     if hf.get("attention_type") == "gqa":
         values |= {"n_kv_heads": hf.get("num_key_value_heads"), "head_dim": hf.get("head_dim")}
     values["shared_expert_dim"] = hf.get("shared_expert_intermediate_size")
     own = hf.get("mythos") or {}
     values |= {name: own[name] for name in ("init_std", "embedding_std") if own.get(name) is not None}
     try:
-        return ModelConfig.model_validate(values)
+        config = ModelConfig.model_validate(values)
     except ValidationError as error:
         raise CheckpointError(f"config.json: not a configuration of this model ({error})") from None
+    if (wrong := rope_scaling(config)) is not None:
+        raise CheckpointError(f"config.json: rope_parameters: {wrong}")
+    return config
 
 
 def mythos_source(source: TensorSource, hf: dict[str, Any]) -> tuple[TensorSource, ModelConfig]:
     """Hugging Face tensors and their config.json as ours. Raises CheckpointError where something is missing."""
     config = mythos_config(hf)
-    renamed = _MythosTensors(source, config.attn_type == "mla")
+    renamed = _MythosTensors(source, config)
     return WholeModel(renamed, config, None), config
 
 
@@ -191,7 +214,7 @@ def write_side_files(model_folder: Path, output: Path, config: dict[str, Any], *
         import mythos_hf
 
         package = Path(mythos_hf.__file__).parent
-        for name in ("configuration_mythos", "modeling_mythos"):
+        for name in ("configuration_mythos", "modeling_mythos", "rotary_mythos"):
             copyfile(package / f"{name}.py", output / f"{name}.py")
         config["auto_map"] = {
             "AutoConfig": "configuration_mythos.MythosConfig",

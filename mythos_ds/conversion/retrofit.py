@@ -18,25 +18,27 @@ from torch.nn import functional
 
 from mythos_ds.config.rules.model import nearest_divisors
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.conversion.dense_source import layer_problems, model_fields, source_problems, value_of
+from mythos_ds.conversion.hf_names import LAYER_NORMS
+from mythos_ds.conversion.model_target import expected_specs
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.injection import INITIAL_DT
 from mythos_ds.weights.reader import TensorSource, TensorSpec
-
-FAMILIES = ("llama", "mistral", "qwen3")
+from mythos_ds.weights.writer import all_finite, same_values
 
 _ATTENTION = {
-    "attn_norm.weight": "input_layernorm.weight",
     "attn.q.weight": "self_attn.q_proj.weight",
     "attn.k.weight": "self_attn.k_proj.weight",
     "attn.v.weight": "self_attn.v_proj.weight",
     "attn.o.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
 }
 _QK_NORM = {"attn.q_norm.weight": "self_attn.q_norm.weight", "attn.k_norm.weight": "self_attn.k_norm.weight"}
+_BIASES = {f"attn.{name}.bias": f"self_attn.{name}_proj.bias" for name in "qkvo"}
 _FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _WHOLE = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
 _HEAD = {"lm_head.weight": "lm_head.weight"}
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Cut:
     max_loops: int = 16
     seed: int = 0
     """Draws the router."""
+    context_length: int | None = None
+    """Longest text that the model is for; None: the source's longest."""
 
     def layers(self, n_layers: int) -> dict[str, list[int]]:
         """Source layers by part, and the dropped ones. Raises ConfigError for a cut the source is too short for."""
@@ -88,10 +92,13 @@ class Cut:
 def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
     """The configuration of the model that `cut` makes of a Hugging Face config.json. Raises ConfigError, with every
     reason, for a source that cannot be expressed exactly."""
-    problems = _source_problems(source)
+    problems = source_problems(source)
+    if not problems:
+        parts = cut.layers(int(source["num_hidden_layers"]))
+        taken = [layer for part in ("prelude", "recurrent", "coda") for layer in parts[part]]
+        problems = layer_problems(source, taken, context_of(source, cut))
     if problems:
         raise ConfigError(["this source cannot be retrofitted:", *problems])
-    cut.layers(int(source["num_hidden_layers"]))
     hidden = int(source["intermediate_size"])
     g, n, k = cut.granularity, cut.n_experts, cut.experts_per_token
     if g < 1 or hidden % g:
@@ -111,68 +118,37 @@ def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
     if problems:
         raise ConfigError(problems)
     return ModelConfig(
-        vocab_size=source["vocab_size"],
-        dim=source["hidden_size"],
+        **model_fields(source),
         prelude_layers=cut.prelude,
         recurrent_layers=cut.recurrent,
         coda_layers=cut.coda,
         max_loops=cut.max_loops,
         mean_recurrence=cut.mean_recurrence,
-        attn_type="gqa",
-        n_heads=source["num_attention_heads"],
-        n_kv_heads=source.get("num_key_value_heads") or source["num_attention_heads"],
-        head_dim=source.get("head_dim"),
-        qk_norm=source["model_type"] == "qwen3",
-        rope_theta=_rope(source)[1],
-        ffn_dim=hidden,
         n_experts=n,
         n_experts_per_tok=k,
         expert_dim=hidden // g,
         route_scale=float(g),
         prelude_norm=False,
-        tie_embeddings=bool(source.get("tie_word_embeddings", False)),
-        norm_eps=source["rms_norm_eps"],
     )
 
 
-def _source_problems(source: Mapping[str, Any]) -> list[str]:
-    kind = source.get("model_type")
-    if kind not in FAMILIES:
-        return [f"model_type: given {kind!r}; allowed: {', '.join(FAMILIES)} (dense, without biases)"]
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    problems = [f"{key}: missing" for key in (*needed, "rms_norm_eps") if source.get(key) is None]
-    # What the layers here do not have, and the values that mean "off".
-    absent = {
-        "attention_bias": (None, False),
-        "mlp_bias": (None, False),
-        "hidden_act": (None, "silu"),
-        "partial_rotary_factor": (None, 1.0),
-        "quantization_config": (None,),
-    }
-    if not (kind == "qwen3" and not source.get("use_sliding_window", False)):
-        absent["sliding_window"] = (None,)
-    for key, allowed in absent.items():
-        if source.get(key) not in allowed:
-            problems.append(f"{key}: given {source[key]!r}; allowed: {allowed[-1]!r}")
-    scaling, _ = _rope(source)
-    if scaling != "default":
-        problems.append(f"rope_type: given {scaling!r}; allowed: 'default' (RoPE is not rescaled here)")
-    return problems
-
-
-def _rope(source: Mapping[str, Any]) -> tuple[str, float]:
-    """Kind and base of RoPE: in one dictionary since transformers 5, in two keys before."""
-    old = source.get("rope_scaling") or {}
-    new = source.get("rope_parameters") or old
-    theta = new.get("rope_theta", source.get("rope_theta", 10000.0))
-    if any(isinstance(value, dict) for value in new.values()):
-        return "per layer type", 10000.0
-    return new.get("rope_type", new.get("type", "default")), float(theta)
+def context_of(source: Mapping[str, Any], cut: Cut) -> int:
+    """Tokens that the model is for. Raises ConfigError where more are asked for than the source is for."""
+    longest = int(value_of(source, "max_position_embeddings"))
+    given = longest if cut.context_length is None else cut.context_length
+    if not 1 <= given <= longest:
+        nearest = min(max(given, 1), longest)
+        raise ConfigError(
+            f"--context-length: given {given}; allowed: 1 to the source's max_position_embeddings = {longest}; "
+            f"nearest: {nearest}"
+        )
+    return given
 
 
 class Retrofitted:
     """The tensors of the model of `retrofit_config`, from those of the source. Raises CheckpointError for a tensor of
-    the source that is missing, or of which nothing is known (a bias, say)."""
+    the source that is missing, of another shape, not finite, or of which nothing is known (a bias, say), and for a head
+    that is not the embedding though config.json ties them."""
 
     def __init__(self, source: TensorSource, hf: Mapping[str, Any], cut: Cut):
         config = retrofit_config(hf, cut)
@@ -183,13 +159,13 @@ class Retrofitted:
         specs = source.specs()
         self._check(specs, config)
         self._hidden = config.expert_dim
-        dtype = specs[_WHOLE["embed.weight"]].dtype
         self._specs = {ours: specs[theirs] for ours, theirs in self._names.items()}
         for layer in range(config.recurrent_layers):
             moe = f"recurrent.layers.{layer}.moe"
             self._specs[f"{moe}.router.weight"] = TensorSpec(torch.float32, (config.n_experts, config.dim))
             for part in _FEED_FORWARD:
                 shape = (config.dim, config.expert_dim) if part == "w2" else (config.expert_dim, config.dim)
+                dtype = specs[self._dense_name(layer, part)].dtype
                 self._specs[f"{moe}.experts.{part}"] = TensorSpec(dtype, (config.n_experts, *shape))
         for name in ("log_A", "dt_bias", "B"):
             self._specs[f"recurrent.injection.{name}"] = TensorSpec(torch.float32, (config.dim,))
@@ -202,7 +178,7 @@ class Retrofitted:
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor or some of its rows."""
         if name in self._names:
-            return self.source.read(self._names[name], rows)
+            return self._finite(self._names[name], rows)
         if ".experts." in name:
             return self._expert_stack(name, rows or slice(0, self._specs[name].shape[0]))
         value = self._router(name) if name.endswith("router.weight") else self._injection(name)
@@ -211,14 +187,24 @@ class Retrofitted:
     def _expert_stack(self, name: str, experts: slice) -> Tensor:
         """Expert i is part i % granularity of the feed-forward's hidden channels."""
         layer, part = int(name.split(".")[2]), name.rsplit(".", 1)[1]
-        number = self.cut.layers(self.n_layers)["recurrent"][layer]
-        theirs = f"model.layers.{number}.mlp.{_FEED_FORWARD[part]}.weight"
+        theirs = self._dense_name(layer, part)
         starts = [i % self.cut.granularity * self._hidden for i in range(experts.start, experts.stop)]
         channels = [slice(start, start + self._hidden) for start in starts]
         if part != "w2":
-            return torch.stack([self.source.read(theirs, own) for own in channels])
-        whole = self.source.read(theirs)
+            return torch.stack([self._finite(theirs, own) for own in channels])
+        whole = self._finite(theirs)
         return torch.stack([whole[:, own] for own in channels])
+
+    def _dense_name(self, layer: int, part: str) -> str:
+        """The source's matrix of the feed-forward that recurrent layer `layer` is made of."""
+        number = self.cut.layers(self.n_layers)["recurrent"][layer]
+        return f"model.layers.{number}.mlp.{_FEED_FORWARD[part]}.weight"
+
+    def _finite(self, theirs: str, rows: slice | None = None) -> Tensor:
+        value = self.source.read(theirs, rows)
+        if not all_finite(value):
+            raise CheckpointError(f"{theirs}: has values that are not finite, in the given weights")
+        return value
 
     def _router(self, name: str) -> Tensor:
         """A row per copy of the feed-forward, repeated for its parts."""
@@ -237,7 +223,9 @@ class Retrofitted:
     def _copied(self, config: ModelConfig) -> dict[str, str]:
         names = {**_WHOLE, **({} if config.tie_embeddings else _HEAD)}
         layers = self.cut.layers(self.n_layers)
-        attention = {**_ATTENTION, **(_QK_NORM if config.qk_norm else {})}
+        attention = {**_ATTENTION, **dict(LAYER_NORMS[config.norm_placement]), **(_QK_NORM if config.qk_norm else {})}
+        biased = {"none": "", "qkv": "qkv", "all": "qkvo"}[config.attention_biases]
+        attention |= {ours: theirs for ours, theirs in _BIASES.items() if ours.split(".")[1] in biased}
         for part in ("prelude", "recurrent", "coda"):
             for i, number in enumerate(layers[part]):
                 ours = f"recurrent.layers.{i}" if part == "recurrent" else f"{part}.{i}"
@@ -249,25 +237,38 @@ class Retrofitted:
         return names
 
     def _check(self, specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
-        layers = self.cut.layers(self.n_layers)
-        dense = {
-            f"model.layers.{number}.mlp.{part}.weight": (
-                (config.dim, config.ffn_dim) if part == "down_proj" else (config.ffn_dim, config.dim)
-            )
-            for number in layers["recurrent"]
-            for part in _FEED_FORWARD.values()
-        }
-        for name in (*self._names.values(), *dense):
+        layers, expected = self.cut.layers(self.n_layers), expected_specs(config)
+        wanted = {theirs: expected[ours].shape for ours, theirs in self._names.items()}
+        for layer in range(config.recurrent_layers):
+            for part in _FEED_FORWARD:
+                shape = (config.dim, config.ffn_dim) if part == "w2" else (config.ffn_dim, config.dim)
+                wanted[self._dense_name(layer, part)] = shape
+        for name, shape in wanted.items():
             if name not in specs:
-                raise CheckpointError(f"{name}: not in the given weights")
-        for name, shape in dense.items():
+                raise CheckpointError(f"{name}: not in the given weights{self._absent_head(name)}")
             if specs[name].shape != shape:
                 raise CheckpointError(f"{name}: has the shape {specs[name].shape}, config.json says {shape}")
+            if specs[name].dtype not in _TYPES:
+                raise CheckpointError(f"{name}: is {specs[name].dtype}; allowed: float16, bfloat16, float32, float64")
         dropped = tuple(f"model.layers.{number}." for number in layers["dropped"])
-        known = {*self._names.values(), *dense, *_HEAD.values()}
+        known = {*wanted, *_HEAD.values()}
         for name in specs:
             if name not in known and not name.startswith(dropped) and not name.endswith("rotary_emb.inv_freq"):
                 raise CheckpointError(f"{name}: nothing here stands for it; the model would not be the source's")
+        self._check_tied(specs, config)
+
+    @staticmethod
+    def _absent_head(name: str) -> str:
+        says = "; if the head is the embedding, write tie_word_embeddings true in config.json"
+        return says if name in _HEAD.values() else ""
+
+    def _check_tied(self, specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
+        (head,), embedding = _HEAD.values(), _WHOLE["embed.weight"]
+        if config.tie_embeddings and head in specs and not same_values(self.source, head, embedding):
+            raise CheckpointError(
+                f"{head}: differs from {embedding}, to which tie_word_embeddings ties it; write tie_word_embeddings "
+                "false in config.json to keep this head, or leave the tensor out to drop it"
+            )
 
 
 def describe(cut: Cut, n_layers: int) -> list[str]:

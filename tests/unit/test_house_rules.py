@@ -48,7 +48,7 @@ LINES = {
     "config": 2_510,
     "costs": 1_070,
     "model": 1_990,
-    "weights": 800,
+    "weights": 1_000,
     "data": 1_780,
     "monitor": 290,
     "resilience": 120,

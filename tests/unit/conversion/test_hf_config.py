@@ -31,7 +31,10 @@ def test_depth_follows_loops_however_they_are_set(tmp_path):
         {"hidden_act": "gelu"},
         {"n_loops": 0},
         {"attention_type": "mla", "kv_lora_rank": 8},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+        {"norm_placement": "both"},
+        {"attention_biases": "o"},
+        {"qk_norm_span": "two"},
     ],
 )
 def test_what_the_model_does_not_have_is_refused(values):

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mythos_ds.config.schema import RopeScaling
+from mythos_ds.conversion.dense_source import FAMILIES, model_fields, unread_fields, value_of
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel, write_config
 from mythos_ds.conversion.retrofit import Cut, Retrofitted, describe, retrofit_config
 from mythos_ds.errors import CheckpointError, ConfigError
@@ -111,6 +114,7 @@ def test_which_layers_are_taken_is_said() -> None:
         ({"n_experts": 6}, "--experts: given 6; allowed: multiples of --granularity = 4; nearest: 4"),
         ({"experts_per_token": 5}, "--experts-per-token: given 5"),
         ({"mean_recurrence": 17}, "--mean-recurrence: given 17"),
+        ({"context_length": 65}, "--context-length: given 65; allowed: 1 to .* = 64; nearest: 64"),
     ],
 )
 def test_a_cut_that_does_not_fit_is_refused(change: dict[str, int], message: str) -> None:
@@ -122,11 +126,23 @@ def test_a_cut_that_does_not_fit_is_refused(change: dict[str, int], message: str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type: given 'qwen2'"),
-        ({"attention_bias": True}, "attention_bias: given True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type: given 'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type: given 'llama3'"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window: given 4096"),
+        ({"model_type": "gemma2"}, "model_type: given 'gemma2'; allowed: llama, mistral, qwen2, qwen3, olmo2, smollm3"),
+        ({"mlp_bias": True}, "mlp_bias: given True; allowed: False"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias: given True"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type: given 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: Field required"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 8.0}}, "rope_type: given 'longrope'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "given by layer type"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: given 0.5"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: given 30.0"),
+        ({"model_type": "mistral", "sliding_window": 32}, "given 32, shorter than .* 64 .*: --context-length 32"),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window: given 4096"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 7},
+            "sliding_window: given 32",
+        ),
+        ({"model_type": "smollm3"}, "no_rope_layers: layer 7 has no RoPE"),
         ({"hidden_act": "gelu"}, "hidden_act: given 'gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size: missing"),
@@ -135,6 +151,130 @@ def test_a_cut_that_does_not_fit_is_refused(change: dict[str, int], message: str
 def test_a_source_that_cannot_be_expressed_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         retrofit_config({**_SIZES, "model_type": "llama", **change}, CUT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "mistral", "sliding_window": 64},
+        {"model_type": "mistral", "max_position_embeddings": 4096},
+        {"model_type": "qwen2", "sliding_window": 32},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 8},
+        {"model_type": "smollm3", "no_rope_layers": [1, 1, 0, 0, 1, 1, 1, 1]},  # those without are dropped
+    ],
+)
+def test_a_window_or_a_layer_without_rope_that_changes_nothing_is_taken(change: dict[str, Any]) -> None:
+    retrofit_config({**_SIZES, **change}, CUT)
+    windowed = {**_SIZES, "model_type": "mistral", "sliding_window": 32}
+    retrofit_config(windowed, replace(CUT, context_length=32))
+
+
+def test_absent_keys_mean_what_they_mean_to_transformers() -> None:
+    for kind in FAMILIES:
+        kept = {name: value for name, value in _SIZES.items() if name not in ("num_key_value_heads", "rms_norm_eps")}
+        known = transformers.AutoConfig.for_model(kind, **kept)
+        source = {**kept, "model_type": kind, "rms_norm_eps": known.rms_norm_eps}
+        del source["max_position_embeddings"]
+        fields = model_fields({**source, "num_attention_heads": 32})
+        assert (
+            fields["n_kv_heads"] == transformers.AutoConfig.for_model(kind, num_attention_heads=32).num_key_value_heads
+        )
+        assert fields["rope_theta"] == known.rope_parameters["rope_theta"]
+        assert fields["tie_embeddings"] == known.tie_word_embeddings
+        assert fields["head_dim"] == (128 if kind == "qwen3" else None)
+        assert value_of(source, "max_position_embeddings") == type(known)().max_position_embeddings
+        assert value_of(source, "sliding_window") == (4096 if kind in ("mistral", "qwen2", "qwen3") else None)
+
+
+def test_original_lengths_are_found_where_transformers_finds_them() -> None:
+    rope = {"type": "yarn", "factor": 4.0, "mscale": 0.0, "beta_fast": None}
+    for extra, length in (({}, 64), ({"original_max_position_embeddings": 16}, 16)):
+        scaling = model_fields({**_SIZES, "model_type": "llama", "rope_scaling": rope, **extra})["rope_scaling"]
+        assert scaling == RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=length)
+
+
+def test_fields_that_nothing_knows_are_named() -> None:
+    source = {**_SIZES, "model_type": "llama", "use_cache": True, "new_trick": 3, "_name_or_path": "x"}
+    rope = {"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}
+    assert unread_fields(source) == ["new_trick"]
+    assert unread_fields({**source, "rope_scaling": rope}) == ["new_trick", "rope_scaling.beta_fast"]
+    for kind in FAMILIES:
+        assert unread_fields(transformers.AutoConfig.for_model(kind, **_SIZES).to_dict()) == [], kind
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.layers.5.mlp.up_proj.weight"), r"layers\.5\.mlp\.up_proj\.weight: not in the given"),
+        (
+            lambda w: w.pop("lm_head.weight"),
+            r"lm_head\.weight: not in the given weights; if .* tie_word_embeddings true",
+        ),
+        (
+            lambda w: w.update({"model.extra.weight": torch.ones(2)}),
+            r"model\.extra\.weight: nothing here stands for it",
+        ),
+        (lambda w: w.update({"model.norm.weight": torch.ones(47)}), r"model\.norm\.weight: has the shape \(47,\)"),
+        (
+            lambda w: w.update({"model.norm.weight": torch.ones(48, dtype=torch.int32)}),
+            r"model\.norm\.weight: is torch.int32",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Any, message: str) -> None:
+    _source(tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    hf = json.loads((tmp_path / "hf" / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=message):
+        Retrofitted(open_weights(tmp_path / "hf"), hf, CUT)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.weight", "model.layers.6.mlp.down_proj.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_value_that_is_not_finite_is_refused_by_the_sources_name(tmp_path: Path, name: str, value: float) -> None:
+    _source(tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights[name][3, 1] = value
+    save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name}: has values that are not finite"):
+        _retrofit(tmp_path / "hf", tmp_path / "ours")
+    assert not (tmp_path / "ours" / "config.json").exists()
+
+
+def test_a_head_beside_the_embedding_that_should_be_it(tmp_path: Path) -> None:
+    """The same is taken, another is refused until the configuration says that they are two."""
+    source = _source(tmp_path / "hf", tie_word_embeddings=True)
+    path, config = tmp_path / "hf" / "model.safetensors", tmp_path / "hf" / "config.json"
+    weights = load_file(path)
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    _retrofit(tmp_path / "hf", tmp_path / "same")
+    head = torch.randn(97, 48, generator=torch.Generator().manual_seed(3))
+    save_file({**weights, "lm_head.weight": head}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs from .*; write tie_word_embeddings false"):
+        _retrofit(tmp_path / "hf", tmp_path / "other")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    ours = _retrofit(tmp_path / "hf", tmp_path / "untied")
+    source.lm_head.weight = nn.Parameter(head)
+    expected = _cut_logits(source, CUT)
+    with torch.inference_mode():
+        assert (ours(TOKENS, n_loops=1) - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_half_precision_and_mixed_types(tmp_path: Path, mixed: bool) -> None:
+    source = _source(tmp_path / "hf")
+    source.half().save_pretrained(tmp_path / "hf")
+    if mixed:
+        path = tmp_path / "hf" / "model.safetensors"
+        wide = {name: value.float() if "mlp.up" in name else value for name, value in load_file(path).items()}
+        save_file(wide, path, {"format": "pt"})
+    ours = _retrofit(tmp_path / "hf", tmp_path / "ours")
+    wide_source = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    expected = _cut_logits(wide_source, CUT)
+    with torch.inference_mode():
+        assert (ours(TOKENS, n_loops=1) - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_a_bias_in_the_weights_is_refused(tmp_path: Path) -> None:
