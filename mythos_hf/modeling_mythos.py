@@ -266,7 +266,7 @@ class MythosLayer(nn.Module):
         return residual(self, x, lambda x: self.self_attn(x, context, slot), lambda x: self.mlp(x, *own))
 
 
-def add_norms(layer: nn.Module, config: MythosConfig) -> None:
+def add_norms(layer: Any, config: MythosConfig) -> None:
     """Gives a layer its two norms: before attention and feed-forward, or after them, as in OLMo 2."""
     after = layer.norms_after = config.norm_placement == "after"
     for name in ("post_attention_layernorm", "post_feedforward_layernorm" if after else "input_layernorm"):

@@ -8,7 +8,8 @@
 
 Tensors are read a few rows at a time; the same command goes on after an interruption. The last form cuts a dense model
 (llama, mistral, qwen2, qwen3, olmo2, smollm) into prelude, recurrent block and coda, and makes mixtures of experts of
-the block's feed-forwards. docs/convert.md says what is exact. --dry-run prints what would be written, and writes nothing.
+the block's feed-forwards. docs/convert.md says what is exact. --dry-run prints what would be written, and writes
+nothing.
 """
 
 import json

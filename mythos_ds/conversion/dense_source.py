@@ -215,10 +215,9 @@ def _scaled(
             given = {key: value for key, value in given.items() if not key.startswith("mscale")}
         given = {key: value for key, value in given.items() if value or not key.startswith("beta_")}
     try:
-        scaling = RopeScaling(rope_type=kind, **{key: value for key, value in given.items() if value is not None})
-    except (ValidationError, TypeError) as error:
-        if not isinstance(error, ValidationError):
-            return (theta, None), [f"rope_scaling: {error}"]
+        given = {key: value for key, value in given.items() if value is not None}
+        scaling = RopeScaling.model_validate({"rope_type": kind, **given})
+    except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         return (theta, None), [f"rope_scaling.{place}: {first['msg']}, given {first['input']!r}"]

@@ -238,11 +238,11 @@ class Retrofitted:
 
     def _check(self, specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
         layers, expected = self.cut.layers(self.n_layers), expected_specs(config)
-        wanted = {theirs: expected[ours].shape for ours, theirs in self._names.items()}
+        wanted: dict[str, tuple[int, ...]] = {theirs: expected[ours].shape for ours, theirs in self._names.items()}
         for layer in range(config.recurrent_layers):
             for part in _FEED_FORWARD:
-                shape = (config.dim, config.ffn_dim) if part == "w2" else (config.ffn_dim, config.dim)
-                wanted[self._dense_name(layer, part)] = shape
+                sizes = (config.dim, config.ffn_dim) if part == "w2" else (config.ffn_dim, config.dim)
+                wanted[self._dense_name(layer, part)] = sizes
         for name, shape in wanted.items():
             if name not in specs:
                 raise CheckpointError(f"{name}: not in the given weights{self._absent_head(name)}")

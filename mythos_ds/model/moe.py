@@ -56,8 +56,8 @@ class MoE(nn.Module):
 
     def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
         """Makes the routed experts that this process holds."""
-        stds = {"std": config.resolved_init_std, "out_std": config.resolved_output_std}
-        return Experts(config.n_experts, config.dim, config.expert_dim, init, **stds)
+        sizes = config.n_experts, config.dim, config.expert_dim
+        return Experts(*sizes, init, config.resolved_init_std, out_std=config.resolved_output_std)
 
     def make_dispatcher(self) -> Dispatcher:
         """Makes the dispatcher by which rows reach their experts."""

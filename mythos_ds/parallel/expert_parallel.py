@@ -100,8 +100,8 @@ class ShardedExperts(Experts):
 
     def __init__(self, config: ModelConfig, init: Initializer, layout: RankLayout):
         own = layout.expert_range(config.n_experts)
-        stds = {"std": config.resolved_init_std, "out_std": config.resolved_output_std}
-        super().__init__(len(own), config.dim, config.expert_dim, init, first_expert=own.start, **stds)
+        std, out_std = config.resolved_init_std, config.resolved_output_std
+        super().__init__(len(own), config.dim, config.expert_dim, init, std, first_expert=own.start, out_std=out_std)
         placement = legacy_uniform_autoep_placement_descriptor(config.n_experts, len(own), layout.ep_size)
         for parameter in (self.w1, self.w2, self.w3):
             _mark_expert_parameter(parameter, layout.ep_size)

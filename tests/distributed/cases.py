@@ -1,6 +1,7 @@
 """What runs inside the processes of the distributed tests: one call, many layouts."""
 
 import functools
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,13 @@ from tests.helpers.toy_model import toy_model
 SEQ_LEN = 16
 GLOBAL_BATCH = 8
 ACCUMULATION = 2
+DENSE: dict[str, Any] = {
+    "attn_type": "gqa", "n_kv_heads": 1, "head_dim": 16, "kv_lora_rank": None, "q_lora_rank": None,
+    "qk_nope_head_dim": None, "qk_rope_head_dim": None, "v_head_dim": None, "attention_biases": "all", "qk_norm": True,
+    "qk_norm_span": "all", "norm_placement": "after", "rope_theta": 50.0, "embedding_std": 0.5,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0},
+}  # fmt: skip
+"""A model with all that families of dense models add: biases, norms over all heads and after, stretched RoPE."""
 LEARNING_RATE = {"adamw": 3e-3, "sgd": 0.3}
 LOOPS = (3, 1, 4, 2)
 """T of each step; the last two loops carry gradient."""
@@ -140,7 +148,7 @@ def everywhere(own: dict[str, Tensor]) -> dict[str, Tensor]:
 def trained_plainly(name: str) -> bool:
     """Parameters that neither decay nor follow the width: no matrix, or one that does not act on the width."""
     plain = ("embed.weight", "router.weight", "norm.weight", "loop_embedding.gain", "lora.scale")
-    return name.endswith(plain) or "injection" in name
+    return name.endswith((*plain, ".bias")) or "injection" in name
 
 
 def move_router_biases(biases: dict[str, Tensor], counts: dict[int, Tensor], rate: float) -> None:
@@ -157,12 +165,10 @@ def move_router_biases(biases: dict[str, Tensor], counts: dict[int, Tensor], rat
 
 
 @functools.cache
-def reference_run(
-    optimizer: str, changes: tuple[tuple[str, Any], ...] = (), per_sequence: bool = False
-) -> dict[str, Any]:
+def reference_run(optimizer: str, changes: str = "{}", per_sequence: bool = False) -> dict[str, Any]:
     """Losses, gradient norms, final weights and router buffers of the independent single-process reference; `changes`
-    are the case's to the model. per_sequence: it runs each sequence alone, at its depth of DEPTHS."""
-    resolved = resolve(toy_run({"ep": 1, "stage": 1, "optimizer": optimizer, "model": dict(changes)}, 1), 1)
+    are the case's to the model, as JSON. per_sequence: it runs each sequence alone, at its depth of DEPTHS."""
+    resolved = resolve(toy_run({"ep": 1, "stage": 1, "optimizer": optimizer, "model": json.loads(changes)}, 1), 1)
     training, config = resolved.config.training, resolved.config.model
     model = MythosModel(config, seed=training.seed)
     biases = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -216,7 +222,7 @@ def _layout(case: dict[str, Any]) -> dict[str, Any]:
             engine.eval_loss(held, 5)  # another depth in between must not disturb the next step
         weights = full_weights(engine, groups)
         biases = everywhere({name: buffer.clone() for name, buffer in engine.module.named_buffers()})
-    expected = reference_run(optimizer, tuple(case.get("model", {}).items()), per_sequence)
+    expected = reference_run(optimizer, json.dumps(case.get("model", {})), per_sequence)
     return {
         "loss": largest(abs(r.loss - x) / x for r, x in zip(results, expected["loss"], strict=True)),
         "norm": largest(abs(r.grad_norm - x) / x for r, x in zip(results, expected["norm"], strict=True)),

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from tests.distributed.cases import DENSE
 from tests.helpers.distributed import run_distributed
 
 TIMEOUT_S = 600.0
@@ -20,6 +21,7 @@ REPRESENTATIVE = {
         {"ep": 2, "stage": 1, "checkpointing": "loop", "optimizer": "sgd"},
         {"ep": 1, "stage": 3, "checkpointing": "loop", "optimizer": "sgd"},
         {"ep": 1, "stage": 0, "checkpointing": "none", "optimizer": "sgd"},
+        {"ep": 2, "stage": 3, "checkpointing": "loop", "optimizer": "sgd", "model": DENSE},
     ],
     4: [
         {"ep": 2, "stage": 3, "checkpointing": "loop", "optimizer": "adamw"},

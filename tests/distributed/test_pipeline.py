@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import toy_model
+from tests.distributed.cases import DENSE, toy_model
 from tests.distributed.test_layouts import check_parity
 from tests.helpers.distributed import run_distributed
 
@@ -28,6 +28,7 @@ REPRESENTATIVE = [
     {**RING, "checkpointing": "none", "optimizer": "sgd", **TIED},
     {**RING, "checkpointing": "loop", "optimizer": "sgd", **POST},
     {**FOUR_STAGES, "optimizer": "adamw"},
+    {**RING, "checkpointing": "loop", "optimizer": "sgd", "model": DENSE},
     {**LITERAL, "optimizer": "sgd", **TIED},
 ]
 THOROUGH: dict[int, list[dict[str, Any]]] = {

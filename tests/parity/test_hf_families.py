@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 import mythos_hf
 from mythos_hf.rotary_mythos import rotary_tables
 
-CUT = {"prelude": 1, "recurrent": 2, "coda": 1, "granularity": 2, "experts": 4, "experts_per_token": 2}
+CUT: dict[str, Any] = {"prelude": 1, "recurrent": 2, "coda": 1, "granularity": 2, "experts": 4, "experts_per_token": 2}
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": None,

@@ -32,7 +32,7 @@ def same(folder: Path, expected: dict[str, Tensor] = WEIGHTS) -> bool:
 
 def shards(folder: Path, kind: str, *, index: bool) -> None:
     stem, ending = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
-    where = {}
+    where: dict[str, str] = {}
     for i, half in enumerate(HALVES, 1):
         name = f"{stem}-{i:05d}-of-00002.{ending}"
         where |= dict.fromkeys(half, name)
