@@ -44,7 +44,8 @@ def parser() -> ArgumentParser:
     add_writing(made)
     cut = made.add_argument_group("cutting a dense model (--from hf --to mythos)")
     for name, text in CUT_FLAGS.items():
-        cut.add_argument("--" + name.replace("_", "-"), type=int, help=text)
+        cut.add_argument("--" + name.replace("_", "-"), type=float if name == "decay" else int, help=text)
+    cut.add_argument("--text", type=Path, help="a text that shows the attention sink (default: two sentences)")
     return made
 
 
@@ -60,8 +61,11 @@ def work(arguments: Namespace) -> None:
         with_remote_code=arguments.with_remote_code,
         allow_pickle=arguments.allow_pickle,
         cut=given,
+        text=arguments.text,
     )
     route = plan_route(request)
+    if route.inspect is not None:
+        route.notes.extend(route.inspect())
     files = plan_files(route.source.specs(), arguments.max_file_bytes)
     made = estimate(files, route.read_bytes, arguments.bandwidth or BANDWIDTH)
     rows = None

@@ -1,13 +1,14 @@
 """From one format to another: the tensors to be written, what is written beside them, and what must be said."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.conversion.attention_sink import describe_sink, find_sink, layers_to_run, sink_tokens
 from mythos_ds.conversion.dense_source import FAMILIES, unread_fields
 from mythos_ds.conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
 from mythos_ds.conversion.held_out_loss import comparison, evaluated_loops, held_out_text, losses
@@ -44,6 +45,7 @@ CUT_FLAGS = {
     "experts_per_token": f"experts used by a token, whole copies (default {Cut.experts_per_token})",
     "mean_recurrence": f"mean loop count of the training to come (default {Cut.mean_recurrence})",
     "max_loops": f"largest loop count of the training to come (default {Cut.max_loops})",
+    "decay": f"A, by which a loop multiplies the state, at the start of training (default {Cut.decay})",
     "seed": "draws the router (default 0)",
     "context_length": "longest text in tokens that the model is for (default: the source's longest)",
 }
@@ -52,7 +54,8 @@ _TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. cut: values by name in CUT_FLAGS, only those that were given."""
+    """What is asked for. cut: values by name in CUT_FLAGS, only those that were given. text: a file whose text is used
+    to look for a dense source's attention sink."""
 
     source: str
     target: str
@@ -60,13 +63,14 @@ class Request:
     dtype: str | None
     with_remote_code: bool = False
     allow_pickle: bool = False
-    cut: Mapping[str, int] = field(default_factory=dict)
+    cut: Mapping[str, int | float] = field(default_factory=dict)
+    text: Path | None = None
 
 
 @dataclass(frozen=True)
 class Route:
     """A planned conversion. `finish` writes what stands beside the weights, `evaluate` (output, data folder) gives the
-    perplexities before and after."""
+    perplexities before and after, `inspect` runs the source to say more about the cut."""
 
     source: TensorSource
     dtype: str
@@ -74,6 +78,7 @@ class Route:
     finish: Callable[[Path], None]
     notes: list[str]
     evaluate: Callable[[Path, Path], list[dict[str, float]]] | None = None
+    inspect: Callable[[], list[str]] | None = None
 
 
 def plan_route(request: Request) -> Route:
@@ -100,8 +105,8 @@ def _refuse_without_effect(request: Request) -> None:
         raise ConfigError(f"--dtype: given fp8 with --to {request.target}; allowed: with --to hf; nearest: bfloat16")
     if request.dtype is not None and request.target == "openmythos":
         raise ConfigError("--dtype: given with --to openmythos; allowed: none (its code runs in fp32 only)")
-    if request.cut and (request.source, request.target) != ("hf", "mythos"):
-        flag = next(iter(request.cut)).replace("_", "-")
+    if (request.cut or request.text is not None) and (request.source, request.target) != ("hf", "mythos"):
+        flag = next(iter(request.cut), "text").replace("_", "-")
         raise ConfigError(f"--{flag}: given with --from {request.source} --to {request.target}; allowed: hf to mythos")
     pickled = request.folder.is_file() or not has_safetensors(request.folder)
     if request.allow_pickle and (request.source == "mythos" or not pickled):
@@ -116,8 +121,8 @@ def _from_hf(request: Request) -> Route:
     if kind != "mythos":
         allowed = ", ".join(("mythos", *FAMILIES))
         raise ConfigError(f"{request.folder / CONFIG}: given model_type {kind!r}; allowed: {allowed}")
-    if request.cut:
-        flag = next(iter(request.cut)).replace("_", "-")
+    if request.cut or request.text is not None:
+        flag = next(iter(request.cut), "text").replace("_", "-")
         raise ConfigError(f"--{flag}: given for a mythos model; allowed: for a dense one ({', '.join(FAMILIES)})")
     weights = _hf_weights(request)
     given = Dequantised(weights) if "quantization_config" in hf else weights
@@ -183,7 +188,7 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
     if missing:
         raise ConfigError(f"--{missing[0]}: not given; needed for a dense model ({hf['model_type']})")
     given = {"n_experts" if name == "experts" else name: value for name, value in request.cut.items()}
-    cut = Cut(**given)
+    cut = Cut(**given)  # type: ignore[arg-type]
     config = retrofit_config(hf, cut)
     weights = _hf_weights(request)
     notes = describe(cut, int(hf["num_hidden_layers"]))
@@ -195,13 +200,25 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
         usable = False
     if not usable:
         notes.append(f"no tokenizer is written: {request.folder} has no sentencepiece {TOKENIZER} that fits")
+    n_layers = int(hf["num_hidden_layers"])
     metadata = {
         "source": hf["model_type"],
-        "layers": cut.layers(int(hf["num_hidden_layers"])),
+        "layers": cut.layers(n_layers),
         "context_length": context_of(hf, cut),
+        "decay": cut.decay,
     }
     tensors = Retrofitted(weights, hf, cut)
-    return _to_mythos(request, tensors, config, metadata, notes, tokenizer if usable else None, may_lack=ROUTER_BUFFERS)
+
+    def inspect() -> list[str]:
+        tokens, note = sink_tokens(request.folder, config.vocab_size, request.text)
+        sink = find_sink(weights, hf, tokens, layers_to_run(n_layers, cut.coda))
+        metadata["attention_sink_layer"] = sink.layer
+        words = describe_sink(sink, cut.layers(n_layers))
+        return [words if note is None else f"{words} ({note})"]
+
+    own = tokenizer if usable else None
+    route = _to_mythos(request, tensors, config, metadata, notes, own, may_lack=ROUTER_BUFFERS)
+    return replace(route, inspect=inspect)
 
 
 def _unread(fields: list[str]) -> list[str]:

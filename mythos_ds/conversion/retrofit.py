@@ -4,7 +4,8 @@ Its first layers become the prelude, its last ones the coda, layers before those
 is dropped. The block's feed-forwards become mixtures of experts: each is split in `granularity` parts, and copies of
 the parts are the experts (granular upcycling, arXiv 2410.07524). Parts of a copy share a router row and so are chosen
 together, and the routing weights sum to `granularity`: the mixture computes what the feed-forward did, whatever the
-router says. The state starts at zero and A only multiplies it, B is one: the first loop is the source's cut stack.
+router says. The state starts at zero and A only multiplies it, B is one: the first loop is the source's cut stack. From
+the second on A h is added, which the source never saw: a small A keeps more loops close to it.
 """
 
 import math
@@ -39,6 +40,8 @@ _FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _WHOLE = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
 _HEAD = {"lm_head.weight": "lm_head.weight"}
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST_DECAY = 0.9998
+"""Just below what the injection caps A at."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Cut:
     experts_per_token: int = 4
     mean_recurrence: int = 4
     max_loops: int = 16
+    decay: float = 0.05
+    """A of every channel at the start."""
     seed: int = 0
     """Draws the router."""
     context_length: int | None = None
@@ -113,6 +118,9 @@ def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
             f"--experts-per-token: given {k}; allowed: multiples of --granularity = {g} up to {n} (whole copies of the "
             f"feed-forward); nearest: {nearest}"
         )
+    if not 0 < cut.decay <= _LARGEST_DECAY:
+        nearest = _LARGEST_DECAY if cut.decay > _LARGEST_DECAY else Cut.decay
+        problems.append(f"--decay: given {cut.decay}; allowed: above 0, up to {_LARGEST_DECAY}; nearest: {nearest}")
     if not 1 <= cut.mean_recurrence <= cut.max_loops:
         problems.append(f"--mean-recurrence: given {cut.mean_recurrence}; allowed: 1 to --max-loops = {cut.max_loops}")
     if problems:
@@ -181,7 +189,7 @@ class Retrofitted:
             return self._finite(self._names[name], rows)
         if ".experts." in name:
             return self._expert_stack(name, rows or slice(0, self._specs[name].shape[0]))
-        value = self._router(name) if name.endswith("router.weight") else self._injection(name)
+        value = self._router(name) if name.endswith("router.weight") else self._loop_part(name)
         return value if rows is None else value[rows]
 
     def _expert_stack(self, name: str, experts: slice) -> Tensor:
@@ -213,12 +221,17 @@ class Retrofitted:
         Initializer(self.cut.seed).normal_(drawn, name, std)
         return drawn.repeat_interleave(self.cut.granularity, 0)
 
-    def _injection(self, name: str) -> Tensor:
+    def _loop_part(self, name: str) -> Tensor:
+        """Of the injection and of the loop embedding, which starts at zero."""
         dt_bias = torch.full(self._specs[name].shape, math.log(math.expm1(INITIAL_DT)))
-        if name.endswith("dt_bias"):
-            return dt_bias
-        # B is dt * B by Euler's rule: one over what dt is in fp32.
-        return 1.0 / functional.softplus(dt_bias) if name.endswith(".B") else torch.zeros_like(dt_bias)
+        dt = functional.softplus(dt_bias)  # as the module computes it in fp32
+        values = {
+            "log_A": (-math.log(self.cut.decay) / dt).log(),  # A = exp(-dt exp(log_A))
+            "dt_bias": dt_bias,
+            "B": 1.0 / dt,  # Euler's rule: dt B e is added
+            "gain": torch.zeros_like(dt),
+        }
+        return values[name.rsplit(".", 1)[1]]
 
     def _copied(self, config: ModelConfig) -> dict[str, str]:
         names = {**_WHOLE, **({} if config.tie_embeddings else _HEAD)}

@@ -91,6 +91,16 @@ def test_whole_copies_compute_the_feed_forward(tmp_path: Path, copies_used: int)
         assert len((chosen // 4).unique()) == 3, "the router uses all copies"
 
 
+@pytest.mark.parametrize("decay", [1e-9, 0.01, Cut.decay, 0.2, 0.9, 0.9998])
+def test_the_injection_starts_with_the_decay_that_is_asked_for(tmp_path: Path, decay: float) -> None:
+    _source(tmp_path / "hf")
+    ours = _retrofit(tmp_path / "hf", tmp_path / "ours", replace(CUT, decay=decay))
+    with torch.no_grad():
+        a, b = ours.recurrent.injection.coefficients()
+    assert (a.double() - decay).abs().max() <= 1e-6
+    assert (b - 1).abs().max() <= 1e-6, "the first loop is the source's whatever A is"
+
+
 def test_which_layers_are_taken_is_said() -> None:
     assert CUT.layers(8) == {"prelude": [0, 1], "recurrent": [4, 5, 6], "coda": [7], "dropped": [2, 3]}
     assert replace(CUT, recurrent_from=2).layers(8)["dropped"] == [5, 6]
@@ -115,9 +125,12 @@ def test_which_layers_are_taken_is_said() -> None:
         ({"experts_per_token": 5}, "--experts-per-token: given 5"),
         ({"mean_recurrence": 17}, "--mean-recurrence: given 17"),
         ({"context_length": 65}, "--context-length: given 65; allowed: 1 to .* = 64; nearest: 64"),
+        ({"decay": 0.0}, "--decay: given 0.0; allowed: above 0, up to 0.9998; nearest: 0.05"),
+        ({"decay": 1.0}, "--decay: given 1.0; allowed: above 0, up to 0.9998; nearest: 0.9998"),
+        ({"decay": float("nan")}, "--decay: given nan"),
     ],
 )
-def test_a_cut_that_does_not_fit_is_refused(change: dict[str, int], message: str) -> None:
+def test_a_cut_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     cut = replace(CUT, **change)
     with pytest.raises(ConfigError, match=message):
         retrofit_config({**_SIZES, "model_type": "llama"}, cut)
