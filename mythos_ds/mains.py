@@ -19,7 +19,7 @@ def tool_parser(description: str, example: str) -> ArgumentParser:
 
 def run_tool(parser: ArgumentParser, work: Callable[[Namespace], None], argv: Sequence[str] | None) -> int:
     """Parse `argv`, run `work`, return the exit code: 2, with one message, for an error the user can mend."""
-    arguments = parser.parse_args(argv)
+    arguments = _parsed(parser, argv)
     configure(0)
     try:
         work(arguments)
@@ -35,6 +35,14 @@ def run_tool(parser: ArgumentParser, work: Callable[[Namespace], None], argv: Se
         sys.stderr.write(f"{parser.prog}: stopped; what was finished is kept, nothing unfinished is published\n")
         return INTERRUPTED_EXIT_CODE
     return 0
+
+
+def _parsed(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """The arguments; overrides may also stand after options, which argparse takes only intermixed."""
+    try:
+        return parser.parse_intermixed_args(argv)
+    except TypeError:  # for parsers that hand on the rest of their line
+        return parser.parse_args(argv)
 
 
 @contextmanager

@@ -39,11 +39,21 @@ class Sink:
             the others; None where none of those that were run does that.
         ratio: that ratio after it, or the largest that was seen.
         layers: how many layers were run, from the first on.
+        note: what there is to say of the text.
     """
 
     layer: int | None
     ratio: float
     layers: int
+    note: str | None = None
+
+
+def search_sink(weights: TensorSource, hf: Mapping[str, Any], folder: Path, coda: int, text: Path | None) -> Sink:
+    """The sink of the dense model in `folder` before its last `coda` layers, on the text of a file or a built-in one.
+    Raises DataError for a file that cannot be used."""
+    n_layers = int(hf["num_hidden_layers"])
+    tokens, note = sink_tokens(folder, int(hf["vocab_size"]), text)
+    return replace(find_sink(weights, hf, tokens, layers_to_run(n_layers, coda)), note=note)
 
 
 def sink_tokens(folder: Path, vocab_size: int, text_file: Path | None) -> tuple[list[int], str | None]:
@@ -112,6 +122,10 @@ def find_sink(
 
 def describe_sink(sink: Sink, parts: Mapping[str, Sequence[int]]) -> str:
     """What a sink means for a cut, in words. parts: source layers by part, see `Cut.layers`."""
+    return _meaning(sink, parts) + (f" ({sink.note})" if sink.note else "")
+
+
+def _meaning(sink: Sink, parts: Mapping[str, Sequence[int]]) -> str:
     if sink.layer is None:
         return (
             f"attention sink: none made by source layers 0-{sink.layers - 1} (the first token's state is at most "

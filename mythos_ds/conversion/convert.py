@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.conversion.attention_sink import describe_sink, find_sink, layers_to_run, sink_tokens
+from mythos_ds.conversion.attention_sink import Sink, describe_sink, search_sink
 from mythos_ds.conversion.dense_source import FAMILIES, unread_fields
 from mythos_ds.conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
 from mythos_ds.conversion.held_out_loss import comparison, evaluated_loops, held_out_text, losses
@@ -55,7 +55,7 @@ _TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 @dataclass(frozen=True)
 class Request:
     """What is asked for. cut: values by name in CUT_FLAGS, only those that were given. text: a file whose text is used
-    to look for a dense source's attention sink."""
+    to look for a dense source's attention sink. sink: what was found, where it was looked for before."""
 
     source: str
     target: str
@@ -65,6 +65,7 @@ class Request:
     allow_pickle: bool = False
     cut: Mapping[str, int | float] = field(default_factory=dict)
     text: Path | None = None
+    sink: Sink | None = None
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,9 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
     tensors = Retrofitted(weights, hf, cut)
 
     def inspect() -> list[str]:
-        tokens, note = sink_tokens(request.folder, config.vocab_size, request.text)
-        sink = find_sink(weights, hf, tokens, layers_to_run(n_layers, cut.coda))
+        sink = request.sink or search_sink(weights, hf, request.folder, cut.coda, request.text)
         metadata["attention_sink_layer"] = sink.layer
-        words = describe_sink(sink, cut.layers(n_layers))
-        return [words if note is None else f"{words} ({note})"]
+        return [describe_sink(sink, cut.layers(n_layers))]
 
     own = tokenizer if usable else None
     route = _to_mythos(request, tensors, config, metadata, notes, own, may_lack=ROUTER_BUFFERS)

@@ -1,4 +1,4 @@
-"""Progress on a terminal: of a run, one live line (elsewhere a plain line per logged step); of bytes, a bar."""
+"""Progress on a terminal: of a run, a live line (elsewhere a plain line per logged step); of bytes and pieces, bars."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -74,6 +74,15 @@ class ProgressLine:
 def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr; yields the callback that adds bytes done."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def piece_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; yields the callback that adds pieces done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)

@@ -66,7 +66,7 @@ LINES = {
     "api": 410,
     "__init__": 60,
     "__main__": 100,
-    "mains": 60,
+    "mains": 70,
 }
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")

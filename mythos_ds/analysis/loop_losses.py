@@ -1,0 +1,93 @@
+"""Held-out loss by loop count, sequence by sequence: what more loops bring is a difference on the same text."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from mythos_ds.config.schema import RunConfig
+from mythos_ds.data.batches import Batch, BatchStream
+from mythos_ds.data.datasets import build_datasets, prepare_index_cache
+from mythos_ds.errors import ConfigError
+from mythos_ds.model.mythos import MythosModel
+
+_ROWS = 2
+
+
+def held_out_sequences(config: RunConfig, count: int) -> list[Batch]:
+    """The first `count` sequences of a run's held-out text, the same for every seed of training, as batches {tokens,
+    targets, positions} int64 [rows, seq]. Raises ConfigError for fewer than 2, which have no spread."""
+    if count < 2:
+        raise ConfigError(f"sequences: given {count}; allowed: at least 2; nearest: 2")
+    count += count % _ROWS
+    length = {"seq_len": config.training.seq_len, "train_samples": 0, "valid_samples": count, "seed": 0}
+    prepare_index_cache(config.data, **length, vocab_size=config.model.vocab_size)
+    data = build_datasets(config.data, **length, vocab_size=config.model.vocab_size)
+    stream = BatchStream(data.valid, start_sample=0, micro_batch_size=_ROWS, dp_rank=0, dp_size=1)
+    return list(islice(stream, count // _ROWS))
+
+
+@torch.inference_mode()
+def sequence_losses(
+    model: MythosModel,
+    batches: Sequence[Batch],
+    loops: Sequence[int],
+    progress: Callable[[int], object] = lambda done: None,
+) -> dict[int, list[float]]:
+    """The mean loss (nats per token) of each sequence after each of `loops`. A sequence is looped once, up to the last
+    of them; `progress` takes the sequences done. Raises ConfigError for a loop count below 1, and for a model with ACT,
+    whose output is no state of one loop."""
+    counts = sorted(set(loops))
+    if not counts or counts[0] < 1:
+        raise ConfigError(f"loops: given {list(loops)}; allowed: whole numbers of 1 or more; nearest: 1")
+    if model.recurrent.halting is not None:
+        raise ConfigError(f"halting: the model's is {model.config.halting}; allowed: none")
+    device = next(model.parameters()).device
+    found: dict[int, list[float]] = {count: [] for count in counts}
+    for batch in batches:
+        tokens, targets, positions = (batch[name].to(device) for name in ("tokens", "targets", "positions"))
+        e, context = model.encode(tokens, positions=positions)
+        h, _ = model.start_loop(e, context=context)
+        for loop in range(counts[-1]):
+            h, _ = model.step_loop(h, e, loop=loop, context=context)
+            if loop + 1 in found:
+                logits = model.decode(h.to(e.dtype), context=context)
+                losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+                found[loop + 1] += losses.view(targets.shape).double().mean(1).tolist()
+        progress(len(tokens))
+    return found
+
+
+def paired(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The mean of losses less others, sequence by sequence, and its standard error."""
+    differences = [own - other for own, other in zip(losses, others, strict=True)]
+    mean = math.fsum(differences) / len(differences)
+    spread = math.fsum((value - mean) ** 2 for value in differences) / (len(differences) - 1)
+    return mean, math.sqrt(spread / len(differences))
+
+
+def text_digest(batches: Sequence[Batch]) -> str:
+    """Names the text of some batches; losses are compared on the same text only."""
+    tokens = b"".join(batch[name].numpy().tobytes() for batch in batches for name in ("tokens", "targets"))
+    return hashlib.sha256(tokens).hexdigest()
+
+
+def loss_table(losses: Mapping[int, Sequence[float]]) -> list[list[str]]:
+    """Rows of a table: loops, mean loss, less the loss at the fewest loops with its standard error."""
+    first = min(losses)
+    rows = [["loops", "loss", f"less that at {first}", "standard error"]]
+    for loops, own in sorted(losses.items()):
+        mean, error = paired(own, losses[first])
+        differs = [] if loops == first else [f"{mean:+.4f}", f"{error:.4f}"]
+        rows.append([str(loops), f"{math.fsum(own) / len(own):.4f}", *(differs or ["", ""])])
+    return rows
+
+
+def as_json(losses: Mapping[int, Sequence[float]], batches: Sequence[Batch]) -> dict[str, Any]:
+    """What a file keeps of an evaluation."""
+    means = {str(loops): math.fsum(own) / len(own) for loops, own in losses.items()}
+    return {"text": text_digest(batches), "loss": means, "sequences": {str(n): own for n, own in losses.items()}}

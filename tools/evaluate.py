@@ -1,0 +1,61 @@
+"""Loss of a model on a run's held-out text at several loop counts, with paired differences and their standard errors.
+
+    mythos-ds evaluate runs/looped --config looped.json --loops 1 2 4 8
+    mythos-ds evaluate looped --config looped.json --sequences 32 --json losses.json
+
+The text and the length of its sequences are those of the run file, the same for every model, seed and loop count. The
+model (a folder, a run, a checkpoint or tiny) runs in one process, in fp32.
+"""
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+from mythos_ds.analysis.loop_losses import as_json, held_out_sequences, loss_table, sequence_losses
+from mythos_ds.api import open_model
+from mythos_ds.config.loader import load_config
+from mythos_ds.errors import ConfigError
+from mythos_ds.formatting import markdown_table
+from mythos_ds.io import write_atomic
+from mythos_ds.mains import run_tool
+from mythos_ds.monitor.progress import piece_progress
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("model", help="a model folder, a run, a checkpoint, or tiny")
+    made.add_argument("--config", required=True, help="the run file or preset whose held-out text is read")
+    made.add_argument("--loops", type=int, nargs="+", help="default: 1, T, 2T and 4T for the mean of training T")
+    made.add_argument("--sequences", type=int, default=16, help="of the run's seq_len (default %(default)s)")
+    made.add_argument("--json", type=Path, help="write the loss of every sequence to this file")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return made
+
+
+def work(arguments: Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides).config
+    model = open_model(arguments.model).float()
+    if model.config.vocab_size < config.model.vocab_size:
+        raise ConfigError(
+            f"--config: given a text of {config.model.vocab_size} pieces; allowed: at most the model's "
+            f"{model.config.vocab_size}"
+        )
+    mean = model.config.mean_recurrence
+    loops = arguments.loops or [1, mean, 2 * mean, 4 * mean]
+    batches = held_out_sequences(config, arguments.sequences)
+    with piece_progress("sequences", sum(len(batch["tokens"]) for batch in batches)) as progress:
+        losses = sequence_losses(model, batches, loops, progress)
+    if arguments.json is not None:
+        write_atomic(arguments.json, json.dumps(as_json(losses, batches), indent=1) + "\n")
+    rows = loss_table(losses)
+    sys.stdout.write(markdown_table(rows[0], rows[1:]) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(parser(), work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
