@@ -312,7 +312,7 @@ def convert(
     with_remote_code: bool = False,
     allow_pickle: bool = False,
     jobs: int = 1,
-    **cut: int,
+    **cut: float,
 ) -> list[str]:
     """Write the model of `source` to the new folder `destination` in another format; what there is to say of it.
 
@@ -340,9 +340,10 @@ def convert(
     route = plan_route(request)
     if folder.is_dir():
         require_whole(folder)
+    found = [] if route.inspect is None else route.inspect()
     write_tensors(route.source, output, jobs=jobs)
     route.finish(output)
-    return list(route.notes)
+    return [*route.notes, *found]
 
 
 def plan_run(

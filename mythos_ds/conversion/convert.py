@@ -202,17 +202,19 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
     if not usable:
         notes.append(f"no tokenizer is written: {request.folder} has no sentencepiece {TOKENIZER} that fits")
     n_layers = int(hf["num_hidden_layers"])
+    found: dict[str, int | float | None] = {}
     metadata = {
         "source": hf["model_type"],
         "layers": cut.layers(n_layers),
         "context_length": context_of(hf, cut),
         "decay": cut.decay,
+        "attention_sink": found,
     }
     tensors = Retrofitted(weights, hf, cut)
 
     def inspect() -> list[str]:
         sink = request.sink or search_sink(weights, hf, request.folder, cut.coda, request.text)
-        metadata["attention_sink_layer"] = sink.layer
+        found.update(layer=sink.layer, ratio=sink.ratio)
         return [describe_sink(sink, cut.layers(n_layers))]
 
     own = tokenizer if usable else None

@@ -93,7 +93,7 @@ def test_the_conversion_says_where_the_sink_is(
     assert re.search(said, found[0])
     assert "random tokens" in found[0]
     facts = json.loads((tmp_path / "out" / "config.json").read_text())["facts"]
-    assert (facts["decay"], facts["attention_sink_layer"]) == (0.1, PLANTED)
+    assert (facts["decay"], facts["attention_sink"]["layer"]) == (0.1, PLANTED)
 
 
 def test_a_source_without_a_sink_is_said_to_have_none() -> None:
