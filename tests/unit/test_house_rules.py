@@ -61,7 +61,7 @@ LINES = {
     "plan": 1_770,
     "analysis": 1_060,
     "cluster": 1_420,
-    "lab": 2_620,
+    "lab": 3_600,
     "bench": 720,
     "api": 410,
     "__init__": 60,

