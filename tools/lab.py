@@ -57,6 +57,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def run_study(study: Study, arguments: Namespace) -> None:
+    study.needs()
     output = arguments.output.resolve()
     specs = study.runs(arguments.scale, str(output / "data"))
     started = time.time()

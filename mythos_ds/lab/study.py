@@ -34,6 +34,7 @@ class Study:
         runs: (scale, data folder) -> the runs by arm and seed.
         analyse: (results, folder of each run, scale) -> the report.
         limit_s: seconds after which one run has failed.
+        needs: raises LabError where what the runs need is missing.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Study:
     analyse: Callable[[Results, Mapping[tuple[str, int], Path], str], Report]
     limit_s: float = 3600.0
     scales: tuple[str, ...] = ("cpu", "gpu")
+    needs: Callable[[], object] = lambda: None
 
 
 def write_report(study: Study, report: Report, folder: Path, header: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ Each changes a model right after it was made. Parameters are made from the seed 
 runs repeat.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mythos_ds.model.auxiliary_losses import attach_loss
 from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.forward_stats import ForwardRecords
+from mythos_ds.model.injection import INITIAL_DT
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.recurrent import RecurrentBlock
@@ -161,6 +163,14 @@ def _balance(shared: float, per_loop: float) -> Callable[[MythosModel], None]:
     return adapt
 
 
+def _decay(value: float) -> Callable[[MythosModel], None]:
+    def adapt(model: MythosModel) -> None:
+        with torch.no_grad():
+            model.recurrent.injection.log_A.fill_(math.log(-math.log(value) / INITIAL_DT))
+
+    return adapt
+
+
 CONTROLS: dict[str, Callable[[MythosModel], None]] = {
     "addition": _inject(lambda model: Addition(model.config.dim)),
     "concat": _inject(lambda model: ConcatProjection(model.config.dim, model.config.resolved_init_std)),
@@ -170,5 +180,6 @@ CONTROLS: dict[str, Callable[[MythosModel], None]] = {
     "streams_2": _streams(2),
     "shared_bias": _balance(1.0, 0.0),
     "loop_bias": _balance(0.0, 1.0),
+    "decay_0.05": _decay(0.05),
 }
 """By the name that a study's arm gives."""

@@ -11,7 +11,7 @@ from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.lab import trained_models
 from mythos_ds.lab.spec import RunSpec
-from mythos_ds.lab.studies import inspections
+from mythos_ds.lab.studies import inspections, retrofit
 from mythos_ds.lab.studies.grokking import WORKER
 from mythos_ds.lab.studies.registry import STUDIES
 from mythos_ds.lab.study import write_report
@@ -60,6 +60,13 @@ def _made_up(spec: RunSpec, draw: random.Random) -> dict:
     if spec.worker == WORKER:
         result["history"] = [[step, {name: draw.random() for name in SPLITS}] for step in (10, 30, 100)]
         result["final"] = {str(count): {name: draw.random() for name in SPLITS} for count in spec.loops}
+    elif spec.worker == retrofit.WORKER:
+        result["sequences"] = {str(count): [draw.uniform(2, 3) for _ in range(4)] for count in spec.loops}
+        result |= {
+            "loss": {n: sum(own) / 4 for n, own in result["sequences"].items()},
+            "core_seconds": 9.0,
+            "decay": [0.1],
+        }
     elif spec.chains is not None:
         hops = spec.chains["test_hops"]
         result["accuracy"] = {str(count): [draw.random() for _ in range(hops)] for count in spec.loops}

@@ -121,6 +121,11 @@ def seeds(scale: str) -> tuple[int, ...]:
     return (0,) if scale == "smoke" else SEEDS
 
 
+def base(dim: int, batch: int, steps: int) -> dict[str, Any]:
+    """The configuration that the arms of a size override."""
+    return {**_TRAINING, **_MODEL, **_size(dim, batch, steps)}
+
+
 def _arms_of(scale: str, size_number: int, dim: int) -> list[Arm]:
     """All arms at the first size; the headline's at the others."""
     return arms(dim)[: _HEADLINE if size_number or scale == "smoke" else None]
@@ -130,13 +135,12 @@ def runs(scale: str, data_dir: str) -> dict[tuple[str, int], RunSpec]:
     """The runs by (size/arm, seed); each seed has its own permutations."""
     specs = {}
     for number, (size, (entities, relations, dim, batch, steps)) in enumerate(SIZES[scale].items()):
-        base = {**_TRAINING, **_MODEL, **_size(dim, batch, steps)}
         for arm in _arms_of(scale, number, dim):
             for seed in seeds(scale):
                 task = ChainTask(entities, relations, TRAIN_HOPS, TEST_HOPS, table_seed=seed)
                 loops = (1,) if arm.overrides.get("model.mean_recurrence") == 1 else LOOPS
                 specs[f"{size}/{arm.name}", seed] = make_spec(
-                    base, arm, seed, loops=loops, data_dir=data_dir, chains=asdict(task)
+                    base(dim, batch, steps), arm, seed, loops=loops, data_dir=data_dir, chains=asdict(task)
                 )
     return specs
 

@@ -1,6 +1,6 @@
 """The studies by name."""
 
-from mythos_ds.lab.studies import grokking, inspections, khop, language_studies, scaling, stress, width
+from mythos_ds.lab.studies import decay, grokking, inspections, khop, language_studies, retrofit, scaling, stress, width
 from mythos_ds.lab.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -12,6 +12,8 @@ STUDIES: dict[str, Study] = {
         language_studies.COST,
         language_studies.ATTENTION,
         language_studies.ROUTING,
+        decay.STUDY,
+        retrofit.STUDY,
         stress.STUDY,
         inspections.STABILITY,
         inspections.HALTING,
