@@ -112,7 +112,7 @@ def _merged(tag: Path) -> "MythosModel":
 
 def generate(
     model: "MythosModel | str | Path",
-    prompt: str,
+    prompt: "str | Sequence[Mapping[str, Any]]",
     *,
     tokenizer: "Tokenizer | str | Path | None" = None,
     loops: int | None = None,
@@ -121,10 +121,12 @@ def generate(
     seed: int = 0,
     context_length: int | None = None,
 ) -> str:
-    """The continuation of `prompt`, without the prompt.
+    """The continuation of `prompt`, without the prompt. Text is text: special tokens in it stay characters.
 
     Args:
         model: a model, or what `MythosModel.from_pretrained` takes.
+        prompt: a text; or messages, as [{"role": "user", "content": "Hello"}], which the chat template beside the
+            tokenizer makes a prompt of, and the answer to them is returned.
         tokenizer: a tokenizer, its file, or a model folder or "tiny", which has one; a source's own where None.
         loops: how often the block is run for every token; the mean of training where None.
         temperature: 0 takes the likeliest token.
@@ -138,6 +140,7 @@ def generate(
             raise ConfigError(f"{name}: given {value}; allowed: {least} or more; nearest: {least}")
     import torch
 
+    from mythos_ds.data.chat import encode_chat
     from mythos_ds.inference import generate as inference
 
     place: Path | None = None
@@ -148,15 +151,17 @@ def generate(
     if pieces.vocab_size > model.config.vocab_size:
         allowed = f"at most the model's {model.config.vocab_size}"
         raise ConfigError(f"tokenizer: given {pieces.path} of {pieces.vocab_size} pieces; allowed: {allowed}")
+    tokens = pieces.encode(prompt) if isinstance(prompt, str) else encode_chat(pieces, prompt)
     n_loops = loops or model.config.mean_recurrence
     device = next(model.parameters()).device
     with torch.inference_mode():
         continuation = inference.generate(
-            lambda tokens: model(tokens.to(device), n_loops=n_loops)[0, -1],
-            pieces.encode(prompt),
+            lambda seen: model(seen.to(device), n_loops=n_loops)[0, -1],
+            tokens,
             new_tokens=new_tokens,
             vocab_size=pieces.vocab_size,
             eos_id=pieces.eos_id,
+            ends=pieces.ends(),
             context_length=context_length or _trained_length(place) or CONTEXT_LENGTH,
             temperature=temperature,
             seed=seed,

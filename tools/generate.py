@@ -2,19 +2,24 @@
 
 mythos-ds generate "def main(" --model tiny
 mythos-ds generate "The function returns" --loops 8 --tokens 100 --temperature 0
+mythos-ds generate --chat "What is a loop?" --model looped
+mythos-ds generate --chat conversation.json --model looped
 """
 
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
 
 from mythos_ds.api import generate
+from mythos_ds.data.chat import Message, read_messages
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
 
 
 def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("prompt")
+    made.add_argument("prompt", help="a text; with --chat a message, or a JSON file of messages")
+    made.add_argument("--chat", action="store_true", help="answer in the model's chat template")
     made.add_argument("--model", default="tiny", help="a model folder, a run, a checkpoint, or tiny")
     made.add_argument("--loops", type=int, help="default: the mean of training")
     made.add_argument("--tokens", type=int, default=64)
@@ -28,15 +33,20 @@ def work(arguments: Namespace) -> None:
         given = getattr(arguments, name)
         if given is not None and given < least:
             raise ConfigError(f"--{name}: given {given}; allowed: {least} or more; nearest: {least}")
+    prompt: str | list[Message] = arguments.prompt
+    if arguments.chat:
+        path = Path(arguments.prompt)
+        is_file = path.suffix == ".json" and path.is_file()
+        prompt = read_messages(path) if is_file else [{"role": "user", "content": arguments.prompt}]
     continuation = generate(
         arguments.model,
-        arguments.prompt,
+        prompt,
         loops=arguments.loops,
         new_tokens=arguments.tokens,
         temperature=arguments.temperature,
         seed=arguments.seed,
     )
-    sys.stdout.write(arguments.prompt + continuation + "\n")
+    sys.stdout.write(("" if arguments.chat else arguments.prompt) + continuation + "\n")
 
 
 if __name__ == "__main__":

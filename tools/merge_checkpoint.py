@@ -23,6 +23,7 @@ from mythos_ds.conversion.merge import merge, merged_source, model_of, newest_ta
 from mythos_ds.conversion.model_target import expected_specs, folder_dtype
 from mythos_ds.conversion.planned_checkpoint import planned_tensors
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_writing, refuse_output_in_run
+from mythos_ds.data.tokenizer_files import has_tokenizer
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.io import read_json
 from mythos_ds.mains import run_tool
@@ -71,8 +72,8 @@ def merge_newest(arguments: Namespace) -> None:
     if arguments.output is None:
         raise ConfigError("--output: not given; the folder to write the model to")
     refuse_output_in_run(arguments.output)
-    if arguments.tokenizer is not None and not arguments.tokenizer.is_file():
-        raise CheckpointError(f"--tokenizer: {arguments.tokenizer} is not a file")
+    if arguments.tokenizer is not None and not has_tokenizer(arguments.tokenizer):
+        raise CheckpointError(f"--tokenizer: {arguments.tokenizer} is neither a file nor a folder with a tokenizer")
     with byte_progress("merging", made.bytes) as progress:
         merge(
             tag,

@@ -3,8 +3,8 @@
     mythos-ds train-gate --model tiny --output tiny-gate
     mythos-ds train-gate --model tiny --output /tmp/gate --steps 20 --seq-len 64
 
-Reads the built-in corpus with the tokenizer in the model's folder (tokenizer.model; where there is none, with the
-corpus's own), and writes a model folder whose halting is "gate".
+Reads the built-in corpus with the tokenizer in the model's folder (where there is none, with the corpus's
+own), and writes a model folder whose halting is "gate".
 """
 
 import math
@@ -20,11 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import TokenDataset
 from mythos_ds.data.held_out import open_text
+from mythos_ds.data.tokenizer_files import copy_tokenizer
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
 from mythos_ds.train.exit_gate import explained_share, train_exit_gate, with_exit_gate
 from mythos_ds.weights.built_in import find_model
-from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, load_model, read_metadata, save_model
+from mythos_ds.weights.model_folder import CONFIG, load_model, read_metadata, save_model
 
 _HELD_OUT_BATCHES = 8
 _LEAST = {"steps": 1, "seq_len": 2, "batch": 1, "loops": 2, "seed": 0}
@@ -53,7 +54,7 @@ def work(arguments: Namespace) -> None:
     model.to(device)
     text = open_text(
         arguments.data_dir,
-        arguments.model / TOKENIZER,
+        arguments.model,
         seq_len=arguments.seq_len,
         train_samples=arguments.steps * arguments.batch,
         valid_samples=_HELD_OUT_BATCHES * arguments.batch,
@@ -69,9 +70,7 @@ def work(arguments: Namespace) -> None:
     share = explained_share(model, stream(text.valid, arguments.batch, device), n_loops)
     gate = {name: getattr(arguments, name) for name in ("steps", "lr", "seq_len", "batch", "seed")}
     metadata = read_metadata(arguments.model) | {"gate": {**gate, "loops": n_loops, "explained_share": share}}
-    if (arguments.model / TOKENIZER).is_file():
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / TOKENIZER).write_bytes((arguments.model / TOKENIZER).read_bytes())
+    copy_tokenizer(arguments.model, arguments.output)
     save_model(model, arguments.output, metadata)
     sys.stdout.write(
         f"{arguments.output}: the gate explains {share:.1%} of the variance of a loop's improvement on held-out text\n"

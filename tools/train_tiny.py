@@ -14,6 +14,7 @@ from typing import Any
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
+from mythos_ds.data.tokenizer_files import copy_tokenizer
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError
 from mythos_ds.io import write_atomic
@@ -74,7 +75,7 @@ class Release(Callback):
         }
         output = self.arguments.output
         save_model(state.model, output, metadata)
-        (output / TOKENIZER).write_bytes(state.data.tokenizer.path.read_bytes())
+        copy_tokenizer(state.data.tokenizer.path, output)
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
         write_atomic(output / "README.md", card(metadata, summary, parameters, self.arguments))
 

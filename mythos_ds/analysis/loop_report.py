@@ -13,10 +13,10 @@ from mythos_ds.analysis import depth_curve, exit_rule_comparison, routing, stabi
 from mythos_ds.data.batches import Batch
 from mythos_ds.data.held_out import held_out_batches
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.tokenizer_files import has_tokenizer
 from mythos_ds.formatting import markdown_table
 from mythos_ds.io import write_atomic
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.weights.model_folder import TOKENIZER
 
 ROWS = 4
 DEFAULT_SEQ_LEN = 256
@@ -27,8 +27,8 @@ Table = list[list[str]]
 def report_text(model: MythosModel, checkpoint: Path, data_dir: Path, n: int, seq_len: int) -> tuple[list[Batch], str]:
     """Batches of held-out text, or of random tokens where the vocabulary is none for text; and which it is."""
     vocab = model.config.vocab_size
-    own = checkpoint / TOKENIZER if checkpoint.is_dir() else checkpoint.parent / "none"
-    if own.is_file():
+    own = checkpoint if checkpoint.is_dir() else checkpoint.parent / "none"
+    if has_tokenizer(own):
         note = "held-out part of the built-in corpus, in the model's tokenizer"
         fits = Tokenizer.load(own).vocab_size <= vocab
     else:

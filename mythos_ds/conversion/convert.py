@@ -12,6 +12,7 @@ from mythos_ds.conversion.attention_sink import Sink, describe_sink, search_sink
 from mythos_ds.conversion.dense_source import FAMILIES, unread_fields
 from mythos_ds.conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
 from mythos_ds.conversion.held_out_loss import comparison, evaluated_loops, held_out_text, losses
+from mythos_ds.conversion.hf_card import source_metadata
 from mythos_ds.conversion.huggingface import (
     hf_config,
     hf_metadata,
@@ -24,11 +25,11 @@ from mythos_ds.conversion.huggingface import (
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel, check_tokenizer, write_config
 from mythos_ds.conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmythos_fields, read_openmythos
 from mythos_ds.conversion.retrofit import Cut, Retrofitted, context_of, describe, retrofit_config
-from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.errors import ConfigError, DataError
+from mythos_ds.data.tokenizer_files import copy_tokenizer, has_tokenizer
+from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.io import read_json
 from mythos_ds.weights.checksums import seal
-from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config, read_metadata
+from mythos_ds.weights.model_folder import CONFIG, read_config, read_metadata
 from mythos_ds.weights.pickled import has_safetensors, open_weights
 from mythos_ds.weights.prefixes import without_prefix
 from mythos_ds.weights.reader import TensorFolder, TensorSource
@@ -135,7 +136,7 @@ def _from_hf(request: Request) -> Route:
 
 def _to_hf(request: Request) -> Route:
     config, _ = _read_model(request.folder)
-    check_tokenizer(request.folder / TOKENIZER, config)
+    check_tokenizer(request.folder, config)
     dtype = request.dtype or "bfloat16"
     kept = "bfloat16" if dtype == "fp8" else dtype
     source, hf, notes = hf_source(request.folder, kept), hf_config(request.folder, kept), hf_notes(request.folder)
@@ -170,15 +171,13 @@ def _from_openmythos(request: Request) -> Route:
 
 def _to_openmythos(request: Request) -> Route:
     config, metadata = _read_model(request.folder)
-    check_tokenizer(request.folder / TOKENIZER, config)
+    check_tokenizer(request.folder, config)
     fields = openmythos_fields(config, metadata.get("seq_len", SEQ_LEN))
     weights = TensorFolder(request.folder)
     source = OpenMythosTensors(weights, config)
 
     def finish(output: Path) -> None:
-        tokenizer = request.folder / TOKENIZER
-        if tokenizer.is_file():
-            (output / TOKENIZER).write_bytes(tokenizer.read_bytes())
+        copy_tokenizer(request.folder, output)
         seal(output, fields)
 
     return Route(source, "as in the input", _size(weights), finish, [])
@@ -194,13 +193,9 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
     weights = _hf_weights(request)
     notes = describe(cut, int(hf["num_hidden_layers"]))
     notes += _unread(unread_fields(hf))
-    tokenizer = request.folder / TOKENIZER
-    try:
-        usable = Tokenizer.load(tokenizer).vocab_size <= config.vocab_size
-    except DataError:
-        usable = False
-    if not usable:
-        notes.append(f"no tokenizer is written: {request.folder} has no sentencepiece {TOKENIZER} that fits")
+    lost = _tokenizer_fault(request.folder, config)
+    if lost is not None:
+        notes.append(f"no tokenizer is written: {lost}")
     n_layers = int(hf["num_hidden_layers"])
     found: dict[str, int | float | None] = {}
     metadata = {
@@ -217,7 +212,7 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
         found.update(layer=sink.layer, ratio=sink.ratio)
         return [describe_sink(sink, cut.layers(n_layers))]
 
-    own = tokenizer if usable else None
+    own = request.folder if lost is None else request.folder / "none"
     route = _to_mythos(request, tensors, config, metadata, notes, own, may_lack=ROUTER_BUFFERS)
     return replace(route, inspect=inspect)
 
@@ -231,6 +226,17 @@ def _hf_weights(request: Request) -> TensorSource:
     return without_prefix(weights, "model.embed_tokens.weight")
 
 
+def _tokenizer_fault(folder: Path, config: ModelConfig) -> str | None:
+    """Why a folder's tokenizer cannot go along; None where it can."""
+    if not has_tokenizer(folder):
+        return f"{folder} has none"
+    try:
+        check_tokenizer(folder, config)
+    except MythosError as error:
+        return str(error)
+    return None
+
+
 def _to_mythos(
     request: Request,
     tensors: TensorSource,
@@ -242,8 +248,9 @@ def _to_mythos(
 ) -> Route:
     source = WholeModel(tensors, config, _TORCH.get(request.dtype or ""), may_lack)
     beside = request.folder if request.folder.is_dir() else request.folder.parent
-    own = tokenizer or beside / TOKENIZER
+    own = tokenizer or beside
     check_tokenizer(own, config)
+    metadata = {**source_metadata(beside), **metadata}
 
     def finish(output: Path) -> None:
         write_config(output, config, metadata, own)

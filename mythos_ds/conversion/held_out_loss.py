@@ -9,8 +9,9 @@ import torch
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.data.batches import Batch
 from mythos_ds.data.held_out import held_out_batches
+from mythos_ds.data.tokenizer_files import has_tokenizer
 from mythos_ds.errors import DataError
-from mythos_ds.weights.model_folder import TOKENIZER, model_of, read_metadata
+from mythos_ds.weights.model_folder import model_of, read_metadata
 from mythos_ds.weights.reader import TensorSource
 
 ROWS = 4
@@ -26,11 +27,12 @@ def evaluated_loops(config: ModelConfig) -> list[int]:
 def held_out_text(folder: Path, config: ModelConfig, data_dir: Path) -> list[Batch]:
     """Batches {tokens, targets, positions} int64 [4, seq] of the built-in corpus's held-out part, in the model's own
     tokenizer. Raises DataError where the folder has none."""
-    if not (folder / TOKENIZER).is_file():
-        raise DataError(f"{folder}: has no {TOKENIZER}; the text of --evaluate needs it")
+    if not has_tokenizer(folder):
+        raise DataError(f"{folder}: has no tokenizer; the text of --evaluate needs it")
     seq_len = read_metadata(folder).get("seq_len", _SEQ_LEN)
-    own = folder / TOKENIZER
-    return held_out_batches(data_dir, own, rows=ROWS, batches=BATCHES, seq_len=seq_len, vocab_size=config.vocab_size)[0]
+    return held_out_batches(
+        data_dir, folder, rows=ROWS, batches=BATCHES, seq_len=seq_len, vocab_size=config.vocab_size
+    )[0]
 
 
 def losses(source: TensorSource, config: ModelConfig, batches: Sequence[Batch], loops: Sequence[int]) -> list[float]:

@@ -1,69 +1,96 @@
-"""A sentencepiece tokenizer as tokenizer.json, with the same ids."""
+"""A model's tokenizer as transformers reads it: tokenizer.json with the ids of training, and what stands beside it."""
 
+import json
 from pathlib import Path
-from shutil import copyfile
+from typing import Any
 
-from mythos_ds.errors import CheckpointError
-from mythos_ds.weights.model_folder import TOKENIZER
+from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.tokenizer_export import library_tokenizer
+from mythos_ds.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_JSON, copy_tokenizer, kind_of
+from mythos_ds.data.tokenizer_json import JsonTokenizer
+from mythos_ds.io import read_json, write_atomic
 
-_NEVER = -1e6
-"""Log-probability of pieces that no text gives, such as </s>."""
-_SAMPLE = "def f(x):\n\t  return  x ** 2  # naïve “quotes” 漢字 🙂 \u2581 1234567\n\n"
+_CLASS = "MythosTokenizer"
+_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_CONFIG = "tokenizer_config.json"
 
 
-def write_tokenizer(model: Path, output: Path) -> dict[str, int]:
-    """tokenizer.json with the ids of the sentencepiece model, which is kept beside it; returns the special ids.
+def write_tokenizer(place: Path, output: Path, *, with_remote_code: bool = False) -> dict[str, int]:
+    """tokenizer.json and its companions with the ids of the tokenizer in `place`, a folder or a file; returns the
+    special ids.
 
-    Raises CheckpointError where a sample is not encoded alike.
+    A sentencepiece model is kept beside it. Raises DataError where there is no tokenizer.json with the same ids.
     """
-    import sentencepiece
-    import tokenizers
-    from tokenizers import decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    size = pieces.GetPieceSize()
-    vocabulary = {pieces.IdToPiece(i): i for i in range(size)}
-    scores = {pieces.IdToPiece(i): pieces.GetScore(i) for i in range(size)}
-    plain = [p for p, i in vocabulary.items() if not (pieces.IsControl(i) or pieces.IsUnknown(i) or pieces.IsByte(i))]
-    unknown = pieces.IdToPiece(pieces.unk_id())
-    core: models.Model
-    if any(score != int(score) for score in scores.values()):  # log-probabilities; those of BPE are minus a rank
-        known = set(plain)
-        ordered = [(p, scores[p] if p in known else _NEVER) for p in vocabulary]
-        core = models.Unigram(ordered, pieces.unk_id(), byte_fallback=True)
+    own = Tokenizer.load(place)
+    copy_tokenizer(place, output)
+    config = {
+        **own.companions.config,
+        "tokenizer_class": _CLASS,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+    }
+    config.pop("auto_map", None)
+    named = {f"{kind}_token": own.companions.named(f"{kind}_token") for kind in _NAMED}
+    known = {name: token for name, token in named.items() if token is not None}
+    if isinstance(own, JsonTokenizer):
+        names = {number: token for token, number in own.special_tokens.items()}
+        config |= {"split_special_tokens": True, **known, "eos_token": known.get("eos_token", names[own.eos_id])}
+        if kind_of(own.path) != "json":
+            write_atomic(output / TOKENIZER_JSON, own.json())
+            for name in {SENTENCEPIECE, own.path.name}:
+                (output / name).unlink(missing_ok=True)
     else:
-        core = models.BPE(vocabulary, _merges(plain, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    made = tokenizers.Tokenizer(core)
-    made.normalizer = normalizers.Replace(" ", "\u2581")
-    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    if made.encode(_SAMPLE, add_special_tokens=False).ids != pieces.EncodeAsIds(_SAMPLE):
-        raise CheckpointError(f"{model}: no tokenizer.json with the same ids could be made")
-    special = {"unk_token": unknown, "eos_token": pieces.IdToPiece(pieces.eos_id())}
-    ids = {"eos_token_id": pieces.eos_id()}
-    for name in ("bos", "pad"):
-        number = getattr(pieces, f"{name}_id")()
-        if number >= 0:
-            special[f"{name}_token"], ids[f"{name}_token_id"] = pieces.IdToPiece(number), number
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        split_special_tokens=True,  # "</s>" in a text is text, as in training
-        **special,
-    )
-    fast.save_pretrained(str(output))
-    copyfile(model, output / TOKENIZER)
-    return ids
+        config = _of_sentencepiece(own, config, known, output)
+    if with_remote_code:
+        config["auto_map"] = {"AutoTokenizer": [None, f"tokenization_mythos.{_CLASS}"]}
+    write_atomic(output / _CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    ids = {"eos_token_id": own.eos_id, "pad_token_id": own.pad_id}
+    ids["bos_token_id"] = own.special_tokens.get(str(_name(config, "bos_token")), -1)
+    return {name: number for name, number in ids.items() if number >= 0}
 
 
-def _merges(pieces: list[str], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """The merges that make each piece of two others, in the order in which sentencepiece prefers them."""
-    found = []
-    for piece in pieces:
-        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        known = [(a, b) for a, b in splits if a in scores and b in scores]
-        known.sort(key=lambda pair: (-scores[pair[0]], -scores[pair[1]]))
-        found += [(-scores[piece], pair) for pair in known]
-    found.sort(key=lambda entry: entry[0])
-    return [pair for _, pair in found]
+def write_generation_config(place: Path, output: Path, ids: dict[str, int]) -> None:
+    """generation_config.json: the source's own, where it has one, and ends at every id that ends text."""
+    path = place / "generation_config.json"
+    given = read_json(path) if place.is_dir() and path.is_file() else {}
+    ends = sorted(Tokenizer.load(place).ends()) if ids else []
+    stop: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
+    given.pop("transformers_version", None)
+    write_atomic(output / path.name, json.dumps({**given, **ids, **stop, "use_cache": True}, indent=2) + "\n")
+
+
+def _name(config: dict[str, Any], name: str) -> Any:
+    return config.get(name) or (config.get("own_special_tokens") or {}).get(name)
+
+
+def _of_sentencepiece(own: Tokenizer, config: dict[str, Any], known: dict[str, str], output: Path) -> dict[str, Any]:
+    """Writes the model as tokenizer.json; returns tokenizer_config.json.
+
+    Its special tokens are no added tokens there, and have their names under a key of our own: transformers would else
+    find them in raw text, where they are text, or with `split_special_tokens` split those that are added later.
+    """
+    from tokenizers import AddedToken
+
+    found = library_tokenizer(own.path)
+    added = sorted((number, token) for token, number in own.special_tokens.items() if token in own.companions.added)
+    beyond = {number: token for number, token in added if number >= found.made.get_vocab_size()}
+    for number in range(found.made.get_vocab_size(), own.vocab_size):
+        token = beyond.get(number, f"<|reserved_token_{number}|>")
+        found.made.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+    write_atomic(output / TOKENIZER_JSON, found.made.to_str(pretty=True))
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (output / name).unlink(missing_ok=True)  # all they say is in tokenizer_config.json then
+    pieces = {number: token for token, number in own.special_tokens.items()}
+    special: dict[str, Any] = {"unk_token": own.unknown_token(), "eos_token": pieces[own.eos_id]}
+    special |= {"pad_token": pieces[own.pad_id]} if own.pad_id >= 0 else {}
+    special |= {"bos_token": bos} if (bos := own.begin_token()) is not None else {}
+    special |= {name: token for name, token in known.items() if token in own.special_tokens}
+    others = [token for token in own.special_tokens if token not in special.values() and token not in beyond.values()]
+    for name in (*known, "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "ids_by"):
+        config.pop(name, None)
+    if others:
+        special["extra_special_tokens"] = others
+    config["own_special_tokens"] = special
+    if own.vocab_size > len(found.made.get_vocab(with_added_tokens=False)):
+        config["split_special_tokens"] = True
+    return config if found.exact else {**config, "ids_by": "sentencepiece"}

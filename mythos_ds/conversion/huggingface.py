@@ -1,6 +1,5 @@
 """Hugging Face folders: from a mythos folder and back, tensor by tensor."""
 
-import json
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -14,12 +13,13 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.dense_source import NO_COMPUTATION
 from mythos_ds.conversion.hf_card import model_card
 from mythos_ds.conversion.hf_names import LEFT_OUT, Names
-from mythos_ds.conversion.hf_tokenizer import write_tokenizer
+from mythos_ds.conversion.hf_tokenizer import write_generation_config, write_tokenizer
 from mythos_ds.conversion.model_target import WholeModel, folder_dtype
+from mythos_ds.data.tokenizer_files import copy_tokenizer, has_tokenizer
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import write_atomic
 from mythos_ds.weights.checksums import seal
-from mythos_ds.weights.model_folder import TOKENIZER, read_config, read_metadata
+from mythos_ds.weights.model_folder import read_config, read_metadata
 from mythos_ds.weights.reader import TensorFolder, TensorSource, TensorSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -204,17 +204,18 @@ def mythos_source(source: TensorSource, hf: dict[str, Any]) -> tuple[TensorSourc
 def write_side_files(model_folder: Path, output: Path, config: dict[str, Any], *, with_remote_code: bool) -> None:
     """Everything beside the weights; config.json last, since a folder without it is not a model."""
     metadata = read_metadata(model_folder)
+    copy_tokenizer(model_folder, output)
     end: dict[str, Any] = {}
-    if (model_folder / TOKENIZER).is_file():
-        end = write_tokenizer(model_folder / TOKENIZER, output)
+    if has_tokenizer(model_folder):
+        end = write_tokenizer(model_folder, output, with_remote_code=with_remote_code)
     config = {**config, **end}
-    write_atomic(output / "generation_config.json", json.dumps({**end, "use_cache": True}, indent=2) + "\n")
+    write_generation_config(model_folder, output, end)
     write_atomic(output / _CARD, model_card(config, metadata))
     if with_remote_code:
         import mythos_hf
 
         package = Path(mythos_hf.__file__).parent
-        for name in ("configuration_mythos", "modeling_mythos", "rotary_mythos"):
+        for name in ("configuration_mythos", "modeling_mythos", "rotary_mythos", "tokenization_mythos"):
             copyfile(package / f"{name}.py", output / f"{name}.py")
         config["auto_map"] = {
             "AutoConfig": "configuration_mythos.MythosConfig",

@@ -60,7 +60,15 @@ def merge(
     source, own = merged_source(tag, model, dtype), tokenizer or tokenizer_of(state["config"])
     check_tokenizer(own, model)
     write_tensors(source, output, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
-    write_config(output, model, metadata_of(state), own)
+    write_config(output, model, {**_carried(own), **metadata_of(state)}, own)
+
+
+def _carried(tokenizer: Path) -> dict[str, Any]:
+    """What the folder of a run's tokenizer says of the model that the run may have started from."""
+    path = (tokenizer if tokenizer.is_dir() else tokenizer.parent) / "config.json"
+    content = read_json(path) if path.is_file() else {}
+    facts = content.get("facts") if isinstance(content, dict) else None
+    return {name: facts[name] for name in ("base_model", "license") if name in facts} if isinstance(facts, dict) else {}
 
 
 def model_of(state: dict[str, Any]) -> ModelConfig:

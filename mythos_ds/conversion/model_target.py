@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.tokenizer_files import copy_tokenizer, has_tokenizer
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.checksums import seal
-from mythos_ds.weights.model_folder import TOKENIZER
 from mythos_ds.weights.reader import TensorSource, TensorSpec
 
 ROUTER_BUFFERS = ("router.bias", "router.loop_bias", "router.loop_updates")
@@ -73,14 +73,15 @@ class WholeModel:
 
 
 def check_tokenizer(tokenizer: Path, config: ModelConfig) -> None:
-    """Raises CheckpointError for a file that is no tokenizer, or one of more pieces than the model has."""
-    if tokenizer.is_file() and (size := Tokenizer.load(tokenizer).vocab_size) > config.vocab_size:
+    """Raises DataError for a file, or a folder's, that is no tokenizer, and CheckpointError for one of more pieces than
+    the model has."""
+    if has_tokenizer(tokenizer) and (size := Tokenizer.load(tokenizer).vocab_size) > config.vocab_size:
         raise CheckpointError(f"{tokenizer}: has {size} pieces; allowed: at most the model's {config.vocab_size}")
 
 
 def write_config(folder: Path, config: ModelConfig, metadata: dict[str, Any], tokenizer: Path) -> None:
-    """The tokenizer, where `tokenizer` is a file, and config.json last: a folder without it is not a model."""
-    if tokenizer.is_file():
-        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+    """What `tokenizer`, a file or a model's folder, has of tokenizer, chat template, licences and cards; config.json
+    comes last: a folder without it is not a model."""
+    copy_tokenizer(tokenizer, folder)
     content = {"format": 1, "model": config.model_dump(mode="json"), "facts": metadata}
     seal(folder, content)

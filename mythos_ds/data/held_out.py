@@ -11,6 +11,7 @@ from mythos_ds.data.datasets import TokenDatasets, build_datasets, prepare_index
 from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.data.readers import read_files
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.tokenizer_files import has_tokenizer
 from mythos_ds.io import published_directory
 
 _MOST_WORKERS = 4
@@ -54,14 +55,14 @@ def open_text(
     seed: int,
     vocab_size: int,
 ) -> TokenDatasets:
-    """The built-in corpus for a model of its own tokenizer, or, where `tokenizer` is no file, of the corpus's.
+    """The built-in corpus for a model of its own tokenizer, or, where `tokenizer` names none, of the corpus's.
 
     Made in `data_dir` where it is missing; of a foreign tokenizer the tokens lie beside it. Raises DataError where the
     model's vocab_size is too small.
     """
     builtin = prepare_builtin(data_dir)
     data = DataConfig(corpus="builtin", data_dir=str(data_dir))
-    if tokenizer.is_file() and Tokenizer.load(tokenizer).sha256 != Tokenizer.load(builtin.tokenizer).sha256:
+    if has_tokenizer(tokenizer) and Tokenizer.load(tokenizer).sha256 != Tokenizer.load(builtin.tokenizer).sha256:
         data = _tokenised_anew(builtin, tokenizer, data_dir)
     request = {"seq_len": seq_len, "train_samples": train_samples, "valid_samples": valid_samples, "seed": seed}
     prepare_index_cache(data, **request, vocab_size=vocab_size)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, write_info
 from mythos_ds.data.megatron import TokenWriter
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.tokenizer_export import check_exportable
 from mythos_ds.errors import DataError
 from mythos_ds.io import partial_path, sync
 
@@ -27,6 +29,7 @@ ProgressCallback = Callable[[int, int, int], None]
 
 _BATCH_CHARACTERS = 500_000
 _BATCH_DOCUMENTS = 1000
+_TRIED_DOCUMENTS = 100
 _TOKEN_DTYPE = np.int32
 
 
@@ -75,6 +78,8 @@ def prepare_dataset(
     exists and `overwrite` is not set, or when there is no text.
     """
     tokenizer = Tokenizer.load(tokenizer_path)
+    first, documents = _first_documents(documents)
+    check_exportable(tokenizer, first)
     existing = [path for path in dataset_files(prefix) if path.exists()]
     if existing and not overwrite:
         raise DataError(f"{existing[0]} exists; give --overwrite to replace it, or another --output")
@@ -130,6 +135,13 @@ def _encode_to_file(
     return totals, np.concatenate(lengths)
 
 
+def _first_documents(documents: Iterable[str]) -> tuple[list[str], Iterator[str]]:
+    """Some documents of the beginning, and all of them."""
+    rest = iter(documents)
+    first = list(islice(rest, _TRIED_DOCUMENTS))
+    return first, chain(first, rest)
+
+
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
@@ -175,6 +187,7 @@ class _Encoder:
     @classmethod
     def start(cls, tokenizer_path: str) -> None:
         """Initialise a worker process, which ends with its parent even when that is killed."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads, beside those of the other workers
         cls.started = cls(tokenizer_path)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
         threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -189,11 +202,10 @@ class _Encoder:
         ids: list[int] = []
         lengths: list[int] = []
         text_bytes = 0
-        for document in documents:
-            if not document.strip():
-                continue
+        full = [document for document in documents if document.strip()]
+        for document, encoded in zip(full, self.tokenizer.encode_all(full), strict=True):
             start = len(ids)
-            ids += self.tokenizer.encode(document)
+            ids += encoded
             ids.append(self.tokenizer.eos_id)
             lengths.append(len(ids) - start)
             text_bytes += len(document.encode("utf-8", "replace"))

@@ -1,12 +1,13 @@
-"""sentencepiece models as tokenizers, and their training."""
+"""One interface over tokenizers of several kinds; sentencepiece models as tokenizers, and their training."""
 
-import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mythos_ds.data.tokenizer_files import Companions, kind_of, tokenizer_file
 from mythos_ds.errors import DataError
 from mythos_ds.io import partial_path, sync
 from mythos_ds.weights.built_in import model_path
@@ -19,61 +20,124 @@ _CHUNK_CHARACTERS = 1200
 _LONGEST_SENTENCE_BYTES = 1 << 16
 
 
-class Tokenizer:
-    """A sentencepiece model. `encode` adds no special ids; `decode(encode(text)) == text` for models trained
-    here.
+class Tokenizer(ABC):
+    """Text to ids and back. Text is always text: a special token's name in it gives the ids of its characters.
 
-    The one exception is U+2581, which sentencepiece itself uses for the space and decodes to one.
+    Attributes:
+        path: the file that was read.
+        sha256: digest of all that decides ids.
+        vocab_size: ids there are, the special ones included.
+        eos_id: id that ends every document.
+        pad_id: id that no text encodes to; -1 where there is none.
+        special_tokens: ids that only a chat template or a program writes, by name.
+        companions: what the files beside it say.
+    """
+
+    path: Path
+    sha256: str
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    special_tokens: dict[str, int]
+    companions: Companions
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a tokenizer: a sentencepiece model, a tokenizer.json or a tiktoken file, told apart by their content; or
+        that of a model folder or of "tiny".
+
+        Raises DataError when it is missing or of another kind.
+        """
+        path = tokenizer_file(model_path(path))
+        if not path.is_file():
+            command = f"mythos-ds train-tokenizer INPUT --output {path}"
+            raise DataError(f"tokenizer {path} not found; make it with: {command}")
+        if kind_of(path) == "sentencepiece":
+            return SentencePieceTokenizer(path.read_bytes(), path)
+        from mythos_ds.data.tokenizer_json import open_tokenizer
+
+        return open_tokenizer(path)
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without any special one. Lone surrogates, which no UTF-8 text can hold, become U+FFFD."""
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def encode_after(self, text: str) -> list[int]:
+        """Ids of a text that goes on after a special token."""
+        return self.encode(text)
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids; special ids vanish."""
+
+    def unknown_token(self) -> str | None:
+        """Name of what stands for the unknown; None where there is none."""
+        return self.companions.named("unk_token")
+
+    def begin_token(self) -> str | None:
+        """Name of the token of a text's begin; None where there is none."""
+        return self.companions.named("bos_token")
+
+    def ends(self) -> frozenset[int]:
+        """Ids at which generated text ends: the end of a document, and those of a chat's turns that the files beside
+        it name."""
+        return frozenset({self.eos_id, *(number for number in self.companions.ends() if number < self.vocab_size)})
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model. `decode(encode(text)) == text` for models trained here.
+
+    The one exception is U+2581, which sentencepiece itself uses for the space and decodes to one. Of raw text only its
+    user-defined symbols are recognised.
     """
 
     def __init__(self, model: bytes, path: Path):
         import sentencepiece
 
-        self.path = path
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self._processor: SentencePieceProcessor = sentencepiece.SentencePieceProcessor()
+        self.path, self.companions = path, Companions(path.parent)
+        self.sha256 = self.companions.digest_of(model)
+        pieces: SentencePieceProcessor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(model)
+            pieces.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise DataError(f"{path} is no sentencepiece model; mythos-ds train-tokenizer makes one") from error
+            raise DataError(
+                f"{path} is no sentencepiece model, tokenizer.json or tiktoken file; mythos-ds train-tokenizer makes "
+                "a sentencepiece model"
+            ) from error
+        self._processor = pieces
+        self.eos_id, self.pad_id = int(pieces.eos_id()), int(pieces.pad_id())
         if self.eos_id < 0:
-            raise DataError(f"{path} has no end-of-sentence piece, which must end every document")
+            raise DataError(
+                f"{path} has no end-of-sentence piece, which must end every document; allowed: models trained with "
+                "eos_id of 0 or more"
+            )
+        size = int(pieces.GetPieceSize())
+        control = [i for i in range(size) if pieces.IsControl(i) or pieces.IsUnknown(i)]
+        added = {token: number for token, number in self.companions.added_tokens().items() if number >= size}
+        self.special_tokens = {str(pieces.IdToPiece(i)): i for i in control} | added
+        self.vocab_size = max([size - 1, *added.values()]) + 1
+        self._added = {number: token for token, number in added.items()}
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a model file, or that of a model folder or of "tiny".
+    def unknown_token(self) -> str | None:
+        """Name of the piece that stands for the unknown."""
+        return str(self._processor.IdToPiece(self._processor.unk_id()))
 
-        Raises DataError when it is missing or of another kind.
-        """
-        path = model_path(path)
-        path = path / "tokenizer.model" if path.is_dir() else path
-        if not path.is_file():
-            command = f"mythos-ds train-tokenizer INPUT --output {path}"
-            raise DataError(f"tokenizer {path} not found; make it with: {command}")
-        return cls(path.read_bytes(), path)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of pieces, the special ones included."""
-        return int(self._processor.GetPieceSize())
-
-    @property
-    def eos_id(self) -> int:
-        """Id that ends every document."""
-        return int(self._processor.eos_id())
-
-    @property
-    def pad_id(self) -> int:
-        """Id that no text encodes to; -1 where the model has none."""
-        return int(self._processor.pad_id())
+    def begin_token(self) -> str | None:
+        """Name of the piece of a text's begin; None where there is none."""
+        number = int(self._processor.bos_id())
+        return None if number < 0 else str(self._processor.IdToPiece(number))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Lone surrogates, which no UTF-8 text can hold, become U+FFFD."""
+        """Ids of a text, without any special one. Lone surrogates, which no UTF-8 text can hold, become U+FFFD."""
         return list(self._processor.EncodeAsIds(well_formed(text)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; special ids vanish."""
-        return str(self._processor.DecodeIds([int(i) for i in ids]))
+        return str(self._processor.DecodeIds([int(i) for i in ids if int(i) not in self._added]))
 
 
 def well_formed(text: str) -> str:

@@ -1,6 +1,6 @@
 """Text continued token by token with plain forwards: no cache, so any model and any loop count."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
     broadcast: Callable[[int], int] | None = None,
+    ends: Collection[int] = (),
 ) -> list[int]:
-    """Continues `prompt` by up to `new_tokens` ids, ending at `eos_id`.
+    """Continues `prompt` by up to `new_tokens` ids, ending at `eos_id` or one of `ends`.
 
     next_logits: tokens int64 [1, seq] -> logits [vocab] of the token after them. temperature 0 is greedy. Ids from
     `vocab_size` on (rows the tokenizer has no piece for) are never drawn. At most the last `context_length` tokens are
@@ -32,7 +33,7 @@ def generate(
         token = _draw(logits, temperature, generator)
         if broadcast is not None:
             token = broadcast(token)
-        if token == eos_id:
+        if token == eos_id or token in ends:
             break
         tokens.append(token)
     return tokens[given:]

@@ -1,16 +1,23 @@
 """Models by name: the one that is installed with the package, or a path. No torch."""
 
+import re
 from pathlib import Path
 
 from mythos_ds.errors import CheckpointError
 
 BUILT_IN = "tiny"
 """The trained model that is installed with the package."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = (".model", ".json", ".pt", ".pth", ".bin", ".safetensors")
 
 
 def model_path(source: str | Path) -> Path:
-    """The path that `source` names; "tiny" is the built-in model where nothing at hand has that name."""
+    """The path that `source` names; "tiny" is the built-in model where nothing at hand has that name.
+
+    Raises CheckpointError, with the command that downloads it, for a name of the Hugging Face hub.
+    """
     place = Path(source)
+    refuse_hub_name(source)
     return place if place.exists() or str(source) != BUILT_IN else _folder()
 
 
@@ -21,9 +28,21 @@ def find_model(source: str | Path) -> Path:
         return place
     if str(source) == BUILT_IN:
         return _folder()
+    refuse_hub_name(source)
     near = f'; nearest: "{BUILT_IN}"' if place.name.lower().startswith(BUILT_IN) else ""
     raise CheckpointError(
         f'{source}: no such folder; allowed: a model folder, a run, a checkpoint or "{BUILT_IN}"{near}'
+    )
+
+
+def refuse_hub_name(source: str | Path) -> None:
+    """Raises CheckpointError for a name of the Hugging Face hub, such as org/model, where no path of that name is."""
+    name, place = str(source), Path(source)
+    if not _HUB_NAME.fullmatch(name) or place.exists() or place.parent.exists() or place.suffix in _FILES:
+        return
+    raise CheckpointError(
+        f"{name}: no such folder; allowed: a folder. If it is a name of the Hugging Face hub, this downloads it: "
+        f"hf download {name} --local-dir {place.name}"
     )
 
 

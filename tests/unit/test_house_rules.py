@@ -49,7 +49,7 @@ LINES = {
     "costs": 1_070,
     "model": 1_990,
     "weights": 1_000,
-    "data": 1_780,
+    "data": 2_450,
     "monitor": 290,
     "resilience": 120,
     "parallel": 1_060,

@@ -1,0 +1,88 @@
+"""Conversations to ids: a chat template's own special tokens are tokens, everything that people wrote is text."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.errors import DataError
+
+Message = Mapping[str, Any]
+"""A turn: its "role", its "content" and what else the template reads."""
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    template: str | None = None,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """Ids of a conversation in the model's chat template, up to where the model is to answer.
+
+    template: Jinja; that of the files beside the tokenizer where None. Raises DataError where there is none, where it
+    refuses the messages, and where it decides by special tokens inside of them.
+    """
+    template = template or tokenizer.companions.chat_template()
+    if template is None:
+        raise DataError(
+            f"{tokenizer.path}: has no chat template; allowed: a model whose folder has chat_template.jinja, or "
+            '"chat_template" in tokenizer_config.json'
+        )
+    try:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        from mythos_hf.tokenization_mythos import ChatMarks
+    except ImportError as error:
+        raise DataError("chat templates need an extra: pip install 'mythos_ds[hf]'") from error
+    named: dict[str, Any] = {
+        f"{kind}_token": tokenizer.companions.named(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")
+    }
+    by_id = {number: token for token, number in tokenizer.special_tokens.items()}
+    named["eos_token"] = named["eos_token"] or by_id.get(tokenizer.eos_id)
+    named["bos_token"] = named["bos_token"] or tokenizer.begin_token()
+
+    def render(conversation: Any, given_tools: Any) -> str:
+        try:
+            made: Any = render_jinja_template(
+                conversations=[conversation],
+                tools=given_tools,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                **{name: token for name, token in named.items() if token is not None},
+            )
+        except Exception as error:  # what a template does is its author's
+            raise DataError(f"{tokenizer.path}: its chat template does not take these messages ({error})") from None
+        return str(made[0][0])
+
+    marks = ChatMarks(tokenizer.special_tokens, messages, tools, template)
+    rendered = render(marks.mark(list(messages)), marks.mark(tools))
+    if marks.marked and marks.plain(rendered) != render([dict(message) for message in messages], tools):
+        raise DataError(
+            f"{tokenizer.path}: its chat template decides by special tokens inside of messages, where they are text; "
+            f"allowed: messages without {', '.join(marks.special)}"
+        )
+    ids: list[int] = []
+    for number, (is_token, run) in enumerate(marks.runs(rendered)):
+        if is_token:
+            ids.append(tokenizer.special_tokens[run])
+        else:
+            ids += tokenizer.encode(run) if number == 0 else tokenizer.encode_after(run)
+    return ids
+
+
+def read_messages(path: Path) -> list[Message]:
+    """A conversation from a JSON file: a list of messages, or an object with "messages". Raises DataError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error})") from None
+    messages = content.get("messages") if isinstance(content, dict) else content
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f'{path}: allowed: a list of messages, such as [{{"role": "user", "content": "Hello"}}]')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message:
+            raise DataError(f'{path}: message {number}: allowed: an object with "role" and "content"')
+    return messages

@@ -1,0 +1,192 @@
+"""The files of a tokenizer: which they are, what stands beside them, and how all of it travels with a model."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mythos_ds.errors import DataError
+
+SENTENCEPIECE, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
+_MODELS = (SENTENCEPIECE, TOKENIZER_JSON, "tiktoken.model")
+_SPECIAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+_CHAT = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+_OF_SLOW_CLASSES = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+_CARD, _SOURCE_CARD = "README.md", "SOURCE_README.md"
+_DOCUMENTS = re.compile(r"(licen[cs]e|notice|use_policy|acceptable_use|copying)", re.IGNORECASE)
+CARD_MARK = "# A recurrent-depth mixture-of-experts model"
+"""Heading of the cards that an export writes."""
+
+# Names of the end of a document where no file says which it is: one of them must be the only one.
+_END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endofdocument|>")
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The file that a tokenizer is read from: `path` itself, or the one in that folder.
+
+    Of a folder's, a sentencepiece model comes first, then tokenizer.json, then a tiktoken file.
+    """
+    if not path.is_dir():
+        return path
+    found = [path / name for name in _MODELS if (path / name).is_file()]
+    both = [file for file in found if file.name == TOKENIZER_JSON or kind_of(file) == "sentencepiece"]
+    return next(iter(both or found), path / SENTENCEPIECE)
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether `path` is a file, or a folder with a tokenizer in it."""
+    return tokenizer_file(path).is_file()
+
+
+def kind_of(file: Path) -> str:
+    """ "json", "tiktoken" or "sentencepiece", by the first bytes. Raises DataError for a Git LFS pointer."""
+    with file.open("rb") as opened:
+        start = opened.read(1024)
+    if start.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file}: is a Git LFS pointer, not the file; fetch it with: git lfs pull")
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
+        return "json"
+    first = start.split(b"\n")[0].split()
+    tiktoken = len(first) == 2 and first[1].isdigit() and re.fullmatch(rb"[A-Za-z0-9+/]+={0,2}", first[0])
+    return "tiktoken" if tiktoken else "sentencepiece"
+
+
+class Companions:
+    """What the files beside a tokenizer say of its special tokens and its chat template."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        read = {name: _object(folder / name) for name in _SPECIAL}
+        self.config: dict[str, Any] = read["tokenizer_config.json"]
+        self._generation = read["generation_config.json"]
+        self._model = _object(folder / "config.json")
+        own = self.config.get("own_special_tokens")
+        self._named = {**(own if isinstance(own, dict) else {}), **read["special_tokens_map.json"], **self.config}
+        self.added = {str(token): int(number) for token, number in read["added_tokens.json"].items()}
+        for number, token in (self.config.get("added_tokens_decoder") or {}).items():
+            self.added[_content(token) or ""] = int(number)
+
+    def named(self, name: str) -> str | None:
+        """The token that is named, such as "eos_token"."""
+        return _content(self._named.get(name))
+
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens that were added to a vocabulary, tokenizer.json's too."""
+        own = _object(self.folder / TOKENIZER_JSON).get("added_tokens")
+        listed = [token for token in own if isinstance(token, dict)] if isinstance(own, list) else []
+        return {str(token.get("content")): int(token.get("id", -1)) for token in listed} | self.added
+
+    def ends(self) -> list[int]:
+        """Ids at which generation ends, as generation_config.json and config.json list them."""
+        model = self._model.get("text_config") or self._model
+        for source in (self._generation, model):
+            given = source.get("eos_token_id")
+            if given is not None:
+                return [int(number) for number in (given if isinstance(given, list) else [given])]
+        return []
+
+    def chat_template(self) -> str | None:
+        """The chat template in Jinja; None where there is none."""
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        given = _object(self.folder / "chat_template.json").get("chat_template") or self.config.get("chat_template")
+        if isinstance(given, list):
+            given = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}.get("default")
+        return given if isinstance(given, str) else None
+
+    def digest_of(self, content: bytes, *parts: object) -> str:
+        """SHA-256 of a tokenizer's file and of what else decides ids."""
+        digest = hashlib.sha256(content)
+        for part in parts:
+            digest.update(json.dumps(part, sort_keys=True).encode("utf-8"))
+        return digest.hexdigest()
+
+
+def end_of_document(special: list[str], companions: Companions, ids: dict[str, int], path: Path) -> int:
+    """The id that ends documents: the named end-of-sequence token, else the only special token of a usual name.
+
+    Raises DataError, naming what to write and where, when there is none or more than one.
+    """
+    named = companions.named("eos_token")
+    if named is not None:
+        if named not in ids:
+            raise DataError(f"{path}: eos_token {named!r} of {companions.folder} is not in the vocabulary")
+        return ids[named]
+    listed = [number for number in companions.ends() if number in ids.values()]
+    if listed:
+        return listed[0]
+    usual = [token for token in _END_NAMES if token in special]
+    if len(usual) == 1:
+        return ids[usual[0]]
+    some = ", ".join(special[:8]) or "none; add one to the tokenizer first"
+    example = usual[0] if usual else special[0] if special else "TOKEN"
+    raise DataError(
+        f'{path}: no token is named to end every document; write {{"eos_token": "{example}"}} to '
+        f"{companions.folder / 'special_tokens_map.json'}; allowed: a special token of it ({some})"
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file is missing. Raises DataError for another content."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _content(token: Any) -> str | None:
+    """A token's string, which may stand in an object."""
+    value = token.get("content") if isinstance(token, dict) else token
+    return value if isinstance(value, str) else None
+
+
+def travelling(place: Path) -> Iterator[Path]:
+    """Tokenizer, chat template, licences and card of a model's folder; of a tokenizer file, what decides its ids."""
+    folder = place if place.is_dir() else place.parent
+    names = (*_MODELS, *_OF_SLOW_CLASSES, *_SPECIAL, *_CHAT) if place.is_dir() else (place.name, *_SPECIAL, *_CHAT)
+    yield from (folder / name for name in names if (folder / name).exists())
+    if place.is_dir():
+        documents = (_CARD, _SOURCE_CARD)
+        yield from (path for path in sorted(folder.iterdir()) if path.name in documents or _DOCUMENTS.match(path.name))
+
+
+def copy_tokenizer(place: Path, output: Path) -> list[str]:
+    """Copy what travels beside weights from a model's folder, or a tokenizer file, to `output`; names what was copied.
+
+    A file of another name is called what its kind is called in a model folder. A source's own card becomes
+    SOURCE_README.md: the weights beside it are no longer those it speaks of.
+    """
+    if not place.is_dir() and not place.is_file():
+        return []
+    if place.name in _MODELS and (place.parent / "config.json").is_file():
+        place = place.parent
+    output.mkdir(parents=True, exist_ok=True)
+    copied = []
+    for path in travelling(place):
+        name = path.name
+        if path == place:
+            name = TOKENIZER_JSON if kind_of(path) == "json" else SENTENCEPIECE
+        if name == "chat_template.json" and (path.parent / "chat_template.jinja").is_file():
+            continue
+        if name == _CARD and not is_export_card(path):
+            if (path.parent / _SOURCE_CARD).is_file():
+                continue
+            name = _SOURCE_CARD
+        if path.is_dir():
+            shutil.copytree(path, output / name, dirs_exist_ok=True)
+        else:
+            (output / name).write_bytes(path.read_bytes())
+        copied.append(name)
+    return copied
+
+
+def is_export_card(path: Path) -> bool:
+    """Whether a model card was written by an export."""
+    return CARD_MARK in path.read_text(encoding="utf-8", errors="replace")

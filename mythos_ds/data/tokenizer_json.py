@@ -1,0 +1,191 @@
+"""Tokenizers of Hugging Face's `tokenizers` library: tokenizer.json, and tiktoken files converted to it."""
+
+import base64
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mythos_ds.data.tokenizer import Tokenizer, well_formed
+from mythos_ds.data.tokenizer_files import Companions, end_of_document, kind_of
+from mythos_ds.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_PATTERNS = ("pattern", "pat_str")
+"""Where tokenizer_config.json may give the pattern that a tiktoken file's text is cut with."""
+
+
+def open_tokenizer(path: Path) -> "JsonTokenizer":
+    """The tokenizer of a tokenizer.json or a tiktoken file. Raises DataError where it is damaged or incomplete."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DataError(f"{path}: needs the library tokenizers: pip install 'mythos_ds[hf]'") from error
+    content, companions = path.read_bytes(), Companions(path.parent)
+    if kind_of(path) == "tiktoken":
+        return JsonTokenizer(_converted(path, content, companions), content, path, companions)
+    try:
+        made = tokenizers.Tokenizer.from_buffer(content.removeprefix(b"\xef\xbb\xbf"))
+    except Exception as error:  # the library raises Exception itself
+        raise DataError(f"{path}: not a tokenizer.json that the library tokenizers reads ({error})") from None
+    return JsonTokenizer(made, content, path, companions)
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer of the library, called so that special tokens in a text stay characters.
+
+    Added tokens that are not special are recognised in text, as the library does.
+    """
+
+    def __init__(self, made: "tokenizers.Tokenizer", content: bytes, path: Path, companions: Companions):
+        self.path, self.companions, self._made = path, companions, made
+        made.encode_special_tokens = True
+        made.no_truncation()  # a file may hold both, as the last call of its maker left them
+        made.no_padding()
+        if getattr(made.model, "dropout", None):
+            made.model.dropout = None
+        ids = made.get_vocab(with_added_tokens=True)
+        special = {token.content: number for number, token in made.get_added_tokens_decoder().items() if token.special}
+        self._beside = {t: n for t, n in companions.added.items() if t not in ids and n not in ids.values()}
+        self.special_tokens = special | self._beside
+        self.vocab_size = max([*ids.values(), *self._beside.values()], default=-1) + 1
+        self.eos_id = end_of_document(list(self.special_tokens), companions, ids | self._beside, path)
+        pad = companions.named("pad_token")
+        self.pad_id = (ids | self._beside).get(pad, -1) if pad is not None else -1
+        self.special_tokens |= {token: number for token, number in ids.items() if number in (self.eos_id, self.pad_id)}
+        self.sha256 = companions.digest_of(content, self.eos_id, *self._of_tiktoken(path))
+        self._after: tokenizers.Tokenizer | None = None
+
+    def _of_tiktoken(self, path: Path) -> list[object]:
+        """What decides a tiktoken file's ids beside its ranks."""
+        return [] if kind_of(path) == "json" else [_pattern(path, self.companions), _extra_tokens(self.companions, 0)]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without any special one. Lone surrogates, which no UTF-8 text can hold, become U+FFFD."""
+        return list(self._made.encode(well_formed(text), add_special_tokens=False).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, without the offsets that take most of the time."""
+        found = self._made.encode_batch_fast([well_formed(text) for text in texts], add_special_tokens=False)
+        return [list(each.ids) for each in found]
+
+    def encode_after(self, text: str) -> list[int]:
+        """Ids of a text that goes on after a special token: no space is put before it where only a text's start has
+        one."""
+        if self._after is None:
+            from mythos_hf.tokenization_mythos import going_on
+
+            self._after = going_on(self._made)
+            self._after.encode_special_tokens = True
+        return list(self._after.encode(well_formed(text), add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids; special ids vanish."""
+        special = set(self.special_tokens.values())
+        kept = [int(i) for i in ids if int(i) not in special]
+        return str(self._made.decode(kept, skip_special_tokens=True))
+
+    def json(self) -> str:
+        """The content of tokenizer.json: the file's own, or a tiktoken file converted."""
+        if kind_of(self.path) == "json":
+            return self.path.read_text(encoding="utf-8-sig")
+        self._made.encode_special_tokens = False
+        try:
+            return str(self._made.to_str(pretty=True))
+        finally:
+            self._made.encode_special_tokens = True
+
+
+def _converted(path: Path, content: bytes, companions: Companions) -> "tokenizers.Tokenizer":
+    """A tiktoken file as the converter of transformers reads it, with the special tokens that are named beside it."""
+    try:
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError as error:
+        raise DataError(
+            f"{path}: is a tiktoken file; reading it needs an extra: pip install 'mythos_ds[hf]'"
+        ) from error
+    pattern = _pattern(path, companions)
+    ranks = _ranks(path, content)
+    given = {} if pattern is None else {"pattern": pattern}
+
+    class Converter(TikTokenConverter):
+        """Reads the file without the library tiktoken, which would be needed for nothing else."""
+
+        def extract_vocab_merges_from_model(self, tiktoken_url: str) -> Any:
+            return _vocabulary(ranks)
+
+    return Converter(str(path), extra_special_tokens=_extra_tokens(companions, len(ranks)), **given).converted()
+
+
+def _ranks(path: Path, content: bytes) -> dict[bytes, int]:
+    """The tokens of a tiktoken file by their bytes. Raises DataError naming the first line that is none."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise DataError(f"{path} line {number}: not a tiktoken line, base64 and a rank ({error})") from None
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise DataError(
+            f"{path}: {len(ranks)} tokens, without the byte 0x{missing[0]:02x}; allowed: tiktoken files with all 256 "
+            "bytes"
+        )
+    return ranks
+
+
+def _pattern(path: Path, companions: Companions) -> str | None:
+    """The pattern that text is cut with; None for the converter's own, that of Llama 3, which transformers takes for
+    every folder without code of its own. Raises DataError where nothing says it."""
+    for name in _PATTERNS:
+        if isinstance(companions.config.get(name), str):
+            return str(companions.config[name])
+    if companions.config and "auto_map" not in companions.config:
+        return None
+    why = "its folder's code knows it" if companions.config else "tiktoken files do not hold it"
+    raise DataError(
+        f"{path}: a tiktoken file, whose pattern for cutting text is unknown ({why}); put the model's tokenizer.json "
+        f'or tokenizer_config.json beside it, or write {{"pattern": "...", "eos_token": "...", '
+        f'"extra_special_tokens": [...]}} to {path.parent / "tokenizer_config.json"}'
+    )
+
+
+def _extra_tokens(companions: Companions, base: int) -> list[str]:
+    """The special tokens after a tiktoken file's own, in the order of their ids, with fillers where ids are missing."""
+    by_id = {number: token for token, number in companions.added.items() if number >= base}
+    numbers = range(base, max(by_id) + 1) if by_id else ()
+    tokens = [by_id.get(number, f"<|reserved_token_{number}|>") for number in numbers]
+    extra: Any = companions.config.get("extra_special_tokens") or companions.config.get("additional_special_tokens")
+    names = list(extra.values() if isinstance(extra, dict) else extra or [])
+    named = [companions.named(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")]
+    for token in [*(name.get("content") if isinstance(name, dict) else name for name in names), *named]:
+        if token and token not in tokens:
+            tokens.append(token)
+    return tokens
+
+
+def _vocabulary(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Tokens as the byte-level strings of tokenizer.json, and the merges that make each of two others."""
+    letters = _byte_letters()
+
+    def text(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token, rank in ranks.items():
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        known = sorted((ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks)
+        merges += [(rank, text(a), text(b)) for _, _, a, b in known]
+    merges.sort(key=lambda merge: merge[0])
+    return {text(token): rank for token, rank in ranks.items()}, [(a, b) for _, a, b in merges]
+
+
+def _byte_letters() -> dict[int, str]:
+    """The printable character that stands for each byte in byte-level vocabularies."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

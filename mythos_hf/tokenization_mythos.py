@@ -1,0 +1,278 @@
+"""The tokenizer of the exported model: raw text is text, a chat template's own special tokens are tokens."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+_PRIVATE = range(0xE000, 0xF8FF)
+_POSITIONAL = ("chat_template", "add_generation_prompt", "continue_final_message", "tokenize")
+"""Parameters of `apply_chat_template` after tools and documents."""
+_FIRST = '"prepend_scheme":"first"'
+
+
+class ChatMarks:
+    """Two characters that no string of a conversation has, put around the special tokens that are text in it.
+
+    A rendered template is cut at its own special tokens; those that people wrote stay in the text between.
+    """
+
+    def __init__(self, special: Iterable[str], *given: Any):
+        self.special = sorted({token for token in special if token}, key=len, reverse=True)
+        used = set("".join([*_strings(given), *self.special]))
+        free = (chr(number) for number in _PRIVATE if chr(number) not in used)
+        self.start, self.end = next(free), next(free)
+        self._tokens = "|".join(map(re.escape, self.special)) or "(?!)"
+        self.marked = False
+
+    def mark(self, given: Any) -> Any:
+        """The same strings, lists and dictionaries, with special tokens between marks."""
+        if isinstance(given, str):
+            marked = re.sub(self._tokens, lambda found: f"{self.start}{found[0]}{self.end}", given)
+            self.marked = self.marked or marked != given
+            return marked
+        if isinstance(given, dict):
+            return {key: self.mark(value) for key, value in given.items()}
+        if isinstance(given, (list, tuple)):
+            return [self.mark(value) for value in given]
+        return given
+
+    def plain(self, text: str) -> str:
+        """`text` without marks."""
+        return text.replace(self.start, "").replace(self.end, "")
+
+    def runs(self, rendered: str) -> Iterator[tuple[bool, str]]:
+        """The pieces of a rendered template: whether each is a special token, and its text without marks."""
+        quoted = f"{self.start}(?:{self._tokens}){self.end}"
+        text = ""
+        for piece in re.split(f"({quoted}|{self._tokens})", rendered):
+            if piece in self.special:
+                if text:
+                    yield False, text
+                yield True, piece
+                text = ""
+            else:
+                text += self.plain(piece)
+        if text:
+            yield False, text
+
+
+def _strings(given: Any) -> Iterator[str]:
+    if isinstance(given, str):
+        yield given
+    elif isinstance(given, dict):
+        for key, value in given.items():
+            yield from _strings([key, value])
+    elif isinstance(given, (list, tuple)):
+        for value in given:
+            yield from _strings(value)
+
+
+def going_on(backend: Tokenizer) -> Tokenizer:
+    """The tokenizer for text after a special token: it puts no space before where only a text's start has one."""
+    content = json.dumps(json.loads(backend.to_str()), separators=(",", ":"))
+    return Tokenizer.from_str(content.replace(_FIRST, '"prepend_scheme":"never"'))
+
+
+class _TextIsText(PreTrainedTokenizerFast):
+    """How text becomes ids. It has no vocabulary of its own: transformers rebuilds those of classes with `__init__`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._loaded = False
+        self._exact = kwargs.get("ids_by") == "sentencepiece"
+        self._after: Tokenizer | None = None
+        self._pieces: Any = None
+        kwargs["split_special_tokens"] = True
+        super().__init__(*args, **kwargs)
+        self._own = set(self._special()) - set(self._added_later())
+        self._loaded = True
+
+    @classmethod
+    def convert_to_native_format(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the tokenizer is made of. Special tokens of which tokenizer.json says nothing get their names here."""
+        for name, token in (kwargs.pop("own_special_tokens", None) or {}).items():
+            kwargs.setdefault(name, token)
+        return super().convert_to_native_format(*args, **kwargs)
+
+    def _add_tokens(self, new_tokens: list[Any], special_tokens: bool = False) -> int:
+        """Special tokens that are added to a loaded tokenizer are found in every text, unlike its own."""
+        if self._loaded and special_tokens:
+            later = [str(token) for token in new_tokens if str(token) not in self._own]
+            known = self.init_kwargs.get("added_later") or []
+            self.init_kwargs["added_later"] = [*known, *(token for token in later if token not in known)]
+        return super()._add_tokens(new_tokens, special_tokens)
+
+    def _backend(self) -> Tokenizer:
+        assert isinstance(self._tokenizer, Tokenizer)
+        return self._tokenizer
+
+    def _added_later(self) -> list[str]:
+        return list(self.init_kwargs.get("added_later") or [])
+
+    def _special(self) -> list[str]:
+        added = [token.content for token in self._backend().get_added_tokens_decoder().values() if token.special]
+        return [*dict.fromkeys([*added, *map(str, self.all_special_tokens)])]
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; special tokens that the messages, tools and documents hold are text."""
+        if not kwargs.get("tokenize", True) or kwargs.get("sanitize_control_tokens"):
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        conversation = _plain_messages(conversation)
+        beside = {name: kwargs.pop(name) for name in ("tools", "documents") if kwargs.get(name) is not None}
+        beside |= {name: value for name, value in zip(("tools", "documents"), args, strict=False) if value is not None}
+        kwargs |= dict(zip(_POSITIONAL, args[2:], strict=False))
+        tools = beside.get("tools")
+        if tools is not None:
+            beside["tools"] = [tool if isinstance(tool, dict) else _schema(tool) for tool in tools]
+        marks = ChatMarks(self._special(), conversation, beside, self.get_chat_template(kwargs.get("chat_template")))
+        given, conversation = conversation, marks.mark(conversation)
+        if marks.marked:
+            options = {**kwargs, "tokenize": False, **beside}
+            rendered = super().apply_chat_template(conversation, **{**options, **marks.mark(beside)})
+            plain = super().apply_chat_template(given, **options)
+            if [marks.plain(text) for text in _listed(rendered)] != _listed(plain):
+                raise ValueError("the chat template decides by special tokens inside of messages, where they are text")
+        beside = marks.mark(beside)
+        if marks.marked and kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError("return_assistant_tokens_mask: not with special tokens in the messages, which are text")
+        options = {**(kwargs.pop("tokenizer_kwargs", None) or {}), "chat_marks": marks}
+        return super().apply_chat_template(conversation, tokenizer_kwargs=options, **beside, **kwargs)
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """The pieces of a text."""
+        if pair is None and not kwargs and self._needs_runs([text], None):
+            return list(self.convert_ids_to_tokens(self._ids(text, None, add_special_tokens)))
+        return super().tokenize(text, pair, add_special_tokens, **kwargs)
+
+    def _encode_plus(  # type: ignore[override]
+        self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **kwargs: Any
+    ) -> Any:
+        marks = kwargs.pop("chat_marks", None)
+        batched = isinstance(text, (list, tuple))
+        texts = list(text) if batched else [text]
+        as_text = marks is not None or kwargs.get("split_special_tokens") is not False
+        simple = text_pair is None and not kwargs.get("is_split_into_words") and all(isinstance(t, str) for t in texts)
+        wanted = ("return_offsets_mapping", "return_overflowing_tokens", "return_special_tokens_mask")
+        offsets = [name for name in wanted if kwargs.get(name)]
+        if not (simple and as_text and self._needs_runs(texts, marks)):
+            kwargs["split_special_tokens"] = as_text and marks is None
+            return super()._encode_plus(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
+        if offsets and not (marks is not None and marks.marked) and not self._found_later(texts):
+            kwargs["split_special_tokens"] = marks is None
+            return super()._encode_plus(text, text_pair, add_special_tokens=add_special_tokens, **kwargs)
+        if offsets:
+            raise ValueError(f"{offsets[0]}: not for text with special tokens both as tokens and as text")
+        made = [self._ids(each, marks, add_special_tokens) for each in texts]
+        return self._batch(made, batched, kwargs)
+
+    def _batch(self, made: list[list[int]], batched: bool, options: dict[str, Any]) -> BatchEncoding:
+        """Ids cut and padded as asked for."""
+        longest = options.get("max_length")
+        cut = getattr(options.get("truncation_strategy"), "value", "do_not_truncate") != "do_not_truncate"
+        if cut and longest is not None:
+            made = [ids[:longest] if self.truncation_side == "right" else ids[-longest:] for ids in made]
+        types = options.get("return_token_type_ids")
+        tensors = options.get("return_tensors")
+        content: dict[str, Any] = {"input_ids": made}
+        if types:
+            content["token_type_ids"] = [[0] * len(ids) for ids in made]
+        if not (batched or tensors):
+            content = {name: values[0] for name, values in content.items()}
+        padded = self.pad(
+            content,
+            padding=options.get("padding_strategy", False),
+            max_length=longest,
+            pad_to_multiple_of=options.get("pad_to_multiple_of"),
+            padding_side=options.get("padding_side"),
+            return_attention_mask=options.get("return_attention_mask"),
+            return_tensors=tensors,
+        )
+        return padded if isinstance(padded, BatchEncoding) else BatchEncoding(padded, tensor_type=tensors)
+
+    def _needs_runs(self, texts: list[str], marks: ChatMarks | None) -> bool:
+        """Whether the library alone would give other ids: it cannot take some special tokens as text, others not."""
+        if self._exact and self._sentencepiece() is not None:
+            return True
+        return marks.marked if marks is not None else self._found_later(texts)
+
+    def _found_later(self, texts: list[str]) -> bool:
+        return any(token in text for token in self._added_later() for text in texts)
+
+    def _ids(self, text: str, marks: ChatMarks | None, add_special_tokens: bool) -> list[int]:
+        """Ids of a text, or of a rendered template, cut at the special tokens that are tokens in it."""
+        cut = marks or ChatMarks(self._added_later(), text)
+        ids: list[int] = []
+        for number, (is_token, run) in enumerate(cut.runs(text)):
+            ids += [self._backend().token_to_id(run)] if is_token else self._text_ids(run, first=number == 0)
+        if not add_special_tokens or self._backend().num_special_tokens_to_add(False) == 0:
+            return ids
+        return list(self.build_inputs_with_special_tokens(ids))
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """What the tokenizer puts around a text, such as the token of its begin, around ids."""
+        around = self._backend().encode("a", add_special_tokens=True)
+        places = [place for place, special in enumerate(around.special_tokens_mask) if not special]
+        before, after = around.ids[: places[0]], around.ids[places[-1] + 1 :]
+        return [*before, *token_ids_0, *(token_ids_1 or []), *after]
+
+    def _text_ids(self, text: str, *, first: bool) -> list[int]:
+        """Ids of text without any special token."""
+        pieces = self._sentencepiece() if self._exact else None
+        if pieces is not None:
+            well_formed = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return list(pieces.EncodeAsIds(well_formed))
+        if not first and self._after is None:
+            self._after = going_on(self._backend())
+        backend = self._backend() if first or self._after is None else self._after
+        backend.encode_special_tokens = True
+        backend.no_truncation()  # which a file may ask for, as its maker's last call left it
+        backend.no_padding()
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    def _sentencepiece(self) -> Any:
+        """The model that the text was trained with; None where the library is not installed."""
+        if self._pieces is None:
+            try:
+                import sentencepiece
+
+                self._pieces = sentencepiece.SentencePieceProcessor(model_file=self.vocab_file)
+            except (ImportError, OSError, TypeError, AttributeError):
+                self._pieces = False
+        return self._pieces or None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pieces": None, "_after": None}
+
+
+class MythosTokenizer(_TextIsText):
+    """tokenizer.json, whose own special tokens are text in raw text and in the messages of a chat.
+
+    Special tokens that are added to it later stay whole everywhere but in messages. Where the ids of a sentencepiece
+    model are not those of the library (`ids_by` in tokenizer_config.json), sentencepiece itself makes them.
+    """
+
+
+def _plain_messages(conversation: Any) -> Any:
+    """A conversation, or several, as lists."""
+    if hasattr(conversation, "messages"):
+        conversation = conversation.messages
+    if isinstance(conversation, (list, tuple)):
+        return [_plain_messages(each) if not isinstance(each, dict) else each for each in conversation]
+    return conversation
+
+
+def _listed(rendered: Any) -> list[str]:
+    return [rendered] if isinstance(rendered, str) else list(rendered)
+
+
+def _schema(tool: Any) -> Any:
+    from transformers.utils import get_json_schema
+
+    return get_json_schema(tool)
