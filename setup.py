@@ -52,7 +52,6 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "sentencepiece>=0.2",
         "tokenizers>=0.22,<0.24",
-        "protobuf",  # reads sentencepiece's models
         "tensorboard>=2.16",
         "pydantic>=2.7,<2.15",
         "rich>=13",

@@ -55,7 +55,8 @@ def write_generation_config(place: Path, output: Path, ids: dict[str, int]) -> N
     given = read_json(path) if place.is_dir() and path.is_file() else {}
     ends = sorted(Tokenizer.load(place).ends()) if ids else []
     stop: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
-    given.pop("transformers_version", None)
+    for own in ("transformers_version", "_from_model_config"):
+        given.pop(own, None)
     write_atomic(output / path.name, json.dumps({**given, **ids, **stop, "use_cache": True}, indent=2) + "\n")
 
 

@@ -7,6 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mythos_ds.data.sentencepiece_model import (
+    BPE,
+    CHAR,
+    KINDS,
+    NORMAL,
+    UNIGRAM,
+    UNKNOWN,
+    USER_DEFINED,
+    SentencePieceModel,
+)
 from mythos_ds.data.tokenizer import Tokenizer, well_formed
 from mythos_ds.data.tokenizer_files import kind_of
 from mythos_ds.errors import DataError
@@ -62,9 +72,9 @@ def library_tokenizer(path: Path, documents: Sequence[str] = ()) -> LibraryToken
     content = path.read_bytes()
     pieces = sentencepiece.SentencePieceProcessor()
     pieces.LoadFromSerializedProto(content)
-    proto = _proto(content)
-    made = _library(proto, path)
-    texts = [well_formed(text) for text in (*_SAMPLE, *_mixtures(proto), *documents)]
+    model = SentencePieceModel.parse(content)
+    made = _library(model, path)
+    texts = [well_formed(text) for text in (*_SAMPLE, *_mixtures(model), *documents)]
     found = made.encode_batch(texts, add_special_tokens=False)
     odd = [t for t, own in zip(texts, found, strict=True) if own.ids != pieces.EncodeAsIds(t)]
     share = len(odd) / len(texts)
@@ -73,87 +83,55 @@ def library_tokenizer(path: Path, documents: Sequence[str] = ()) -> LibraryToken
             f"{path}: no tokenizer.json with the same ids can be made, so that a model trained with it could not be "
             f"exported: {share:.0%} of a sample differ, the first {odd[0][:60]!r}"
         )
-    known = proto.trainer_spec.model_type != _kinds()["UNIGRAM"] and not proto.normalizer_spec.precompiled_charsmap
-    return LibraryTokenizer(made, known and not odd and not _prefix_before_symbols(proto), share)
+    known = model.kind != UNIGRAM and not model.table and not (model.space_before and model.symbols)
+    return LibraryTokenizer(made, known and not odd, share)
 
 
-def _proto(content: bytes) -> Any:
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2.ModelProto.FromString(content)
-
-
-def _kinds() -> dict[str, int]:
-    from sentencepiece import sentencepiece_model_pb2
-
-    return dict(sentencepiece_model_pb2.TrainerSpec.ModelType.items())
-
-
-def _types() -> dict[str, int]:
-    from sentencepiece import sentencepiece_model_pb2
-
-    return dict(sentencepiece_model_pb2.ModelProto.SentencePiece.Type.items())
-
-
-def _symbols(proto: Any) -> list[str]:
-    """User-defined symbols; those with a space are never found, since text has another sign for it."""
-    spaces = proto.normalizer_spec.escape_whitespaces
-    own = [piece.piece for piece in proto.pieces if piece.type == _types()["USER_DEFINED"]]
-    return [symbol for symbol in own if not (spaces and " " in symbol)]
-
-
-def _prefix_before_symbols(proto: Any) -> bool:
-    return bool(proto.normalizer_spec.add_dummy_prefix and _symbols(proto))
-
-
-def _mixtures(proto: Any) -> list[str]:
+def _mixtures(model: SentencePieceModel) -> list[str]:
     """Pieces of the vocabulary in random order, which meet each other in ways that text seldom has."""
     generator = random.Random(0)
-    usable = {_types()[kind] for kind in ("NORMAL", "USER_DEFINED")}
-    texts = [piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.type in usable] or [" "]
+    usable = (NORMAL, USER_DEFINED)
+    texts = [piece.text.replace(SPACE, " ") for piece in model.pieces if piece.type in usable] or [" "]
     return ["".join(generator.choices(texts, k=generator.randint(1, 30))) for _ in range(_MIXTURES)]
 
 
-def _library(proto: Any, path: Path) -> "tokenizers.Tokenizer":
+def _library(model: SentencePieceModel, path: Path) -> "tokenizers.Tokenizer":
     import tokenizers
     from tokenizers import AddedToken, Regex, decoders, normalizers
 
-    made = tokenizers.Tokenizer(_model(proto, path))
-    spec, symbols = proto.normalizer_spec, _symbols(proto)
-    suffix = proto.trainer_spec.treat_whitespace_as_suffix
-    if steps := _normaliser(spec, symbols, suffix):
+    made = tokenizers.Tokenizer(_core(model, path))
+    if steps := _normaliser(model):
         made.normalizer = normalizers.Sequence(steps)
-    undo: list[Any] = [decoders.Replace(SPACE, " ")] if spec.escape_whitespaces else []
-    undo += [decoders.ByteFallback()] if proto.trainer_spec.byte_fallback else []
+    undo: list[Any] = [decoders.Replace(SPACE, " ")] if model.marked_spaces else []
+    undo += [decoders.ByteFallback()] if model.byte_fallback else []
     undo += [decoders.Fuse()]
-    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
-        undo += [] if suffix else [decoders.Replace(Regex(r"\A "), "")]
+    if (model.space_before or model.fewer_spaces) and not model.space_behind:
+        undo.append(decoders.Replace(Regex(r"\A "), ""))
     made.decoder = decoders.Sequence(undo)
     # Found in the normalised text, as sentencepiece finds them; a piece that normalises to nothing is never found.
-    kept = [symbol for symbol in symbols if made.normalizer is None or made.normalizer.normalize_str(symbol)]
+    kept = [symbol for symbol in model.symbols if made.normalizer is None or made.normalizer.normalize_str(symbol)]
     made.add_tokens([AddedToken(symbol, normalized=True, special=False) for symbol in kept])
     return made
 
 
-def _model(proto: Any, path: Path) -> Any:
+def _core(model: SentencePieceModel, path: Path) -> Any:
     from tokenizers import models
 
-    kinds, types, spec = _kinds(), _types(), proto.trainer_spec
-    vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == types["NORMAL"]}
-    unknown = next(number for number, piece in enumerate(proto.pieces) if piece.type == types["UNKNOWN"])
-    if spec.model_type == kinds["UNIGRAM"]:
-        usable = {*normal, *_symbols(proto)}
-        scored = [(piece.piece, piece.score if piece.piece in usable else _NEVER) for piece in proto.pieces]
-        return models.Unigram(scored, unknown, byte_fallback=spec.byte_fallback)
-    if spec.model_type not in (kinds["BPE"], kinds["CHAR"]):
-        name = next(name for name, number in kinds.items() if number == spec.model_type).lower()
+    unknown = next(number for number, piece in enumerate(model.pieces) if piece.type == UNKNOWN)
+    if model.kind == UNIGRAM:
+        usable = (NORMAL, USER_DEFINED)
+        scored = [(piece.text, piece.score if piece.type in usable else _NEVER) for piece in model.pieces]
+        return models.Unigram(scored, unknown, byte_fallback=model.byte_fallback)
+    if model.kind not in (BPE, CHAR):
+        name = KINDS.get(model.kind, "unknown")
         raise DataError(
             f"{path}: a sentencepiece model of the kind {name}, which cannot be exported; allowed: bpe, unigram, char"
         )
-    merges = _merges(normal) if spec.model_type == kinds["BPE"] else []
-    token = proto.pieces[unknown].piece
-    return models.BPE(vocabulary, merges, unk_token=token, fuse_unk=True, byte_fallback=spec.byte_fallback)
+    vocabulary = {piece.text: number for number, piece in enumerate(model.pieces)}
+    normal = {piece.text: piece.score for piece in model.pieces if piece.type == NORMAL}
+    merges = _merges(normal) if model.kind == BPE else []
+    token = model.pieces[unknown].text
+    return models.BPE(vocabulary, merges, unk_token=token, fuse_unk=True, byte_fallback=model.byte_fallback)
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -168,26 +146,24 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return [pair for _, pair in found]
 
 
-def _normaliser(spec: Any, symbols: list[str], suffix: bool) -> list[Any]:
+def _normaliser(model: SentencePieceModel) -> list[Any]:
     """What sentencepiece does to a text before it is cut, step by step."""
     from tokenizers import Regex, normalizers
 
-    steps: list[Any] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
+    steps: list[Any] = [normalizers.Precompiled(model.table)] if model.table else []
+    if model.fewer_spaces:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
-    space = SPACE if spec.escape_whitespaces else " "
-    if spec.escape_whitespaces:
+    space = SPACE if model.marked_spaces else " "
+    if model.marked_spaces:
         steps.append(normalizers.Replace(" ", SPACE))
-    if spec.add_dummy_prefix and suffix:
+    if model.space_before and model.space_behind:
         steps.append(normalizers.Replace(Regex(r"(?<=[\s\S])\z"), space))
-    elif spec.add_dummy_prefix and symbols:
+    elif model.space_before and model.symbols:
         # A symbol alone gets no space: the library normalises the symbols too, and then looks for them.
-        alone = "|".join(re.escape(symbol) for symbol in symbols)
+        alone = "|".join(re.escape(symbol) for symbol in model.symbols)
         steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{alone})\z)(?=[\s\S])"), space))
-    elif spec.add_dummy_prefix:
+    elif model.space_before:
         steps.append(normalizers.Prepend(space))
-    if spec.remove_extra_whitespaces and not suffix:
+    if model.fewer_spaces and not model.space_behind:
         steps.append(normalizers.Replace(Regex(rf"{space}+\z"), ""))
     return steps

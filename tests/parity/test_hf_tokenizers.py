@@ -16,8 +16,6 @@ import tokenizers
 import mythos_hf
 from mythos_ds.conversion.hf_tokenizer import write_tokenizer
 from mythos_ds.data.chat import encode_chat
-from mythos_ds.data.inspection import DatasetView
-from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.data.tokenizer_export import library_tokenizer
 from tests.helpers.tokenizers import (
@@ -32,16 +30,6 @@ from tests.helpers.tokenizers import (
 
 LINES = mixed_lines()
 FULL = [line for line in LINES if line.strip()]
-
-
-def prepared(place, prefix):
-    """Ids of the lines that are not empty, without the ends of documents."""
-    info = prepare_dataset(FULL, tokenizer_path=place, prefix=prefix, shuffle_seed=None)
-    view = DatasetView(prefix)
-    assert info.documents == len(FULL)
-    documents = [view.document(number).tolist() for number in range(len(FULL))]
-    assert {ids[-1] for ids in documents} == {info.eos_id}
-    return [ids[:-1] for ids in documents]
 
 
 def exported(place, output):
@@ -60,7 +48,7 @@ def test_sentencepiece(kind, tmp_path):
     own = Tokenizer.load(path)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
     expected = [reference.EncodeAsIds(line) for line in FULL]
-    assert prepared(path, tmp_path / "data") == expected
+    assert Tokenizer.load(path).encode_all(FULL) == expected
     made, plain = exported(path, tmp_path / "hf")
     assert made(FULL, add_special_tokens=False).input_ids == expected
     assert [made(line).input_ids for line in FULL[:100]] == expected[:100]
@@ -78,7 +66,7 @@ def test_tokenizer_json(added, tmp_path):
     reference.encode_special_tokens = True
     reference.no_truncation()
     expected = [reference.encode(line, add_special_tokens=False).ids for line in FULL]
-    assert prepared(place, tmp_path / "data") == expected
+    assert Tokenizer.load(place).encode_all(FULL) == expected
     made, plain = exported(place, tmp_path / "hf")
     for each in (made, plain):
         assert each(FULL, add_special_tokens=False).input_ids == expected
@@ -86,6 +74,26 @@ def test_tokenizer_json(added, tmp_path):
     again = Tokenizer.load(tmp_path / "hf")
     assert (again.sha256, again.eos_id) == (Tokenizer.load(place).sha256, made.eos_token_id)
     assert (made.eos_token, made.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+@pytest.mark.parametrize("kind", [*SENTENCEPIECE, "tokenizer.json"])
+def test_prepared_data_has_the_ids_of_the_reference(kind, tmp_path):
+    pytest.importorskip("megatron.core")
+    from mythos_ds.data.inspection import DatasetView
+    from mythos_ds.data.prepare import prepare_dataset
+
+    if kind == "tokenizer.json":
+        path = byte_level_folder(tmp_path / "source", added=True) / kind
+        reference = tokenizers.Tokenizer.from_file(str(path))
+        reference.encode_special_tokens = True
+        reference.no_truncation()
+        expected = [reference.encode(line, add_special_tokens=False).ids for line in FULL]
+    else:
+        path = sentencepiece_model(tmp_path / "tokenizer.model", kind)
+        expected = sentencepiece.SentencePieceProcessor(model_file=str(path)).EncodeAsIds(FULL)
+    info = prepare_dataset(FULL, tokenizer_path=path, prefix=tmp_path / "data", shuffle_seed=None)
+    view = DatasetView(tmp_path / "data")
+    assert [view.document(number).tolist() for number in range(len(FULL))] == [[*ids, info.eos_id] for ids in expected]
 
 
 def _ranks(path):
@@ -112,7 +120,7 @@ def test_tiktoken(tmp_path, monkeypatch):
     expected_tokenizer = reference.converted()
     expected_tokenizer.encode_special_tokens = True
     expected = [expected_tokenizer.encode(line, add_special_tokens=False).ids for line in FULL]
-    assert prepared(path, tmp_path / "data") == expected
+    assert Tokenizer.load(path).encode_all(FULL) == expected
     made, _ = exported(path.parent, tmp_path / "hf")
     assert made(FULL, add_special_tokens=False).input_ids == expected
     assert made.eos_token_id == Tokenizer.load(path).eos_id == size + 2
