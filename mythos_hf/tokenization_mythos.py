@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerFast
@@ -11,6 +11,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 _PRIVATE = range(0xE000, 0xF8FF)
 _POSITIONAL = ("chat_template", "add_generation_prompt", "continue_final_message", "tokenize")
 """Parameters of `apply_chat_template` after tools and documents."""
+_NO_PREFIX = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
+"""Fields of a sentencepiece model, add_dummy_prefix and remove_extra_whitespaces: off. Later ones count."""
 _FIRST = '"prepend_scheme":"first"'
 
 
@@ -20,8 +22,11 @@ class ChatMarks:
     A rendered template is cut at its own special tokens; those that people wrote stay in the text between.
     """
 
-    def __init__(self, special: Iterable[str], *given: Any):
-        self.special = sorted({token for token in special if token}, key=len, reverse=True)
+    def __init__(self, special: Iterable[str], *given: Any, symbols: Iterable[str] = ()):
+        """special: the tokenizer's special tokens. symbols: other tokens that the template writes, and that the
+        tokenizer finds in every text."""
+        self.symbols = sorted(symbols, key=len, reverse=True)
+        self.special = sorted({token for token in [*special, *self.symbols] if token}, key=len, reverse=True)
         used = set("".join([*_strings(given), *self.special]))
         free = (chr(number) for number in _PRIVATE if chr(number) not in used)
         self.start, self.end = next(free), next(free)
@@ -43,6 +48,12 @@ class ChatMarks:
     def plain(self, text: str) -> str:
         """`text` without marks."""
         return text.replace(self.start, "").replace(self.end, "")
+
+    def cut(self, text: str) -> list[str]:
+        """`text` in pieces that hold no symbol whole: what a run has of them was written by people."""
+        whole = "|".join(map(re.escape, self.symbols)) or "(?!)"
+        places = [found.start() + 1 for found in re.finditer(f"(?=({whole}))", text)]
+        return [text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True)]
 
     def runs(self, rendered: str) -> Iterator[tuple[bool, str]]:
         """The pieces of a rendered template: whether each is a special token, and its text without marks."""
@@ -71,6 +82,15 @@ def _strings(given: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
+def without_prefix(pieces: Any) -> Any:
+    """The sentencepiece model for text that goes on: no space is put before it, and none is taken away."""
+    import sentencepiece
+
+    made = sentencepiece.SentencePieceProcessor()
+    made.LoadFromSerializedProto(pieces.serialized_model_proto() + _NO_PREFIX)
+    return made
+
+
 def going_on(backend: Tokenizer) -> Tokenizer:
     """The tokenizer for text after a special token: it puts no space before where only a text's start has one."""
     content = json.dumps(json.loads(backend.to_str()), separators=(",", ":"))
@@ -85,6 +105,7 @@ class _TextIsText(PreTrainedTokenizerFast):
         self._exact = kwargs.get("ids_by") == "sentencepiece"
         self._after: Tokenizer | None = None
         self._pieces: Any = None
+        self._going_on: Any = None
         kwargs["split_special_tokens"] = True
         super().__init__(*args, **kwargs)
         self._own = set(self._special()) - set(self._added_later())
@@ -127,7 +148,11 @@ class _TextIsText(PreTrainedTokenizerFast):
         tools = beside.get("tools")
         if tools is not None:
             beside["tools"] = [tool if isinstance(tool, dict) else _schema(tool) for tool in tools]
-        marks = ChatMarks(self._special(), conversation, beside, self.get_chat_template(kwargs.get("chat_template")))
+        template = self.get_chat_template(kwargs.get("chat_template"), tools)
+        added = self._backend().get_added_tokens_decoder().values()
+        symbols = [token.content for token in added if not token.special and not token.content.isspace()]
+        written = [symbol for symbol in symbols if symbol in template]
+        marks = ChatMarks(self._special(), conversation, beside, template, symbols=written)
         given, conversation = conversation, marks.mark(conversation)
         if marks.marked:
             options = {**kwargs, "tokenize": False, **beside}
@@ -208,7 +233,11 @@ class _TextIsText(PreTrainedTokenizerFast):
         cut = marks or ChatMarks(self._added_later(), text)
         ids: list[int] = []
         for number, (is_token, run) in enumerate(cut.runs(text)):
-            ids += [self._backend().token_to_id(run)] if is_token else self._text_ids(run, first=number == 0)
+            if is_token:
+                ids.append(cast(int, self._backend().token_to_id(run)))
+                continue
+            for place, piece in enumerate(cut.cut(run)):
+                ids += self._text_ids(piece, first=number == place == 0, within=place > 0)
         if not add_special_tokens or self._backend().num_special_tokens_to_add(False) == 0:
             return ids
         return list(self.build_inputs_with_special_tokens(ids))
@@ -222,10 +251,13 @@ class _TextIsText(PreTrainedTokenizerFast):
         before, after = around.ids[: places[0]], around.ids[places[-1] + 1 :]
         return [*before, *token_ids_0, *(token_ids_1 or []), *after]
 
-    def _text_ids(self, text: str, *, first: bool) -> list[int]:
+    def _text_ids(self, text: str, *, first: bool, within: bool) -> list[int]:
         """Ids of text without any special token."""
-        pieces = self._sentencepiece() if self._exact else None
+        pieces = self._sentencepiece() if self._exact or within else None
         if pieces is not None:
+            if within and self._going_on is None:
+                self._going_on = without_prefix(pieces)
+            pieces = self._going_on if within else pieces
             well_formed = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             return list(pieces.EncodeAsIds(well_formed))
         if not first and self._after is None:
@@ -248,7 +280,7 @@ class _TextIsText(PreTrainedTokenizerFast):
         return self._pieces or None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pieces": None, "_after": None}
+        return {**self.__dict__, "_pieces": None, "_going_on": None, "_after": None}
 
 
 class MythosTokenizer(_TextIsText):

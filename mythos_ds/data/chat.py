@@ -57,7 +57,9 @@ def encode_chat(
             raise DataError(f"{tokenizer.path}: its chat template does not take these messages ({error})") from None
         return str(made[0][0])
 
-    marks = ChatMarks(tokenizer.special_tokens, messages, tools, template)
+    written = [symbol for symbol in tokenizer.symbols() if symbol in template and not symbol.isspace()]
+    known = tokenizer.symbols() | tokenizer.special_tokens
+    marks = ChatMarks(tokenizer.special_tokens, messages, tools, template, symbols=written)
     rendered = render(marks.mark(list(messages)), marks.mark(tools))
     if marks.marked and marks.plain(rendered) != render([dict(message) for message in messages], tools):
         raise DataError(
@@ -67,9 +69,12 @@ def encode_chat(
     ids: list[int] = []
     for number, (is_token, run) in enumerate(marks.runs(rendered)):
         if is_token:
-            ids.append(tokenizer.special_tokens[run])
-        else:
-            ids += tokenizer.encode(run) if number == 0 else tokenizer.encode_after(run)
+            ids.append(known[run])
+            continue
+        first, *rest = marks.cut(run)
+        ids += tokenizer.encode(first) if number == 0 else tokenizer.encode_after(first)
+        for piece in rest:
+            ids += tokenizer.encode_on(piece)
     return ids
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mythos_ds.data.sentencepiece_model import USER_DEFINED, SentencePieceModel
 from mythos_ds.data.tokenizer_files import Companions, kind_of, tokenizer_file
 from mythos_ds.errors import DataError
 from mythos_ds.io import partial_path, sync
@@ -71,6 +72,14 @@ class Tokenizer(ABC):
         return self.encode(text)
 
     @abstractmethod
+    def encode_on(self, text: str) -> list[int]:
+        """Ids of a text that goes on within a text: nothing is put before it."""
+
+    def symbols(self) -> dict[str, int]:
+        """Tokens that are recognised in text, by name."""
+        return {}
+
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; special ids vanish."""
 
@@ -109,6 +118,7 @@ class SentencePieceTokenizer(Tokenizer):
                 "a sentencepiece model"
             ) from error
         self._processor = pieces
+        self._going_on: SentencePieceProcessor | None = None
         self.eos_id, self.pad_id = int(pieces.eos_id()), int(pieces.pad_id())
         if self.eos_id < 0:
             raise DataError(
@@ -134,6 +144,19 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any special one. Lone surrogates, which no UTF-8 text can hold, become U+FFFD."""
         return list(self._processor.EncodeAsIds(well_formed(text)))
+
+    def encode_on(self, text: str) -> list[int]:
+        """Ids of a text that goes on within a text: nothing is put before it."""
+        from mythos_hf.tokenization_mythos import without_prefix
+
+        if self._going_on is None:
+            self._going_on = without_prefix(self._processor)
+        return list(self._going_on.EncodeAsIds(well_formed(text)))
+
+    def symbols(self) -> dict[str, int]:
+        """User-defined symbols."""
+        pieces = SentencePieceModel.parse(self._processor.serialized_model_proto()).pieces
+        return {piece.text: number for number, piece in enumerate(pieces) if piece.type == USER_DEFINED}
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; special ids vanish."""

@@ -73,6 +73,15 @@ class JsonTokenizer(Tokenizer):
     def encode_after(self, text: str) -> list[int]:
         """Ids of a text that goes on after a special token: no space is put before it where only a text's start has
         one."""
+        return self.encode_on(text)
+
+    def symbols(self) -> dict[str, int]:
+        """Added tokens that are not special."""
+        added = self._made.get_added_tokens_decoder().items()
+        return {token.content: number for number, token in added if not token.special}
+
+    def encode_on(self, text: str) -> list[int]:
+        """Ids of a text that goes on within a text."""
         if self._after is None:
             from mythos_hf.tokenization_mythos import going_on
 
