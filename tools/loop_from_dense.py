@@ -17,6 +17,7 @@ from pathlib import Path
 from mythos_ds.config.loader import load_config
 from mythos_ds.conversion.attention_sink import search_sink
 from mythos_ds.conversion.convert import CUT_FLAGS, Request, Route, plan_route
+from mythos_ds.conversion.dense_source import hf_weights
 from mythos_ds.conversion.init_config import file_text, init_config
 from mythos_ds.conversion.recipe import choose_cut, dense_config, recipe_cut, recipe_overrides
 from mythos_ds.conversion.writing_options import check_input
@@ -25,7 +26,6 @@ from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.model_folder import read_config
-from mythos_ds.weights.pickled import open_weights
 from mythos_ds.weights.writer import write_tensors
 
 _PARTS = ("prelude", "recurrent", "coda")
@@ -79,7 +79,7 @@ def planned(arguments: Namespace) -> Route:
         missing = next(name for name in _PARTS if name not in parts)
         raise ConfigError(f"--{missing}: not given; give all of --prelude, --recurrent and --coda, or none of them")
     hf = dense_config(arguments.folder)
-    weights = open_weights(arguments.folder, allow_pickle=arguments.allow_pickle)
+    weights = hf_weights(arguments.folder, allow_pickle=arguments.allow_pickle)
     sink = search_sink(weights, hf, arguments.folder, parts.get("coda", 0), arguments.text)
     cut = recipe_cut(given, parts or choose_cut(int(hf["num_hidden_layers"]), sink))
     request = Request(

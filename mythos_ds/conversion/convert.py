@@ -9,7 +9,7 @@ import torch
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.attention_sink import Sink, describe_sink, search_sink
-from mythos_ds.conversion.dense_source import FAMILIES, unread_fields
+from mythos_ds.conversion.dense_source import FAMILIES, hf_weights, unread_fields
 from mythos_ds.conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
 from mythos_ds.conversion.held_out_loss import comparison, evaluated_loops, held_out_text, losses
 from mythos_ds.conversion.hf_card import source_metadata
@@ -30,8 +30,7 @@ from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.io import read_json
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.model_folder import CONFIG, read_config, read_metadata
-from mythos_ds.weights.pickled import has_safetensors, open_weights
-from mythos_ds.weights.prefixes import without_prefix
+from mythos_ds.weights.pickled import has_safetensors
 from mythos_ds.weights.reader import TensorFolder, TensorSource
 
 FORMATS = ("mythos", "hf", "openmythos")
@@ -126,7 +125,7 @@ def _from_hf(request: Request) -> Route:
     if request.cut or request.text is not None:
         flag = next(iter(request.cut), "text").replace("_", "-")
         raise ConfigError(f"--{flag}: given for a mythos model; allowed: for a dense one ({', '.join(FAMILIES)})")
-    weights = _hf_weights(request)
+    weights = hf_weights(request.folder, allow_pickle=request.allow_pickle)
     given = Dequantised(weights) if "quantization_config" in hf else weights
     tensors, config = mythos_source(given, hf)
     notes = ["the matrices were fp8: what quantisation took away does not come back"] if given is not weights else []
@@ -190,7 +189,7 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
     given = {"n_experts" if name == "experts" else name: value for name, value in request.cut.items()}
     cut = Cut(**given)  # type: ignore[arg-type]
     config = retrofit_config(hf, cut)
-    weights = _hf_weights(request)
+    weights = hf_weights(request.folder, allow_pickle=request.allow_pickle)
     notes = describe(cut, int(hf["num_hidden_layers"]))
     notes += _unread(unread_fields(hf))
     lost = _tokenizer_fault(request.folder, config)
@@ -219,11 +218,6 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
 
 def _unread(fields: list[str]) -> list[str]:
     return [f"{', '.join(fields)}: not known here, and not read from the configuration"] if fields else []
-
-
-def _hf_weights(request: Request) -> TensorSource:
-    weights = open_weights(request.folder, allow_pickle=request.allow_pickle)
-    return without_prefix(weights, "model.embed_tokens.weight")
 
 
 def _tokenizer_fault(folder: Path, config: ModelConfig) -> str | None:

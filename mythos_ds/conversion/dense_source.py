@@ -2,12 +2,16 @@
 as reasons why the layers here cannot compute it. Absent keys mean what they mean in transformers."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from mythos_ds.config.rules.model import SCALING_KEYS, scaling_problem
 from mythos_ds.config.schema import RopeScaling
+from mythos_ds.weights.pickled import open_weights
+from mythos_ds.weights.prefixes import without_prefix
+from mythos_ds.weights.reader import TensorSource
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
 _ABSENT: dict[str, dict[str, Any]] = {
@@ -223,3 +227,9 @@ def _scaled(
         return (theta, None), [f"rope_scaling.{place}: {first['msg']}, given {first['input']!r}"]
     wrong = scaling_problem(scaling)
     return (theta, scaling), [f"rope_scaling: {wrong}"] if wrong else []
+
+
+def hf_weights(folder: Path, *, allow_pickle: bool = False) -> TensorSource:
+    """The tensors of a Hugging Face folder under the names that transformers gives them, whatever wrote them. Raises
+    CheckpointError as `open_weights` does."""
+    return without_prefix(open_weights(folder, allow_pickle=allow_pickle), "model.embed_tokens.weight")

@@ -12,7 +12,8 @@ from typing import Any
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.attention_sink import Sink
-from mythos_ds.conversion.retrofit import FAMILIES, Cut, retrofit_config
+from mythos_ds.conversion.dense_source import FAMILIES
+from mythos_ds.conversion.retrofit import Cut, retrofit_config
 from mythos_ds.errors import ConfigError
 from mythos_ds.io import read_json
 from mythos_ds.weights.model_folder import CONFIG

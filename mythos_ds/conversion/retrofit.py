@@ -119,8 +119,8 @@ def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
             f"feed-forward); nearest: {nearest}"
         )
     if not 0 < cut.decay <= _LARGEST_DECAY:
-        nearest = _LARGEST_DECAY if cut.decay > _LARGEST_DECAY else Cut.decay
-        problems.append(f"--decay: given {cut.decay}; allowed: above 0, up to {_LARGEST_DECAY}; nearest: {nearest}")
+        least = _LARGEST_DECAY if cut.decay > _LARGEST_DECAY else Cut.decay
+        problems.append(f"--decay: given {cut.decay}; allowed: above 0, up to {_LARGEST_DECAY}; nearest: {least}")
     if not 1 <= cut.mean_recurrence <= cut.max_loops:
         problems.append(f"--mean-recurrence: given {cut.mean_recurrence}; allowed: 1 to --max-loops = {cut.max_loops}")
     if problems:

@@ -13,19 +13,20 @@ from mythos_ds.checkpoint import manifest
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.config.starting_model import model_section
+from mythos_ds.conversion.dense_source import FAMILIES, hf_weights
 from mythos_ds.conversion.fp8 import Dequantised
 from mythos_ds.conversion.hf_names import LEFT_OUT
 from mythos_ds.conversion.huggingface import mythos_config, mythos_source
 from mythos_ds.conversion.merge import merged_source, model_of, newest_tag
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel
 from mythos_ds.conversion.openmythos import read_openmythos
-from mythos_ds.conversion.retrofit import FAMILIES, Cut, Retrofitted, describe, retrofit_config
+from mythos_ds.conversion.retrofit import Cut, Retrofitted, describe, retrofit_config
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.io import read_json
 from mythos_ds.weights.built_in import BUILT_IN, model_path
 from mythos_ds.weights.checksums import require_whole
 from mythos_ds.weights.model_folder import CONFIG, read_config
-from mythos_ds.weights.pickled import PICKLES, open_weights
+from mythos_ds.weights.pickled import PICKLES
 from mythos_ds.weights.reader import StartingWeights, TensorFolder, TensorSource, TensorSpec
 from mythos_ds.weights.writer import CHECKSUMS, checksum
 
@@ -90,7 +91,7 @@ def _opened(
         source, own, _ = read_openmythos(path, allow_pickle=allow_pickle)
         return kind, WholeModel(source, own, None, ROUTER_BUFFERS), own, []
     hf = read_json(path / CONFIG)
-    weights = open_weights(path, allow_pickle=allow_pickle)
+    weights = hf_weights(path, allow_pickle=allow_pickle)
     if kind == "mythos":
         source, own = mythos_source(Dequantised(weights) if "quantization_config" in hf else weights, hf)
         return "hf", source, own, []

@@ -74,7 +74,7 @@ def _dequantise(packages: Path, target: Path) -> None:
     folder, file = str(packages / _GGUF[0]), _GGUF[1]
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in (_END_OF_DOCUMENT, _END_OF_ANSWER)}
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (_END_OF_DOCUMENT, _END_OF_ANSWER)}
     tokenizer.eos_token = _END_OF_DOCUMENT
     dropped = ("quantization_config", "_name_or_path")
     config = {name: value for name, value in model.config.to_dict().items() if name not in dropped}
