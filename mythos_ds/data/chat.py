@@ -32,30 +32,12 @@ def encode_chat(
             '"chat_template" in tokenizer_config.json'
         )
     try:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         from mythos_hf.tokenization_mythos import ChatMarks
     except ImportError as error:
         raise DataError("chat templates need an extra: pip install 'mythos_ds[hf]'") from error
-    named: dict[str, Any] = {
-        f"{kind}_token": tokenizer.companions.named(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")
-    }
-    by_id = {number: token for token, number in tokenizer.special_tokens.items()}
-    named["eos_token"] = named["eos_token"] or by_id.get(tokenizer.eos_id)
-    named["bos_token"] = named["bos_token"] or tokenizer.begin_token()
 
     def render(conversation: Any, given_tools: Any) -> str:
-        try:
-            made: Any = render_jinja_template(
-                conversations=[conversation],
-                tools=given_tools,
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                **{name: token for name, token in named.items() if token is not None},
-            )
-        except Exception as error:  # what a template does is its author's
-            raise DataError(f"{tokenizer.path}: its chat template does not take these messages ({error})") from None
-        return str(made[0][0])
+        return _rendered(tokenizer, template, conversation, given_tools, add_generation_prompt=add_generation_prompt)
 
     written = [symbol for symbol in tokenizer.symbols() if symbol in template and not symbol.isspace()]
     known = tokenizer.symbols() | tokenizer.special_tokens
@@ -76,6 +58,31 @@ def encode_chat(
         for piece in rest:
             ids += tokenizer.encode_on(piece)
     return ids
+
+
+def _rendered(
+    tokenizer: Tokenizer, template: str, conversation: Any, tools: Any, *, add_generation_prompt: bool
+) -> str:
+    """The text that a template makes of a conversation. Raises DataError for one that it does not take."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    named: dict[str, Any] = {
+        f"{kind}_token": tokenizer.companions.named(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")
+    }
+    by_id = {number: token for token, number in tokenizer.special_tokens.items()}
+    named["eos_token"] = named["eos_token"] or by_id.get(tokenizer.eos_id)
+    named["bos_token"] = named["bos_token"] or tokenizer.begin_token()
+    try:
+        made: Any = render_jinja_template(
+            conversations=[conversation],
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            **{name: token for name, token in named.items() if token is not None},
+        )
+    except Exception as error:  # what a template does is its author's
+        raise DataError(f"{tokenizer.path}: its chat template does not take these messages ({error})") from None
+    return str(made[0][0])
 
 
 def read_messages(path: Path) -> list[Message]:

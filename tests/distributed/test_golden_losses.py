@@ -16,8 +16,9 @@ from tests.golden.tokens import TOKENS, write_tokens
 from tests.helpers.paths import ROOT
 
 DEFAULT = ("1t", "tiny")
-SAME_TORCH, OTHER_TORCH = 1e-5, 1e-3
-"""Relative tolerances: with the torch that recorded, and with any other."""
+SAME, OTHER = 1e-5, 1e-3
+"""Relative tolerances: with the torch that recorded, and with any other. Losses ask for the same version; gradient
+norms, which a choice between two nearly equal experts moves a thousand times as far, for the same build of it."""
 MAX_TOKEN_BYTES = 200_000
 
 
@@ -25,22 +26,29 @@ def recorded() -> dict[str, Any]:
     return json.loads(LOSSES.read_text())
 
 
+def version(torch_build: str) -> str:
+    """2.13.0 of 2.13.0+cpu."""
+    return torch_build.partition("+")[0]
+
+
 @pytest.mark.parametrize(
     "preset", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in names()]
 )
 def test_a_preset_trains_as_recorded(preset: str, tmp_path: Path) -> None:
     expected = recorded()
-    tolerance = SAME_TORCH if torch.__version__.split("+")[0] == expected["torch"] else OTHER_TORCH
+    same_build = torch.__version__ == expected["torch"]
+    same_version = version(torch.__version__) == version(expected["torch"])
+    tolerances = {"loss": SAME if same_version else OTHER, "grad_norm": SAME if same_build else OTHER}
     found = record(preset, tmp_path)
     assert found.keys() == expected["runs"][preset].keys()
     for name, values in expected["runs"][preset].items():
-        assert found[name] == pytest.approx(values, rel=tolerance), f"{preset}: {name}"
+        assert found[name] == pytest.approx(values, rel=tolerances[name]), f"{preset}: {name}"
 
 
 def test_every_preset_is_recorded_with_the_torch_that_is_installed_by_default() -> None:
     expected = recorded()
     assert sorted(expected["runs"]) == names()
-    assert f"TORCH ?= torch=={expected['torch']}\n" in (ROOT / "Makefile").read_text()
+    assert f"TORCH ?= torch=={version(expected['torch'])}\n" in (ROOT / "Makefile").read_text()
     for preset, metrics in expected["runs"].items():
         assert all(len(values) == STEPS for values in metrics.values()), preset
         assert metrics["loss"][-1] < 0.9 * metrics["loss"][0], f"{preset}: learns"

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"{unknown[0]}: no preset with a golden run; allowed: {', '.join(names())}\n")
         return 2
     recorded: dict[str, Any] = json.loads(LOSSES.read_text()) if arguments and LOSSES.exists() else {"runs": {}}
-    recorded["torch"] = torch.__version__.split("+")[0]
+    recorded["torch"] = torch.__version__
     for preset in arguments or names():
         with tempfile.TemporaryDirectory() as folder:
             recorded["runs"][preset] = record(preset, Path(folder))

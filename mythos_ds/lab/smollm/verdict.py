@@ -11,7 +11,7 @@ Results = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Line:
+class Claim:
     """A figure. most: what it may be at most; None where it is only reported."""
 
     name: str
@@ -40,18 +40,18 @@ _CONTROL = "the source trained on equal tokens"
 HEAD = ["figure (losses in nats per token)", "measured", "asked", ""]
 
 
-def difference(name: str, own: tuple[Results, int], other: tuple[Results, int], most: float | None) -> Line:
+def difference(name: str, own: tuple[Results, int], other: tuple[Results, int], most: float | None) -> Claim:
     """One loss less another, on the same text; each an evaluation and a loop count."""
     (first, loops), (second, others) = own, other
     assert first["text"] == second["text"], "losses of different texts"
     mean, error = paired(first["sequences"][str(loops)], second["sequences"][str(others)])
-    return Line(name, mean, error, most)
+    return Claim(name, mean, error, most)
 
 
-def lines(results: Results) -> list[Line]:
+def lines(results: Results) -> list[Claim]:
     """The figures of the recipe itself."""
     untrained, trained = results["untrained"], results["trained"]
-    found = [Line("untrained, 1 loop: largest difference to the source's logits", results["source"]["difference"],
+    found = [Claim("untrained, 1 loop: largest difference to the source's logits", results["source"]["difference"],
                   None, 1e-3)]  # fmt: skip
     for loops in (2, 4):
         name = f"untrained: {loops} loops less 1 loop"
@@ -62,11 +62,11 @@ def lines(results: Results) -> list[Line]:
     found.append(difference("trained: 2 loops less the untrained source", (trained, 2), (untrained, 1), None))
     for chat in results["chat"]:
         differ = sum(a != b for a, b in zip(chat["ours"], chat["export"], strict=True))
-        found.append(Line(f"chat, {chat['loops']} loops: tokens of the export that differ", differ, None, 0.0))
+        found.append(Claim(f"chat, {chat['loops']} loops: tokens of the export that differ", differ, None, 0.0))
     return found
 
 
-def full_lines(results: Results) -> list[Line]:
+def full_lines(results: Results) -> list[Claim]:
     """The figures of the comparisons: seeds, controls, and what not to do."""
     pairs = [("trained", "control"), ("trained_1", "control_1")]
     seeds = [
@@ -78,7 +78,7 @@ def full_lines(results: Results) -> list[Line]:
     negative, untrained = results["negative"], results["negative_untrained"]
     return [
         *seeds,
-        Line(f"mean of the seeds: 2 loops less {_CONTROL}", mean, error, 0.0),
+        Claim(f"mean of the seeds: 2 loops less {_CONTROL}", mean, error, 0.0),
         difference("2 loops less the source trained at equal compute (the loop is expected to lose)",
                    (results["trained"], 2), (results["control_compute"], 1), None),
         difference("10 + 10 + 10, A 0.447, untrained: 4 loops less 1 loop", (untrained, 4), (untrained, 1), None),

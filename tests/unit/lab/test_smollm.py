@@ -14,7 +14,7 @@ from mythos_ds.errors import LabError
 from mythos_ds.lab.smollm.checks import source_difference
 from mythos_ds.lab.smollm.source import make_source, require_source
 from mythos_ds.lab.smollm.steps import Steps
-from mythos_ds.lab.smollm.verdict import Line, draw, full_lines, lines
+from mythos_ds.lab.smollm.verdict import Claim, draw, full_lines, lines
 from mythos_ds.weights.pickled import open_weights
 from mythos_ds.weights.writer import write_tensors
 from tests.helpers.paths import ROOT
@@ -75,7 +75,7 @@ def test_an_answer_that_differs_is_a_miss() -> None:
     results = _results()
     results["chat"][1]["export"] = [1, 9, 3]
     assert [(line.measured, line.held) for line in lines(results)[-2:]] == [(0, True), (1, False)]
-    assert Line("x", float("nan"), None, 0.0).held is False
+    assert Claim("x", float("nan"), None, 0.0).held is False
 
 
 def test_a_step_is_done_once_and_says_why_it_failed(tmp_path: Path) -> None:
