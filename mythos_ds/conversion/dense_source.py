@@ -51,6 +51,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "qk_layernorm": (False,),
     "use_logn_attn": (False,),
     "use_dynamic_ntk": (False,),
+    "use_mrope": (False,),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "n_routed_experts": (0,),

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from mythos_ds.config.rules.model import nearest_divisors
+from mythos_ds.config.rules.model import head_dim, kv_heads, loop_embedding_width, nearest_divisors
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.dense_source import layer_problems, model_fields, source_problems, value_of
 from mythos_ds.conversion.hf_names import LAYER_NORMS
@@ -125,19 +126,28 @@ def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
         problems.append(f"--mean-recurrence: given {cut.mean_recurrence}; allowed: 1 to --max-loops = {cut.max_loops}")
     if problems:
         raise ConfigError(problems)
-    return ModelConfig(
-        **model_fields(source),
-        prelude_layers=cut.prelude,
-        recurrent_layers=cut.recurrent,
-        coda_layers=cut.coda,
-        max_loops=cut.max_loops,
-        mean_recurrence=cut.mean_recurrence,
-        n_experts=n,
-        n_experts_per_tok=k,
-        expert_dim=hidden // g,
-        route_scale=float(g),
-        prelude_norm=False,
-    )
+    try:
+        config = ModelConfig(
+            **model_fields(source),
+            prelude_layers=cut.prelude,
+            recurrent_layers=cut.recurrent,
+            coda_layers=cut.coda,
+            max_loops=cut.max_loops,
+            mean_recurrence=cut.mean_recurrence,
+            n_experts=n,
+            n_experts_per_tok=k,
+            expert_dim=hidden // g,
+            route_scale=float(g),
+            prelude_norm=False,
+        )
+    except ValidationError as error:
+        wrong = [f"model.{item['loc'][0]}: {item['msg']}, given {item['input']!r}" for item in error.errors()]
+        raise ConfigError(["config.json: not a model that can be made here:", *wrong]) from None
+    broken = {"head_dim": head_dim(config), "num_key_value_heads": kv_heads(config)}
+    broken["hidden_size"] = loop_embedding_width(config)
+    if wrong := [f"config.json: {key}: {message}" for key, message in broken.items() if message is not None]:
+        raise ConfigError(wrong)
+    return config
 
 
 def context_of(source: Mapping[str, Any], cut: Cut) -> int:

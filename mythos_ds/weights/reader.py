@@ -86,7 +86,8 @@ def whole_set(folder: Path, stem: str, ending: str) -> list[str]:
     """The names of the files STEM-00001-of-0000N.ENDING in `folder`, all N; none where there is no such file. Raises
     CheckpointError where some are missing, or files of two sets are there."""
     pattern = re.compile(rf"{re.escape(stem)}-(\d+)-of-(\d+){re.escape(ending)}")
-    found = [match for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
+    files = folder.iterdir() if folder.is_dir() else ()
+    found = [match for path in files if (match := pattern.fullmatch(path.name))]
     if not found:
         return []
     totals = sorted({match.group(2) for match in found})

@@ -159,6 +159,9 @@ def test_a_cut_that_does_not_fit_is_refused(change: dict[str, Any], message: str
         ({"hidden_act": "gelu"}, "hidden_act: given 'gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size: missing"),
+        ({"vocab_size": 1}, "model.vocab_size: Input should be .*, given 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 given; allowed: divisors of n_heads = 4"),
+        ({"head_dim": 7}, "head_dim: 7 given; allowed: even numbers"),
     ],
 )
 def test_a_source_that_cannot_be_expressed_is_refused(change: dict[str, Any], message: str) -> None:
