@@ -63,6 +63,7 @@ class MythosConfig(PreTrainedConfig):
     qk_norm_span: str = "head"
     attention_biases: str = "none"
     norm_placement: str = "before"
+    no_rope_layers: list[int] | None = None
     q_lora_rank: int | None = None
     kv_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -124,6 +125,7 @@ class MythosConfig(PreTrainedConfig):
         kinds = _ROPE_TYPES if self.attention_type == "gqa" else _ROPE_TYPES[:1]
         if self.rope_parameters.get("rope_type", "default") not in kinds:
             raise ValueError(f"rope_parameters: given {self.rope_parameters}; allowed: rope_type {', '.join(kinds)}")
+        self.no_rope_layers = self.no_rope_layers or []
         self._follow_loops()
         super().__post_init__(**kwargs)
 

@@ -92,9 +92,10 @@ class MythosRMSNorm(nn.Module):
 class MythosAttention(nn.Module):
     """Grouped-query or multi-head latent attention; `slot` says which cache entry belongs to this call."""
 
-    def __init__(self, config: MythosConfig):
+    def __init__(self, config: MythosConfig, index: int):
         super().__init__()
         self.config, self.layer_idx, self.is_causal, self.attention_dropout = config, 0, True, 0.0
+        self.rotates = index not in filled(config.no_rope_layers)
         self.head_dim = filled(config.head_dim)
         self.scaling = self.head_dim**-0.5
         heads, kv_heads, dim = config.num_attention_heads, filled(config.num_key_value_heads), config.hidden_size
@@ -147,8 +148,9 @@ class MythosAttention(nn.Module):
             q, k = (x if self.config.qk_norm_span == "all" else x.view(shape) for x in (q, k))
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.view(shape), k.view(shape)
-        interleaved = self.config.rope_interleaved
-        return rotate(q, tables, interleaved), rotate(k, tables, interleaved), v
+        if self.rotates:
+            q, k = (rotate(x, tables, self.config.rope_interleaved) for x in (q, k))
+        return q, k, v
 
     def _latent(self, x: Tensor, tables) -> tuple[Tensor, Tensor, Tensor]:
         heads, interleaved = self.config.num_attention_heads, self.config.rope_interleaved
@@ -253,12 +255,13 @@ class MythosMoE(nn.Module):
 
 
 class MythosLayer(nn.Module):
-    """A layer: dense outside the loop (loop=None), with experts and an fp32 stream inside."""
+    """A layer: dense outside the loop (loop=None), with experts and an fp32 stream inside; `index` counts through
+    prelude, block and coda."""
 
-    def __init__(self, config: MythosConfig, looped: bool):
+    def __init__(self, config: MythosConfig, looped: bool, index: int):
         super().__init__()
         add_norms(self, config)
-        self.self_attn = MythosAttention(config)
+        self.self_attn = MythosAttention(config, index)
         self.mlp = MythosMoE(config) if looped else MythosMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, context: MythosContext, slot: int, loop: int | None = None) -> Tensor:
@@ -356,7 +359,8 @@ class MythosRecurrentBlock(nn.Module):
         self.loop_embedding = MythosLoopEmbedding(config) if config.loop_embedding != "none" else None
         self.lora = MythosLoRA(config) if config.lora_rank else None
         self.norm = MythosRMSNorm(config.hidden_size, config.rms_norm_eps) if config.injection == "post" else None
-        own = layers or [MythosLayer(config, looped=True) for _ in range(config.num_recurrent_layers)]
+        first, count = config.num_prelude_layers, config.num_recurrent_layers
+        own = layers or [MythosLayer(config, looped=True, index=first + i) for i in range(count)]
         self.layers = nn.ModuleList(own)
 
     def run_layers(self, x: Tensor, loop: int, context: Any) -> Tensor:
@@ -432,10 +436,12 @@ class MythosModel(MythosPreTrainedModel):
         super().__init__(config)
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, dim)
-        self.prelude = nn.ModuleList([MythosLayer(config, looped=False) for _ in range(config.num_prelude_layers)])
+        prelude, coda = config.num_prelude_layers, config.num_coda_layers
+        self.prelude = nn.ModuleList([MythosLayer(config, looped=False, index=i) for i in range(prelude)])
         self.prelude_norm = MythosRMSNorm(dim, eps) if config.prelude_norm else None
         self.recurrent = MythosRecurrentBlock(config)
-        self.coda = nn.ModuleList([MythosLayer(config, looped=False) for _ in range(config.num_coda_layers)])
+        last = prelude + config.num_recurrent_layers
+        self.coda = nn.ModuleList([MythosLayer(config, looped=False, index=last + i) for i in range(coda)])
         self.norm = MythosRMSNorm(dim, eps)
         self.post_init()
 

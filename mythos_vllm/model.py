@@ -42,8 +42,8 @@ def routed(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize:
 class LoopedAttention(MythosAttention):
     """Attention of one layer, with a cache for each loop it runs in."""
 
-    def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str, slots: list[int]):
-        super().__init__(config)
+    def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str, slots: list[int], index: int):
+        super().__init__(config, index)
         above = prefix.rsplit("model.", 1)[0]
         self.attn = nn.ModuleList(
             Attention(
@@ -105,12 +105,14 @@ class LoopedExperts(nn.Module):
 
 
 class Layer(nn.Module):
-    """A dense layer with one slot, or a looped one with a slot per loop."""
+    """A dense layer with one slot, or a looped one with a slot per loop; `index` counts through the model."""
 
-    def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str, slots: list[int], looped: bool):
+    def __init__(
+        self, config: MythosConfig, vllm_config: VllmConfig, prefix: str, slots: list[int], looped: bool, index: int
+    ):
         super().__init__()
         add_norms(self, config)
-        self.self_attn = LoopedAttention(config, vllm_config, prefix, slots)
+        self.self_attn = LoopedAttention(config, vllm_config, prefix, slots, index)
         self.looped = looped
         dim, hidden = config.hidden_size, config.intermediate_size
         self.mlp = LoopedExperts(config, f"{prefix}.mlp") if looped else MythosMLP(dim, hidden)
@@ -132,6 +134,7 @@ class RecurrentBlock(MythosRecurrentBlock):
                 f"{prefix}.layers.{index}",
                 [first + loop * count + index for loop in range(filled(config.n_loops))],
                 looped=True,
+                index=config.num_prelude_layers + index,
             )
             for index in range(count)
         ]
@@ -159,8 +162,10 @@ class Model(nn.Module):
         self.norm = MythosRMSNorm(dim, eps)
 
     def _dense(self, vllm_config: VllmConfig, name: str, count: int, first: int) -> nn.ModuleList:
+        before = self.config.num_prelude_layers + self.config.num_recurrent_layers if name == "coda" else 0
         return nn.ModuleList(
-            Layer(self.config, vllm_config, f"model.{name}.{i}", [first + i], looped=False) for i in range(count)
+            Layer(self.config, vllm_config, f"model.{name}.{i}", [first + i], looped=False, index=before + i)
+            for i in range(count)
         )
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:

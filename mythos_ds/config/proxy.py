@@ -5,7 +5,7 @@ from typing import Any
 
 from mythos_ds.config.layout import PipelineSize, expert_stage_size
 from mythos_ds.config.rules.check import BUILTIN_VOCABULARY
-from mythos_ds.config.schema import DatasetConfig, RunConfig
+from mythos_ds.config.schema import DatasetConfig, ModelConfig, RunConfig
 
 DIM = 64
 EXPERTS = 32
@@ -82,6 +82,8 @@ def _model_changes(config: RunConfig, pp_size: PipelineSize) -> dict[str, Any]:
         "expert_dim": _scaled(model.expert_dim, model.dim),
         "lora_rank": min(model.lora_rank, _LORA_RANK),
     }
+    if model.no_rope_layers:
+        changes["no_rope_layers"] = _without_rope(model, layers, changes["coda_layers"])
     if model.shared_expert_dim is not None:
         changes["shared_expert_dim"] = _scaled(model.shared_expert_dim, model.dim)
     if model.attn_type == "mla":
@@ -94,6 +96,14 @@ def _model_changes(config: RunConfig, pp_size: PipelineSize) -> dict[str, Any]:
         needed = -(-changes["n_experts_per_tok"] * groups // EXPERTS)
         changes.update(n_expert_groups=groups, n_limited_groups=max(needed, min(model.n_limited_groups, groups)))
     return changes
+
+
+def _without_rope(model: ModelConfig, prelude: int, coda: int) -> tuple[int, ...]:
+    """no_rope_layers of the model where it has so many layers in prelude and coda."""
+    loop, last = prelude, prelude + model.recurrent_layers
+    kept = [layer for layer in range(min(prelude, model.prelude_layers)) if not model.rotates("prelude", layer)]
+    kept += [loop + layer for layer in range(model.recurrent_layers) if not model.rotates("recurrent", layer)]
+    return (*kept, *(last + layer for layer in range(coda) if not model.rotates("coda", layer)))
 
 
 def _scaled(width: int, dim: int) -> int:

@@ -65,6 +65,9 @@ class ModelConfig(Section):
     rope_theta: float = Field(10000.0, gt=0)
     rope_interleaved: bool = Field(False, description="Rotate adjacent pairs instead of halves.")
     rope_scaling: RopeScaling | None = Field(None, description="GQA only: RoPE stretched to longer sequences.")
+    no_rope_layers: tuple[int, ...] = Field(
+        (), strict=False, description="GQA only: layers without RoPE, counted through prelude, block and coda from 0."
+    )
     norm_placement: Literal["before", "after"] = Field(
         "before", description="Norms of a layer: before attention and feed-forward, or on their output."
     )
@@ -110,6 +113,11 @@ class ModelConfig(Section):
     def resolved_output_std(self) -> float:
         """Standard deviation of the last matrix of a branch: zero, unless a norm behind it would undo that."""
         return self.resolved_init_std if self.norm_placement == "after" else 0.0
+
+    def rotates(self, part: Literal["prelude", "recurrent", "coda"], layer: int) -> bool:
+        """Whether layer `layer` of `part` has RoPE."""
+        before = {"prelude": 0, "recurrent": self.prelude_layers, "coda": self.prelude_layers + self.recurrent_layers}
+        return before[part] + layer not in self.no_rope_layers
 
     @property
     def resolved_head_dim(self) -> int:

@@ -104,25 +104,18 @@ def source_problems(source: Mapping[str, Any]) -> list[str]:
 
 def layer_problems(source: Mapping[str, Any], taken: Sequence[int], context: int) -> list[str]:
     """Why the layers here cannot compute those of the source that are `taken`, over `context` tokens."""
-    problems = []
-    unrotated = sorted(set(taken) & _unrotated(source))
-    if unrotated:
-        problems.append(
-            f"no_rope_layers: layer {unrotated[0]} has no RoPE ({len(unrotated)} of those taken); allowed: layers with "
-            "RoPE, such as all of a source whose no_rope_layers are 1"
-        )
     window = _window(source, taken)
-    if window is not None and window < context:
-        problems.append(
-            f"sliding_window: given {window}, shorter than the context of {context} tokens; attention here sees all of "
-            f"them; allowed: at least the context. For texts of up to {window} tokens: --context-length {window}"
-        )
-    return problems
+    if window is None or window >= context:
+        return []
+    return [
+        f"sliding_window: given {window}, shorter than the context of {context} tokens; attention here sees all of "
+        f"them; allowed: at least the context. For texts of up to {window} tokens: --context-length {window}"
+    ]
 
 
-def model_fields(source: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ModelConfig that say what a layer of the source computes."""
-    kind = source["model_type"]
+def model_fields(source: Mapping[str, Any], taken: Sequence[int]) -> dict[str, Any]:
+    """The fields of ModelConfig that say what the layers of the source that are `taken`, in order, compute."""
+    unrotated, kind = _unrotated(source), source["model_type"]
     theta, scaling = _rope(source)[0]
     biases = "qkv" if kind == "qwen2" else "all" if source.get("attention_bias") else "none"
     return {
@@ -137,6 +130,7 @@ def model_fields(source: Mapping[str, Any]) -> dict[str, Any]:
         "qk_norm_span": "all" if kind == "olmo2" else "head",
         "attention_biases": biases,
         "norm_placement": "after" if kind == "olmo2" else "before",
+        "no_rope_layers": tuple(place for place, layer in enumerate(taken) if layer in unrotated),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_embeddings": bool(value_of(source, "tie_word_embeddings")),

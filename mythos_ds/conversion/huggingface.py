@@ -29,6 +29,7 @@ FIELDS = {
     "coda_layers": "num_coda_layers", "max_loops": "max_loops", "mean_recurrence": "mean_recurrence",
     "attn_type": "attention_type", "n_heads": "num_attention_heads", "qk_norm": "qk_norm",
     "qk_norm_span": "qk_norm_span", "attention_biases": "attention_biases", "norm_placement": "norm_placement",
+    "no_rope_layers": "no_rope_layers",
     "q_lora_rank": "q_lora_rank", "kv_lora_rank": "kv_lora_rank", "qk_nope_head_dim": "qk_nope_head_dim",
     "qk_rope_head_dim": "qk_rope_head_dim", "v_head_dim": "v_head_dim", "rope_interleaved": "rope_interleaved",
     "n_experts": "n_routed_experts", "n_experts_per_tok": "num_experts_per_tok",
@@ -122,7 +123,8 @@ def hf_source(model_folder: Path, dtype: str) -> TensorSource:
 def hf_config(model_folder: Path, dtype: str) -> dict[str, Any]:
     """config.json of the Hugging Face folder."""
     config = _model_config(model_folder)
-    content = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    values = config.model_dump(mode="json")
+    content = {theirs: values[ours] for ours, theirs in FIELDS.items()}
     metadata = read_metadata(model_folder)
     grouped = config.attn_type == "gqa"
     content |= {

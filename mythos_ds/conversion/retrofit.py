@@ -98,7 +98,7 @@ class Cut:
 def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
     """The configuration of the model that `cut` makes of a Hugging Face config.json. Raises ConfigError, with every
     reason, for a source that cannot be expressed exactly."""
-    problems = source_problems(source)
+    problems, taken = source_problems(source), list[int]()
     if not problems:
         parts = cut.layers(int(source["num_hidden_layers"]))
         taken = [layer for part in ("prelude", "recurrent", "coda") for layer in parts[part]]
@@ -128,7 +128,7 @@ def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
         raise ConfigError(problems)
     try:
         config = ModelConfig(
-            **model_fields(source),
+            **model_fields(source, taken),
             prelude_layers=cut.prelude,
             recurrent_layers=cut.recurrent,
             coda_layers=cut.coda,

@@ -55,10 +55,10 @@ class GroupedQueryAttention(Attention[GroupedEntry]):
     """GQA (Ainslie et al. 2023), RoPE on whole heads, optional QK-norm (Henry et al. 2020) of each head or of all heads
     together (OLMo 2, arXiv 2501.00656), optional biases."""
 
-    def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
+    def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore, *, rotates: bool = True):
         super().__init__(core)
         dim, width, std = config.dim, config.resolved_head_dim, config.resolved_init_std
-        self.width = width
+        self.width, self.rotates = width, rotates
         queries, keys = config.n_heads * width, config.resolved_kv_heads * width
         biased = config.attention_biases != "none"
         self.q = Linear(dim, queries, init.at("q"), std, biased=biased)
@@ -70,17 +70,17 @@ class GroupedQueryAttention(Attention[GroupedEntry]):
         self.k_norm = RMSNorm(keys if self.norms_all else width, config.norm_eps) if config.qk_norm else None
 
     def make_entry(self, x: Tensor, context: ForwardContext) -> GroupedEntry:
-        k = self._heads(self.k(x), self.k_norm)
-        return GroupedEntry(context.rotary.rotate(k), self.v(x).unflatten(-1, (-1, self.width)))
+        return GroupedEntry(self._heads(self.k(x), self.k_norm, context), self.v(x).unflatten(-1, (-1, self.width)))
 
-    def _heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
-        """Queries or keys [batch, seq, heads * width] in heads, normed."""
+    def _heads(self, x: Tensor, norm: RMSNorm | None, context: ForwardContext) -> Tensor:
+        """Queries or keys [batch, seq, heads * width] in heads, normed and rotated."""
         x = norm(x) if norm is not None and self.norms_all else x
         x = x.unflatten(-1, (-1, self.width))
-        return x if norm is None or self.norms_all else norm(x)
+        x = x if norm is None or self.norms_all else norm(x)
+        return context.rotary.rotate(x) if self.rotates else x
 
     def attend(self, x: Tensor, entry: GroupedEntry, context: ForwardContext) -> Tensor:
-        q = context.rotary.rotate(self._heads(self.q(x), self.q_norm))
+        q = self._heads(self.q(x), self.q_norm, context)
         out = self.core(q, entry.k, entry.v, scale=self.width**-0.5, documents=context.documents)
         return self.o(out.flatten(-2))
 
@@ -122,11 +122,11 @@ class MultiHeadLatentAttention(Attention[LatentEntry]):
         return self.o(self.core(q, k, v, scale=scale, documents=context.documents).flatten(-2))
 
 
-def make_attention(config: ModelConfig, init: Initializer, core: AttentionCore) -> Attention[Any]:
-    """Builds the attention that `config.attn_type` names."""
+def make_attention(config: ModelConfig, init: Initializer, core: AttentionCore, *, rotates: bool) -> Attention[Any]:
+    """Builds the attention that `config.attn_type` names; `rotates`: with RoPE, which MLA always has."""
     if config.attn_type == "mla":
         return MultiHeadLatentAttention(config, init, core)
-    return GroupedQueryAttention(config, init, core)
+    return GroupedQueryAttention(config, init, core, rotates=rotates)
 
 
 def rotary_width(config: ModelConfig) -> int:

@@ -28,10 +28,10 @@ class DenseLayer(nn.Module):
     [batch, seq, dim] -> [batch, seq, dim].
     """
 
-    def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore):
+    def __init__(self, config: ModelConfig, init: Initializer, core: AttentionCore, *, rotates: bool = True):
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attn = make_attention(config, init.at("attn"), core)
+        self.attn = make_attention(config, init.at("attn"), core, rotates=rotates)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         stds = config.resolved_init_std, config.resolved_output_std
         self.ffn = FeedForward(config.dim, config.ffn_dim, init.at("ffn"), *stds)
@@ -53,7 +53,7 @@ class RecurrentLayer(nn.Module):
     ):
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attn = make_attention(config, init.at("attn"), core)
+        self.attn = make_attention(config, init.at("attn"), core, rotates=config.rotates("recurrent", layer))
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.moe = moe_factory(config, init.at("moe"), layer=layer)
         self.norms_after = config.norm_placement == "after"

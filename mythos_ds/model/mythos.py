@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class MythosModel(nn.Module):
         self.config, self.part = config, part
         if part.embeds or (part.predicts and config.tie_embeddings):
             self.embed = Embedding(config.vocab_size, config.dim, init.at("embed"), config.embedding_std)
-        self.prelude = _dense_layers(config, init.at("prelude"), attention_core, part.prelude)
+        self.prelude = _dense_layers(config, init, attention_core, "prelude", part.prelude)
         self.prelude_norm = RMSNorm(config.dim, config.norm_eps) if config.prelude_norm and part.loops else None
         self.recurrent = RecurrentBlock(
             config,
@@ -68,7 +69,7 @@ class MythosModel(nn.Module):
             moe_factory=moe_factory,
             checkpoint_loops=checkpoint_loops,
         )
-        self.coda = _dense_layers(config, init.at("coda"), attention_core, part.coda)
+        self.coda = _dense_layers(config, init, attention_core, "coda", part.coda)
         if part.predicts:
             self.norm = RMSNorm(config.dim, config.norm_eps)
             tied = self.embed.weight if config.tie_embeddings else None
@@ -229,6 +230,13 @@ class MythosModel(nn.Module):
 
 
 def _dense_layers(
-    config: ModelConfig, init: Initializer, core: AttentionCore, indices: tuple[int, ...]
+    config: ModelConfig,
+    init: Initializer,
+    core: AttentionCore,
+    name: Literal["prelude", "coda"],
+    indices: tuple[int, ...],
 ) -> nn.ModuleDict:
-    return nn.ModuleDict({str(i): DenseLayer(config, init.at(i), core) for i in indices})
+    own = init.at(name)
+    return nn.ModuleDict(
+        {str(i): DenseLayer(config, own.at(i), core, rotates=config.rotates(name, i)) for i in indices}
+    )

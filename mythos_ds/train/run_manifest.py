@@ -127,7 +127,8 @@ def _other_weights(manifest: RunManifest, wanted: RunManifest) -> list[str]:
 
 def _added_later() -> dict[str, Any]:
     """What a key of the model meant before there was such a key: its default."""
-    return {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
+    defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
 
 
 def _refuse(problems: list[str]) -> None:

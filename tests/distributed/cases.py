@@ -32,6 +32,7 @@ DENSE: dict[str, Any] = {
     "attn_type": "gqa", "n_kv_heads": 1, "head_dim": 16, "kv_lora_rank": None, "q_lora_rank": None,
     "qk_nope_head_dim": None, "qk_rope_head_dim": None, "v_head_dim": None, "attention_biases": "all", "qk_norm": True,
     "qk_norm_span": "all", "norm_placement": "after", "rope_theta": 50.0, "embedding_std": 0.5,
+    "no_rope_layers": [1],
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0},
 }  # fmt: skip
 """A model with all that families of dense models add: biases, norms over all heads and after, stretched RoPE."""

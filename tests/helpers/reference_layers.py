@@ -124,11 +124,20 @@ def gqa(params: Params, prefix: str, config: ModelConfig, x: Tensor, inputs: Inp
     if config.qk_norm and config.qk_norm_span == "head":
         query = rms_norm(query, config.norm_eps, params[f"{prefix}.q_norm.weight"])
         key = rms_norm(key, config.norm_eps, params[f"{prefix}.k_norm.weight"])
-    query = rope(query, inputs.positions, config)
-    key, value = kv_hook((rope(key, inputs.positions, config), value))
+    if has_rope(prefix, config):
+        query, key = rope(query, inputs.positions, config), rope(key, inputs.positions, config)
+    key, value = kv_hook((key, value))
     key = key.repeat_interleave(heads // kv_heads, dim=2)
     value = value.repeat_interleave(heads // kv_heads, dim=2)
     return affine(params, f"{prefix}.o", attend(query, key, value, inputs.visible, d**-0.5))
+
+
+def has_rope(prefix: str, config: ModelConfig) -> bool:
+    """Whether the layer of e.g. "coda.1.attn" is not among those listed without."""
+    part, number = prefix.split(".")[0], int(prefix.split(".")[-2])
+    order = {"prelude": config.prelude_layers, "recurrent": config.recurrent_layers, "coda": config.coda_layers}
+    before = sum(list(order.values())[: list(order).index(part)])
+    return before + number not in config.no_rope_layers
 
 
 def affine(params: Params, name: str, x: Tensor) -> Tensor:

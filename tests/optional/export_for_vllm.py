@@ -13,7 +13,7 @@ LATENT = {
 }  # fmt: skip
 DENSE = {
     **GQA, "dim": 64, "vocab_size": 512, "head_dim": 32, "n_experts": 16, "attention_biases": "all", "qk_norm": True,
-    "qk_norm_span": "all", "norm_placement": "after", "rope_theta": 500.0,
+    "qk_norm_span": "all", "norm_placement": "after", "rope_theta": 500.0, "no_rope_layers": [1],
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ MINIMUM_DEEP_SHARE = 0.01
 MUON_MAX_PARAMETERS = 10e9
 _MLA_NEEDED = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _MLA_ONLY = (*_MLA_NEEDED, "q_lora_rank")
-_GQA_ONLY = ("n_kv_heads", "head_dim", "attention_biases")
+_GQA_ONLY = ("n_kv_heads", "head_dim", "attention_biases", "no_rope_layers")
 _ADAM_ONLY = ("beta1", "beta2", "eps")
 
 
@@ -358,6 +358,7 @@ RULES: tuple[Rule, ...] = (
     ),
     *_no_effect(("qk_norm_span",), "model", "unless qk_norm is true", lambda c: not c.model.qk_norm),
     _model("rope_scaling", model_rules.rope_scaling),
+    _model("no_rope_layers", model_rules.no_rope_layers),
     _model("n_kv_heads", model_rules.kv_heads),
     _model("head_dim", model_rules.head_dim),
     _model("qk_rope_head_dim", model_rules.rope_dim),

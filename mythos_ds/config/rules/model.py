@@ -80,6 +80,14 @@ def scaling_problem(scaling: RopeScaling) -> str | None:
     return f"{scales[0]} has no effect alone; allowed: mscale and mscale_all_dim together" if len(scales) == 1 else None
 
 
+def no_rope_layers(model: ModelConfig) -> str | None:
+    n_layers, given = model.prelude_layers + model.recurrent_layers + model.coda_layers, list(model.no_rope_layers)
+    if given == sorted(set(given)) and all(0 <= layer < n_layers for layer in given):
+        return None
+    nearest = sorted({layer for layer in given if 0 <= layer < n_layers})
+    return f"{given} given; allowed: rising numbers from 0 to {n_layers - 1}; nearest: {nearest}"
+
+
 def rope_dim(model: ModelConfig) -> str | None:
     width = model.qk_rope_head_dim
     if width is None or width % 2 == 0:

@@ -68,6 +68,8 @@ PER_SEQUENCE = ["training.depth_per=sequence"]
         (["model.max_loops=64"], "model.max_loops", "go beyond max_loops / 2"),
         (["model.discretisation=direct"], "model.discretisation", '"euler" or "zoh"'),
         (["model.dim=129", "model.head_dim=32"], "model.dim", "multiples of 2"),
+        ([*MLA, "model.no_rope_layers=[0]"], "model.no_rope_layers", "no effect"),
+        (["model.no_rope_layers=[2,0,3]"], "model.no_rope_layers", "from 0 to 2; nearest: [0, 2]"),
         ([*MLA, "model.attention_biases=qkv"], "model.attention_biases", "no effect"),
         (["model.qk_norm=false", "model.qk_norm_span=all"], "model.qk_norm_span", "no effect unless qk_norm"),
         ([*MLA, *LINEAR], "model.rope_scaling", 'attn_type "mla": null'),
@@ -209,6 +211,14 @@ def test_proxy_keeps_structure_and_resolves(name, world):
     changed = {line.split(":")[1].strip() for line in lines}
     assert "model.dim" in changed
     assert all(" -> " in line or "removed" in line for line in lines)
+
+
+def test_proxy_keeps_which_layers_have_no_rope():
+    """A proxy has one layer before the loop and one after it."""
+    sizes = ["model.prelude_layers=3", "model.recurrent_layers=2", "model.coda_layers=3"]
+    for given, expected in (([0, 3, 6], (0, 1)), ([2, 4, 5], (2, 3))):
+        config = load_config("tiny", [*sizes, f"model.no_rope_layers={given}"]).config
+        assert make_proxy(config, 1)[0].model.no_rope_layers == expected
 
 
 def test_proxy_of_group_limited_routing_and_overrides():

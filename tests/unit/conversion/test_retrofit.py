@@ -155,7 +155,10 @@ def test_a_cut_that_does_not_fit_is_refused(change: dict[str, Any], message: str
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 7},
             "sliding_window: given 32",
         ),
-        ({"model_type": "smollm3"}, "no_rope_layers: layer 7 has no RoPE"),
+        (
+            {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 32},
+            "sliding_window: given 32",  # in the layers without RoPE
+        ),
         ({"hidden_act": "gelu"}, "hidden_act: given 'gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size: missing"),
@@ -176,10 +179,10 @@ def test_a_source_that_cannot_be_expressed_is_refused(change: dict[str, Any], me
         {"model_type": "mistral", "max_position_embeddings": 4096},
         {"model_type": "qwen2", "sliding_window": 32},
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 8},
-        {"model_type": "smollm3", "no_rope_layers": [1, 1, 0, 0, 1, 1, 1, 1]},  # those without are dropped
+        {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 32, "no_rope_layers": [1] * 8},
     ],
 )
-def test_a_window_or_a_layer_without_rope_that_changes_nothing_is_taken(change: dict[str, Any]) -> None:
+def test_a_window_that_changes_nothing_is_taken(change: dict[str, Any]) -> None:
     retrofit_config({**_SIZES, **change}, CUT)
     windowed = {**_SIZES, "model_type": "mistral", "sliding_window": 32}
     retrofit_config(windowed, replace(CUT, context_length=32))
@@ -191,7 +194,8 @@ def test_absent_keys_mean_what_they_mean_to_transformers() -> None:
         known = transformers.AutoConfig.for_model(kind, **kept)
         source = {**kept, "model_type": kind, "rms_norm_eps": known.rms_norm_eps}
         del source["max_position_embeddings"]
-        fields = model_fields({**source, "num_attention_heads": 32})
+        fields = model_fields({**source, "num_attention_heads": 32}, range(8))
+        assert fields["no_rope_layers"] == ((3, 7) if kind == "smollm3" else ())
         assert (
             fields["n_kv_heads"] == transformers.AutoConfig.for_model(kind, num_attention_heads=32).num_key_value_heads
         )
@@ -205,7 +209,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers() -> None:
 def test_original_lengths_are_found_where_transformers_finds_them() -> None:
     rope = {"type": "yarn", "factor": 4.0, "mscale": 0.0, "beta_fast": None}
     for extra, length in (({}, 64), ({"original_max_position_embeddings": 16}, 16)):
-        scaling = model_fields({**_SIZES, "model_type": "llama", "rope_scaling": rope, **extra})["rope_scaling"]
+        scaling = model_fields({**_SIZES, "model_type": "llama", "rope_scaling": rope, **extra}, ())["rope_scaling"]
         assert scaling == RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=length)
 
 

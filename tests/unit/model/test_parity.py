@@ -34,6 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], int, int | None]] = {
     "linear_rope": ({"rope_scaling": RopeScaling(rope_type="linear", factor=3.0)}, 3, None),
     "llama3_rope": ({"rope_scaling": LLAMA3, "rope_theta": 50.0}, 3, None),
     "yarn_rope": ({"rope_scaling": YARN, "rope_theta": 50.0, "rope_interleaved": True}, 3, None),
+    "no_rope": ({"no_rope_layers": (0, 2, 4), "prelude_layers": 2}, 3, None),
     "mla": (MLA, 4, 2),
     "mla_full_query": ({**MLA, "q_lora_rank": None}, 3, None),
     "mla_interleaved": ({**MLA, "rope_interleaved": True}, 3, None),

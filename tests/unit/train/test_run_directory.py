@@ -133,7 +133,7 @@ def test_a_key_that_was_added_since_means_its_default():
     """A run of an older version goes on, unless the new key is set to something else."""
     first = manifest()
     model = dict(first.pinned["model"])
-    for key in ("attention_biases", "norm_placement", "qk_norm_span", "rope_scaling"):
+    for key in ("no_rope_layers", "attention_biases", "norm_placement", "qk_norm_span", "rope_scaling"):
         del model[key]
     old = replace(first, pinned={**first.pinned, "model": model})
     assert continue_manifest(old, planned(), 5).pinned == old.pinned
