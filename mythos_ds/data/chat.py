@@ -35,15 +35,13 @@ def encode_chat(
         from mythos_hf.tokenization_mythos import ChatMarks
     except ImportError as error:
         raise DataError("chat templates need an extra: pip install 'mythos_ds[hf]'") from error
-
-    def render(conversation: Any, given_tools: Any) -> str:
-        return _rendered(tokenizer, template, conversation, given_tools, add_generation_prompt=add_generation_prompt)
-
-    written = [symbol for symbol in tokenizer.symbols() if symbol in template and not symbol.isspace()]
-    known = tokenizer.symbols() | tokenizer.special_tokens
+    symbols = tokenizer.symbols()
+    written = [symbol for symbol in symbols if symbol in template and not symbol.isspace()]
     marks = ChatMarks(tokenizer.special_tokens, messages, tools, template, symbols=written)
-    rendered = render(marks.mark(list(messages)), marks.mark(tools))
-    if marks.marked and marks.plain(rendered) != render([dict(message) for message in messages], tools):
+    known = symbols | tokenizer.special_tokens
+    given = {"add_generation_prompt": add_generation_prompt, "chat_template": template}
+    rendered = _rendered(tokenizer, marks.mark(list(messages)), tools=marks.mark(tools), **given)
+    if marks.marked and marks.plain(rendered) != _rendered(tokenizer, list(messages), tools=tools, **given):
         raise DataError(
             f"{tokenizer.path}: its chat template decides by special tokens inside of messages, where they are text; "
             f"allowed: messages without {', '.join(marks.special)}"
@@ -60,26 +58,18 @@ def encode_chat(
     return ids
 
 
-def _rendered(
-    tokenizer: Tokenizer, template: str, conversation: Any, tools: Any, *, add_generation_prompt: bool
-) -> str:
-    """The text that a template makes of a conversation. Raises DataError for one that it does not take."""
+def _rendered(tokenizer: Tokenizer, messages: list[Any], **options: Any) -> str:
+    """The text that a template makes of messages, with the names of the tokenizer's special tokens."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    named: dict[str, Any] = {
-        f"{kind}_token": tokenizer.companions.named(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")
-    }
+    kinds = ("bos_token", "eos_token", "pad_token", "unk_token")
+    named = {kind: tokenizer.companions.named(kind) for kind in kinds}
     by_id = {number: token for token, number in tokenizer.special_tokens.items()}
     named["eos_token"] = named["eos_token"] or by_id.get(tokenizer.eos_id)
     named["bos_token"] = named["bos_token"] or tokenizer.begin_token()
+    variables: dict[str, Any] = {name: token for name, token in named.items() if token is not None}
     try:
-        made: Any = render_jinja_template(
-            conversations=[conversation],
-            tools=tools,
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            **{name: token for name, token in named.items() if token is not None},
-        )
+        made: Any = render_jinja_template(conversations=[[*map(dict, messages)]], **options, **variables)
     except Exception as error:  # what a template does is its author's
         raise DataError(f"{tokenizer.path}: its chat template does not take these messages ({error})") from None
     return str(made[0][0])

@@ -19,7 +19,7 @@ _NORMALISER = {"table": 2, "space_before": 3, "fewer_spaces": 4, "marked_spaces"
 
 
 @dataclass(frozen=True)
-class VocabularyPiece:
+class SentencePiece:
     """An entry of the vocabulary."""
 
     text: str
@@ -31,7 +31,7 @@ class VocabularyPiece:
 class SentencePieceModel:
     """The settings that decide how text is cut; their values where a file says nothing are sentencepiece's."""
 
-    pieces: list[VocabularyPiece] = field(default_factory=list)
+    pieces: list[SentencePiece] = field(default_factory=list)
     kind: int = UNIGRAM
     space_behind: bool = False
     byte_fallback: bool = False
@@ -68,11 +68,11 @@ class SentencePieceModel:
         return [symbol for symbol in own if not (self.marked_spaces and " " in symbol)]
 
 
-def _piece(content: bytes) -> VocabularyPiece:
+def _piece(content: bytes) -> SentencePiece:
     values = dict(_fields(content))
     score = struct.unpack("<f", _bytes(values.get(_PIECE["score"], bytes(4))))[0]
     kind = values.get(_PIECE["type"], NORMAL)
-    return VocabularyPiece(
+    return SentencePiece(
         _bytes(values[_PIECE["text"]]).decode("utf-8"), float(score), int(kind) if isinstance(kind, int) else 0
     )
 

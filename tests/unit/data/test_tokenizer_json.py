@@ -1,0 +1,161 @@
+"""tokenizer.json and tiktoken files: the same interface, ends of documents, and what is wrong said in one message."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mythos_ds.data.chat import encode_chat, read_messages
+from mythos_ds.data.inspection import DatasetView
+from mythos_ds.data.prepare import prepare_dataset
+from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.errors import CheckpointError, DataError
+from tests.helpers.tokenizers import (
+    CHAT_SYMBOLS,
+    byte_level_folder,
+    code_lines,
+    mixed_lines,
+    sentencepiece_model,
+    tiktoken_file,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return byte_level_folder(tmp_path_factory.mktemp("json"), added=True)
+
+
+@pytest.fixture
+def bare(tmp_path):
+    return byte_level_folder(tmp_path / "bare", companions=False)
+
+
+def test_text_survives_and_special_tokens_in_it_are_text(folder):
+    tokenizer = Tokenizer.load(folder)
+    special = set(tokenizer.special_tokens.values())
+    for text in mixed_lines(300):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not special & set(ids)
+        assert max(ids, default=0) < tokenizer.vocab_size
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eos_id]) == "a"
+    assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\ufffdb")
+    assert len(tokenizer.encode("word " * 100)) > 16, "the truncation in the file is no part of training"
+
+
+def test_a_file_a_folder_and_another_name_are_the_same(folder, tmp_path):
+    other = tmp_path / "vocabulary.txt"
+    other.write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    loaded = [Tokenizer.load(place) for place in (folder, folder / "tokenizer.json", other)]
+    assert len({(each.sha256, each.eos_id, each.vocab_size) for each in loaded}) == 1
+    assert (loaded[0].pad_id, loaded[2].pad_id) == (0, -1)
+
+
+def test_workers_and_one_process_prepare_the_same(folder, tmp_path):
+    texts = code_lines()[:3000]
+    alone = prepare_dataset(texts, tokenizer_path=folder, prefix=tmp_path / "a")
+    together = prepare_dataset(texts, tokenizer_path=folder, prefix=tmp_path / "b", workers=2)
+    assert alone == together
+    assert alone.tokenizer_sha256 == Tokenizer.load(folder).sha256
+    view, own = DatasetView(tmp_path / "b"), Tokenizer.load(folder)
+    assert np.array_equal(view.document(5)[-1:], [own.eos_id])
+
+
+def test_the_end_of_documents(bare, tmp_path):
+    """Named beside the file, or the only special token of a usual name; else what to write is said."""
+    with pytest.raises(DataError, match=r'write \{"eos_token": "<\|endoftext\|>"\} to .*special_tokens_map\.json'):
+        Tokenizer.load(bare)
+    (bare / "generation_config.json").write_text('{"eos_token_id": [3, 0]}')
+    assert Tokenizer.load(bare).eos_id == 3
+    (bare / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    own = Tokenizer.load(bare)
+    assert own.eos_id == own.special_tokens["<|im_end|>"]
+    assert own.ends() == {own.eos_id, 3, 0}
+    (bare / "special_tokens_map.json").write_text('{"eos_token": "<|nothing|>"}')
+    with pytest.raises(DataError, match="is not in the vocabulary"):
+        Tokenizer.load(bare)
+    content = json.loads((bare / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] == "<|endoftext|>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.load(tmp_path).eos_id == 0
+
+
+def test_damaged_files_are_named(tmp_path, folder):
+    path = tmp_path / "tokenizer.json"
+    for content, message in (
+        ("{", r"not a tokenizer\.json"),
+        ("{}", r"not a tokenizer\.json"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            Tokenizer.load(path)
+    path.write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: not JSON"):
+        Tokenizer.load(path)
+
+
+def test_a_hub_name_gives_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M"):
+        Tokenizer.load("HuggingFaceTB/SmolLM2-135M")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="mythos-ds train-tokenizer"):
+        Tokenizer.load("data/nothing")
+
+
+def test_a_tiktoken_file_needs_its_pattern(folder, tmp_path):
+    pytest.importorskip("transformers")
+    path = tiktoken_file(tmp_path / "tokenizer.model", folder)
+    with pytest.raises(DataError, match=r'pattern for cutting text is unknown.*"pattern"'):
+        Tokenizer.load(path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"eos_token": "<|end|>", "auto_map": {"AutoTokenizer": ["code.Class", null]}}')
+    with pytest.raises(DataError, match="its folder's code knows it"):
+        Tokenizer.load(path)
+    config.write_text('{"eos_token": "<|end|>", "pattern": "\\\\s|\\\\S+"}')
+    words = Tokenizer.load(path)
+    config.write_text('{"eos_token": "<|end|>"}')
+    usual = Tokenizer.load(path)
+    size = len(path.read_bytes().splitlines())
+    assert (words.eos_id, usual.eos_id, usual.vocab_size) == (size, size, size + 1)
+    assert words.sha256 != usual.sha256
+    assert usual.decode(usual.encode("a <|end|> 漢")) == "a <|end|> 漢"
+    assert usual.eos_id not in usual.encode("a <|end|>")
+    with path.open("ab") as file:
+        file.write(b"!!! 5\n")
+    with pytest.raises(DataError, match=f"line {size + 1}: not a tiktoken line"):
+        Tokenizer.load(path)
+
+
+def test_chats_say_what_is_missing(folder, bare, tmp_path):
+    pytest.importorskip("transformers")
+    chat = [{"role": "user", "content": "Hello"}]
+    (bare / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(DataError, match="has no chat template"):
+        encode_chat(Tokenizer.load(bare), chat)
+    own = Tokenizer.load(folder)
+    with pytest.raises(DataError, match="does not take these messages"):
+        encode_chat(own, chat, template="{{ raise_exception('no') }}")
+    reading = "{% if messages[0].content.startswith('<|im_end|>') %}x{% endif %}{{ messages[0].content }}"
+    with pytest.raises(DataError, match="decides by special tokens inside"):
+        encode_chat(own, [{"role": "user", "content": "<|im_end|>"}], template=reading)
+    path = tmp_path / "chat.json"
+    for content, message in (("[", "not readable as JSON"), ("[]", "a list of messages"), ('["a"]', "message 0")):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_messages(path)
+    path.write_text(json.dumps({"messages": chat}))
+    assert read_messages(path) == chat
+    ids = encode_chat(own, chat)
+    assert [ids.count(own.special_tokens[token]) for token in CHAT_SYMBOLS] == [2, 1]
+
+
+def test_what_cannot_be_exported_is_refused_before_the_first_token(tmp_path, monkeypatch):
+    path = sentencepiece_model(tmp_path / "tokenizer.model", "bpe", model_type="word", byte_fallback=False)
+    monkeypatch.setattr("mythos_ds.data.prepare._encode_here", None)
+    with pytest.raises(DataError, match="of the kind word, which cannot be exported; allowed: bpe, unigram, char"):
+        prepare_dataset(["some words"], tokenizer_path=path, prefix=tmp_path / "data")
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.model"]
