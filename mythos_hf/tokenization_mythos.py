@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 _PRIVATE = range(0xE000, 0xF8FF)
-_POSITIONAL = ("chat_template", "add_generation_prompt", "continue_final_message", "tokenize")
-"""Parameters of `apply_chat_template` after tools and documents."""
+_POSITIONAL = ("tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize")
+"""Parameters of `apply_chat_template` after the conversation."""
 _NO_PREFIX = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 """Fields of a sentencepiece model, add_dummy_prefix and remove_extra_whitespaces: off. Later ones count."""
 _FIRST = '"prepend_scheme":"first"'
@@ -69,6 +69,18 @@ class ChatMarks:
                 text += self.plain(piece)
         if text:
             yield False, text
+
+
+class RenderedChat(str):
+    """A rendered chat template that remembers which of its special tokens people wrote."""
+
+    marked: str
+    marks: ChatMarks
+
+    def __new__(cls, text: str, marked: str = "", marks: ChatMarks | None = None) -> "RenderedChat":
+        made = super().__new__(cls, text)
+        made.marked, made.marks = marked, marks or ChatMarks(())
+        return made
 
 
 def _strings(given: Any) -> Iterator[str]:
@@ -138,33 +150,34 @@ class _TextIsText(PreTrainedTokenizerFast):
         return [*dict.fromkeys([*added, *map(str, self.all_special_tokens)])]
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; special tokens that the messages, tools and documents hold are text."""
-        if not kwargs.get("tokenize", True) or kwargs.get("sanitize_control_tokens"):
-            return super().apply_chat_template(conversation, *args, **kwargs)
+        """As in transformers; special tokens that the messages, tools and documents hold are text, also in what is
+        rendered with `tokenize=False` and given to the tokenizer then."""
+        kwargs |= dict(zip(_POSITIONAL, args, strict=False))
+        kwargs.pop("sanitize_control_tokens", None)  # always
         conversation = _plain_messages(conversation)
         beside = {name: kwargs.pop(name) for name in ("tools", "documents") if kwargs.get(name) is not None}
-        beside |= {name: value for name, value in zip(("tools", "documents"), args, strict=False) if value is not None}
-        kwargs |= dict(zip(_POSITIONAL, args[2:], strict=False))
-        tools = beside.get("tools")
-        if tools is not None:
-            beside["tools"] = [tool if isinstance(tool, dict) else _schema(tool) for tool in tools]
-        template = self.get_chat_template(kwargs.get("chat_template"), tools)
+        if "tools" in beside:
+            beside["tools"] = [tool if isinstance(tool, dict) else _schema(tool) for tool in beside["tools"]]
+        template = self.get_chat_template(kwargs.get("chat_template"), beside.get("tools"))
         added = self._backend().get_added_tokens_decoder().values()
         symbols = [token.content for token in added if not token.special and not token.content.isspace()]
         written = [symbol for symbol in symbols if symbol in template]
         marks = ChatMarks(self._special(), conversation, beside, template, symbols=written)
-        given, conversation = conversation, marks.mark(conversation)
-        if marks.marked:
-            options = {**kwargs, "tokenize": False, **beside}
-            rendered = super().apply_chat_template(conversation, **{**options, **marks.mark(beside)})
-            plain = super().apply_chat_template(given, **options)
+        marked, marked_beside = marks.mark(conversation), marks.mark(beside)
+        tokenize = kwargs.pop("tokenize", True)
+        if marks.marked or not tokenize:
+            given = {**kwargs, "tokenize": False}
+            plain = super().apply_chat_template(conversation, **beside, **given)
+            rendered = super().apply_chat_template(marked, **marked_beside, **given)
             if [marks.plain(text) for text in _listed(rendered)] != _listed(plain):
                 raise ValueError("the chat template decides by special tokens inside of messages, where they are text")
-        beside = marks.mark(beside)
-        if marks.marked and kwargs.get("return_assistant_tokens_mask"):
-            raise ValueError("return_assistant_tokens_mask: not with special tokens in the messages, which are text")
+            if not tokenize:
+                made = [RenderedChat(marks.plain(text), text, marks) for text in _listed(rendered)]
+                return made[0] if isinstance(rendered, str) else made
+        if kwargs.get("return_assistant_tokens_mask") and self._needs_runs([], marks):
+            raise ValueError("return_assistant_tokens_mask: not where special tokens are text, or sentencepiece cuts")
         options = {**(kwargs.pop("tokenizer_kwargs", None) or {}), "chat_marks": marks}
-        return super().apply_chat_template(conversation, tokenizer_kwargs=options, **beside, **kwargs)
+        return super().apply_chat_template(marked, tokenizer_kwargs=options, **marked_beside, **kwargs)
 
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
@@ -180,6 +193,10 @@ class _TextIsText(PreTrainedTokenizerFast):
         marks = kwargs.pop("chat_marks", None)
         batched = isinstance(text, (list, tuple))
         texts = list(text) if batched else [text]
+        if marks is None and texts and all(isinstance(each, RenderedChat) for each in texts):
+            marks = _common([each.marks for each in texts])
+            texts = [each.marked for each in texts]
+            text = texts if batched else texts[0]
         as_text = marks is not None or kwargs.get("split_special_tokens") is not False
         simple = text_pair is None and not kwargs.get("is_split_into_words") and all(isinstance(t, str) for t in texts)
         wanted = ("return_offsets_mapping", "return_overflowing_tokens", "return_special_tokens_mask")
@@ -298,6 +315,13 @@ def _plain_messages(conversation: Any) -> Any:
     if isinstance(conversation, (list, tuple)):
         return [_plain_messages(each) if not isinstance(each, dict) else each for each in conversation]
     return conversation
+
+
+def _common(marks: list[ChatMarks]) -> ChatMarks:
+    """The marks of chats that were rendered one by one. Raises ValueError where they are not the same characters."""
+    if len({(each.start, each.end) for each in marks}) > 1:
+        raise ValueError("chats that hold characters of the private use area: tokenise them one by one")
+    return next((each for each in marks if each.marked), marks[0])
 
 
 def _listed(rendered: Any) -> list[str]:

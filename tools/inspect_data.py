@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     example = "mythos-ds inspect-data data/builtin/tokens --tokenizer data/builtin/tokenizer.model"
     parser = tool_parser(__doc__ or "", example)
     parser.add_argument("prefix", type=Path, help="path of the dataset without ending")
-    parser.add_argument("--tokenizer", type=Path, help="sentencepiece model, to show text")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer's file or folder, to show text")
     parser.add_argument(
         "--document", type=int, nargs="+", default=[0], metavar="N", help="documents to show (default: 0)"
     )

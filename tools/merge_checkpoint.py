@@ -40,7 +40,7 @@ def parser() -> ArgumentParser:
     made.add_argument("checkpoint", type=Path, nargs="?", help="a checkpoint (step_<n>) or a run's directory")
     made.add_argument("--output", type=Path, help="folder of the merged model")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrices")
-    made.add_argument("--tokenizer", type=Path, help="default: the run's, where it is at hand")
+    made.add_argument("--tokenizer", type=Path, help="file or folder; default: the run's, where it is at hand")
     made.add_argument("--allow-pickle", action="store_true", help="let the checkpoint's files run the code they name")
     made.add_argument("--config", help="with --dry-run: plan for a configuration instead of a checkpoint")
     made.add_argument("--processes", type=int, help="with --config; default: those of its cluster")

@@ -21,7 +21,9 @@ EXAMPLE = """mythos-ds prepare-data docs.jsonl --tokenizer data/tokenizer.model 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = tool_parser(__doc__ or "", EXAMPLE)
     parser.add_argument("inputs", nargs="*", type=Path, help="files, or folders of files (.jsonl .txt .parquet, .gz)")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="a file (sentencepiece, tokenizer.json, tiktoken) or its folder"
+    )
     parser.add_argument("--output", type=Path, required=True, help="path of the dataset without ending")
     _add_source_arguments(parser)
     parser.add_argument("--max-documents", type=int, help="stop after that many documents")

@@ -229,7 +229,9 @@ class DataConfig(Section):
 
     corpus: Literal["builtin"] | None = Field(None, description="Text made from the Python installation itself.")
     datasets: list[DatasetConfig] | None = None
-    tokenizer: str | None = Field(None, description="sentencepiece model; not needed for the built-in corpus.")
+    tokenizer: str | None = Field(
+        None, description="A tokenizer's file, or its folder; not needed for the built-in corpus."
+    )
     split: tuple[float, float, float] = Field((98.0, 2.0, 0.0), strict=False, description="train, valid, test.")
     data_dir: str = Field("data", description="Folder for the built-in corpus and the index cache (shared storage).")
     document_mask: bool = Field(True, description="Attention and positions stay inside a document.")

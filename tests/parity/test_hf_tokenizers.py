@@ -174,12 +174,17 @@ def test_a_chat_keeps_peoples_words_as_text(tmp_path):
             assert not set(own.special_tokens.values()) & set(ids) - written
             found = made.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
             assert found == ids, (place.name, chat)
+            rendered = made.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            assert made(rendered, add_special_tokens=False).input_ids == ids
             for message in chat:
                 said = "".join(message["content"].split())
                 assert said in "".join(own.decode(ids).split()), (place.name, chat)
-        batch = list(conversations(8))
+        batch = [[{"role": "user", "content": "plain"}], *conversations(7)]
         padded = made.apply_chat_template(batch, padding=bool(made.pad_token), return_dict=True)
         assert len(padded["input_ids"]) == 8
+        rendered = [made.apply_chat_template(chat, tokenize=False) for chat in batch]
+        assert rendered == made.apply_chat_template(batch, tokenize=False)
+        assert made(rendered).input_ids == made.apply_chat_template(batch, return_dict=False)
 
 
 def test_a_chat_without_special_words_is_what_transformers_makes_of_it(tmp_path):
