@@ -29,7 +29,6 @@ _TRAINING: dict[str, Any] = {
     "training.micro_batch_size": 1,
     "training.global_batch_size": 2,
     "training.max_steps": 72,
-    "training.frozen": ["embed.*", "lm_head.*", "prelude.*"],
     "training.optimizer": "adamw",
     "training.lr": 1e-4,
     "training.injection_lr": 1e-3,
@@ -88,8 +87,14 @@ def recipe_cut(given: Mapping[str, int | float], chosen: Mapping[str, int]) -> d
     return {**values, **given}
 
 
+def frozen(model: ModelConfig, *others: str) -> list[str]:
+    """Name patterns of the embedding, of the head where it is not the embedding, and of other parts."""
+    return ["embed.*", *([] if model.tie_embeddings else ["lm_head.*"]), *others]
+
+
 def recipe_overrides(model: ModelConfig) -> list[str]:
     """How such a model is trained, as `section.key=value`."""
     # Matrices train at lr * lr_reference_dim / dim; lr is meant as it is.
-    settings = {**_TRAINING, "training.lr_reference_dim": model.dim, "data.document_mask": False}
+    own = {"training.lr_reference_dim": model.dim, "training.frozen": frozen(model, "prelude.*")}
+    settings = {**_TRAINING, **own, "data.document_mask": False}
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]

@@ -111,6 +111,8 @@ class RecipeRun:
         ]
         places = ["--output", self.work / name, "--config", self.run_file(name), "--like", "tiny.json"]
         arguments = [self.source, *places, "--data", self.work / "tokens", *options, *overrides]
+        if not self.steps.is_done(name):  # the command overwrites no run file, and may have been stopped after it
+            self.run_file(name).unlink(missing_ok=True)
         self.steps.run(name, ["loop-from-dense", *arguments], threads=self.all_threads)
 
     def run_file(self, name: str) -> Path:

@@ -26,11 +26,15 @@ class Steps:
         self.folder = work / "steps"
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def is_done(self, name: str) -> bool:
+        """Whether the step of this name came to its end."""
+        return self._mark(name).is_file()
+
     def run(self, name: str, arguments: Sequence[object], *, threads: int) -> float:
         """Run one command, unless it is done; the seconds that it took. Raises LabError where it fails, with the end of
         its log, and where the step of this name was another command."""
         given = [str(argument) for argument in arguments]
-        mark = self.folder / f"{name}.json"
+        mark = self._mark(name)
         if mark.is_file():
             done = json.loads(mark.read_text(encoding="utf-8"))
             if done["arguments"] != given:
@@ -46,6 +50,9 @@ class Steps:
         seconds = time.monotonic() - started
         write_json(mark, {"arguments": given, "seconds": seconds})
         return seconds
+
+    def _mark(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
 
 def _run(command: list[str], log: Path, threads: int) -> int:

@@ -23,16 +23,17 @@ CUTS = ((10, 10, 10), (12, 10, 8), (12, 6, 12), (14, 4, 12))
 DECAYS = (0.447, 0.2, 0.1, 0.05)
 LOOPS = (1, 2, 4, 8)
 SEEDS = (0, 1)
-_SEQUENCES = 16
+_SEQUENCES = {"untrained": 8, "trained": 16}
 _GATE_STEPS = 24
-_GATE_COMPUTE = 1.33
+_GATE_COMPUTE = 1.3
 """FLOPs of a step that trains the gates alone over those of the same at one loop."""
 _SOURCE = {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
     "rms_norm_eps": 9.999999747378752e-06, "rope_theta": 100000.0, "tie_word_embeddings": True,
 }  # fmt: skip
-_GATES = ["embed.*", "lm_head.*", "prelude.*", "coda.*", "norm.*", "recurrent.layers.*"]
+_GATES = ["embed.*", "prelude.*", "coda.*", "norm.*", "recurrent.layers.*"]
+"""Frozen where only the gates are trained; the head is the embedding."""
 _ONCE = {"model.mean_recurrence": 1, "training.depth_distribution": "fixed", "training.mean_backprop_depth": 1}
 _ALONE = {
     "parallel.ep_size": 1, "parallel.zero_stage": 0, "parallel.activation_checkpointing": "none",
@@ -103,7 +104,9 @@ def _spec(arm: RetrofitArm, seed: int) -> RunSpec:
     overrides += [*recipe, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
     config = load_config("tiny", overrides).config
     raw = config.model_dump(mode="json", exclude={"deepspeed", "cluster"}, exclude_defaults=True)
-    task = {"worker": WORKER, "cut": cut, "sequences": _SEQUENCES, "train": arm.training is not None}
+    trained = arm.training is not None
+    sequences = _SEQUENCES["trained" if trained else "untrained"]
+    task = {"worker": WORKER, "cut": cut, "sequences": sequences, "train": trained}
     loops = (1,) if config.model.mean_recurrence == 1 else LOOPS
     return RunSpec(raw, None, task, loops)
 

@@ -89,6 +89,7 @@ def test_the_command_writes_a_model_and_its_run_file(
     training = config.training
     assert (training.init_from, training.max_steps) == (str(tmp_path / "looped"), 3)
     assert (training.lr, training.lr_reference_dim, training.schedule) == (1e-4, 32, "wsd")
+    assert training.frozen == ["embed.*", "prelude.*"], "the head is the embedding"
     assert set(json.loads((tmp_path / "looped.json").read_text())) >= {"model", "parallel", "training", "data"}
     expected = transformers.AutoModelForCausalLM.from_pretrained(dense)
     tokens = torch.arange(20)[None]
