@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mythos_ds.config.layout import ModelChunk
+from mythos_ds.conversion.dense_source import layer_problems
 from mythos_ds.conversion.retrofit import Cut, Retrofitted, retrofit_config
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
@@ -38,7 +39,7 @@ class Sink:
         layer: the source layer after which the first token's state is more than JUMP times as long as the median of
             the others; None where none of those that were run does that.
         ratio: that ratio after it, or the largest that was seen.
-        layers: how many layers were run, from the first on.
+        layers: how many layers were run, from the first on, up to one that cannot be run here.
         note: what there is to say of the text.
     """
 
@@ -51,9 +52,13 @@ class Sink:
 def search_sink(weights: TensorSource, hf: Mapping[str, Any], folder: Path, coda: int, text: Path | None) -> Sink:
     """The sink of the dense model in `folder` before its last `coda` layers, on the text of a file or a built-in one.
     Raises DataError for a file that cannot be used."""
-    n_layers = int(hf["num_hidden_layers"])
     tokens, note = sink_tokens(folder, int(hf["vocab_size"]), text)
-    return replace(find_sink(weights, hf, tokens, layers_to_run(n_layers, coda)), note=note)
+    layers = layers_to_run(int(hf["num_hidden_layers"]), coda)
+    while layers and layer_problems(hf, range(layers + 1), len(tokens)):
+        layers -= 1
+    if not layers:
+        return Sink(None, 0.0, 0, "its first layers compute what the layers here cannot")
+    return replace(find_sink(weights, hf, tokens, layers), note=note)
 
 
 def sink_tokens(folder: Path, vocab_size: int, text_file: Path | None) -> tuple[list[int], str | None]:
@@ -98,8 +103,16 @@ def find_sink(
 ) -> Sink:
     """Runs `tokens` through the first `layers` layers of a dense source, in fp32 and one layer in memory at a time, up
     to the one that makes the sink. `progress` takes the bytes of a layer when it has been run."""
-    whole = Cut(prelude=int(hf["num_hidden_layers"]) - 1, recurrent=1, coda=0, n_experts=1, granularity=1)
-    cut = replace(whole, experts_per_token=1)
+    cut = Cut(
+        prelude=layers,
+        recurrent=1,
+        coda=0,
+        recurrent_from=layers,
+        n_experts=1,
+        granularity=1,
+        experts_per_token=1,
+        context_length=len(tokens),
+    )
     config, source = retrofit_config(hf, cut), Retrofitted(weights, hf, cut)
     specs = source.specs()
     ratio = 0.0
@@ -126,6 +139,8 @@ def describe_sink(sink: Sink, parts: Mapping[str, Sequence[int]]) -> str:
 
 
 def _meaning(sink: Sink, parts: Mapping[str, Sequence[int]]) -> str:
+    if not sink.layers:
+        return "attention sink: not looked for"
     if sink.layer is None:
         return (
             f"attention sink: none made by source layers 0-{sink.layers - 1} (the first token's state is at most "

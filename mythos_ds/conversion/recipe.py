@@ -12,8 +12,8 @@ from typing import Any
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.attention_sink import Sink
-from mythos_ds.conversion.dense_source import FAMILIES
-from mythos_ds.conversion.retrofit import Cut, retrofit_config
+from mythos_ds.conversion.dense_source import source_problems
+from mythos_ds.conversion.retrofit import Cut
 from mythos_ds.errors import ConfigError
 from mythos_ds.io import read_json
 from mythos_ds.weights.model_folder import CONFIG
@@ -53,12 +53,11 @@ _TRAINING: dict[str, Any] = {
 def dense_config(folder: Path) -> dict[str, Any]:
     """config.json of a dense model that can be cut. Raises ConfigError, with every reason, for one that cannot."""
     hf = read_json(folder / CONFIG)
-    kind = hf.get("model_type") if isinstance(hf, dict) else None
-    if kind not in FAMILIES:
-        raise ConfigError(f"{folder / CONFIG}: given model_type {kind!r}; allowed: {', '.join(FAMILIES)}")
-    if hf.get("num_hidden_layers") == 1:
-        raise ConfigError(f"{folder / CONFIG}: given 1 layer; allowed: at least 2, for a prelude and a block")
-    retrofit_config(hf, _RECIPE)
+    problems = source_problems(hf) if isinstance(hf, dict) else ["not a JSON object"]
+    if not problems and hf["num_hidden_layers"] < 2:
+        problems = [f"num_hidden_layers: given {hf['num_hidden_layers']}; allowed: at least 2, for prelude and block"]
+    if problems:
+        raise ConfigError([f"{folder / CONFIG}: {problem}" for problem in problems])
     return dict(hf)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mythos_ds.conversion.attention_sink import Sink, describe_sink, find_sink, layers_to_run, sink_tokens
+from mythos_ds.conversion.attention_sink import Sink, describe_sink, find_sink, layers_to_run, search_sink, sink_tokens
 from mythos_ds.conversion.retrofit import Cut
 from mythos_ds.data.tokenizer import train_tokenizer
 from mythos_ds.errors import DataError
@@ -101,6 +101,17 @@ def test_a_source_without_a_sink_is_said_to_have_none() -> None:
     assert layers_to_run(6, 1) == 5
     assert layers_to_run(6, 0) == 5
     assert describe_sink(Sink(None, 1.3, 5), parts).startswith("attention sink: none made by source layers 0-4")
+
+
+def test_layers_that_cannot_be_run_here_end_the_search(tmp_path: Path) -> None:
+    """Every fourth layer of a smollm3 has no RoPE; a cut that leaves it out is still looked at."""
+    hf = _source(tmp_path, 1, sink_tokens(tmp_path / "none", VOCABULARY, None)[0][0])
+    smollm3 = {**hf, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0, 1, 1, 1, 0]}
+    found = search_sink(open_weights(tmp_path), smollm3, tmp_path, 0, None)
+    assert (found.layer, found.layers) == (1, 2)
+    unrotated = search_sink(open_weights(tmp_path), {**smollm3, "no_rope_layers": [0] * 8}, tmp_path, 0, None)
+    words = describe_sink(unrotated, Cut(prelude=2, recurrent=3, coda=1).layers(8))
+    assert words == "attention sink: not looked for (its first layers compute what the layers here cannot)"
 
 
 def test_the_text_is_the_users(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
 transformers = pytest.importorskip("transformers")
 loop_from_dense = load_main("tools/loop_from_dense.py")
 LAYERS = 6
+_SIZES = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), 8) | {
+    "rms_norm_eps": 1e-5
+}
 
 
 def _sink(layer: int | None) -> Sink:
@@ -124,10 +127,8 @@ def test_nothing_that_exists_is_overwritten(dense: Path, tmp_path: Path, capsys:
 
 
 def test_a_folder_that_is_no_dense_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text, named in (
-        ("mamba", "given model_type 'mamba'"),
-        ('llama", "num_hidden_layers": 1, "x": "', "given 1 layer"),
-    ):
-        (tmp_path / "config.json").write_text(f'{{"model_type": "{text}"}}')
+    one = {"model_type": "llama", **_SIZES}
+    for content, named in (({"model_type": "mamba"}, "given 'mamba'"), (one, "num_hidden_layers: given 1")):
+        (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 1, **content}))
         assert _run(tmp_path, "--output", tmp_path / "out", "--like", "tiny") == 2
         assert named in capsys.readouterr().err
