@@ -18,7 +18,7 @@ QUESTION = "What is a river?"
 def source_difference(source: Path, looped: Path, batch: Batch) -> dict[str, float]:
     """The largest difference of an fp32 logit between the dense source and one loop of the model made of it, and the
     largest logit."""
-    transformers: Any = importlib.import_module("transformers")
+    transformers = _transformers()
     dense = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     expected = dense(batch["tokens"], use_cache=False).logits
     found = load_model(looped)(batch["tokens"], n_loops=1)
@@ -29,7 +29,7 @@ def chat_tokens(looped: Path, export: Path, loops: int, count: int) -> dict[str,
     """The `count` likeliest next ids after a question in the chat template, from the looped model and from its export
     by transformers, and the text of them."""
     importlib.import_module("mythos_hf")
-    transformers: Any = importlib.import_module("transformers")
+    transformers = _transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(export)
     messages = [{"role": "user", "content": QUESTION}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
@@ -46,6 +46,13 @@ def chat_tokens(looped: Path, export: Path, loops: int, count: int) -> dict[str,
         ends = exported.generation_config.eos_token_id
         ours = _likeliest(load_model(looped), prompt, loops, count, ends if isinstance(ends, list) else [ends])
     return {"loops": loops, "ours": ours, "export": theirs, "text": tokenizer.decode(ours)}
+
+
+def _transformers() -> Any:
+    """The library, without its progress bars."""
+    library: Any = importlib.import_module("transformers")
+    library.utils.logging.disable_progress_bar()
+    return library
 
 
 def _likeliest(model: MythosModel, tokens: Tensor, loops: int, count: int, never: list[int]) -> list[int]:
