@@ -104,13 +104,16 @@ def test_a_source_without_a_sink_is_said_to_have_none() -> None:
 
 
 def test_layers_that_cannot_be_run_here_end_the_search(tmp_path: Path) -> None:
-    """Every fourth layer of a smollm3 has no RoPE; a cut that leaves it out is still looked at."""
+    """A window shorter than the context; a cut that leaves such layers out is still looked at."""
     hf = _source(tmp_path, 1, sink_tokens(tmp_path / "none", VOCABULARY, None)[0][0])
-    smollm3 = {**hf, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0, 1, 1, 1, 0]}
+    kinds = ["full_attention"] * 3 + ["sliding_attention"] * 5
+    windows = {"use_sliding_window": True, "sliding_window": 4, "no_rope_layers": [1] * 8}
+    smollm3 = {**hf, "model_type": "smollm3", **windows, "layer_types": kinds}
     found = search_sink(open_weights(tmp_path), smollm3, tmp_path, 0, None)
     assert (found.layer, found.layers) == (1, 2)
-    unrotated = search_sink(open_weights(tmp_path), {**smollm3, "no_rope_layers": [0] * 8}, tmp_path, 0, None)
-    words = describe_sink(unrotated, Cut(prelude=2, recurrent=3, coda=1).layers(8))
+    windowed = {**smollm3, "layer_types": ["sliding_attention"] * 8}
+    unseen = search_sink(open_weights(tmp_path), windowed, tmp_path, 0, None)
+    words = describe_sink(unseen, Cut(prelude=2, recurrent=3, coda=1).layers(8))
     assert words == "attention sink: not looked for (its first layers compute what the layers here cannot)"
 
 
