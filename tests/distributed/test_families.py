@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import mythos_ds
-from mythos_ds.config.schema import TrainingConfig
-from mythos_ds.weights.model_folder import load_model, read_config
+from mythos_ds.weights.model_folder import load_model
 from tests.helpers.paths import ROOT
 from tests.helpers.pretrain import environment, metrics, run_pretrain, small_data
 from tests.parity.test_hf_families import CUT, FAMILIES, make_source
@@ -35,12 +34,9 @@ def write_run(file: Path, folder: Path, data: dict[str, str]) -> None:
     """A run of the model in `folder`, from its weights."""
     training = {
         "seq_len": 32, "micro_batch_size": 2, "global_batch_size": 8, "max_steps": STEPS, "dtype": "float32",
-        "lr": 0.01, "depth_distribution": "poisson", "eval_interval": 0, "eval_batches": 1,
+        "lr": 0.01, "depth_distribution": "poisson", "eval_interval": 0, "eval_batches": 1, "init_from": str(folder),
     }  # fmt: skip
-    if "init_from" in TrainingConfig.model_fields:
-        training["init_from"] = str(folder)
     content = {
-        "model": read_config(folder).model_dump(mode="json"),
         "parallel": {"ep_size": 2, "zero_stage": 3},
         "training": training,
         "data": {

@@ -1,7 +1,7 @@
 """Runs a function on several gloo processes and brings back what each rank returns.
 
-Start-up costs seconds, so a test module runs all its cases of one world size in one launch: the function takes a list
-of cases and returns a list of results.
+The ranks are forked from a process that has imported what they need. Start-up still costs seconds, so a test module runs
+all its cases of one world size in one launch: the function takes a list of cases and returns a list of results.
 """
 
 import contextlib
@@ -43,57 +43,73 @@ def run_distributed(function: str, nprocs: int, timeout_s: float, **kwargs: Any)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "kwargs.json").write_text(json.dumps(kwargs))
-        port = free_port()
-        processes: list[subprocess.Popen] = []
+        launcher = _start(function, folder, nprocs)
         try:
-            for rank in range(nprocs):
-                processes.append(_start(function, folder, rank, nprocs, port))
-            _wait(processes, folder, timeout_s)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(timeout_s)
         finally:
-            for process in processes:
-                _end(process)
+            _end(launcher)
+        if launcher.returncode != 0:
+            raise RankFailedError(_report(folder, nprocs, timeout_s))
         return [json.loads((folder / f"result_{rank}.json").read_text()) for rank in range(nprocs)]
 
 
-def _start(function: str, folder: Path, rank: int, nprocs: int, port: int) -> subprocess.Popen:
-    launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nprocs, "LOCAL_WORLD_SIZE": nprocs}
-    added = {**launcher, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
+def _start(function: str, folder: Path, nprocs: int) -> subprocess.Popen:
+    """A process that imports what the ranks need, once, and forks them."""
+    added = {"WORLD_SIZE": nprocs, "LOCAL_WORLD_SIZE": nprocs, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    added |= {"OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"}
     environment = os.environ | {key: str(value) for key, value in added.items()}
     # Private: a killed run leaves a lock in the shared folder that hangs every later one.
     environment["TORCH_EXTENSIONS_DIR"] = str(folder / "torch_extensions")
-    with (folder / f"log_{rank}").open("w") as log:
-        command = [sys.executable, "-m", "tests.helpers.distributed", function, str(folder)]
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, "-m", "tests.helpers.distributed", function, str(folder), str(nprocs)]
         return subprocess.Popen(
             command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 
-def _wait(processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while any(process.poll() is None for process in processes):
-        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
-        if failed or time.monotonic() > deadline:
-            break
-        time.sleep(POLL_S)
-    time.sleep(0 if all(process.poll() == 0 for process in processes) else POLL_S)
-    codes = [process.poll() for process in processes]
-    if any(code != 0 for code in codes):
-        raise RankFailedError(_report(codes, folder, timeout_s))
-
-
-def _report(codes: list[int | None], folder: Path, timeout_s: float) -> str:
+def _report(folder: Path, nprocs: int, timeout_s: float) -> str:
+    path = folder / "codes.json"
+    codes = json.loads(path.read_text()) if path.is_file() else [None] * nprocs
     raised = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
     ranks = raised or [rank for rank, code in enumerate(codes) if code is None]
     what = "failed" if raised else f"did not end within {timeout_s} s"
-    logs = "\n".join(f"--- rank {rank}\n{(folder / f'log_{rank}').read_text()[-6000:]}" for rank in ranks)
-    return f"ranks {ranks} {what} (exit codes {codes})\n{logs}"
+    logs = [folder / "log", *(folder / f"log_{rank}" for rank in ranks)]
+    shown = "\n".join(f"--- {log.name}\n{log.read_text()[-6000:]}" for log in logs if log.is_file())
+    return f"ranks {ranks} {what} (exit codes {codes})\n{shown}"
 
 
 def _end(process: subprocess.Popen) -> None:
-    # The whole session, also where the rank itself has ended: what it started may still run.
+    # The whole session, also where the launcher itself has ended: what a rank started may still run.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _launch(function: str, folder: Path, nprocs: int) -> int:
+    """Fork the ranks and wait until all have ended, or one has failed: 0, or 1 with codes.json."""
+    importlib.import_module(function.split(":")[0])
+    ranks = {}
+    for rank in range(nprocs):
+        if (pid := os.fork()) == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            log = os.open(folder / f"log_{rank}", os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            _child(function, folder)
+        ranks[pid] = rank
+    codes: list[int | None] = [None] * nprocs
+    while None in codes and not any(codes):
+        pid, status = os.wait()
+        codes[ranks[pid]] = os.waitstatus_to_exitcode(status)
+    if not any(codes):
+        return 0
+    time.sleep(POLL_S)  # others may be about to say why
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            codes[ranks[ended[0]]] = os.waitstatus_to_exitcode(ended[1])
+    (folder / "codes.json").write_text(json.dumps(codes))
+    return 1
 
 
 def _child(function: str, folder: Path) -> NoReturn:
@@ -113,4 +129,4 @@ def _child(function: str, folder: Path) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1], Path(sys.argv[2]))
+    sys.exit(_launch(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))
