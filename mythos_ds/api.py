@@ -172,12 +172,13 @@ def generate(
 def _tokenizer(given: "Tokenizer | str | Path | None", place: Path | None) -> "Tokenizer":
     """The tokenizer that is given, or else that of the model's place."""
     from mythos_ds.data.tokenizer import Tokenizer
+    from mythos_ds.data.tokenizer_files import has_tokenizer
 
     if isinstance(given, Tokenizer):
         return given
     if given is not None:
         path = model_path(given)
-        if not path.is_dir():
+        if not path.is_dir() or has_tokenizer(path):
             return Tokenizer.load(path)
         place = _place(path)
     if place is None:

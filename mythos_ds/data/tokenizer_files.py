@@ -62,7 +62,7 @@ class Companions:
         read = {name: _object(folder / name) for name in _SPECIAL}
         self.config: dict[str, Any] = read["tokenizer_config.json"]
         self._generation = read["generation_config.json"]
-        self._model = _object(folder / "config.json")
+        self._model = _object(folder / "config.json", lenient=True)
         own = self.config.get("own_special_tokens")
         self._named = {**(own if isinstance(own, dict) else {}), **read["special_tokens_map.json"], **self.config}
         self.added = {str(token): int(number) for token, number in read["added_tokens.json"].items()}
@@ -130,13 +130,15 @@ def end_of_document(special: list[str], companions: Companions, ids: dict[str, i
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file is missing. Raises DataError for another content."""
+def _object(path: Path, *, lenient: bool = False) -> dict[str, Any]:
+    """A JSON object, empty where the file is missing. Raises DataError for what is no JSON, unless `lenient`."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        if lenient:  # of a model, which its own reader judges
+            return {}
         raise DataError(f"{path}: not JSON ({error})") from None
     return content if isinstance(content, dict) else {}
 
