@@ -44,8 +44,10 @@ def write_tokenizer(place: Path, output: Path, *, with_remote_code: bool = False
     if with_remote_code:
         config["auto_map"] = {"AutoTokenizer": [None, f"tokenization_mythos.{_CLASS}"]}
     write_atomic(output / _CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    ids = {"eos_token_id": own.eos_id, "pad_token_id": own.pad_id}
-    ids["bos_token_id"] = own.special_tokens.get(str(_name(config, "bos_token")), -1)
+    ids = {"eos_token_id": own.eos_id}
+    ids |= {
+        f"{kind}_token_id": own.special_tokens.get(str(_name(config, f"{kind}_token")), -1) for kind in ("bos", "pad")
+    }
     return {name: number for name, number in ids.items() if number >= 0}
 
 
@@ -61,7 +63,8 @@ def write_generation_config(place: Path, output: Path, ids: dict[str, int]) -> N
 
 
 def _name(config: dict[str, Any], name: str) -> Any:
-    return config.get(name) or (config.get("own_special_tokens") or {}).get(name)
+    given = config.get(name) or (config.get("own_special_tokens") or {}).get(name)
+    return given.get("content") if isinstance(given, dict) else given
 
 
 def _of_sentencepiece(own: Tokenizer, config: dict[str, Any], known: dict[str, str], output: Path) -> dict[str, Any]:

@@ -51,9 +51,10 @@ class JsonTokenizer(Tokenizer):
         self.special_tokens = special | self._beside
         self.vocab_size = max([*ids.values(), *self._beside.values()], default=-1) + 1
         self.eos_id = end_of_document(list(self.special_tokens), companions, ids | self._beside, path)
-        pad = companions.named("pad_token")
-        self.pad_id = (ids | self._beside).get(pad, -1) if pad is not None else -1
-        self.special_tokens |= {token: number for token, number in ids.items() if number in (self.eos_id, self.pad_id)}
+        pad = self.special_tokens.get(companions.named("pad_token") or "", -1)
+        # Many name one token for both. It is no padding then: it stays in the targets.
+        self.pad_id = -1 if pad == self.eos_id else pad
+        self.special_tokens |= {token: number for token, number in ids.items() if number == self.eos_id}
         self.sha256 = companions.digest_of(content, self.eos_id, *self._of_tiktoken(path))
         self._after: tokenizers.Tokenizer | None = None
 

@@ -1,11 +1,15 @@
 """tokenizer.json and tiktoken files: the same interface, ends of documents, and what is wrong said in one message."""
 
 import json
+import shutil
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mythos_ds.config.schema import DataConfig, DatasetConfig
 from mythos_ds.data.chat import encode_chat, read_messages
+from mythos_ds.data.datasets import build_datasets, prepare_index_cache
 from mythos_ds.data.inspection import DatasetView
 from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.data.tokenizer import Tokenizer
@@ -50,6 +54,30 @@ def test_a_file_a_folder_and_another_name_are_the_same(folder, tmp_path):
     loaded = [Tokenizer.load(place) for place in (folder, folder / "tokenizer.json", other)]
     assert len({(each.sha256, each.eos_id, each.vocab_size) for each in loaded}) == 1
     assert (loaded[0].pad_id, loaded[2].pad_id) == (0, -1)
+
+
+def test_ends_of_documents_stay_in_samples_where_they_are_the_padding_too(folder, tmp_path):
+    """As in SmolLM2 and GPT-2."""
+    place = tmp_path / "same"
+    shutil.copytree(folder, place)
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    own = Tokenizer.load(place)
+    prepare_dataset(code_lines()[:400], tokenizer_path=place, prefix=tmp_path / "data")
+    data = DataConfig(
+        datasets=[DatasetConfig(prefix=str(tmp_path / "data"))], tokenizer=str(place), data_dir=str(tmp_path)
+    )
+    request: dict[str, Any] = {
+        "seq_len": 64,
+        "train_samples": 8,
+        "valid_samples": 0,
+        "seed": 0,
+        "vocab_size": own.vocab_size,
+    }
+    prepare_index_cache(data, **request)
+    train = build_datasets(data, **request).train
+    assert sum(int((train[number]["targets"] == own.eos_id).sum()) for number in range(8)) > 8
+    assert own.pad_id == -1
 
 
 def test_workers_and_one_process_prepare_the_same(folder, tmp_path):
