@@ -1,7 +1,7 @@
 """Runs a function on several gloo processes and brings back what each rank returns.
 
-The ranks are forked from a process that has imported what they need. Start-up still costs seconds, so a test module runs
-all its cases of one world size in one launch: the function takes a list of cases and returns a list of results.
+The ranks are forked from a process that has imported what they need. Start-up still costs seconds, so a test module
+runs all its cases of one world size in one launch: the function takes a list of cases and returns a list of results.
 """
 
 import contextlib
