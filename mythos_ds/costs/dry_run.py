@@ -40,6 +40,8 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
             "optimizer",
             f"{training.optimizer}, lr {training.lr:g} (matrices {matrix_lr:.3g}), {training.dtype}",
         ),
+        *([("weights", f"from {training.init_from}")] if training.init_from else ()),
+        *([("frozen", ", ".join(training.frozen))] if training.frozen else ()),
         ("schedule", f"{training.schedule}, {training.warmup_steps} warm-up steps"),
         ("loops", f"mean {mean_training_depth(config):.2f}, at most {model.max_loops}"),
         ("drawn from", _depth_law(training)),

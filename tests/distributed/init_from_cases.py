@@ -1,5 +1,6 @@
 """What runs inside the processes of test_init_from.py."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,25 @@ def _moves(task: dict[str, Any]) -> dict[str, list[float]]:
         _steps(engine, groups, task["case"], 0, 1)
         after = full_weights(engine, groups)
         return {name: (after[name] - value).double().flatten().tolist() for name, value in before.items()}
+
+
+def _memory(task: dict[str, Any]) -> float:
+    """The most anonymous memory, in bytes, that this process held until the end of the first step."""
+    peak, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line]
+            peak[0] = max(peak[0], 1024 * int(line.split()[1]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with opened(task["case"]) as (engine, groups):
+        _load(engine, groups)
+        _steps(engine, groups, task["case"], 0, 1)
+    ended.set()
+    watcher.join()
+    return float(peak[0])
 
 
 def _refused(task: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Training that starts from a model's weights: the same model in every layout, parts of it frozen."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ LAYOUTS: list[dict[str, Any]] = [
     {"ep": 2, "stage": 3, **RING},
 ]
 """On four processes; rings come last (see test_reshard.py)."""
+LARGE: dict[str, Any] = {
+    "vocab_size": 16384,
+    "dim": 1024,
+    "ffn_dim": 4096,
+    "n_experts": 48,
+    "expert_dim": 1536,
+    "max_loops": 16,
+}
 PATTERNS = ["embed.*", "prelude.*", "recurrent.layers.0.attn.*"]
 FROZEN: dict[str, dict[str, Any]] = {
     "ZeRO 1": {"ep": 2, "stage": 1},
@@ -115,6 +124,30 @@ def test_the_injection_has_its_own_rate(model_folder):
         factor = 10.0 if name.startswith(("recurrent.injection.", "recurrent.loop_embedding.")) else 1.0
         given, wanted = torch.tensor(apart[name]), factor * torch.tensor(moves)
         assert torch.allclose(given, wanted, rtol=1e-3, atol=2e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reading_weights_takes_no_more_memory_than_drawing_them(dtype, tmp_path):
+    """A model of 2 GB: at most the largest tensor and 100 MB more, up to the first step."""
+    model = MythosModel(toy_model(**LARGE), seed=None)
+    sizes = [4 * parameter.numel() for parameter in model.parameters()]
+    assert sum(sizes) > 2e9
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.view(-1)[::7].add_(0.01)
+    save_model(model, tmp_path / "model", {})
+    del model
+    layout = {"ep": 2, "stage": 3, "dtype": dtype, "model": LARGE}
+    peaks = []
+    for case in ({**layout, "training": {}}, _case(layout, tmp_path / "model")):
+        peaks.append(run_distributed(WORK, 2, TIMEOUT_S, tasks=[{"what": "memory", "case": case}]))
+    drawn, read = (max(rank[0] for rank in peak) for peak in peaks)
+    sys.stdout.write(
+        f"{dtype}: {drawn / 1e6:.0f} MB drawn, {read / 1e6:.0f} MB read, largest {max(sizes) / 1e6:.0f} MB\n"
+    )
+    assert read <= drawn + max(sizes) + 100e6, (drawn, read, max(sizes))
 
 
 def test_patterns_that_freeze_nothing_or_all_are_refused(model_folder):
