@@ -38,7 +38,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--work", type=Path, help="where all else is made (default: CACHE/loop)")
     made.add_argument("--dtype", choices=("bfloat16", "float32"), help="of training (default: by the processor)")
     made.add_argument("--processes", type=int, default=2, help="of training (default %(default)s)")
-    made.add_argument("--sequences", type=int, default=32, help="held-out sequences of 256 (default %(default)s)")
+    made.add_argument("--sequences", type=int, default=16, help="held-out sequences of 256 (default %(default)s)")
     return made
 
 
