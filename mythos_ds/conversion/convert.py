@@ -9,7 +9,7 @@ import torch
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.attention_sink import Sink, describe_sink, search_sink
-from mythos_ds.conversion.dense_source import FAMILIES, hf_weights, unread_fields
+from mythos_ds.conversion.dense_source import FAMILIES, hf_weights, unread_fields, unread_note
 from mythos_ds.conversion.fp8 import BLOCK, Dequantised, Fp8Tensors, dequantised, quantization_config, unaligned
 from mythos_ds.conversion.held_out_loss import comparison, evaluated_loops, held_out_text, losses
 from mythos_ds.conversion.hf_card import source_metadata
@@ -129,7 +129,7 @@ def _from_hf(request: Request) -> Route:
     given = Dequantised(weights) if "quantization_config" in hf else weights
     tensors, config = mythos_source(given, hf)
     notes = ["the matrices were fp8: what quantisation took away does not come back"] if given is not weights else []
-    notes += _unread(unread_by_mythos(hf))
+    notes += unread_note(unread_by_mythos(hf))
     return _to_mythos(request, tensors, config, hf_metadata(hf) or {"source": "hf"}, notes)
 
 
@@ -164,7 +164,7 @@ def _to_hf(request: Request) -> Route:
 
 def _from_openmythos(request: Request) -> Route:
     tensors, config, metadata = read_openmythos(request.folder, allow_pickle=request.allow_pickle)
-    notes = _unread(metadata.get("unread", []))
+    notes = unread_note(metadata.get("unread", []))
     return _to_mythos(request, tensors, config, metadata, notes, may_lack=ROUTER_BUFFERS)
 
 
@@ -191,7 +191,7 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
     config = retrofit_config(hf, cut)
     weights = hf_weights(request.folder, allow_pickle=request.allow_pickle)
     notes = describe(cut, int(hf["num_hidden_layers"]))
-    notes += _unread(unread_fields(hf))
+    notes += unread_note(unread_fields(hf))
     lost = _tokenizer_fault(request.folder, config)
     if lost is not None:
         notes.append(f"no tokenizer is written: {lost}")
@@ -214,10 +214,6 @@ def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
     own = request.folder if lost is None else request.folder / "none"
     route = _to_mythos(request, tensors, config, metadata, notes, own, may_lack=ROUTER_BUFFERS)
     return replace(route, inspect=inspect)
-
-
-def _unread(fields: list[str]) -> list[str]:
-    return [f"{', '.join(fields)}: not known here, and not read from the configuration"] if fields else []
 
 
 def _tokenizer_fault(folder: Path, config: ModelConfig) -> str | None:

@@ -67,6 +67,16 @@ NO_COMPUTATION = {
     "transformers_version", "unk_token_id", "use_bfloat16", "use_cache",
 }  # fmt: skip
 _SCALED = ("linear", "llama3", "yarn")
+_KINDS: tuple[tuple[str, tuple[type, ...], tuple[str, ...]], ...] = (
+    ("an integer", (int,), (
+        "num_hidden_layers", "intermediate_size", "max_position_embeddings", "original_max_position_embeddings",
+        "sliding_window", "max_window_layers", "no_rope_layer_interval",
+    )),
+    ("a number", (int, float), ("rope_theta",)),
+    ("a list", (list, tuple), ("layer_types", "no_rope_layers")),
+    ("an object", (dict,), ("rope_scaling", "rope_parameters")),
+)  # fmt: skip
+"""What a key's value is, if it is not null; the sizes beside these go into ModelConfig as they are."""
 
 
 def value_of(source: Mapping[str, Any], key: str) -> Any:
@@ -83,12 +93,21 @@ def unread_fields(source: Mapping[str, Any]) -> list[str]:
     return sorted(unknown)
 
 
+def unread_note(fields: Sequence[str]) -> list[str]:
+    """What there is to say of such keys."""
+    return [f"{', '.join(fields)}: not known here, and not read from the configuration"] if fields else []
+
+
 def source_problems(source: Mapping[str, Any]) -> list[str]:
     """Why the layers here cannot compute such a model, whichever of its layers are taken."""
     kind = source.get("model_type")
     if kind not in FAMILIES:
         return [f"model_type: given {kind!r}; allowed: {', '.join(FAMILIES)} (dense)"]
+    if problems := _wrong_kinds(source):
+        return problems
     problems = [f"{key}: missing" for key in _SIZES if source.get(key) is None]
+    if value_of(source, "max_position_embeddings") is None:
+        problems.append("max_position_embeddings: missing")
     neutral = dict(_NEUTRAL)
     if kind == "mistral":  # has none, whatever the key says; a fork may
         neutral["attention_bias"] = (False,)
@@ -100,6 +119,19 @@ def source_problems(source: Mapping[str, Any]) -> list[str]:
     if odd:
         problems.append(f"layer_types: given {odd[0]!r}; allowed: 'full_attention'")
     return problems + _rope(source)[1]
+
+
+def _wrong_kinds(source: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"{key}: given {value!r}; allowed: {words}"
+        for words, kinds, keys in _KINDS
+        for key in keys
+        if (value := source.get(key)) is not None and (isinstance(value, bool) or not isinstance(value, kinds))
+    ]
+    theta = {} if problems else source.get("rope_parameters") or source.get("rope_scaling") or {}
+    if not isinstance(theta.get("rope_theta", 1.0), (int, float, type(None))):
+        problems.append(f"rope_parameters.rope_theta: given {theta['rope_theta']!r}; allowed: a number")
+    return problems
 
 
 def layer_problems(source: Mapping[str, Any], taken: Sequence[int], context: int) -> list[str]:

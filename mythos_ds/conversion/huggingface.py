@@ -162,7 +162,16 @@ def unread_by_mythos(hf: dict[str, Any]) -> list[str]:
 
 def hf_metadata(hf: dict[str, Any]) -> dict[str, Any]:
     """The metadata of the mythos folder from which a Hugging Face folder with this config.json was made."""
-    return dict((hf.get("mythos") or {}).get("facts") or {})
+    facts = _object(hf, "mythos").get("facts")
+    return dict(facts) if isinstance(facts, dict) else {}
+
+
+def _object(hf: dict[str, Any], key: str) -> dict[str, Any]:
+    """A JSON object in config.json, empty where it is left out. Raises CheckpointError for another value."""
+    value = hf.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"config.json: {key}: given {value!r}; allowed: an object")
+    return value
 
 
 def _model_config(folder: Path) -> ModelConfig:
@@ -178,19 +187,20 @@ def mythos_config(hf: dict[str, Any]) -> ModelConfig:
     if hf.get("model_type") != "mythos":
         raise CheckpointError(f"config.json: model_type {hf.get('model_type')!r}, expected 'mythos'")
     values = {ours: hf[theirs] for ours, theirs in FIELDS.items() if hf.get(theirs) is not None}
-    rope = dict(hf.get("rope_parameters") or {})
+    rope = dict(_object(hf, "rope_parameters"))
     values["rope_theta"] = rope.pop("rope_theta", None)
     if rope.get("rope_type", "default") != "default":
         values["rope_scaling"] = rope
     if hf.get("attention_type") == "gqa":
         values |= {"n_kv_heads": hf.get("num_key_value_heads"), "head_dim": hf.get("head_dim")}
     values["shared_expert_dim"] = hf.get("shared_expert_intermediate_size")
-    own = hf.get("mythos") or {}
+    own = _object(hf, "mythos")
     values |= {name: own[name] for name in ("init_std", "embedding_std") if own.get(name) is not None}
     try:
         config = ModelConfig.model_validate(values)
     except ValidationError as error:
-        raise CheckpointError(f"config.json: not a configuration of this model ({error})") from None
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise CheckpointError(f"config.json: not a configuration of this model ({wrong})") from None
     if (wrong := rope_scaling(config)) is not None:
         raise CheckpointError(f"config.json: rope_parameters: {wrong}")
     return config
