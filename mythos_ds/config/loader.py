@@ -209,7 +209,8 @@ def _validated(raw: dict[str, Any]) -> tuple[RunConfig | None, list[tuple[str, s
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems = contradictions + explain(error)
+        wrong = explain(error)
+        problems = [found for found in contradictions if found[0] not in dict(wrong)] + wrong
         problems += _other_problems(raw, error, {key for key, _ in problems})
         if any(key == "training.init_from" for key, _ in contradictions):  # which would have said what the model is
             problems = [(key, message) for key, message in problems if key.partition(".")[0] != "model"]

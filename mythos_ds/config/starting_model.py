@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import ConfigError, MythosError
 
 FREE = ("mean_recurrence", "embedding_std", "init_std", "act_threshold", "state_dtype")
 """Settings that no tensor of the weights depends on, and that a run may therefore choose anew."""
@@ -26,21 +28,25 @@ def complete_model(raw: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     try:
         own = model_section(Path(source), given)
-    except ConfigError as error:
-        return [("training.init_from", problem) for problem in error.problems]
+    except MythosError as error:
+        return [("training.init_from", problem) for problem in getattr(error, "problems", [str(error)])]
     raw["model"] = {**own, **given}
     return [(f"model.{key}", message) for key, message in differences(own, given, source)]
 
 
 def model_section(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration, as JSON values, of the model that a run from `path` starts as. `given`: what the run's own
-    model section says, from which a dense model is cut. Raises ConfigError for anything that is no model."""
-    found = _own_section(path)
+    model section says, from which a dense model is cut. Raises MythosError for anything that is no model."""
+    try:
+        found = _own_section(path)
+    except OSError as error:  # a name that no file can have, a folder that may not be read
+        raise ConfigError(f"given {path}; not readable ({error.strerror})") from None
     if found is None:
         # Other formats take torch to read; conversion stands above this package, and this is the one call upward.
         found = importlib.import_module("mythos_ds.conversion.starting_weights").foreign_section(path, given)
     defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
-    return {**defaults, **found}
+    lists = {name: list(value) for name, value in defaults.items() if isinstance(value, tuple)}
+    return {**defaults, **lists, **found}
 
 
 def _own_section(path: Path) -> dict[str, Any] | None:
@@ -57,8 +63,19 @@ def _own_section(path: Path) -> dict[str, Any] | None:
         for key in keys:
             content = content.get(key) if isinstance(content, dict) else None
         if isinstance(content, dict):
+            _check(content, file, keys)
             return content
     return None
+
+
+def _check(section: dict[str, Any], file: Path, keys: tuple[str, ...]) -> None:
+    """Raises ConfigError, naming the file, where the weights' own configuration is none: it is not the run's fault."""
+    try:
+        ModelConfig.model_validate(section)
+    except ValidationError as error:
+        raise ConfigError(
+            [f"{file}: {'.'.join(map(str, (*keys, *item['loc'])))}: {item['msg']}" for item in error.errors()]
+        ) from None
 
 
 def _json(file: Path) -> Any:
@@ -74,7 +91,12 @@ def differences(own: Mapping[str, Any], given: Mapping[str, Any], source: str) -
     """(key, message) of each setting of a model section that the weights contradict."""
     problems = []
     for key, value in given.items():
-        if key not in own or own[key] == value or key in FREE or _fits(own, key, value):
+        if (
+            key not in own
+            or key in FREE
+            or _fits(own, key, value)
+            or _meant(own, key, own[key]) == _meant(own, key, value)
+        ):
             continue
         allowed = json.dumps(own[key])
         if key == "vocab_size":
@@ -82,6 +104,18 @@ def differences(own: Mapping[str, Any], given: Mapping[str, Any], source: str) -
         nearest = json.dumps(own[key])
         problems.append((key, f"{json.dumps(value)} given; the weights of {source} have {allowed}; nearest: {nearest}"))
     return problems
+
+
+def _meant(own: Mapping[str, Any], key: str, value: Any) -> Any:
+    """A setting of the weights' model without the ways to leave it out: null where it follows from others, absent keys
+    of a group."""
+    if isinstance(value, dict):
+        return {name: item for name, item in value.items() if item is not None}
+    follows = {"n_kv_heads": own.get("n_heads"), "shared_expert_dim": own.get("expert_dim")}
+    width, heads = own.get("dim"), own.get("n_heads")
+    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        follows["head_dim"] = width // heads
+    return follows.get(key) if value is None else value
 
 
 def _fits(own: Mapping[str, Any], key: str, value: Any) -> bool:

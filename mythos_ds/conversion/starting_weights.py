@@ -1,6 +1,7 @@
 """Weights of every kind as the start of a training run: which model they are, and its tensors."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,10 @@ from mythos_ds.checkpoint import manifest
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.config.starting_model import model_section
-from mythos_ds.conversion.dense_source import FAMILIES, hf_weights
+from mythos_ds.conversion.dense_source import FAMILIES, hf_weights, unread_fields, unread_note
 from mythos_ds.conversion.fp8 import Dequantised
 from mythos_ds.conversion.hf_names import LEFT_OUT
-from mythos_ds.conversion.huggingface import mythos_config, mythos_source
+from mythos_ds.conversion.huggingface import mythos_config, mythos_source, unread_by_mythos
 from mythos_ds.conversion.merge import merged_source, model_of, newest_tag
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel
 from mythos_ds.conversion.openmythos import read_openmythos
@@ -35,6 +36,19 @@ _LOOP_TABLES = ("router.loop_bias", "router.loop_updates")
 _ROWS = 4096
 _THREADS = 4
 _CUT = ("prelude_layers", "recurrent_layers", "coda_layers")
+_SETTINGS = {
+    "--prelude": "model.prelude_layers",
+    "--recurrent": "model.recurrent_layers",
+    "--coda": "model.coda_layers",
+    "--experts": "model.n_experts",
+    "--experts-per-token": "model.n_experts_per_tok",
+    "--granularity": "intermediate_size / model.expert_dim",
+    "--mean-recurrence": "model.mean_recurrence",
+    "--max-loops": "model.max_loops",
+    "--context-length": "mythos-ds convert with --context-length",
+}
+"""What says in a run's file what an option of `convert` says of a cut."""
+_OPTION = re.compile("|".join(rf"{option}(?![\w-])" for option in _SETTINGS))
 _ENDINGS = (".safetensors", *PICKLES)
 
 
@@ -44,12 +58,18 @@ def foreign_section(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     place = model_path(path)
     if place != path:
         return model_section(place, given)
+    if manifest.list_tags(_checkpoints(place)) and not (place / CONFIG).exists():  # apart from their run's manifest
+        return _dumped(model_of(read_json(newest_tag(place) / manifest.STATE)))
     kind = _foreign_kind(place)
     try:
         if kind == "openmythos":
             return _dumped(read_openmythos(place)[1])
         hf = read_json(place / CONFIG)
         return _dumped(mythos_config(hf) if kind == "mythos" else retrofit_config(hf, _cut_of(hf, given)))
+    except ConfigError as error:
+        raise ConfigError(
+            [_OPTION.sub(lambda found: _SETTINGS[found[0]], problem) for problem in error.problems]
+        ) from None
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
 
@@ -57,8 +77,18 @@ def foreign_section(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 def open_starting_weights(resolved: ResolvedRun, rank: int, *, allow_pickle: bool = False) -> StartingWeights:
     """The tensors that `training.init_from` names, as those of the run's model. Rank 0 verifies their checksums, where
     there are any, and takes their digest. Raises CheckpointError for what is damaged or does not fit."""
-    path = model_path(str(resolved.config.training.init_from))
+    path = model_path(Path(str(resolved.config.training.init_from)))
     config, seed = resolved.config.model, resolved.config.training.seed
+    try:
+        kind, source, notes = _fitted(path, config, seed, allow_pickle)
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    identity = {"name": path.resolve().name, "kind": kind, "sha256": _digest(path) if rank == 0 else None}
+    return StartingWeights(source, identity, tuple(notes))
+
+
+def _fitted(path: Path, config: ModelConfig, seed: int, allow_pickle: bool) -> tuple[str, TensorSource, list[str]]:
+    """Kind of the weights, the tensors of the run's model, and what there is to say."""
     kind, source, own, notes = _opened(path, config, seed, allow_pickle)
     if own.halting == "gate" and config.halting != "gate":
         source = _Without(source, LEFT_OUT)
@@ -72,8 +102,7 @@ def open_starting_weights(resolved: ResolvedRun, rank: int, *, allow_pickle: boo
             f"{config.vocab_size - own.vocab_size} rows added to the vocabulary of {own.vocab_size}, each the mean of "
             "the others"
         )
-    identity = {"name": path.resolve().name, "kind": kind, "sha256": _digest(path) if rank == 0 else None}
-    return StartingWeights(WholeModel(source, config, None, ROUTER_BUFFERS), identity, tuple(notes))
+    return kind, WholeModel(source, config, None, ROUTER_BUFFERS), notes
 
 
 def _opened(
@@ -88,15 +117,20 @@ def _opened(
         return "checkpoint", merged_source(tag, own, "float32"), own, [f"weights of {tag.name}"]
     kind = _foreign_kind(path)
     if kind == "openmythos":
-        source, own, _ = read_openmythos(path, allow_pickle=allow_pickle)
-        return kind, WholeModel(source, own, None, ROUTER_BUFFERS), own, []
+        source, own, metadata = read_openmythos(path, allow_pickle=allow_pickle)
+        return kind, WholeModel(source, own, None, ROUTER_BUFFERS), own, unread_note(metadata.get("unread", []))
     hf = read_json(path / CONFIG)
     weights = hf_weights(path, allow_pickle=allow_pickle)
     if kind == "mythos":
         source, own = mythos_source(Dequantised(weights) if "quantization_config" in hf else weights, hf)
-        return "hf", source, own, []
+        return "hf", source, own, unread_note(unread_by_mythos(hf))
     cut = _cut_of(hf, config.model_dump(), seed)
-    return kind, Retrofitted(weights, hf, cut), retrofit_config(hf, cut), describe(cut, int(hf["num_hidden_layers"]))
+    notes = [*describe(cut, int(hf["num_hidden_layers"])), *unread_note(unread_fields(hf))]
+    return kind, Retrofitted(weights, hf, cut), retrofit_config(hf, cut), notes
+
+
+def _checkpoints(path: Path) -> Path:
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
 def _is_model_folder(path: Path) -> bool:
@@ -108,6 +142,8 @@ def _foreign_kind(path: Path) -> str:
     """ "openmythos", or the model_type of a Hugging Face folder. Raises ConfigError for what is neither."""
     if path.is_file() and path.suffix in _ENDINGS:
         return "openmythos"
+    if path.is_file():
+        raise ConfigError(f"given {path}, a file; allowed: a folder, or a file that ends in {', '.join(_ENDINGS)}")
     if not path.is_dir():
         raise ConfigError(
             f'given {path}; no such file or folder; allowed: a model, a run, a checkpoint or "{BUILT_IN}"'

@@ -1,13 +1,17 @@
 """Whole runs that start from weights: a run's own, killed at the start, gone on with, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mythos_ds.checkpoint.manifest import STATE
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import resolve
 from mythos_ds.conversion.merge import merge
+from mythos_ds.conversion.starting_weights import open_starting_weights
 from mythos_ds.io import read_json
 from tests.helpers.pretrain import SMALL, Pretrain, metrics, run_pretrain, small_data
 
@@ -86,6 +90,14 @@ def test_a_run_starts_from_another_run(trained, config, tmp_path):
     finally:
         moved.rename(trained)
     assert (run / "checkpoints/step_00000004").is_dir()
+
+
+def test_checkpoints_without_their_runs_manifest(trained, config, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(trained / "checkpoints", copied)
+    run = resolve(load_config(str(config), [f"training.init_from={copied}"]).config, 1)
+    assert run.config.model.dim == 32
+    assert open_starting_weights(run, 0).identity["kind"] == "checkpoint"
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])

@@ -45,7 +45,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 LINES = {
     "root": 610,
     "kernels": 320,
-    "config": 2_510,
+    "config": 2_560,
     "costs": 1_070,
     "model": 1_990,
     "weights": 1_000,

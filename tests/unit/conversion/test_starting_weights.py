@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def loaded(path: Path, weights: Path, *overrides: str, **model: Any) -> LoadedConfig:
+def loaded(path: Path, weights: Path | str, *overrides: str, **model: Any) -> LoadedConfig:
     """A run file without a model section, but for `model`."""
     sections: dict[str, Any] = {"training": {**TRAINING, "init_from": str(weights)}}
     sections["data"] = {"datasets": [{"prefix": "unused"}], "tokenizer": "unused"}
@@ -70,6 +70,24 @@ def test_the_folder_gives_the_model_section(folder, tmp_path):
     assert weights.identity["name"] == "model"
     again = opened(loaded(tmp_path, folder, "model.mean_recurrence=2", "model.max_loops=4"))
     assert again.identity == weights.identity
+
+
+@pytest.mark.parametrize("given", ["tiny", "tiny/", "models/tiny/"])
+def test_the_built_in_model(given, tmp_path):
+    weights = opened(loaded(tmp_path, given))
+    assert weights.identity["name"] == "tiny"
+
+
+def test_settings_of_one_meaning_agree(folder, tmp_path):
+    own = toy_config(lora_rank=0)
+    save_model(MythosModel(toy_config(lora_rank=0, n_kv_heads=4, head_dim=None)), tmp_path / "left_out", {})
+    loaded(tmp_path, tmp_path / "left_out", n_kv_heads=None, head_dim=8, no_rope_layers=[], shared_expert_dim=12)
+    loaded(tmp_path, folder, head_dim=None, shared_expert_dim=own.expert_dim, rope_scaling=None)
+    with pytest.raises(ConfigError, match=r"model\.n_kv_heads: null given; the weights of .* have 2"):
+        loaded(tmp_path, folder, n_kv_heads=None)
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, folder, dim="32")
+    assert len(caught.value.problems) == 1
 
 
 def test_what_an_export_holds_is_the_same_model(folder, tmp_path):
@@ -131,7 +149,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(damage, named, folder, tmp_
     damage(tensors)
     save_file(tensors, other / "model.safetensors")
     (other / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(CheckpointError, match=rf"{other}: {named}"):
         opened(loaded(tmp_path, other))
 
 
@@ -153,6 +171,10 @@ def test_a_gate_is_left_out(tmp_path):
         ({"config.json": "{}"}, "model_type None"),
         ({"config.json": '{"model_type": "gpt2"}'}, "model_type 'gpt2'"),
         ({"config.json": "{"}, "not readable"),
+        ({"config.json": "[]"}, "has no config.json"),
+        ({"config.json": '{"model": {"dim": "x"}}'}, "config.json: model.vocab_size: Field required"),
+        ({"config.json": '{"model_type": "mythos", "rope_parameters": [1]}'}, "rope_parameters: given [1]"),
+        ({"config.json": '{"model_type": "mythos", "mythos": 3}'}, "mythos: given 3; allowed: an object"),
         ({"config.json": '{"model_type": "llama", "num_hidden_layers": 6}'}, "model.prelude_layers"),
     ],
 )
@@ -164,9 +186,39 @@ def test_what_is_no_model_is_one_message(content, message, tmp_path):
             (place / name).write_text(text)
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, place)
+    problem, *others = caught.value.problems
+    assert all("training.init_from: " in found for found in (problem, *others))
+    assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a" * 300, "not readable"), ("org/model", "hf download org/model"), ("README.md", "a file")]
+)
+def test_a_name_that_is_no_model_is_one_message(name, message, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, name)
     (problem,) = caught.value.problems
     assert "training.init_from: " in problem
     assert message in problem
+
+
+def test_unknown_keys_of_an_export_are_reported(folder, tmp_path):
+    convert(folder, tmp_path / "hf", dtype="float32")
+    (tmp_path / "hf/checksums.json").unlink()
+    file = tmp_path / "hf/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "frobnicate": 1}))
+    assert any("frobnicate: not known" in note for note in opened(loaded(tmp_path, tmp_path / "hf")).notes)
+
+
+def test_a_cut_that_cannot_be_made_is_told_in_the_settings_of_the_file(tmp_path):
+    source = tmp_path / "dense"
+    source.mkdir()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
+    hf = {"model_type": "llama", "vocab_size": 40, "rms_norm_eps": 1e-5, **sizes}
+    (source / "config.json").write_text(json.dumps(hf))
+    cut = {"prelude_layers": 2, "recurrent_layers": 2, "coda_layers": 1}
+    with pytest.raises(ConfigError, match=r"model\.n_experts: given 6; .* model\.expert_dim = 4; nearest: 4"):
+        loaded(tmp_path, source, **cut, n_experts=6)
 
 
 def test_init_config_writes_a_run_that_loads(folder, tmp_path):
@@ -182,6 +234,13 @@ def test_init_config_writes_a_run_that_loads(folder, tmp_path):
     assert (again.training.max_steps, (again.data.datasets or [])[0].prefix) == (9, str(tmp_path / "text"))
     assert again.training.lr == load_config("tiny").config.training.lr
     assert any("no tokenizer" in note for note in notes)
+
+
+def test_init_config_of_the_built_in_model_loads(tmp_path):
+    """Its configuration is older than some keys."""
+    run, _ = init_config(Path("tiny"), load_config("tiny"))
+    (tmp_path / "made.json").write_text(file_text(run))
+    assert load_config(str(tmp_path / "made.json")).config == run.config
 
 
 def test_init_config_names_the_weights_tokenizer(tmp_path):
