@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ _TRAINING_STATE = "training_state.json"
 
 def complete_model(raw: dict[str, Any]) -> list[tuple[str, str]]:
     """Fill in what the model section of `raw` leaves out, from the weights that `training.init_from` names; (key path,
-    message) of each setting that contradicts them. Does nothing for a run from random weights."""
+    message) of each setting that contradicts them. Does nothing for a run from random weights, nor where a whole model
+    section is given and the weights are not here: on the machine that plans it, or once the run needs them no more."""
     training, given = raw.get("training"), raw.get("model", {})
     source = training.get("init_from") if isinstance(training, dict) else None
     if not isinstance(source, str) or not isinstance(given, dict):
@@ -29,6 +31,9 @@ def complete_model(raw: dict[str, Any]) -> list[tuple[str, str]]:
     try:
         own = model_section(Path(source), given)
     except MythosError as error:
+        needed = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
+        if needed <= set(given) and not os.path.lexists(source):
+            return []
         return [("training.init_from", problem) for problem in getattr(error, "problems", [str(error)])]
     raw["model"] = {**own, **given}
     return [(f"model.{key}", message) for key, message in differences(own, given, source)]

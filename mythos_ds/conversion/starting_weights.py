@@ -81,6 +81,8 @@ def open_starting_weights(resolved: ResolvedRun, rank: int, *, allow_pickle: boo
     config, seed = resolved.config.model, resolved.config.training.seed
     try:
         kind, source, notes = _fitted(path, config, seed, allow_pickle)
+    except ConfigError as error:
+        raise ConfigError([f"training.init_from: {problem}" for problem in error.problems]) from None
     except CheckpointError as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     identity = {"name": path.resolve().name, "kind": kind, "sha256": _digest(path) if rank == 0 else None}

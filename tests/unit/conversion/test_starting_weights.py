@@ -202,6 +202,16 @@ def test_a_name_that_is_no_model_is_one_message(name, message, tmp_path):
     assert message in problem
 
 
+def test_weights_that_are_not_here_matter_at_the_start_only(tmp_path):
+    whole = toy_config(lora_rank=0).model_dump(mode="json")
+    run = loaded(tmp_path, tmp_path / "elsewhere", **whole)
+    assert run.config.model == toy_config(lora_rank=0)
+    with pytest.raises(ConfigError, match=r"training\.init_from: given .*elsewhere; no such file or folder"):
+        opened(run)
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        loaded(tmp_path, tmp_path / "elsewhere", dim=32)
+
+
 def test_unknown_keys_of_an_export_are_reported(folder, tmp_path):
     convert(folder, tmp_path / "hf", dtype="float32")
     (tmp_path / "hf/checksums.json").unlink()
