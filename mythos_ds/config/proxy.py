@@ -139,6 +139,8 @@ def _training_changes(config: RunConfig, world_size: int, pp_size: PipelineSize)
         "max_steps": steps,
         "max_tokens": None,
         "init_from": None,  # weights of the whole size do not fit
+        # a layer or an expert by its number may not be there
+        "frozen": [name for name in training.frozen if not any(character.isdigit() for character in name)],
         "warmup_steps": min(training.warmup_steps, steps // 10),
         "depth_curriculum_steps": min(training.depth_curriculum_steps, steps // 2),
         "eval_interval": 0,

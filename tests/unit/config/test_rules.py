@@ -221,6 +221,11 @@ def test_proxy_keeps_which_layers_have_no_rope():
         assert make_proxy(config, 1)[0].model.no_rope_layers == expected
 
 
+def test_proxy_freezes_what_it_has():
+    config = load_config("tiny", ['training.frozen=["embed.*", "coda.3.*", "*.router.weight"]']).config
+    assert make_proxy(config, 1)[0].training.frozen == ["embed.*", "*.router.weight"]
+
+
 def test_proxy_of_group_limited_routing_and_overrides():
     groups = [
         "model.n_expert_groups=64",
