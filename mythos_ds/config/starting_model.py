@@ -15,6 +15,9 @@ from mythos_ds.errors import ConfigError, MythosError
 FREE = ("mean_recurrence", "embedding_std", "init_std", "act_threshold", "state_dtype")
 """Settings that no tensor of the weights depends on, and that a run may therefore choose anew."""
 
+BUILT_IN = "tiny"
+"""The trained model that is installed with the package."""
+
 CONFIG = "config.json"
 _RUN_MANIFEST, _CHECKPOINTS = "manifest.json", "checkpoints"
 _TRAINING_STATE = "training_state.json"
@@ -32,11 +35,16 @@ def complete_model(raw: dict[str, Any]) -> list[tuple[str, str]]:
         own = model_section(Path(source), given)
     except MythosError as error:
         needed = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
-        if needed <= set(given) and not os.path.lexists(source):
+        if needed <= set(given) and not is_here(source):
             return []
         return [("training.init_from", problem) for problem in getattr(error, "problems", [str(error)])]
     raw["model"] = {**own, **given}
     return [(f"model.{key}", message) for key, message in differences(own, given, source)]
+
+
+def is_here(source: str) -> bool:
+    """Whether there is anything that `training.init_from` names."""
+    return os.path.lexists(source) or Path(source) == Path(BUILT_IN)
 
 
 def model_section(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import TrainingConfig
+from mythos_ds.config.starting_model import is_here
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
 from mythos_ds.costs.pipeline import predict
@@ -40,13 +41,17 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
             "optimizer",
             f"{training.optimizer}, lr {training.lr:g} (matrices {matrix_lr:.3g}), {training.dtype}",
         ),
-        *([("weights", f"from {training.init_from}")] if training.init_from else ()),
+        *([("weights", _weights(training.init_from))] if training.init_from else ()),
         *([("frozen", ", ".join(training.frozen))] if training.frozen else ()),
         ("schedule", f"{training.schedule}, {training.warmup_steps} warm-up steps"),
         ("loops", f"mean {mean_training_depth(config):.2f}, at most {model.max_loops}"),
         ("drawn from", _depth_law(training)),
         ("gradient", f"through the last {resolved.mean_backprop_depth} loops"),
     ]
+
+
+def _weights(source: str) -> str:
+    return f"from {source}" if is_here(source) else f"from {source}, which is not here and was not looked at"
 
 
 def _depth_law(training: TrainingConfig) -> str:

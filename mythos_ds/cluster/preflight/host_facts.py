@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mythos_ds.checkpoint.manifest import list_tags
 from mythos_ds.cluster.preflight.report import Check, places
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import DataConfig
+from mythos_ds.config.starting_model import is_here
 from mythos_ds.costs.params import checkpoint_disk_bytes
 from mythos_ds.data.dataset_info import read_info
 from mythos_ds.errors import DataError
@@ -95,7 +97,7 @@ def gather(resolved: ResolvedRun, run_dir: Path, token: str | None, *, write: bo
         "python": sys.executable,
         "versions": {**package_versions(), "commit": git_commit()},
         "config": config_hash(resolved),
-        "data": _data_problems(config.data),
+        "data": [*_data_problems(config.data), *_weights_problems(config.training.init_from, run_dir)],
         "shared": [
             f"{name} {folder}: not shared, a file made by the first process is not seen here"
             for name, folder in folders(run_dir, config.data).items()
@@ -125,6 +127,13 @@ def _data_problems(data: DataConfig) -> list[str]:
         except OSError as error:
             problems.append(f"{dataset.prefix}: not readable ({_reason(error)})")
     return problems
+
+
+def _weights_problems(source: str | None, run_dir: Path) -> list[str]:
+    """Whether the weights of a start are missing; a run that goes on needs none."""
+    if source is None or is_here(source) or list_tags(run_dir / "checkpoints"):
+        return []
+    return [f"training.init_from {source}: not there"]
 
 
 def _appears(path: Path) -> bool:
