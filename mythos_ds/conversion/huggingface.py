@@ -199,8 +199,8 @@ def mythos_config(hf: dict[str, Any]) -> ModelConfig:
     try:
         config = ModelConfig.model_validate(values)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise CheckpointError(f"config.json: not a configuration of this model ({wrong})") from None
+        faults = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise CheckpointError(f"config.json: not a configuration of this model ({faults})") from None
     if (wrong := rope_scaling(config)) is not None:
         raise CheckpointError(f"config.json: rope_parameters: {wrong}")
     return config
