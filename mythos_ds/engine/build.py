@@ -128,6 +128,8 @@ def freeze(model: MythosModel, resolved: ResolvedRun, groups: ParallelGroups) ->
             problems.append(f"training.frozen: {pattern!r} given; no parameter has such a name{near}")
     if not problems and all(is_frozen(name, patterns) for name in names):
         problems.append(f"training.frozen: {json.dumps(patterns)} given; nothing is left to train")
+    if not problems and groups.pipelined:
+        problems += _idle_stages(resolved)
     if groups.layout.run_ep_size > 1 and any(is_expert(name) and is_frozen(name, patterns) for name in names):
         problems.append(
             f"training.frozen: routed experts given with ep_size {groups.layout.run_ep_size}; DeepSpeed keeps frozen "
@@ -138,6 +140,20 @@ def freeze(model: MythosModel, resolved: ResolvedRun, groups: ParallelGroups) ->
     for name, parameter in model.named_parameters():
         if is_frozen(name, patterns):
             parameter.requires_grad_(False)
+
+
+def _idle_stages(resolved: ResolvedRun) -> list[str]:
+    """A problem for each stage of the pipeline of which every parameter is frozen: it would have no optimizer."""
+    patterns, problems = resolved.config.training.frozen, []
+    for number, stage in enumerate(resolved.stages):
+        with torch.device("meta"):
+            held = StageModel(resolved.config.model, seed=None, part=stage.part).named_parameters()
+        if all(is_frozen(name, patterns) for name, _ in held):
+            problems.append(
+                f"training.frozen: {json.dumps(patterns)} given; nothing is left to train in stage {number} of "
+                f"parallel.pp_size {resolved.config.parallel.pp_size}; nearest: parallel.pp_size=1"
+            )
+    return problems
 
 
 def deepspeed_section(resolved: ResolvedRun, groups: ParallelGroups) -> dict[str, Any]:

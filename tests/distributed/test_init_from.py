@@ -163,3 +163,11 @@ def test_patterns_that_freeze_nothing_or_all_are_refused(model_folder):
             assert message.startswith("training.frozen")
             assert wanted in message
     assert "did you mean" in rank[0]
+
+
+def test_a_stage_of_which_everything_is_frozen_is_refused(model_folder):
+    layout = {"ep": 1, "stage": 3, "pp": [1, 1, 1], "accumulation": 3}
+    task = {"what": "refused", "case": _case(layout, model_folder, frozen=["embed.*", "prelude.*"])}
+    for (message,) in run_distributed(WORK, 3, TIMEOUT_S, tasks=[task]):
+        assert "training.frozen" in message
+        assert "stage 0 of parallel.pp_size [1, 1, 1]; nearest: parallel.pp_size=1" in message
