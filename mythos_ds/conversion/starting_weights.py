@@ -113,7 +113,7 @@ def _opened(
     """Kind of the weights, their tensors, their own configuration, and what there is to say."""
     if _is_model_folder(path):
         return "model", TensorFolder(path), read_config(path), []
-    if path.is_dir() and not (path / CONFIG).exists():
+    if path.is_dir() and not (path / CONFIG).exists() and not _is_pickle(path):
         tag = newest_tag(path)
         own = model_of(read_json(tag / manifest.STATE))
         return "checkpoint", merged_source(tag, own, "float32"), own, [f"weights of {tag.name}"]
@@ -140,9 +140,16 @@ def _is_model_folder(path: Path) -> bool:
     return isinstance(content, dict) and isinstance(content.get("model"), dict)
 
 
+def _is_pickle(path: Path) -> bool:
+    """Whether a folder is one file of torch.save, which holds its configuration, and nothing that a run leaves."""
+    if not path.is_dir() or any((path / name).exists() for name in (CONFIG, "manifest.json", manifest.STATE)):
+        return False
+    return sum(file.suffix in PICKLES for file in path.iterdir()) == 1
+
+
 def _foreign_kind(path: Path) -> str:
     """ "openmythos", or the model_type of a Hugging Face folder. Raises ConfigError for what is neither."""
-    if path.is_file() and path.suffix in _ENDINGS:
+    if _is_pickle(path) or (path.is_file() and path.suffix in _ENDINGS):
         return "openmythos"
     if path.is_file():
         raise ConfigError(f"given {path}, a file; allowed: a folder, or a file that ends in {', '.join(_ENDINGS)}")
@@ -187,7 +194,7 @@ def _dumped(config: ModelConfig) -> dict[str, Any]:
 
 def _digest(path: Path) -> str:
     """SHA-256 that stands for all of the weights: of the checksums, where the folder has them, else of the files."""
-    if path.is_dir() and not (path / CONFIG).is_file():
+    if path.is_dir() and not (path / CONFIG).is_file() and not _is_pickle(path):
         return checksum(newest_tag(path) / manifest.MANIFEST).sha256
     if (path / CHECKSUMS).is_file():
         require_whole(path)

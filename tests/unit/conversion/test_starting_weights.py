@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from mythos_ds.cluster.preflight.host_facts import gather
 from mythos_ds.config.loader import LoadedConfig, load_config
 from mythos_ds.config.resolve import resolve
 from mythos_ds.conversion.init_config import file_text, init_config
+from mythos_ds.conversion.openmythos import openmythos_config
 from mythos_ds.conversion.starting_weights import open_starting_weights
 from mythos_ds.costs.dry_run import dry_run_report
 from mythos_ds.errors import CheckpointError, ConfigError
@@ -97,6 +99,26 @@ def test_what_an_export_holds_is_the_same_model(folder, tmp_path):
     run = loaded(tmp_path, tmp_path / "hf")
     assert run.config.model.model_copy(update={"shared_expert_dim": None}) == toy_config(lora_rank=0)
     assert_equal(opened(run), folder)
+
+
+def test_openmythos_weights_that_hold_their_configuration(tmp_path):
+    fields = {
+        "vocab_size": 60, "dim": 24, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 64, "max_loop_iters": 4,
+        "prelude_layers": 1, "coda_layers": 1, "attn_type": "gqa", "n_experts": 4, "n_shared_experts": 1,
+        "n_experts_per_tok": 2, "expert_dim": 16, "lora_rank": 4,
+    }  # fmt: skip
+    absent = {"act_threshold": 0.99, "rope_theta": 500000.0}
+    config = openmythos_config(SimpleNamespace(**fields, **absent))
+    save_model(MythosModel(config, seed=1), tmp_path / "own", {})
+    convert(tmp_path / "own", tmp_path / "theirs", to_format="openmythos")
+    place = tmp_path / "saved"
+    place.mkdir()
+    tensors = load_file(tmp_path / "theirs/model.safetensors")
+    torch.save({"model": tensors, "cfg": fields}, place / "last.pt")
+    for given in (place, place / "last.pt"):
+        weights = opened(loaded(tmp_path, given))
+        assert_equal(weights, tmp_path / "own")
+        assert weights.identity["kind"] == "openmythos"
 
 
 def test_another_digest_for_other_weights(folder, tmp_path):
