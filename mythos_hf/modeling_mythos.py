@@ -401,6 +401,12 @@ class MythosPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["router", "injection", "loop_embedding"]
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 
+    def _grouped_mm_can_dispatch(self) -> bool:
+        """torch's grouped matmul wants rows of whole 16-byte units; experts of other widths are computed one by one."""
+        if self.config.hidden_size % 8 or self.config.moe_intermediate_size % 8:
+            raise ValueError("grouped_mm: needs hidden_size and moe_intermediate_size to be multiples of 8")
+        return super()._grouped_mm_can_dispatch()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

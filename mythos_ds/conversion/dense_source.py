@@ -111,6 +111,10 @@ def source_problems(source: Mapping[str, Any]) -> list[str]:
     neutral = dict(_NEUTRAL)
     if kind == "mistral":  # has none, whatever the key says; a fork may
         neutral["attention_bias"] = (False,)
+    for key in ("num_hidden_layers", "max_position_embeddings"):
+        value = value_of(source, key)
+        if type(value) is not int and f"{key}: missing" not in problems:
+            problems.append(f"{key}: given {value!r}; allowed: a whole number")
     for key, values in neutral.items():
         if source.get(key) is not None and source[key] not in values:
             allowed = repr(values[0]) if values else "null"
@@ -118,6 +122,10 @@ def source_problems(source: Mapping[str, Any]) -> list[str]:
     odd = sorted(set(source.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     if odd:
         problems.append(f"layer_types: given {odd[0]!r}; allowed: 'full_attention'")
+    odd_rope = [key for key in ("rope_scaling", "rope_parameters") if not isinstance(source.get(key) or {}, dict)]
+    problems += [f"{key}: given {source[key]!r}; allowed: an object or null" for key in odd_rope]
+    if odd_rope or type(value_of(source, "max_position_embeddings")) is not int:
+        return problems
     return problems + _rope(source)[1]
 
 
@@ -199,6 +207,8 @@ def _rope(source: Mapping[str, Any]) -> tuple[tuple[float, RopeScaling | None], 
     """Base and scaling of RoPE, and what is wrong with them: in one dictionary since transformers 5, in two keys
     before."""
     key, kind, given, theta = _rope_keys(source)
+    if (lost := _lost_base(source)) is not None:
+        return (theta, None), [lost]
     if any(isinstance(value, dict) for value in given.values()):
         return (theta, None), [f"{key}: given by layer type; allowed: one for all layers"]
     if (share := given.get("partial_rotary_factor")) not in (None, 1.0):
@@ -213,12 +223,24 @@ def _rope(source: Mapping[str, Any]) -> tuple[tuple[float, RopeScaling | None], 
     return _scaled(source, kind, {name: value for name, value in given.items() if name in _keys_of(kind)}, theta)
 
 
+def _lost_base(source: Mapping[str, Any]) -> str | None:
+    """What is wrong with a rope_scaling that was added beside rope_parameters: transformers then takes nothing of the
+    latter, so that the base in it would be another than is meant."""
+    old, new = source.get("rope_scaling") or {}, source.get("rope_parameters") or {}
+    if not old or "rope_theta" in old or new.get("rope_theta") in (None, source.get("rope_theta")):
+        return None
+    return (
+        f"rope_scaling: given beside rope_parameters, whose rope_theta {new['rope_theta']} transformers then ignores; "
+        "allowed: one of them, with rope_theta in it"
+    )
+
+
 def _rope_keys(source: Mapping[str, Any]) -> tuple[str, str, dict[str, Any], float]:
     """The dictionary's name, the kind of scaling, the other keys in it, and the base."""
     old, new = source.get("rope_scaling") or {}, source.get("rope_parameters") or {}
     given = dict(old or new)
     default = _ABSENT[source["model_type"]].get("rope_theta", 10000.0)
-    theta = given.pop("rope_theta", None) or new.get("rope_theta") or source.get("rope_theta") or default
+    theta = given.pop("rope_theta", None) or source.get("rope_theta") or default
     kinds = [given.pop(name, None) for name in ("rope_type", "type")]
     return "rope_scaling" if old else "rope_parameters", kinds[0] or kinds[1] or "default", given, float(theta)
 
@@ -245,6 +267,8 @@ def _scaled(
         if not both or given.get("attention_factor") is not None:
             given = {key: value for key, value in given.items() if not key.startswith("mscale")}
         given = {key: value for key, value in given.items() if value or not key.startswith("beta_")}
+        if "truncate" in given:
+            given["truncate"] = bool(given["truncate"])  # null is false there
     try:
         given = {key: value for key, value in given.items() if value is not None}
         scaling = RopeScaling.model_validate({"rope_type": kind, **given})

@@ -45,6 +45,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 with biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
     "olmo2": ("olmo2", {}),
     "olmo2 with biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
+    "widths that the grouped matmul cannot take": (
+        "qwen2", {"hidden_size": 30, "intermediate_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1},
+    ),
     "smollm3": ("smollm3", {}),  # its layer 3, and any fourth one, has no RoPE
     "smollm3, most layers without RoPE": ("smollm3", {"no_rope_layers": [0, 0, 1, 0, 0], "attention_bias": True}),
 }  # fmt: skip

@@ -148,6 +148,13 @@ def test_a_cut_that_does_not_fit_is_refused(change: dict[str, Any], message: str
         ({"rope_parameters": {"rope_type": "longrope", "factor": 8.0}}, "rope_type: given 'longrope'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "given by layer type"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: given 0.5"),
+        ({"rope_scaling": "linear"}, "rope_scaling: given 'linear'; allowed: an object or null"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 500.0}},
+            "given beside rope_parameters, whose rope_theta 500.0 transformers then ignores",
+        ),
+        ({"max_position_embeddings": None}, "max_position_embeddings: given None; allowed: a whole number"),
+        ({"num_hidden_layers": "8"}, "num_hidden_layers: given '8'; allowed: a whole number"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: given 30.0"),
         ({"model_type": "mistral", "sliding_window": 32}, "given 32, shorter than .* 64 .*: --context-length 32"),
         ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window: given 4096"),
@@ -210,6 +217,13 @@ def test_absent_keys_mean_what_they_mean_to_transformers() -> None:
         assert fields["head_dim"] == (128 if kind == "qwen3" else None)
         assert value_of(source, "max_position_embeddings") == type(known)().max_position_embeddings
         assert value_of(source, "sliding_window") == (4096 if kind in ("mistral", "qwen2", "qwen3") else None)
+
+
+def test_a_truncate_of_null_is_false_as_in_transformers() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    for given, taken in (({}, None), ({"truncate": None}, False), ({"truncate": True}, True)):
+        source = {**_SIZES, "model_type": "llama", "rope_parameters": {**rope, **given}}
+        assert model_fields(source, ())["rope_scaling"].truncate is taken
 
 
 def test_original_lengths_are_found_where_transformers_finds_them() -> None:
