@@ -45,6 +45,12 @@ class ChatMarks:
             return [self.mark(value) for value in given]
         return given
 
+    def torn(self, rendered: str) -> bool:
+        """Whether a template cut a message between a special token and its second mark: the token would count as the
+        template's own."""
+        tokens = "|".join(re.escape(token) for token in self.special if token not in self.symbols) or "(?!)"
+        return not all(found[1] for found in re.finditer(f"{self.start}(?:{tokens})({self.end}?)", rendered))
+
     def plain(self, text: str) -> str:
         """`text` without marks."""
         return text.replace(self.start, "").replace(self.end, "")
@@ -169,7 +175,8 @@ class _TextIsText(PreTrainedTokenizerFast):
             given = {**kwargs, "tokenize": False}
             plain = super().apply_chat_template(conversation, **beside, **given)
             rendered = super().apply_chat_template(marked, **marked_beside, **given)
-            if [marks.plain(text) for text in _listed(rendered)] != _listed(plain):
+            found = _listed(rendered)
+            if [marks.plain(text) for text in found] != _listed(plain) or any(map(marks.torn, found)):
                 raise ValueError("the chat template decides by special tokens inside of messages, where they are text")
             if not tokenize:
                 made = [RenderedChat(marks.plain(text), text, marks) for text in _listed(rendered)]
@@ -197,6 +204,7 @@ class _TextIsText(PreTrainedTokenizerFast):
             marks = _common([each.marks for each in texts])
             texts = [each.marked for each in texts]
             text = texts if batched else texts[0]
+        text, texts, text_pair = _well_formed(text), _well_formed(texts), _well_formed(text_pair)
         as_text = marks is not None or kwargs.get("split_special_tokens") is not False
         simple = text_pair is None and not kwargs.get("is_split_into_words") and all(isinstance(t, str) for t in texts)
         wanted = ("return_offsets_mapping", "return_overflowing_tokens", "return_special_tokens_mask")
@@ -275,15 +283,14 @@ class _TextIsText(PreTrainedTokenizerFast):
             if within and self._going_on is None:
                 self._going_on = without_prefix(pieces)
             pieces = self._going_on if within else pieces
-            well_formed = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return list(pieces.EncodeAsIds(well_formed))
+            return list(pieces.EncodeAsIds(_well_formed(text)))
         if not first and self._after is None:
             self._after = going_on(self._backend())
         backend = self._backend() if first or self._after is None else self._after
         backend.encode_special_tokens = True
         backend.no_truncation()  # which a file may ask for, as its maker's last call left it
         backend.no_padding()
-        return list(backend.encode(text, add_special_tokens=False).ids)
+        return list(backend.encode(_well_formed(text), add_special_tokens=False).ids)
 
     def _sentencepiece(self) -> Any:
         """The model that the text was trained with; None where the library is not installed."""
@@ -306,6 +313,15 @@ class MythosTokenizer(_TextIsText):
     Special tokens that are added to it later stay whole everywhere but in messages. Where the ids of a sentencepiece
     model are not those of the library (`ids_by` in tokenizer_config.json), sentencepiece itself makes them.
     """
+
+
+def _well_formed(given: Any) -> Any:
+    """Strings, in lists too, with U+FFFD for lone surrogates, which no UTF-8 text can hold; others as they are."""
+    if type(given) in (list, tuple):
+        return type(given)(map(_well_formed, given))
+    if not isinstance(given, str) or not re.search("[\ud800-\udfff]", given):
+        return given
+    return given.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _plain_messages(conversation: Any) -> Any:

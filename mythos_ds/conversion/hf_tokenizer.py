@@ -39,6 +39,9 @@ def write_tokenizer(place: Path, output: Path, *, with_remote_code: bool = False
             write_atomic(output / TOKENIZER_JSON, own.json())
             for name in {SENTENCEPIECE, own.path.name}:
                 (output / name).unlink(missing_ok=True)
+        elif (content := json.loads(own.json()))["model"].get("dropout"):
+            content["model"]["dropout"] = None  # would cut each text another way, each time
+            write_atomic(output / TOKENIZER_JSON, json.dumps(content, ensure_ascii=False))
     else:
         config = _of_sentencepiece(own, config, known, output)
     if with_remote_code:

@@ -41,7 +41,8 @@ def encode_chat(
     known = symbols | tokenizer.special_tokens
     given = {"add_generation_prompt": add_generation_prompt, "chat_template": template}
     rendered = _rendered(tokenizer, marks.mark(list(messages)), tools=marks.mark(tools), **given)
-    if marks.marked and marks.plain(rendered) != _rendered(tokenizer, list(messages), tools=tools, **given):
+    unmarked = _rendered(tokenizer, list(messages), tools=tools, **given) if marks.marked else rendered
+    if marks.plain(rendered) != unmarked or marks.torn(rendered):
         raise DataError(
             f"{tokenizer.path}: its chat template decides by special tokens inside of messages, where they are text; "
             f"allowed: messages without {', '.join(marks.special)}"

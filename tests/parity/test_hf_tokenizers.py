@@ -18,6 +18,7 @@ from mythos_ds.conversion.hf_tokenizer import write_tokenizer
 from mythos_ds.data.chat import encode_chat
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.data.tokenizer_export import library_tokenizer
+from mythos_ds.errors import DataError
 from tests.helpers.tokenizers import (
     CHAT_SYMBOLS,
     CHAT_TEMPLATE,
@@ -74,6 +75,30 @@ def test_tokenizer_json(added, tmp_path):
     again = Tokenizer.load(tmp_path / "hf")
     assert (again.sha256, again.eos_id) == (Tokenizer.load(place).sha256, made.eos_token_id)
     assert (made.eos_token, made.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_the_dropout_of_a_tokenizers_training_does_not_reach_an_export(tmp_path):
+    place = byte_level_folder(tmp_path / "source")
+    content = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["dropout"] = 0.5
+    (place / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    made, plain = exported(place, tmp_path / "hf")
+    expected = Tokenizer.load(place).encode_all(FULL[:100])
+    for each in (made, plain):
+        assert each(FULL[:100], add_special_tokens=False).input_ids == expected
+
+
+@pytest.mark.parametrize("kind", ["bpe", "tokenizer.json"])
+def test_lone_surrogates_are_what_they_are_in_prepared_data(kind, tmp_path):
+    json_kind = kind == "tokenizer.json"
+    place = byte_level_folder(tmp_path / "s") if json_kind else sentencepiece_model(tmp_path / "tokenizer.model", kind)
+    made, _ = exported(place, tmp_path / "hf")
+    texts = ["\ud800", "a \udfff\ud800 b", "\U0001f642"]
+    expected = Tokenizer.load(place).encode_all(texts)
+    assert [made(text, add_special_tokens=False).input_ids for text in texts] == expected
+    assert made(texts, add_special_tokens=False).input_ids == expected
+    made.add_special_tokens({"extra_special_tokens": ["<|new|>"]})
+    assert made.convert_tokens_to_ids("<|new|>") in made("\ud800<|new|>").input_ids
 
 
 @pytest.mark.parametrize("kind", [*SENTENCEPIECE, "tokenizer.json"])
@@ -185,6 +210,24 @@ def test_a_chat_keeps_peoples_words_as_text(tmp_path):
         rendered = [made.apply_chat_template(chat, tokenize=False) for chat in batch]
         assert rendered == made.apply_chat_template(batch, tokenize=False)
         assert made(rendered).input_ids == made.apply_chat_template(batch, return_dict=False)
+
+
+def test_a_message_that_the_template_cuts_after_a_special_token_is_refused(tmp_path):
+    place = byte_level_folder(tmp_path / "source", added=True)
+    made, _ = exported(place, tmp_path / "hf")
+    word = CHAT_SYMBOLS[1]
+    for length, torn in ((len(word) + 1, True), (len(word) + 2, False)):
+        template = f"{CHAT_SYMBOLS[0]}{{{{ messages[0]['content'][:{length}] }}}}{word}"
+        chat = [{"role": "user", "content": word}]
+        if torn:
+            with pytest.raises(DataError, match="decides by special tokens inside"):
+                encode_chat(Tokenizer.load(place), chat, template=template)
+            with pytest.raises(ValueError, match="decides by special tokens inside"):
+                made.apply_chat_template(chat, chat_template=template)
+        else:
+            ids = encode_chat(Tokenizer.load(place), chat, template=template)
+            assert ids.count(made.convert_tokens_to_ids(word)) == 1
+            assert made.apply_chat_template(chat, chat_template=template, return_dict=False) == ids
 
 
 def test_a_chat_without_special_words_is_what_transformers_makes_of_it(tmp_path):
