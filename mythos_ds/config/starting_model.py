@@ -9,14 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mythos_ds.config.built_in import BUILT_IN
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import ConfigError, MythosError
 
 FREE = ("mean_recurrence", "embedding_std", "init_std", "act_threshold", "state_dtype")
 """Settings that no tensor of the weights depends on, and that a run may therefore choose anew."""
-
-BUILT_IN = "tiny"
-"""The trained model that is installed with the package."""
 
 CONFIG = "config.json"
 _RUN_MANIFEST, _CHECKPOINTS = "manifest.json", "checkpoints"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mythos_ds.checkpoint import manifest
+from mythos_ds.config.built_in import BUILT_IN
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.config.starting_model import model_section
@@ -24,7 +25,7 @@ from mythos_ds.conversion.openmythos import read_openmythos
 from mythos_ds.conversion.retrofit import Cut, Retrofitted, describe, retrofit_config
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.io import read_json
-from mythos_ds.weights.built_in import BUILT_IN, model_path
+from mythos_ds.weights.built_in import model_path
 from mythos_ds.weights.checksums import require_whole
 from mythos_ds.weights.model_folder import CONFIG, read_config
 from mythos_ds.weights.pickled import PICKLES

@@ -3,11 +3,9 @@
 import re
 from pathlib import Path
 
-from mythos_ds.config import starting_model
+from mythos_ds.config.built_in import BUILT_IN
 from mythos_ds.errors import CheckpointError
 
-BUILT_IN = starting_model.BUILT_IN
-"""The trained model that is installed with the package."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = (".model", ".json", ".pt", ".pth", ".bin", ".safetensors")
 

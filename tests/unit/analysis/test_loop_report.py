@@ -125,7 +125,7 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path, capsys: pytest
         ((tmp_path / "m", "--output", str(config)), "--output: given"),
         ((tmp_path / "m", "--openmythos-config", str(config)), "state_dict file only"),
         ((broken,), "--openmythos-config: missing"),
-        ((broken, "--openmythos-config", str(empty)), "attn_type"),
+        ((broken, "--openmythos-config", str(empty)), "vocab_size is missing"),
         ((broken, "--openmythos-config", str(config)), "damaged"),
         ((tmp_path / "list.pt", "--openmythos-config", str(config)), "not a state_dict"),
     ]
