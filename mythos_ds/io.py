@@ -3,13 +3,19 @@
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import CheckpointError, MythosError
+
+_MARK = b"\xef\xbb\xbf"
+_MAX_BYTES = 1 << 28
+_SHOWN_CHARACTERS = 80
 
 
 def sync(path: Path) -> None:
@@ -36,12 +42,57 @@ def write_json(path: Path, content: Any, *, indent: int = 1, sort_keys: bool = F
     write_atomic(path, json.dumps(content, indent=indent, sort_keys=sort_keys) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises CheckpointError when it is missing or damaged."""
+def read_json(path: Path, shape: Any = Any, error: type[MythosError] = CheckpointError) -> Any:
+    """The content of a JSON file, of the type `shape` (a dataclass, `dict[str, int]` ...); nothing is converted.
+
+    A dataclass takes the keys it knows; others are left out. Raises `error` with the file, and the key where one is
+    wrong: for a file that is missing, no regular file, not readable, not JSON, nested beyond 200 levels, or of another
+    shape.
+    """
+    return parse_json(read_bytes(path, error), str(path), shape, error)
+
+
+def parse_json(text: str | bytes, where: str, shape: Any = Any, error: type[MythosError] = CheckpointError) -> Any:
+    """As `read_json`, of text that is at hand; `where` names it in messages."""
+    from pydantic import ValidationError
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error})") from error
+        return _adapter(shape).validate_json(text.removeprefix(_MARK) if isinstance(text, bytes) else text, strict=True)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_context=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        given = "" if first["type"] == "json_invalid" else f", {_shortened(first['input'])} given"
+        raise error(f"{where}: {f'{key}: ' if key else ''}{first['msg']}{given}") from problem
+
+
+def read_bytes(path: Path, error: type[MythosError] = CheckpointError, max_bytes: int = _MAX_BYTES) -> bytes:
+    """A file whole. Raises `error` where it is missing, no regular file, not readable, or larger than `max_bytes`."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise error(f"{path}: no regular file")
+            if found.st_size > max_bytes:
+                raise error(f"{path}: {found.st_size:,} bytes given; allowed: at most {max_bytes:,}")
+            return file.read()
+    except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
+        raise error(f"{path}: not readable ({getattr(problem, 'strerror', None) or problem})") from problem
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe without a writer is opened, and refused, at once
+
+
+@cache
+def _adapter(shape: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(shape)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
 
 
 def partial_path(target: Path) -> Path:
