@@ -23,6 +23,10 @@ class CheckpointError(MythosError):
     """A checkpoint is missing, incomplete or belongs to another configuration."""
 
 
+class OutputError(MythosError):
+    """An output cannot be written: another job writes there, or the disk does not take it."""
+
+
 class ParallelError(MythosError):
     """The processes at hand cannot be laid out as asked, or the software they run does not support it."""
 

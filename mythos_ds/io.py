@@ -2,20 +2,24 @@
 
 import json
 import os
+import re
+import secrets
 import shutil
 import stat
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from mythos_ds.errors import CheckpointError, MythosError
+from mythos_ds.errors import CheckpointError, MythosError, OutputError
+from mythos_ds.process_identity import runs, signature
 
 _MARK = b"\xef\xbb\xbf"
 _MAX_BYTES = 1 << 28
 _SHOWN_CHARACTERS = 80
+_PARTIAL = re.compile(r"([0-9a-f]{8}-\d+-\d+)-[0-9a-f]{16}")
+_TEMPORARY = re.compile(r"\.mythos_ds-([0-9a-f]{8}-\d+-\d+)-[0-9a-f]{16}\.tmp")
 
 
 def sync(path: Path) -> None:
@@ -29,12 +33,77 @@ def sync(path: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old or the new content, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+    with new_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path`, in one rename, when the block ends without an exception; else the former stays.
+
+    A link at `path` is replaced, not followed. Raises OutputError with the name where the disk does not take it.
+    """
+    temporary = temporary_path(path.parent)
+    try:
+        with _named(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open_new(temporary) as file:
+                yield file
+            temporary.replace(path)
+            sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path, temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in (None, str(temporary), str(path), str(path.parent)):
+            raise  # of something that was read meanwhile
+        kept = "; what was there before is as it was" if path.exists() else ""
+        raise OutputError(f"{path}: not written ({error.strerror or error}){kept}") from error
+
+
+@contextmanager
+def open_new(path: Path) -> Iterator[BinaryIO]:
+    """A file that was not there before, created without following a link, and forced to disk at the end."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o666), "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content as `new_file` writes it."""
+    with source.open("rb") as opened, new_file(target) as file:
+        shutil.copyfileobj(opened, file)
+
+
+def real_folder(path: Path) -> Path:
+    """Make a folder in an output. Raises OutputError for a link there, through which files would get elsewhere."""
+    if path.is_symlink():
+        raise OutputError(f"{path}: is a link; allowed: a folder, or nothing")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def temporary_path(folder: Path) -> Path:
+    """A new hidden name, which tells whose it is and cannot be foreseen."""
+    return folder / f".mythos_ds-{signature()}-{secrets.token_hex(8)}.tmp"
+
+
+def remove_leftovers(folder: Path, *, alone: bool = False) -> None:
+    """Remove temporary files that dead processes left in `folder`; where this job is `alone` to write there, also those
+    of other hosts' processes."""
+    for path in folder.glob(".mythos_ds-*.tmp"):
+        found = _TEMPORARY.fullmatch(path.name)
+        running = runs(found[1]) if found else True
+        if running is False or (running is None and alone):
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_json(path: Path, content: Any, *, indent: int = 1, sort_keys: bool = False) -> None:
@@ -97,7 +166,16 @@ def _shortened(value: Any) -> str:
 
 def partial_path(target: Path) -> Path:
     """A new hidden name beside `target`, on the same file system, for output under construction."""
-    return target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:12]}"
+    return target.parent / f".{target.name}.partial-{signature()}-{secrets.token_hex(8)}"
+
+
+def remove_partials(target: Path) -> None:
+    """Remove what dead processes of this host left of output under construction at `target`."""
+    start = f".{target.name}.partial-"
+    for path in target.parent.iterdir():
+        found = _PARTIAL.fullmatch(path.name.removeprefix(start)) if path.name.startswith(start) else None
+        if found and runs(found[1]) is False:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -108,6 +186,7 @@ def published_directory(target: Path) -> Iterator[Path]:
     write the same content.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_partials(target)
     work = partial_path(target)
     work.mkdir()
     try:
