@@ -39,7 +39,9 @@ class ProcessIdentity:
         if self._is_near():
             return _start(self.pid) != self.start
         # Hosts share names, and copied disks their machine's id: a later boot is only told where both agree.
-        return bool(machine and boot and self.boot) and (self.host, self.machine) == (host, machine) and self.boot != boot
+        return (
+            bool(machine and boot and self.boot) and (self.host, self.machine) == (host, machine) and self.boot != boot
+        )
 
     def _is_near(self) -> bool:
         own = _place()

@@ -171,7 +171,9 @@ def test_a_lock_is_released_when_its_process_is_ended(tmp_path: Path, number: in
         time.sleep(0.001)
     os.kill(pid, number)
     code = code_of(pid)
-    assert code == {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 98, signal.SIGKILL: -9}[signal.Signals(number)]
+    assert (
+        code == {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 98, signal.SIGKILL: -9}[signal.Signals(number)]
+    )
     assert target.exists() == (number == signal.SIGKILL)
     assert take(target) == 0
     assert not target.exists() or not list(target.iterdir())
