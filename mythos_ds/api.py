@@ -13,6 +13,7 @@ from mythos_ds.weights.built_in import find_model, model_path
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mythos_ds.checkpoint.training_state import TrainingState
     from mythos_ds.config.loader import LoadedConfig
     from mythos_ds.config.schema import ModelConfig as ModelConfig
     from mythos_ds.config.schema import RunConfig as RunConfig
@@ -189,13 +190,13 @@ def _tokenizer(given: "Tokenizer | str | Path | None", place: Path | None) -> "T
         return Tokenizer.load(place)
     from mythos_ds.conversion.merge import tokenizer_of
 
-    return Tokenizer.load(tokenizer_of(_state(place)["config"]))
+    return Tokenizer.load(tokenizer_of(_state(place)))
 
 
-def _state(tag: Path) -> dict[str, Any]:
-    from mythos_ds.checkpoint import manifest
+def _state(tag: Path) -> "TrainingState":
+    from mythos_ds.checkpoint.training_state import read_state
 
-    return manifest.read_json(tag / manifest.STATE)
+    return read_state(tag)
 
 
 def _trained_length(place: Path | None) -> int | None:
@@ -333,22 +334,20 @@ def convert(
         MythosError: for a conversion that there is not, an option without effect in it, or damaged files.
     """
     from mythos_ds.conversion.convert import CUT_FLAGS, Request, plan_route
+    from mythos_ds.conversion.written_model import refuse_input, write_model
     from mythos_ds.weights.checksums import require_whole
-    from mythos_ds.weights.writer import write_tensors
 
     if unknown := sorted(set(cut) - set(CUT_FLAGS)):
         raise ConfigError(f"{unknown[0]}: not an option of a conversion; allowed: {', '.join(CUT_FLAGS)}")
     folder = model_path(source)
     output = Path(destination)
-    if output.resolve() == folder.resolve():
-        raise ConfigError(f"destination: given {destination}, which is the source; allowed: a new folder")
+    refuse_input(output, [folder], "destination")
     request = Request(from_format, to_format, folder, dtype, with_remote_code, allow_pickle, cut)
     route = plan_route(request)
     if folder.is_dir():
         require_whole(folder)
     found = [] if route.inspect is None else route.inspect()
-    write_tensors(route.source, output, jobs=jobs)
-    route.finish(output)
+    write_model(route.source, output, route.finish, command="convert", jobs=jobs)
     return [*route.notes, *found]
 
 

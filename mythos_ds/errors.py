@@ -1,5 +1,8 @@
 """Errors that a user can mend. Each message says where, what was given, what is allowed and the nearest valid value."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 USER_ERROR_EXIT_CODE = 2
 
 
@@ -46,6 +49,17 @@ class NumericsError(MythosError):
 
 class LabError(MythosError):
     """A study's run failed, or there is too little to draw a conclusion from."""
+
+
+@contextmanager
+def naming(place: object) -> Iterator[None]:
+    """Puts the name of a file or folder before the message of a CheckpointError that does not say it."""
+    try:
+        yield
+    except CheckpointError as error:
+        if str(place) in str(error):
+            raise
+        raise CheckpointError(f"{place}: {error}") from error
 
 
 class ReportedElsewhere(MythosError):

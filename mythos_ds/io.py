@@ -45,7 +45,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = temporary_path(path.parent)
     try:
-        with _named(path, temporary):
+        with writing_to(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open_new(temporary) as file:
                 yield file
@@ -56,12 +56,14 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _named(path: Path, temporary: Path) -> Iterator[None]:
+def writing_to(path: Path) -> Iterator[None]:
+    """Errors of the disk become OutputError with the name of the file that is being written, `path`; those with the
+    name of a file elsewhere, which is being read, stay."""
     try:
         yield
     except OSError as error:
-        if error.filename not in (None, str(temporary), str(path), str(path.parent)):
-            raise  # of something that was read meanwhile
+        if error.filename is not None and Path(error.filename).parent not in (path.parent, path.parent.parent):
+            raise
         kept = "; what was there before is as it was" if path.exists() else ""
         raise OutputError(f"{path}: not written ({error.strerror or error}){kept}") from error
 
@@ -80,6 +82,16 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content as `new_file` writes it."""
     with source.open("rb") as opened, new_file(target) as file:
         shutil.copyfileobj(opened, file)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder as `copy_file` does, and those of its folders."""
+    real_folder(target)
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            copy_folder(path, target / path.name)
+        elif path.is_file():
+            copy_file(path, target / path.name)
 
 
 def real_folder(path: Path) -> Path:
@@ -136,14 +148,21 @@ def parse_json(text: str | bytes, where: str, shape: Any = Any, error: type[Myth
 
 def read_bytes(path: Path, error: type[MythosError] = CheckpointError, max_bytes: int = _MAX_BYTES) -> bytes:
     """A file whole. Raises `error` where it is missing, no regular file, not readable, or larger than `max_bytes`."""
+    with open_regular(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise error(f"{path}: {size:,} bytes given; allowed: at most {max_bytes:,}")
+        return file.read()
+
+
+@contextmanager
+def open_regular(path: Path, error: type[MythosError] = CheckpointError) -> Iterator[BinaryIO]:
+    """A file to be read. Raises `error` where it is missing, no regular file, or not readable."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise error(f"{path}: no regular file")
-            if found.st_size > max_bytes:
-                raise error(f"{path}: {found.st_size:,} bytes given; allowed: at most {max_bytes:,}")
-            return file.read()
+            yield file
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
         raise error(f"{path}: not readable ({getattr(problem, 'strerror', None) or problem})") from problem
 

@@ -21,17 +21,19 @@ from mythos_ds.conversion.average import (
     Mean,
     SourceModel,
     check_alike,
+    check_whole_models,
     lineage_metadata,
     similarity,
     write_averaged_side_files,
 )
 from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_input, check_writing
+from mythos_ds.conversion.written_model import refuse_input, write_model
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.reader import TensorFolder
-from mythos_ds.weights.writer import plan_files, write_tensors
+from mythos_ds.weights.writer import plan_files
 
 
 def parser() -> ArgumentParser:
@@ -50,6 +52,7 @@ def work(arguments: Namespace) -> None:
     check_alike(models)
     sources = [TensorFolder(model.folder) for model in models]
     mean = Mean(sources, weights)
+    check_whole_models(models, sources)
     alike = [similarity(source, sources[-1]) for source in sources[:-1]]
     check_lineage(arguments, alike)
     specs = mean.specs()
@@ -59,10 +62,16 @@ def work(arguments: Namespace) -> None:
         for model in models:
             check_input(model.folder)
         with byte_progress("averaging", made.bytes) as progress:
-            write_tensors(
-                mean, arguments.output, jobs=arguments.jobs, max_file_bytes=arguments.max_file_bytes, progress=progress
+            write_model(
+                mean,
+                arguments.output,
+                lambda output: write_averaged_side_files(models, mean.weights, output),
+                command="average",
+                jobs=arguments.jobs,
+                max_file_bytes=arguments.max_file_bytes,
+                progress=progress,
+                break_lock=arguments.break_lock,
             )
-        write_averaged_side_files(models, mean.weights, arguments.output)
     report(arguments, models, mean, alike, made)
 
 
@@ -71,9 +80,8 @@ def checked_weights(arguments: Namespace) -> list[float]:
     models = arguments.models
     if len(models) < 2:
         raise ConfigError(f"models: given {len(models)}; allowed: at least 2; nearest: 2")
-    if arguments.output.resolve() in [model.resolve() for model in models]:
-        raise ConfigError(f"--output: given {arguments.output}, which is averaged; allowed: a new folder")
     check_writing(arguments)
+    refuse_input(arguments.output, models, what="averaged")
     weights: list[float] = arguments.weights or [1.0] * len(models)
     if len(weights) != len(models) or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
         given = " ".join(f"{weight:g}" for weight in weights)

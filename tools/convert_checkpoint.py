@@ -23,11 +23,12 @@ from typing import Any
 from mythos_ds.conversion.convert import CUT_FLAGS, DTYPES, FORMATS, Request, Route, plan_route
 from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_input, check_writing
+from mythos_ds.conversion.written_model import refuse_input, write_model
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.built_in import model_path
-from mythos_ds.weights.writer import plan_files, write_tensors
+from mythos_ds.weights.writer import plan_files
 
 
 def parser() -> ArgumentParser:
@@ -73,14 +74,16 @@ def work(arguments: Namespace) -> None:
         if arguments.input.is_dir():
             check_input(arguments.input)
         with byte_progress("converting", made.bytes) as progress:
-            write_tensors(
+            write_model(
                 route.source,
                 arguments.output,
+                route.finish,
+                command="convert",
                 jobs=arguments.jobs,
                 max_file_bytes=arguments.max_file_bytes,
                 progress=progress,
+                break_lock=arguments.break_lock,
             )
-        route.finish(arguments.output)
         if arguments.evaluate and route.evaluate is not None:
             rows = route.evaluate(arguments.output, arguments.data_dir or Path("data"))
     report(arguments, route, made, rows)
@@ -95,8 +98,7 @@ def check(arguments: Namespace) -> None:
         raise ConfigError(f"--evaluate: given with --to {arguments.target}; allowed: with --to hf")
     if arguments.evaluate and arguments.dry_run:
         raise ConfigError("--evaluate: given with --dry-run, which writes nothing to measure; allowed: without it")
-    if arguments.output.resolve() == arguments.input.resolve():
-        raise ConfigError(f"--output: given {arguments.output}, which is the input; allowed: a new folder")
+    refuse_input(arguments.output, [arguments.input])
 
 
 def report(arguments: Namespace, route: Route, made: Estimate, rows: Sequence[dict[str, float]] | None) -> None:

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.health import measure_tensor, part_of
-from mythos_ds.checkpoint.portable import open_state, read_layout
+from mythos_ds.checkpoint.portable import open_state
+from mythos_ds.checkpoint.training_state import read_layout, read_state
 from mythos_ds.conversion.merge import newest_tag
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.formatting import byte_text
@@ -79,13 +80,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
             raise ConfigError(f"--allow-pickle: given for {path}, whose weights are not pickled")
         return {"model folder": str(path), "facts": content.get("facts", {})}, {"weights": TensorFolder(path)}
     tag = newest_tag(path)
-    state = read_json(tag / manifest.STATE)
+    state = read_state(tag)
     sources, updates = open_state(tag)
     summary = {
         "checkpoint": str(tag),
-        "step": state["step"],
+        "step": state.step,
         "optimizer updates": int(updates),
-        "sequences read": state["consumed_samples"],
+        "sequences read": state.consumed_samples,
         "layout": read_layout(tag),
         "bytes on disk": sum(record.size for record in manifest.read_manifest(tag).values()),
     }

@@ -20,13 +20,13 @@ from mythos_ds.conversion.convert import CUT_FLAGS, Request, Route, plan_route
 from mythos_ds.conversion.dense_source import hf_weights
 from mythos_ds.conversion.init_config import file_text, init_config
 from mythos_ds.conversion.recipe import choose_cut, dense_config, recipe_cut, recipe_overrides
-from mythos_ds.conversion.writing_options import check_input
+from mythos_ds.conversion.writing_options import add_break_lock, check_input
+from mythos_ds.conversion.written_model import refuse_input, write_model
 from mythos_ds.errors import ConfigError
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.model_folder import read_config
-from mythos_ds.weights.writer import write_tensors
 
 _PARTS = ("prelude", "recurrent", "coda")
 
@@ -41,6 +41,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--text", type=Path, help="a text that shows the attention sink (default: two sentences)")
     made.add_argument("--dtype", choices=("bfloat16", "float32"), help="of matrices; default: as in the input")
     made.add_argument("--allow-pickle", action="store_true", help="let a pickled input run the code it names")
+    add_break_lock(made)
     for name, text in CUT_FLAGS.items():
         words = text.partition(" (default")[0].partition("; default")[0]
         made.add_argument("--" + name.replace("_", "-"), type=float if name == "decay" else int, help=words)
@@ -53,8 +54,14 @@ def work(arguments: Namespace) -> None:
     route = planned(arguments)
     check_input(arguments.folder)
     with byte_progress("converting", route.read_bytes) as progress:
-        write_tensors(route.source, arguments.output, progress=progress)
-    route.finish(arguments.output)
+        write_model(
+            route.source,
+            arguments.output,
+            route.finish,
+            command="loop-from-dense",
+            progress=progress,
+            break_lock=arguments.break_lock,
+        )
     settings = [*recipe_overrides(read_config(arguments.output)), *arguments.overrides]
     run, notes = init_config(arguments.output, like, settings, data=arguments.data)
     file = run_file(arguments)
@@ -69,8 +76,7 @@ def planned(arguments: Namespace) -> Route:
     output, file = arguments.output, run_file(arguments)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: given {output}, which is a file; allowed: a new folder")
-    if output.resolve() == arguments.folder.resolve() or file.resolve() == output.resolve():
-        raise ConfigError(f"--output: given {output}, which is the input or the run file; allowed: a new folder")
+    refuse_input(output, [arguments.folder, file])
     if file.exists():
         raise ConfigError(f"--config: given {file}, which exists; allowed: a new file")
     given = {name: getattr(arguments, name) for name in CUT_FLAGS if getattr(arguments, name) is not None}

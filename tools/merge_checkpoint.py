@@ -15,21 +15,21 @@ from pathlib import Path
 
 import torch
 
-from mythos_ds.checkpoint import manifest
+from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
 from mythos_ds.conversion.estimate import estimate, print_estimate
 from mythos_ds.conversion.merge import merge, merged_source, model_of, newest_tag
-from mythos_ds.conversion.model_target import expected_specs, folder_dtype
+from mythos_ds.conversion.model_target import folder_dtype
 from mythos_ds.conversion.planned_checkpoint import planned_tensors
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_writing, refuse_output_in_run
 from mythos_ds.data.tokenizer_files import has_tokenizer
 from mythos_ds.errors import CheckpointError, ConfigError
-from mythos_ds.io import read_json
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.reader import TensorSpec
 from mythos_ds.weights.safe_load import executing_pickles
+from mythos_ds.weights.whole_model import expected_specs
 from mythos_ds.weights.writer import plan_files
 
 _FP32_BYTES = 4
@@ -62,8 +62,7 @@ def work(arguments: Namespace) -> None:
 def merge_newest(arguments: Namespace) -> None:
     """Merge the checkpoint that the arguments name, or say what that takes."""
     tag = newest_tag(arguments.checkpoint)
-    state = read_json(tag / manifest.STATE)
-    specs = merged_source(tag, model_of(state), arguments.dtype).specs()
+    specs = merged_source(tag, model_of(read_state(tag)), arguments.dtype).specs()
     planned = plan_files(specs, arguments.max_file_bytes)
     made = estimate(planned, _read_bytes(specs), arguments.bandwidth or BANDWIDTH)
     if arguments.dry_run:
@@ -83,6 +82,7 @@ def merge_newest(arguments: Namespace) -> None:
             max_file_bytes=arguments.max_file_bytes,
             tokenizer=arguments.tokenizer,
             progress=progress,
+            break_lock=arguments.break_lock,
         )
     print_estimate(f"{arguments.output}", made, arguments.json)
 

@@ -16,14 +16,17 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from mythos_ds.checkpoint import manifest as files
-from mythos_ds.checkpoint.portable import PORTABLE, open_state, read_layout, write_portable
+from mythos_ds.checkpoint.portable import open_state, unfinished, write_portable
+from mythos_ds.checkpoint.training_state import PORTABLE, read_layout
 from mythos_ds.conversion.estimate import estimate, print_estimate
 from mythos_ds.conversion.merge import newest_tag
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_writing
+from mythos_ds.conversion.written_model import refuse_input
 from mythos_ds.errors import CheckpointError, ConfigError
-from mythos_ds.io import write_atomic
+from mythos_ds.io import new_file, read_bytes
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
+from mythos_ds.output_lock import locked_output
 from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.weights.safe_load import executing_pickles
 from mythos_ds.weights.writer import plan_files
@@ -59,8 +62,10 @@ def reshard(arguments: Namespace) -> None:
     if arguments.output is None:
         raise ConfigError("--output: not given; the run directory to write the checkpoint to")
     target = RunDirectory(arguments.output)
-    take_manifest(tag, target)
-    with byte_progress("resharding", made.bytes) as progress:
+    refuse_input(arguments.output, [tag])
+    locked = locked_output(arguments.output, "reshard", break_lock=arguments.break_lock)
+    with locked, byte_progress("resharding", made.bytes) as progress:
+        take_manifest(tag, target)
         written = write_portable(
             tag,
             target.checkpoints,
@@ -80,12 +85,13 @@ def take_manifest(tag: Path, target: RunDirectory) -> None:
     manifest = RunDirectory(tag.resolve().parent.parent).manifest
     if not manifest.is_file():
         raise CheckpointError(f"{manifest}: not found; the run's must lie two folders above the checkpoint")
-    text = manifest.read_text(encoding="utf-8")
-    if files.list_tags(target.checkpoints):
+    content = read_bytes(manifest)
+    if files.list_tags(target.checkpoints) and not unfinished(target.checkpoints, tag):
         raise CheckpointError(f"{target.checkpoints}: holds checkpoints; choose another output")
-    if target.manifest.is_file() and target.manifest.read_text(encoding="utf-8") != text:
+    if target.manifest.is_file() and read_bytes(target.manifest) != content:
         raise CheckpointError(f"{target.manifest}: is another run's; choose another output")
-    write_atomic(target.manifest, text)
+    with new_file(target.manifest) as file:
+        file.write(content)
 
 
 if __name__ == "__main__":

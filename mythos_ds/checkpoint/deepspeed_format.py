@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from mythos_ds.checkpoint.manifest import MANIFEST, STATE
+from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.layout import RankLayout
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import read_json
 from mythos_ds.model.parameter_roles import is_expert, is_frozen, role_of
 from mythos_ds.weights.reader import TensorSpec
 from mythos_ds.weights.safe_load import executes_pickles, safe_load
@@ -169,12 +169,14 @@ class ShardReader:
         self.tag = tag
         self.allow_pickle = executes_pickles() if allow_pickle is None else allow_pickle
         self._open: dict[str, Any] = {}
+        self.last = ""
+        """The file that was asked for last."""
 
     @cached_property
     def training(self) -> dict[str, Any]:
         """The training section of the run's configuration."""
         path = self.tag / STATE
-        return dict(read_json(path)["config"]["training"]) if path.is_file() else {}
+        return dict(read_state(self.tag).config["training"]) if path.is_file() else {}
 
     def order(self, content: Mapping[str, Any]) -> dict[str, int]:
         """Index of each parameter in an unpartitioned optimizer: the order in which `parameter_groups` takes them."""
@@ -191,13 +193,20 @@ class ShardReader:
 
     def content(self, file: str) -> Any:
         """What torch saved in `file`."""
+        self.last = file
         if file not in self._open:
             self._open[file] = load_deepspeed_file(self.tag / file, allow_pickle=self.allow_pickle)
         return self._open[file]
 
     def elements(self, piece: Piece, name: str, kind: str) -> Tensor:
         """The flat elements of a piece of the tensor `name`."""
-        return self.flat(piece.file, piece.group, name, kind).detach()[piece.start : piece.start + piece.numel]
+        found = self.flat(piece.file, piece.group, name, kind).detach()[piece.start : piece.start + piece.numel]
+        if found.numel() != piece.numel or not found.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{self.tag / piece.file}: {kind} of {name} has {found.numel()} elements of {found.dtype}; "
+                f"{piece.numel} floating-point numbers are planned"
+            )
+        return found
 
     def flat(self, file: str, group: int | None, name: str, kind: str) -> Tensor:
         """The flat tensor that a piece is cut from. Raises CheckpointError where there is none of that kind."""
@@ -320,9 +329,22 @@ class CheckpointTensors:
 
 def open_checkpoint(tag: Path, ep_size: int, n_stages: int) -> tuple[dict[str, CheckpointTensors], float]:
     """Kind -> its tensors, for the weights and each optimizer state of a DeepSpeed checkpoint, and the optimizer's
-    step count. Raises CheckpointError where files are missing or do not fit together."""
+    step count. Raises CheckpointError where files are missing, do not fit together, or have another form."""
     reader = ShardReader(tag)
-    stages, buffers = [], {}
+    try:
+        return _opened(reader, ep_size, n_stages)
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what torch saved may be anything
+        raise CheckpointError(f"{tag / reader.last}: not of the form that DeepSpeed writes ({error!r})") from error
+
+
+def _opened(reader: ShardReader, ep_size: int, n_stages: int) -> tuple[dict[str, CheckpointTensors], float]:
+    tag, stages, buffers = reader.tag, [], {}
     for stage in range(n_stages):
         folder = Path(f"stage_{stage}") if n_stages > 1 else Path()
         files = _rank_files(reader, folder, ep_size)

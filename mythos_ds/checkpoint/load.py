@@ -7,10 +7,10 @@ from mythos_ds.checkpoint import manifest, random_state
 from mythos_ds.checkpoint.deepspeed_format import load_deepspeed_file
 from mythos_ds.checkpoint.deepspeed_io import torch_files
 from mythos_ds.checkpoint.reshard import load_resharded
-from mythos_ds.checkpoint.save import TrainingState, layout_of, random_state_file, shards_of
+from mythos_ds.checkpoint.save import layout_of, random_state_file, shards_of
+from mythos_ds.checkpoint.training_state import TrainingState, read_state
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import CheckpointError, RankError, ReportedElsewhere
-from mythos_ds.io import read_json
 from mythos_ds.log import get_logger
 from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
@@ -45,15 +45,6 @@ def verified_everywhere(groups: ParallelGroups, tag: Path) -> bool:
     return True
 
 
-def read_state(tag: Path) -> TrainingState:
-    """Step, position and layout of a checkpoint, without its tensors. Raises CheckpointError when it is damaged."""
-    content = read_json(tag / manifest.STATE)
-    try:
-        return TrainingState(**content)
-    except TypeError as error:
-        raise CheckpointError(f"{tag / manifest.STATE}: not a training state ({error})") from error
-
-
 def load_checkpoint(
     engine: TrainingEngine, groups: ParallelGroups, tag: Path, *, allow_pickle: bool = False
 ) -> TrainingState:
@@ -74,7 +65,7 @@ def load_checkpoint(
             _load_shards(engine, groups, tag, state.step)
         else:
             load_resharded(engine, groups, tag, state.step)
-    _restore_random_states(tag, groups, state)
+    together(groups, lambda: _restore_random_states(tag, groups, state))
     _logger.info("resumed from %s", tag)
     return state
 
@@ -98,6 +89,6 @@ def _restore_random_states(tag: Path, groups: ParallelGroups, state: TrainingSta
     """Those of this rank; a rank that the checkpoint does not know starts from the run's seed."""
     path = tag / random_state_file(groups.rank)
     if path.is_file():
-        random_state.restore(read_json(path), groups.device)
+        random_state.restore(path, groups.device)
     else:
         random_state.seed((state.config["training"]["seed"], state.step, groups.rank))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import read_json, write_atomic
+from mythos_ds.io import open_regular, read_json, remove_leftovers, write_atomic
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -26,6 +26,11 @@ class FileRecord:
 
     size: int
     crc32: int
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    files: dict[str, FileRecord]
 
 
 def tag_name(step: int) -> str:
@@ -64,9 +69,9 @@ def share_of(items: list[Path], rank: int, world_size: int) -> list[Path]:
 
 
 def digest(path: Path) -> FileRecord:
-    """Size and checksum of a file, read in chunks."""
+    """Size and checksum of a file, read in chunks. Raises CheckpointError where it cannot be read."""
     size, crc = 0, 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return FileRecord(size, crc)
@@ -74,11 +79,11 @@ def digest(path: Path) -> FileRecord:
 
 def read_manifest(tag: Path) -> dict[str, FileRecord]:
     """Relative path -> size and checksum. Raises CheckpointError when the manifest is missing or damaged."""
-    content = read_json(tag / MANIFEST)
-    try:
-        return {name: FileRecord(record["size"], record["crc32"]) for name, record in content["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{tag / MANIFEST}: not a checkpoint manifest ({error!r})") from error
+    content: _Manifest = read_json(tag / MANIFEST, _Manifest)
+    for name in content.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{tag / MANIFEST}: files: names {name!r}, which is not below the checkpoint")
+    return content.files
 
 
 def faults(tag: Path, rank: int = 0, world_size: int = 1) -> Iterator[str]:
@@ -106,8 +111,8 @@ def faults(tag: Path, rank: int = 0, world_size: int = 1) -> Iterator[str]:
 def _readable_digest(path: Path) -> FileRecord | str:
     try:
         return digest(path)
-    except OSError as error:
-        return f"{path}: not readable ({error.strerror})"
+    except CheckpointError as error:
+        return str(error)
 
 
 def verify(tag: Path, rank: int, world_size: int) -> None:
@@ -146,3 +151,4 @@ def prune(directory: Path, keep: int, newest: int, keep_every: int = 0) -> None:
         if doomed != path:
             path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+    remove_leftovers(directory)

@@ -6,21 +6,19 @@ Every layout loads it, as it loads the checkpoints of other layouts (`reshard`).
 
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copyfile
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.deepspeed_format import WEIGHTS, open_checkpoint
-from mythos_ds.errors import CheckpointError
-from mythos_ds.io import read_json, sync, write_json
+from mythos_ds.checkpoint.training_state import PORTABLE, STEPS, layout_of_state, read_layout, read_state
+from mythos_ds.errors import CheckpointError, naming
+from mythos_ds.io import copy_file, read_json, real_folder, remove_leftovers, sync, write_json
+from mythos_ds.weights.model_folder import checked_config
 from mythos_ds.weights.reader import TensorFolder, TensorSource, elements
+from mythos_ds.weights.whole_model import check_whole
 from mythos_ds.weights.writer import MAX_FILE_BYTES, write_tensors
-
-PORTABLE = "portable"
-"""Key of a layout: the kinds of tensors, where the checkpoint is portable."""
-_STEPS = "optimizer_steps"
 
 
 class StateTensors(TensorSource, Protocol):
@@ -38,21 +36,14 @@ class PortableTensors(TensorFolder):
         return elements(self, name, start, stop)
 
 
-def read_layout(tag: Path) -> dict[str, Any]:
-    """The layout that wrote `tag`. Raises CheckpointError where it does not say."""
-    layout = read_json(tag / manifest.STATE).get("layout")
-    if not isinstance(layout, dict):
-        raise CheckpointError(f"{tag / manifest.STATE}: names no layout")
-    return {"pp_size": 1, **layout}
-
-
 def open_state(tag: Path) -> tuple[dict[str, StateTensors], float]:
     """Kind -> its tensors, of a portable checkpoint or of any layout's, and the optimizer's step count."""
-    layout = read_layout(tag)
-    if PORTABLE in layout:
-        return {kind: PortableTensors(tag, kind) for kind in layout[PORTABLE]}, float(layout[_STEPS])
-    stages = layout["pp_size"] if isinstance(layout["pp_size"], int) else len(layout["pp_size"])
-    tensors, steps = open_checkpoint(tag, layout["ep_size"], stages)
+    layout = layout_of_state(read_state(tag), tag / manifest.STATE)
+    if layout.portable is not None:
+        if WEIGHTS not in layout.portable:
+            raise CheckpointError(f"{tag / manifest.STATE}: layout.{PORTABLE}: names no {WEIGHTS}")
+        return {kind: PortableTensors(tag, kind) for kind in layout.portable}, layout.optimizer_steps
+    tensors, steps = open_checkpoint(tag, layout.ep_size, layout.stages)
     return dict(tensors), steps
 
 
@@ -66,24 +57,57 @@ def write_portable(
 ) -> Path:
     """Write the verified checkpoint `tag` as a portable one of the same name below `directory`, and name it `latest`.
 
-    Goes on after an interruption. Raises CheckpointError where a checkpoint of that name is there already.
+    Goes on after an interruption. No other job may write there meanwhile (`output_lock`). Raises CheckpointError where
+    a checkpoint of that name is there already, but for one of this kind that a job left before it named it `latest`.
     """
     target, partial = directory / tag.name, directory / f"{manifest.PARTIAL_PREFIX}{tag.name}"
+    sources, steps = open_state(tag)
+    _check_state(sources, tag)
+    if unfinished(directory, tag):
+        manifest.verify(target, 0, 1)
+        return _named_latest(target)
     if target.exists():
         raise CheckpointError(f"{target}: exists; choose another output, or remove it")
-    sources, steps = open_state(tag)
-    partial.mkdir(parents=True, exist_ok=True)
+    real_folder(partial)
     for kind, source in sources.items():
         write_tensors(source, partial, stem=kind, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
     for path in tag.glob("random_state_rank_*.json"):
-        copyfile(path, partial / path.name)
-    state = read_json(tag / manifest.STATE)
+        copy_file(path, partial / path.name)
+    state = read_json(tag / manifest.STATE, dict[str, Any])
     kinds = [WEIGHTS, *sorted(set(sources) - {WEIGHTS})]
-    write_json(partial / manifest.STATE, {**state, "layout": {PORTABLE: kinds, _STEPS: steps}})
+    write_json(partial / manifest.STATE, {**state, "layout": {PORTABLE: kinds, STEPS: steps}})
+    remove_leftovers(partial, alone=True)
     records = {str(path.relative_to(partial)): manifest.digest(path) for path in manifest.data_files(partial)}
     content = {name: {"size": record.size, "crc32": record.crc32} for name, record in records.items()}
     write_json(partial / manifest.MANIFEST, {"format": 1, "files": content})
     sync(partial)
     partial.rename(target)
-    manifest.point_latest(directory, target)
+    return _named_latest(target)
+
+
+def _check_state(sources: dict[str, StateTensors], tag: Path) -> None:
+    """Raises CheckpointError unless a state's weights are all of its model's, and its other tensors are of these."""
+    path = tag / manifest.STATE
+    config = checked_config(read_state(tag).config["model"], f"{path}: config.model")
+    weights = sources[WEIGHTS].specs()
+    with naming(tag):
+        check_whole(weights, config)
+    for kind, source in sources.items():
+        for name, spec in source.specs().items():
+            if name not in weights or spec.shape != weights[name].shape:
+                raise CheckpointError(f"{tag}: {kind} of {name} has the shape {spec.shape}, unlike the weight")
+
+
+def unfinished(directory: Path, tag: Path) -> bool:
+    """Whether `directory` is as `write_portable` of `tag` leaves it when it is ended just before its last step."""
+    target = directory / tag.name
+    alone = manifest.list_tags(directory) == [target]
+    if not alone or manifest.read_latest(directory) == tag.name or PORTABLE not in read_layout(target):
+        return False
+    return read_state(target).config == read_state(tag).config
+
+
+def _named_latest(target: Path) -> Path:
+    manifest.point_latest(target.parent, target)
+    remove_leftovers(target.parent, alone=True)
     return target

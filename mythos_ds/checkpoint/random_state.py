@@ -6,10 +6,39 @@ from them, also in user code, goes on as if there had been no stop.
 
 import base64
 import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+
+from mythos_ds.errors import CheckpointError
+from mythos_ds.io import read_json
+
+
+@dataclass(frozen=True)
+class _Words:
+    key: str
+    pos: int
+
+
+@dataclass(frozen=True)
+class _Numpy:
+    bit_generator: str
+    state: _Words
+    has_gauss: int
+    gauss: float
+
+
+@dataclass(frozen=True)
+class _States:
+    """What `capture` gives."""
+
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy: _Numpy
+    torch: str
+    device: str | None = None
 
 
 def capture(device: torch.device) -> dict[str, Any]:
@@ -28,16 +57,19 @@ def capture(device: torch.device) -> dict[str, Any]:
     return states
 
 
-def restore(states: dict[str, Any], device: torch.device) -> None:
-    """Set every generator to what `capture` saw."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    state = states["numpy"]
-    key = np.frombuffer(base64.b64decode(state["state"]["key"]), np.uint32)
-    np.random.set_state({**state, "state": {**state["state"], "key": key}})  # noqa: NPY002
-    torch.set_rng_state(_decode(states["torch"]))
-    if device.type != "cpu" and "device" in states:
-        torch.get_device_module(device).set_rng_state(_decode(states["device"]), device)
+def restore(path: Path, device: torch.device) -> None:
+    """Set every generator to what `capture` saw, of which `path` is the JSON. Raises CheckpointError for anything
+    else."""
+    states: _States = read_json(path, _States)
+    try:
+        random.setstate(states.python)
+        key = np.frombuffer(base64.b64decode(states.numpy.state.key), np.uint32)
+        np.random.set_state({**asdict(states.numpy), "state": {"key": key, "pos": states.numpy.state.pos}})  # noqa: NPY002
+        torch.set_rng_state(_decode(states.torch))
+        if device.type != "cpu" and states.device is not None:
+            torch.get_device_module(device).set_rng_state(_decode(states.device), device)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not states of random number generators ({error})") from error
 
 
 def seed(key: tuple[int, ...]) -> None:

@@ -19,6 +19,7 @@ from mythos_ds.errors import CheckpointError
 from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.weights.reader import TensorSource, TensorSpec, elements
+from mythos_ds.weights.whole_model import check_whole
 
 _PARTITIONED = "fp32_partitioned_groups_flat"
 """What only DeepSpeed's ZeRO-3 optimizer has."""
@@ -41,6 +42,7 @@ def load_resharded(engine: TrainingEngine, groups: ParallelGroups, tag: Path, st
     steps. Raises CheckpointError where the checkpoint is of another model or another optimizer."""
     tensors, updates = open_state(tag)
     weights = tensors.pop(WEIGHTS)
+    check_whole(weights.specs(), engine.resolved.config.model)
     _check_names(str(tag), engine.module, weights)
     _place(engine, groups, weights, tensors, updates)
     deepspeed = engine.deepspeed

@@ -10,12 +10,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mythos_ds.checkpoint import manifest, random_state
 from mythos_ds.checkpoint.deepspeed_io import Pending, torch_files
+from mythos_ds.checkpoint.training_state import TrainingState
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import CheckpointConfig
 from mythos_ds.engine.training_engine import TrainingEngine
@@ -26,23 +27,6 @@ from mythos_ds.parallel.collective import on_rank_zero, together
 from mythos_ds.parallel.groups import ParallelGroups
 
 _logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What a checkpoint holds beside the engine's tensors (weights, optimizer state and router buffers).
-
-    `layout` are the facts that must be equal for DeepSpeed's files to fit; `consumed_samples` counts sequences;
-    `first_validation_loss` is that of the untrained model, in nats per token; `init_from` says what weights the run
-    started from (name, kind, SHA-256), None where they were random.
-    """
-
-    step: int
-    consumed_samples: int
-    first_validation_loss: float | None
-    layout: dict[str, Any]
-    config: dict[str, Any]
-    init_from: dict[str, Any] | None = None
 
 
 def layout_of(resolved: ResolvedRun) -> dict[str, Any]:
@@ -146,7 +130,7 @@ class CheckpointWriter:
         def run() -> None:
             try:
                 work()
-            except (OSError, CheckpointError) as error:
+            except (OSError, MythosError) as error:
                 raise CheckpointError(
                     f"checkpoint {tag.name} could not be {name}: {error}; the checkpoints before it are as they were"
                 ) from error
@@ -228,6 +212,6 @@ def _write_manifest(partial: Path, groups: ParallelGroups) -> None:
     digests: dict[str, Any] = {}
     for rank in range(groups.world_size):
         path = partial / _digest_file(rank)
-        digests.update(read_json(path))
+        digests.update(read_json(path, dict[str, dict[str, int]]))
         path.unlink()
     write_json(partial / manifest.MANIFEST, {"format": 1, "files": dict(sorted(digests.items()))})

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mythos_ds.conversion.dense_source import FAMILIES
+from mythos_ds.conversion.huggingface import mythos_source
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS
-from mythos_ds.errors import CheckpointError
-from mythos_ds.io import read_json
+from mythos_ds.conversion.retrofit import check_dense
+from mythos_ds.errors import CheckpointError, naming
+from mythos_ds.io import copy_file, read_json
 from mythos_ds.weights.checksums import seal
-from mythos_ds.weights.model_folder import CONFIG, TOKENIZER
+from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config
 from mythos_ds.weights.reader import TensorSource, TensorSpec
+from mythos_ds.weights.whole_model import check_whole
 
 SAME_LINEAGE = 0.2
 """Least cosine between the matrices of two models that may be averaged. Models of different initial values have 0.00,
@@ -91,6 +95,19 @@ class Mean:
         return total.to(spec.dtype)
 
 
+def check_whole_models(models: Sequence[SourceModel], sources: Sequence[TensorSource]) -> None:
+    """Raises CheckpointError where a model's tensors are not those that its configuration demands. Of a Hugging Face
+    model that nothing here reads, the models are only compared with each other."""
+    for model, source in zip(models, sources, strict=True):
+        with naming(model.folder):
+            if model.metadata is not None:
+                check_whole(source.specs(), read_config(model.folder))
+            elif model.config.get("model_type") == "mythos":
+                mythos_source(source, model.config)
+            elif model.config.get("model_type") in FAMILIES:
+                check_dense(source, model.config)
+
+
 def check_alike(models: Sequence[SourceModel]) -> None:
     """Raises CheckpointError unless all have the first one's configuration and tokenizer."""
     first = models[0]
@@ -141,7 +158,7 @@ def write_averaged_side_files(models: Sequence[SourceModel], weights: Sequence[f
     content = read_json(last / CONFIG)
     for file in sorted(last.iterdir()):
         if file.is_file() and file.name not in (CONFIG, "README.md") and not file.name.endswith(_WEIGHT_ENDINGS):
-            (output / file.name).write_bytes(file.read_bytes())
+            copy_file(file, output / file.name)
     averaged = [{"folder": m.folder.name, "weight": w} for m, w in zip(models, weights, strict=True)]
     if models[-1].metadata is not None:
         metadata = {key: value for key, value in models[-1].metadata.items() if key != "losses"}

@@ -26,7 +26,7 @@ from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel, check_
 from mythos_ds.conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmythos_fields, read_openmythos
 from mythos_ds.conversion.retrofit import Cut, Retrofitted, context_of, describe, retrofit_config
 from mythos_ds.data.tokenizer_files import copy_tokenizer, has_tokenizer
-from mythos_ds.errors import ConfigError, MythosError
+from mythos_ds.errors import ConfigError, MythosError, naming
 from mythos_ds.io import read_json
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.model_folder import CONFIG, read_config, read_metadata
@@ -96,7 +96,8 @@ def plan_route(request: Request) -> Route:
         allowed = ", ".join(f"{source} to {target}" for source, target in routes)
         raise ConfigError(f"--from {pair[0]} --to {pair[1]}: given; allowed: {allowed}; others go through mythos")
     _refuse_without_effect(request)
-    return routes[pair](request)
+    with naming(request.folder):
+        return routes[pair](request)
 
 
 def _refuse_without_effect(request: Request) -> None:
@@ -172,7 +173,7 @@ def _to_openmythos(request: Request) -> Route:
     config, metadata = _read_model(request.folder)
     check_tokenizer(request.folder, config)
     fields = openmythos_fields(config, metadata.get("seq_len", SEQ_LEN))
-    weights = TensorFolder(request.folder)
+    weights = WholeModel(TensorFolder(request.folder), config, None)
     source = OpenMythosTensors(weights, config)
 
     def finish(output: Path) -> None:

@@ -1,7 +1,6 @@
 """Hugging Face folders: from a mythos folder and back, tensor by tensor."""
 
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from mythos_ds.conversion.hf_tokenizer import write_generation_config, write_tok
 from mythos_ds.conversion.model_target import WholeModel, folder_dtype
 from mythos_ds.data.tokenizer_files import copy_tokenizer, has_tokenizer
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import write_atomic
+from mythos_ds.io import copy_file, write_atomic
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.model_folder import read_config, read_metadata
 from mythos_ds.weights.reader import TensorFolder, TensorSource, TensorSpec
@@ -117,7 +116,8 @@ class _MythosTensors:
 def hf_source(model_folder: Path, dtype: str) -> TensorSource:
     """The folder's tensors as a Hugging Face model's; what computes in fp32 stays fp32. Raises CheckpointError for a
     model that transformers cannot run."""
-    return _HfTensors(TensorFolder(model_folder), _model_config(model_folder), DTYPES[dtype])
+    config = _model_config(model_folder)
+    return _HfTensors(WholeModel(TensorFolder(model_folder), config, None), config, DTYPES[dtype])
 
 
 def hf_config(model_folder: Path, dtype: str) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def write_side_files(model_folder: Path, output: Path, config: dict[str, Any], *
 
         package = Path(mythos_hf.__file__).parent
         for name in ("configuration_mythos", "modeling_mythos", "rotary_mythos", "tokenization_mythos"):
-            copyfile(package / f"{name}.py", output / f"{name}.py")
+            copy_file(package / f"{name}.py", output / f"{name}.py")
         config["auto_map"] = {
             "AutoConfig": "configuration_mythos.MythosConfig",
             "AutoModel": "modeling_mythos.MythosModel",

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.checkpoint import manifest
+from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.loader import LoadedConfig, apply_overrides, check_raw
 from mythos_ds.config.starting_model import model_section
 from mythos_ds.conversion.merge import newest_tag, tokenizer_of
 from mythos_ds.data.builtin import existing_builtin
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import ConfigError, MythosError
-from mythos_ds.io import read_json
 from mythos_ds.weights.built_in import model_path
 from mythos_ds.weights.model_folder import CONFIG
 
@@ -49,7 +48,7 @@ def _tokenizer(weights: Path) -> Tokenizer | None:
     place = model_path(weights)
     try:
         if place.is_dir() and not (place / CONFIG).is_file():
-            return Tokenizer.load(tokenizer_of(read_json(newest_tag(place) / manifest.STATE)["config"]))
+            return Tokenizer.load(tokenizer_of(read_state(newest_tag(place))))
         return Tokenizer.load(place if place.is_dir() else place.parent)
     except MythosError:
         return None

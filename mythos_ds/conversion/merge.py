@@ -9,13 +9,16 @@ import torch
 from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.deepspeed_format import WEIGHTS
 from mythos_ds.checkpoint.portable import open_state
+from mythos_ds.checkpoint.training_state import TrainingState, read_state
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.model_target import WholeModel, check_tokenizer, write_config
+from mythos_ds.conversion.written_model import write_model
 from mythos_ds.data.builtin import BuiltinData
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import CheckpointError, naming
 from mythos_ds.io import read_json
+from mythos_ds.weights.model_folder import checked_config
 from mythos_ds.weights.reader import TensorSource
-from mythos_ds.weights.writer import MAX_FILE_BYTES, write_tensors
+from mythos_ds.weights.writer import MAX_FILE_BYTES
 
 
 def newest_tag(path: Path) -> Path:
@@ -41,7 +44,8 @@ def merged_source(tag: Path, model: ModelConfig, dtype: str) -> TensorSource:
     """The whole model of a checkpoint, from its fp32 masters. Raises CheckpointError unless every tensor that the
     configuration asks for is there once, with the right shape."""
     cast = None if dtype == "float32" else torch.bfloat16
-    return WholeModel(open_state(tag)[0][WEIGHTS], model, cast)
+    with naming(tag):
+        return WholeModel(open_state(tag)[0][WEIGHTS], model, cast)
 
 
 def merge(
@@ -53,14 +57,28 @@ def merge(
     max_file_bytes: int = MAX_FILE_BYTES,
     tokenizer: Path | None = None,
     progress: Callable[[int], None] | None = None,
+    break_lock: bool = False,
 ) -> None:
-    """Write the model of the verified checkpoint `tag` to `output`; its configuration comes last."""
-    state = read_json(tag / manifest.STATE)
+    """Write the model of the verified checkpoint `tag` to `output`; its configuration comes last. Raises OutputError
+    where another job writes there, unless `break_lock`."""
+    state = read_state(tag)
     model = model_of(state)
-    source, own = merged_source(tag, model, dtype), tokenizer or tokenizer_of(state["config"])
+    source, own = merged_source(tag, model, dtype), tokenizer or tokenizer_of(state)
     check_tokenizer(own, model)
-    write_tensors(source, output, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
-    write_config(output, model, {**_carried(own), **metadata_of(state)}, own)
+
+    def finish(output: Path) -> None:
+        write_config(output, model, {**_carried(own), **metadata_of(state)}, own)
+
+    write_model(
+        source,
+        output,
+        finish,
+        command="merge",
+        jobs=jobs,
+        max_file_bytes=max_file_bytes,
+        progress=progress,
+        break_lock=break_lock,
+    )
 
 
 def _carried(tokenizer: Path) -> dict[str, Any]:
@@ -71,25 +89,26 @@ def _carried(tokenizer: Path) -> dict[str, Any]:
     return {name: facts[name] for name in ("base_model", "license") if name in facts} if isinstance(facts, dict) else {}
 
 
-def model_of(state: dict[str, Any]) -> ModelConfig:
-    """The model's configuration in a training state."""
-    return ModelConfig.model_validate(state["config"]["model"])
+def model_of(state: TrainingState) -> ModelConfig:
+    """The model's configuration in a training state. Raises CheckpointError for one that there cannot be."""
+    return checked_config(state.config["model"], f"{manifest.STATE}: config.model")
 
 
-def metadata_of(state: dict[str, Any]) -> dict[str, Any]:
+def metadata_of(state: TrainingState) -> dict[str, Any]:
     """What is worth knowing about a merged model."""
-    training = state["config"]["training"]
+    training = state.config["training"]
     return {
-        "step": state["step"],
-        "tokens": state["consumed_samples"] * training["seq_len"],
+        "step": state.step,
+        "tokens": state.consumed_samples * training["seq_len"],
         "seq_len": training["seq_len"],
         "training": training,
-        "data": state["config"]["data"],
-        **({"init_from": state["init_from"]} if state.get("init_from") else {}),
+        "data": state.config["data"],
+        **({"init_from": state.init_from} if state.init_from else {}),
     }
 
 
-def tokenizer_of(config: dict[str, Any]) -> Path:
+def tokenizer_of(state: TrainingState) -> Path:
     """The run's tokenizer, whether it is at hand or not."""
-    given = config["data"].get("tokenizer")
-    return Path(given) if given else BuiltinData.under(Path(config["data"]["data_dir"])).tokenizer
+    data = state.config["data"]
+    given = data.get("tokenizer")
+    return Path(given) if given else BuiltinData.under(Path(data["data_dir"])).tokenizer

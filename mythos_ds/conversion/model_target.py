@@ -10,20 +10,12 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.data.tokenizer_files import copy_tokenizer, has_tokenizer
 from mythos_ds.errors import CheckpointError
-from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.reader import TensorSource, TensorSpec
+from mythos_ds.weights.whole_model import check_whole, expected_specs
 
 ROUTER_BUFFERS = ("router.bias", "router.loop_bias", "router.loop_updates")
 _FP32_PARTS = ("router.", "injection.", "halting.", "gate.", "lora.scale", "loop_embedding.")
-
-
-def expected_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """What the folder of such a model holds, in order and in fp32; no memory is taken."""
-    with torch.device("meta"):
-        state = MythosModel(config).state_dict()
-    tied = {"lm_head.weight"} if config.tie_embeddings else set()
-    return {name: TensorSpec(torch.float32, tuple(v.shape)) for name, v in state.items() if name not in tied}
 
 
 def folder_dtype(name: str, spec: TensorSpec, dtype: torch.dtype) -> torch.dtype:
@@ -35,8 +27,8 @@ def folder_dtype(name: str, spec: TensorSpec, dtype: torch.dtype) -> torch.dtype
 class WholeModel:
     """`source`'s tensors as all of a model's, in its order and cast once; None keeps the source's types.
 
-    Tensors that the source `may_lack`, by the ends of their names, are zero. Raises CheckpointError for a tensor that
-    is missing, of another shape or unknown.
+    Tensors that the source `may_lack`, by the ends of their names, are zero. Raises CheckpointError as `check_whole`
+    does.
     """
 
     def __init__(
@@ -44,18 +36,12 @@ class WholeModel:
     ):
         self.source = source
         given, wanted = source.specs(), expected_specs(config)
-        unknown = sorted(set(given) - set(wanted))
-        if unknown:
-            raise CheckpointError(f"{unknown[0]}: not a tensor of this configuration")
+        check_whole(given, config, may_lack)
         self._specs: dict[str, TensorSpec] = {}
         self._zero: list[str] = []
         for name, spec in wanted.items():
             if name not in given:
-                if not name.endswith(may_lack):
-                    raise CheckpointError(f"{name}: not in the given weights")
                 self._zero.append(name)
-            elif given[name].shape != spec.shape:
-                raise CheckpointError(f"{name}: has the shape {given[name].shape}, the configuration says {spec.shape}")
             own = given.get(name, spec).dtype
             self._specs[name] = TensorSpec(own if dtype is None else folder_dtype(name, spec, dtype), spec.shape)
 

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.conversion.model_target import expected_specs
 from mythos_ds.conversion.tensor_joins import (
     Flat,
     InHeads,
@@ -33,6 +32,7 @@ from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.weights.pickled import PickledTensors, open_weights
 from mythos_ds.weights.prefixes import without_prefix
 from mythos_ds.weights.reader import TensorSource, TensorSpec
+from mythos_ds.weights.whole_model import expected_specs
 from mythos_ds.weights.writer import same_values
 
 SEQ_LEN = 4096

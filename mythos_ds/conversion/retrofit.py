@@ -10,6 +10,7 @@ the second on A h is added, which the source never saw: a small A keeps more loo
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,11 @@ from mythos_ds.config.rules.model import head_dim, kv_heads, loop_embedding_widt
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.dense_source import layer_problems, model_fields, source_problems, value_of
 from mythos_ds.conversion.hf_names import LAYER_NORMS
-from mythos_ds.conversion.model_target import expected_specs
 from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.injection import INITIAL_DT
 from mythos_ds.weights.reader import TensorSource, TensorSpec
+from mythos_ds.weights.whole_model import expected_specs
 from mythos_ds.weights.writer import all_finite, same_values
 
 _ATTENTION = {
@@ -292,6 +293,17 @@ class Retrofitted:
                 f"{head}: differs from {embedding}, to which tie_word_embeddings ties it; write tie_word_embeddings "
                 "false in config.json to keep this head, or leave the tensor out to drop it"
             )
+
+
+def check_dense(source: TensorSource, hf: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a dense model's tensors are not those that its config.json demands. One whose layers
+    cannot be expressed here is not looked at."""
+    layers = hf.get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < len(("prelude", "recurrent")):
+        return
+    every = Cut(1, layers - 1, 0, n_experts=1, granularity=1, experts_per_token=1, mean_recurrence=1, max_loops=1)
+    with suppress(ConfigError):
+        Retrofitted(source, hf, every)
 
 
 def describe(cut: Cut, n_layers: int) -> list[str]:

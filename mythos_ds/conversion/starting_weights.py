@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mythos_ds.checkpoint import manifest
+from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.built_in import BUILT_IN
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import ModelConfig
@@ -60,7 +61,7 @@ def foreign_section(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if place != path:
         return model_section(place, given)
     if manifest.list_tags(_checkpoints(place)) and not (place / CONFIG).exists():  # apart from their run's manifest
-        return _dumped(model_of(read_json(newest_tag(place) / manifest.STATE)))
+        return _dumped(model_of(read_state(newest_tag(place))))
     kind = _foreign_kind(place)
     try:
         if kind == "openmythos":
@@ -116,7 +117,7 @@ def _opened(
         return "model", TensorFolder(path), read_config(path), []
     if path.is_dir() and not (path / CONFIG).exists() and not _is_pickle(path):
         tag = newest_tag(path)
-        own = model_of(read_json(tag / manifest.STATE))
+        own = model_of(read_state(tag))
         return "checkpoint", merged_source(tag, own, "float32"), own, [f"weights of {tag.name}"]
     kind = _foreign_kind(path)
     if kind == "openmythos":

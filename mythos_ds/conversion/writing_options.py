@@ -19,6 +19,13 @@ def add_writing(parser: ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--bandwidth", type=float, help=f"with --dry-run: bytes per second (default {BANDWIDTH:.0e})")
     parser.add_argument("--json", action="store_true", help="print the plan or the result as JSON")
+    add_break_lock(parser)
+
+
+def add_break_lock(parser: ArgumentParser) -> None:
+    """What takes the output from a job that cannot be asked whether it runs."""
+    text = "take the output's lock from a process of another host; make sure that it has ended"
+    parser.add_argument("--break-lock", action="store_true", help=text)
 
 
 def check_input(folder: Path) -> None:

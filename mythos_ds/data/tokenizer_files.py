@@ -3,12 +3,12 @@
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mythos_ds.errors import DataError
+from mythos_ds.io import copy_file, copy_folder
 
 SENTENCEPIECE, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 _MODELS = (SENTENCEPIECE, TOKENIZER_JSON, "tiktoken.model")
@@ -182,9 +182,9 @@ def copy_tokenizer(place: Path, output: Path) -> list[str]:
                 continue
             name = _SOURCE_CARD
         if path.is_dir():
-            shutil.copytree(path, output / name, dirs_exist_ok=True)
-        else:
-            (output / name).write_bytes(path.read_bytes())
+            copy_folder(path, output / name)
+        elif path.is_file():
+            copy_file(path, output / name)
         copied.append(name)
     return copied
 

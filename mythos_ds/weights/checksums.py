@@ -1,13 +1,15 @@
 """Whether a folder's files are those that were written."""
 
+import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import read_json, write_atomic, write_json
+from mythos_ds.io import write_atomic, write_json
 from mythos_ds.weights.model_folder import CONFIG
-from mythos_ds.weights.writer import CHECKSUMS, checksum
+from mythos_ds.weights.writer import CHECKSUMS, FileChecksum, checksum, read_checksums
 
 
 def seal(folder: Path, config: dict[str, object]) -> None:
@@ -16,46 +18,46 @@ def seal(folder: Path, config: dict[str, object]) -> None:
     Cards (*.md) are for people to edit and have none.
     """
     text = json.dumps(config, indent=2) + "\n"
-    content = read_json(folder / CHECKSUMS)
+    content = read_checksums(folder / CHECKSUMS)
+    files = dict(content.files)
     for path in sorted(folder.iterdir()):
-        named = path.name not in (CHECKSUMS, CONFIG, *content["files"]) and not path.name.startswith(".")
+        named = path.name not in (CHECKSUMS, CONFIG, *files) and not path.name.startswith(".")
         if path.is_file() and named and path.suffix != ".md":
-            content["files"][path.name] = vars(checksum(path))
-    temporary = folder / f".{CONFIG}.checked"
-    write_atomic(temporary, text)
-    content["files"][CONFIG] = vars(checksum(temporary))
-    write_json(folder / CHECKSUMS, content)
-    temporary.replace(folder / CONFIG)
+            files[path.name] = checksum(path)
+    files[CONFIG] = FileChecksum(len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
+    records = {name: asdict(record) for name, record in files.items()}
+    write_json(folder / CHECKSUMS, {"format": 1, "job": content.job, "files": records})
+    write_atomic(folder / CONFIG, text)
 
 
 def folder_faults(folder: Path, report: Callable[[int], None] = lambda done: None) -> list[str]:
     """What differs from a model folder's checksums; `report` gets the bytes of each file that was read."""
-    content = read_json(folder / CHECKSUMS)
-    records = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(records, dict) or not all(
-        isinstance(record, dict) and {"size", "sha256"} <= set(record) for record in records.values()
-    ):
-        return [f"{CHECKSUMS}: not a list of files with size and sha256"]
+    try:
+        records = read_checksums(folder / CHECKSUMS).files
+    except CheckpointError as error:
+        return [str(error)]
     faults = []
     for name, record in sorted(records.items()):
-        if fault := _fault(folder / name, record["size"], record["sha256"]):
+        if fault := _fault(folder / name, record):
             faults.append(f"{name}: {fault}")
-        report(record["size"])
+        report(record.size)
     if CONFIG not in records and not (folder / CONFIG).is_file():
         faults.append(f"{CONFIG}: missing, the folder is not finished")
     return faults
 
 
-def _fault(path: Path, size: int, sha256: str) -> str | None:
+def _fault(path: Path, record: FileChecksum) -> str | None:
     try:
         found = path.stat().st_size
-        if found != size:
-            return f"{found} bytes, {size} were written"
-        return None if checksum(path).sha256 == sha256 else "its content is not what was written"
+        if found != record.size:
+            return f"{found} bytes, {record.size} were written"
+        return None if checksum(path) == record else "its content is not what was written"
     except FileNotFoundError:
         return "missing"
     except OSError as error:
         return f"not readable ({error.strerror})"
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path}: ")
 
 
 def checked_bytes(folder: Path) -> int:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.errors import CheckpointError
-from mythos_ds.io import sync, write_atomic
+from mythos_ds.errors import CheckpointError, OutputError
+from mythos_ds.io import open_new, read_json, sync, temporary_path, write_atomic, writing_to
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.reader import SINGLE, TensorFolder, TensorSource
 
@@ -26,12 +28,23 @@ def save_model(model: MythosModel, folder: str | Path, metadata: dict[str, Any])
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
-    temporary = folder / f".{SINGLE}.tmp"
-    save_file(tensors, temporary)
-    sync(temporary)
-    temporary.replace(folder / SINGLE)
+    _save(tensors, folder / SINGLE)
     content = {"format": _FORMAT, "model": model.config.model_dump(mode="json"), "facts": metadata}
     write_atomic(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    temporary = temporary_path(path.parent)
+    try:
+        with writing_to(path):
+            with open_new(temporary):
+                save_file(tensors, temporary)
+            sync(temporary)
+            temporary.replace(path)
+    except SafetensorError as error:  # the disk's errors, by its own name
+        raise OutputError(f"{path}: not written ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -41,12 +54,18 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> ModelConfig:
     """The model's configuration. Raises CheckpointError where `folder` is not a model."""
+    return checked_config(_read(folder)["model"], f"{folder / CONFIG}: model")
+
+
+def checked_config(fields: dict[str, Any], where: str) -> ModelConfig:
+    """The configuration of these fields; `where` names them in messages. Raises CheckpointError for one that there
+    cannot be, and for a model that cannot be built of it."""
     try:
-        return ModelConfig.model_validate(_read(folder)["model"])
+        return ModelConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, ("model", *first["loc"])))
-        raise CheckpointError(f"{folder / CONFIG}: {place}: {first['msg']}, given {first['input']!r}") from None
+        place = ".".join((where, *map(str, first["loc"])))
+        raise CheckpointError(f"{place}: {first['msg']}, given {first['input']!r}") from None
 
 
 def load_model(folder: str | Path, adapt: Callable[[MythosModel], None] | None = None) -> MythosModel:
@@ -78,10 +97,7 @@ def _filled(model: MythosModel, source: TensorSource) -> MythosModel:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as a model's configuration ({error})") from None
+    content = read_json(path)
     parts = (content.get("model"), content.get("facts")) if isinstance(content, dict) else ()
     if not parts or content.get("format") != _FORMAT or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{path}: not a model folder of format {_FORMAT}")

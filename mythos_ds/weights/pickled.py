@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import open_regular
 from mythos_ds.weights.reader import (
     SINGLE,
     TensorFolder,
@@ -131,7 +132,7 @@ def _load(path: Path, allow_pickle: bool) -> dict[str, Any]:
 
 
 def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(2) == b"PK"
 
 

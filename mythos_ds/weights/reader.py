@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count, takewhile
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import read_json
+from mythos_ds.io import open_regular, read_json
 
 SINGLE = "model.safetensors"
 _INDEX_ENDING = ".safetensors.index.json"
@@ -74,7 +75,7 @@ def elements(source: TensorSource, name: str, start: int, stop: int) -> Tensor:
 
 def refuse_pointer(path: Path) -> None:
     """Raises CheckpointError for what Git LFS leaves in a weights file's place until it downloads it."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise CheckpointError(
                 f"{path}: is a pointer of Git LFS, the weights themselves were not downloaded. In {path.parent}: "
@@ -85,7 +86,7 @@ def refuse_pointer(path: Path) -> None:
 def whole_set(folder: Path, stem: str, ending: str) -> list[str]:
     """The names of the files STEM-00001-of-0000N.ENDING in `folder`, all N; none where there is no such file. Raises
     CheckpointError where some are missing, or files of two sets are there."""
-    pattern = re.compile(rf"{re.escape(stem)}-(\d+)-of-(\d+){re.escape(ending)}")
+    pattern = re.compile(rf"{re.escape(stem)}-([0-9]+)-of-([0-9]+){re.escape(ending)}")
     files = folder.iterdir() if folder.is_dir() else ()
     found = [match for path in files if (match := pattern.fullmatch(path.name))]
     if not found:
@@ -94,11 +95,14 @@ def whole_set(folder: Path, stem: str, ending: str) -> list[str]:
     if len(totals) > 1:
         raise CheckpointError(f"{folder}: holds files -of-{totals[0]} and -of-{totals[1]}{ending}; allowed: one set")
     digits, total = len(found[0].group(1)), totals[0]
-    names = [f"{stem}-{number:0{digits}d}-of-{total}{ending}" for number in range(1, int(total) + 1)]
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise CheckpointError(f"{folder / absent[0]}: missing; {len(absent)} of {total} files of the weights are")
-    return names
+    there = {match.group(0) for match in found if (folder / match.group(0)).is_file()}
+    names = (f"{stem}-{number:0{digits}d}-of-{total}{ending}" for number in count(1))
+    whole = list(takewhile(there.__contains__, names))  # `total` may be any number
+    if len(whole) != int(total):
+        absent = f"{stem}-{len(whole) + 1:0{digits}d}-of-{total}{ending}"
+        missing = int(total) - len(there)
+        raise CheckpointError(f"{folder / absent}: missing; {missing} of {total} files of the weights are")
+    return whole
 
 
 def indexed_files(index: Path) -> dict[str, str]:
@@ -158,8 +162,8 @@ class TensorFolder:
 
     def _identity(self, name: str) -> tuple[int, int]:
         try:
-            found = (self.folder / name).stat()
             refuse_pointer(self.folder / name)
+            found = (self.folder / name).stat()
         except OSError as error:
             raise CheckpointError(f"{self.folder / name}: not readable ({error})") from None
         return found.st_size, found.st_mtime_ns

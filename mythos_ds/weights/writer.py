@@ -6,12 +6,15 @@ after a kill goes on with the files that are missing; `checksums.json` is writte
 
 import hashlib
 import json
+import os
 import pickle
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -19,8 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mythos_ds.errors import CheckpointError
-from mythos_ds.io import read_json, sync, write_json
+from mythos_ds.errors import CheckpointError, OutputError
+from mythos_ds.io import (
+    open_new,
+    open_regular,
+    read_json,
+    real_folder,
+    remove_leftovers,
+    sync,
+    temporary_path,
+    write_json,
+    writing_to,
+)
 from mythos_ds.weights.reader import DTYPES, TensorSource, TensorSpec
 
 CHECKSUMS = "checksums.json"
@@ -53,6 +66,14 @@ class FileChecksum:
 
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """The content of checksums.json. `job`: what was written, so that the same job goes on."""
+
+    files: dict[str, FileChecksum]
+    job: str = ""
 
 
 def plan_files(
@@ -98,8 +119,9 @@ def write_tensors(
 ) -> dict[str, FileChecksum]:
     """Write everything that `source` gives below `folder`; `progress` gets the bytes as they are done.
 
-    The same call after an interruption goes on. Raises CheckpointError where `folder` holds another job's files, the
-    source breaks its promise of types and shapes, or a value is not finite.
+    The same call after an interruption goes on, also among those for other stems. No other job may write there
+    meanwhile (`output_lock`). Raises CheckpointError where `folder` holds another job's files, the source breaks its
+    promise of types and shapes, or a value is not finite, and OutputError where the disk does not take a file.
     """
     files = plan_files(source.specs(), max_file_bytes, stem)
     metadata = dict(metadata or {"format": "pt"})
@@ -111,18 +133,32 @@ def write_tensors(
             report(file.nbytes)
     todo = [file for file in files if file.name not in done]
     for file, record in _run(source, todo, folder, metadata, min(jobs, len(todo)), report):
-        write_json(folder / _RECORDS / f"{file.name}.json", asdict(record))
+        write_json(_records(folder, stem) / f"{file.name}.json", asdict(record))
         done[file.name] = record
     if len(files) > 1:
         write_json(folder / f"{stem}.safetensors.index.json", _index(files))
     records = {name: asdict(done[name]) for name in sorted(done)}
     write_json(folder / _checksums(stem), {"format": 1, "job": job.hexdigest(), "files": records})
-    rmtree(folder / _RECORDS)
+    rmtree(_records(folder, stem))
     return done
+
+
+def _records(folder: Path, stem: str) -> Path:
+    """Where it is kept which files of a stem are finished, while others are not."""
+    return folder / (_RECORDS if stem == "model" else f"{_RECORDS}-{stem}")
 
 
 def _checksums(stem: str) -> str:
     return CHECKSUMS if stem == "model" else f"{stem}.{CHECKSUMS}"
+
+
+def read_checksums(path: Path) -> Checksums:
+    """The content of a file of checksums. Raises CheckpointError for what is none, or names files elsewhere."""
+    found: Checksums = read_json(path, Checksums)
+    for name in found.files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{path}: files: names {name!r}, which is not a file of the folder")
+    return found
 
 
 def _index(files: Sequence[OutputFile]) -> dict[str, Any]:
@@ -132,27 +168,34 @@ def _index(files: Sequence[OutputFile]) -> dict[str, Any]:
 
 def _start(folder: Path, job: str, names: set[str], stem: str) -> dict[str, FileChecksum]:
     """Make the folder ready and say what an earlier call for the same job finished."""
-    records, checksums = folder / _RECORDS, folder / _checksums(stem)
-    if checksums.is_file() and read_json(checksums).get("job") == job:
-        listed = {name: FileChecksum(**record) for name, record in read_json(checksums)["files"].items()}
-        found = {name: record for name, record in listed.items() if name in names and _is_whole(folder / name, record)}
-    elif (records / "job.json").is_file() and read_json(records / "job.json") == job:
+    records, checksums = _records(folder, stem), folder / _checksums(stem)
+    if checksums.is_file() and (listed := read_checksums(checksums)).job == job:
+        own = {name: record for name, record in listed.files.items() if name in names}
+        found = {name: record for name, record in own.items() if _is_whole(folder / name, record)}
+    elif (records / "job.json").is_file() and read_json(records / "job.json", str) == job:
         paths = [path for path in records.glob("*.json") if path.name != "job.json"]
-        found = {path.name.removesuffix(".json"): FileChecksum(**read_json(path)) for path in paths}
+        found = {path.name.removesuffix(".json"): read_json(path, FileChecksum) for path in paths}
     elif existing := sorted({*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{stem}*.index.json")}):
         raise CheckpointError(f"{folder}: holds {existing[0].name} of something else; choose an empty folder")
     else:
         found = {}
-    records.mkdir(parents=True, exist_ok=True)
+    real_folder(records)
+    remove_leftovers(folder)
+    remove_leftovers(records)
     write_json(records / "job.json", job)
-    whole = {n: r for n, r in found.items() if (folder / n).is_file() and (folder / n).stat().st_size == r.size}
+    whole = {n: r for n, r in found.items() if _size(folder / n) == r.size}
     return {name: record for name, record in whole.items() if name in names}
 
 
+def _size(path: Path) -> int | None:
+    """Of a file that is one, not a link to one."""
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else None
+
+
 def checksum(path: Path) -> FileChecksum:
-    """Of a file, read in chunks."""
+    """Of a file, read in chunks. Raises CheckpointError where it is missing, no regular file, or not readable."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
@@ -160,7 +203,7 @@ def checksum(path: Path) -> FileChecksum:
 
 
 def _is_whole(path: Path, record: FileChecksum) -> bool:
-    return path.is_file() and path.stat().st_size == record.size and checksum(path) == record
+    return _size(path) == record.size and checksum(path) == record
 
 
 def _run(
@@ -171,29 +214,74 @@ def _run(
     jobs: int,
     report: Callable[[int], None],
 ) -> Iterator[tuple[OutputFile, FileChecksum]]:
-    if jobs <= 1:
-        for file in files:
-            yield file, write_file(source, file, folder, metadata, report)
-        return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(write_file, source, file, folder, metadata): file for file in files}
+    """Every file when it is in place. Workers write temporary files only: one that outlives a killed job must not
+    publish anything into what the next job writes."""
+    temporaries = {file.name: temporary_path(folder) for file in files}
+
+    def published(file: OutputFile, record: FileChecksum) -> tuple[OutputFile, FileChecksum]:
+        with writing_to(folder / file.name):
+            temporaries[file.name].replace(folder / file.name)
+            sync(folder)
+        return file, record
+
+    try:
+        if jobs <= 1:
+            for file in files:
+                yield published(file, _write_file(source, file, folder, temporaries[file.name], metadata, report))
+            return
+        arguments = [(source, file, folder, temporaries[file.name], metadata) for file in files]
+        for number, record in _in_workers(_write_file, arguments, jobs):
+            report(files[number].nbytes)
+            yield published(files[number], record)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _in_workers(
+    work: Callable[..., FileChecksum], arguments: Sequence[tuple[Any, ...]], jobs: int
+) -> Iterator[tuple[int, FileChecksum]]:
+    """The results of calls in other processes, as they come, with their numbers."""
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start_worker) as pool:
+        futures = {pool.submit(work, *each): number for number, each in enumerate(arguments)}
         try:
             for future in as_completed(futures):
-                report(futures[future].nbytes)
                 yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except (KeyboardInterrupt, SystemExit):
+            for process in pool._processes.values():  # they would finish files of gigabytes first
+                process.terminate()
             raise
+        except BrokenProcessPool as error:
+            raise OutputError(
+                f"a worker of --jobs {jobs} was ended by the system, as it does where memory is short; finished files "
+                "are kept: start again with fewer --jobs"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def write_file(
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _write_file(
     source: TensorSource,
     file: OutputFile,
     folder: Path,
+    temporary: Path,
     metadata: Mapping[str, str],
     report: Callable[[int], None] = lambda done: None,
 ) -> FileChecksum:
-    """Write one file piece by piece under a temporary name, force it to disk, and rename it."""
+    """Write one file piece by piece under a temporary name, and force it to disk."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, spec in file.tensors.items():
@@ -201,9 +289,8 @@ def write_file(
         header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = folder / f".{file.name}.tmp"
     digest = hashlib.sha256()
-    with _named(temporary), temporary.open("wb") as output:
+    with writing_to(folder / file.name), open_new(temporary) as output:
 
         def write(data: Any) -> None:
             digest.update(data)
@@ -215,24 +302,10 @@ def write_file(
             for piece in _pieces(source, name, spec):
                 write(piece.reshape(-1).view(torch.uint8).numpy())
                 report(piece.nbytes)
-        output.flush()
-        sync(temporary)
     size = temporary.stat().st_size
     if size != 8 + len(text) + end:
-        raise CheckpointError(f"{temporary}: {size} bytes written, {8 + len(text) + end} planned")
-    temporary.replace(folder / file.name)
-    sync(folder)
+        raise OutputError(f"{folder / file.name}: {size} bytes written, {8 + len(text) + end} planned")
     return FileChecksum(size, digest.hexdigest())
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors of the disk name the file, which those of a write do not."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def _pieces(source: TensorSource, name: str, spec: TensorSpec) -> Iterator[Tensor]:

@@ -16,8 +16,8 @@ from mythos_ds.conversion.planned_checkpoint import rank_files
 from mythos_ds.model.mythos import MythosModel
 
 
-def write_synthetic(resolved: ResolvedRun, directory: Path) -> Path:
-    """A ZeRO-3 checkpoint of weights only (no moments), a file at a time."""
+def write_synthetic(resolved: ResolvedRun, directory: Path, *, moments: bool = False) -> Path:
+    """A ZeRO-3 checkpoint, a file at a time; of weights only, unless Adam's `moments` are asked for."""
     tag = directory / manifest.tag_name(1)
     with torch.device("meta"):
         shapes_of_buffers = {name: b.shape for name, b in MythosModel(resolved.config.model).named_buffers()}
@@ -33,7 +33,8 @@ def write_synthetic(resolved: ResolvedRun, directory: Path) -> Path:
                 flats.append(torch.randn(numel, generator=generator))
                 places.append({"partition_rank": group.rank, "partition_count": group.ranks})
             state = {"fp32_flat_groups": flats, "ds_zero_partition_groups": places}
-            state["optimizer_state_dict"] = {"state": {}}
+            adam = {n: {"exp_avg": flat * 0.1, "exp_avg_sq": flat**2, "step": 1.0} for n, flat in enumerate(flats)}
+            state["optimizer_state_dict"] = {"state": adam if moments else {}}
             torch.save({"optimizer_state_dict": state}, path)
             shapes = [OrderedDict(group.shapes) for group in rank_file.groups]
             model = {"module": buffers, "buffer_names": list(buffers), "param_shapes": shapes}

@@ -9,7 +9,7 @@ import torch
 
 from mythos_ds.checkpoint import manifest, random_state
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import read_json, write_json
+from mythos_ds.io import write_json
 
 
 def make_tag(directory, step, content=b"weights" * 1000):
@@ -109,5 +109,5 @@ def test_random_states_come_back(tmp_path):
 
     expected = draw()
     draw()
-    random_state.restore(read_json(tmp_path / "state.json"), device)
+    random_state.restore(tmp_path / "state.json", device)
     assert draw() == expected

@@ -99,7 +99,7 @@ def test_a_hugging_face_folder_keeps_its_companions(tmp_path: Path) -> None:
         folder.mkdir()
         tensors = {"model.w": torch.eye(3) + i, "model.gate.e_score_correction_bias": torch.full((3,), float(i))}
         save_file(tensors, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"model_type": "mythos", "transformers_version": f"5.{i}"}))
+        (folder / "config.json").write_text(json.dumps({"model_type": "other", "transformers_version": f"5.{i}"}))
         (folder / "tokenizer.json").write_text("{}")
         (folder / "generation_config.json").write_text("{}")
     assert _run(tmp_path / "0", tmp_path / "1", "--output", tmp_path / "out") == 0

@@ -3,8 +3,8 @@
 import pytest
 
 from mythos_ds.conversion.hf_names import LEFT_OUT, Names
-from mythos_ds.conversion.model_target import expected_specs
 from mythos_ds.errors import CheckpointError
+from mythos_ds.weights.whole_model import expected_specs
 from tests.helpers.toy_model import toy_model
 
 GQA = {

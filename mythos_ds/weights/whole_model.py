@@ -1,0 +1,38 @@
+"""Which tensors a model's configuration demands, and whether given ones are these."""
+
+from collections.abc import Mapping
+
+import torch
+
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.errors import CheckpointError
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.weights.reader import TensorSpec
+
+
+def expected_specs(config: ModelConfig) -> dict[str, TensorSpec]:
+    """What the folder of such a model holds, in order and in fp32; no memory is taken."""
+    with torch.device("meta"):
+        state = MythosModel(config).state_dict()
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    return {name: TensorSpec(torch.float32, tuple(v.shape)) for name, v in state.items() if name not in tied}
+
+
+def check_whole(given: Mapping[str, TensorSpec], config: ModelConfig, may_lack: tuple[str, ...] = ()) -> None:
+    """The rule that every route asks for before it writes: exactly the tensors that the configuration demands, each of
+    the shape that it demands, of floating-point numbers.
+
+    may_lack: ends of names that need not be there. Raises CheckpointError at the first tensor that breaks it.
+    """
+    wanted = expected_specs(config)
+    if unknown := sorted(set(given) - set(wanted)):
+        raise CheckpointError(f"{unknown[0]}: not a tensor of this configuration ({len(unknown)} such tensors)")
+    missing = [name for name in wanted if name not in given and not name.endswith(may_lack)]
+    if missing:
+        raise CheckpointError(f"{missing[0]}: not in the given weights ({len(missing)} of {len(wanted)} are missing)")
+    for name, spec in given.items():
+        if spec.shape != wanted[name].shape:
+            said = f"the configuration says {wanted[name].shape}"
+            raise CheckpointError(f"{name}: has the shape {spec.shape}, {said}")
+        if not spec.dtype.is_floating_point:
+            raise CheckpointError(f"{name}: is {spec.dtype}; allowed: floating-point numbers")
