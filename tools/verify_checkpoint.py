@@ -1,10 +1,13 @@
-"""Check that a checkpoint's or a model folder's files are those that were written: sizes and checksums of all.
+"""Check that the files of a checkpoint, a model folder or prepared data are those that were written.
 
     mythos-ds verify runs/quickstart
     mythos-ds verify runs/quickstart/checkpoints/step_00000400
     mythos-ds verify merged --json
+    mythos-ds verify data/docs --full
 
-Of a run, every checkpoint. Exit code 0: all are whole; 1: at least one is not, and each fault is named.
+Of a run, every checkpoint; of a folder of data, every dataset and index in it. Of checkpoints and model folders, sizes and
+checksums of all files; of token files larger than 256 MB, headers, lengths and samples of the tokens, and with --full
+every token. Exit code 0: all are whole; 1: at least one is not, and each fault is named.
 """
 
 import json
@@ -13,6 +16,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from mythos_ds.checkpoint import manifest
+from mythos_ds.data.verification import data_faults
 from mythos_ds.errors import CheckpointError
 from mythos_ds.mains import run_tool
 from mythos_ds.weights.checksums import folder_faults
@@ -23,13 +27,14 @@ _DAMAGED = 1
 
 def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    made.add_argument("path", type=Path, help="a run's directory, a checkpoint (step_<n>) or a model folder")
+    made.add_argument("path", type=Path, help="a run's directory, a checkpoint (step_<n>), a model folder, or data")
+    made.add_argument("--full", action="store_true", help="read token files of any size whole")
     made.add_argument("--json", action="store_true")
     return made
 
 
 def work(arguments: Namespace) -> None:
-    faults = verify(arguments.path)
+    faults = verify(arguments.path, full=arguments.full)
     if arguments.json:
         sys.stdout.write(json.dumps(faults, indent=1) + "\n")
     else:
@@ -39,7 +44,7 @@ def work(arguments: Namespace) -> None:
         sys.exit(_DAMAGED)
 
 
-def verify(path: Path) -> dict[str, list[str]]:
+def verify(path: Path, *, full: bool = False) -> dict[str, list[str]]:
     """Faults of each checkpoint or folder at `path`. Raises CheckpointError where there is none."""
     if manifest.is_tag(path.name):
         return {str(path): manifest_faults(path)}
@@ -47,8 +52,10 @@ def verify(path: Path) -> dict[str, list[str]]:
         return {str(path): folder_faults(path)}
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     tags = manifest.list_tags(folder)
+    if not tags and (of_data := data_faults(path, full=full)):
+        return of_data
     if not tags:
-        raise CheckpointError(f"{path}: no checkpoint, and no model folder with {CHECKSUMS}")
+        raise CheckpointError(f"{path}: no checkpoint, no prepared data, and no model folder with {CHECKSUMS}")
     faults = {str(tag): manifest_faults(tag) for tag in tags}
     latest = folder / manifest.LATEST
     named = manifest.read_latest(folder)

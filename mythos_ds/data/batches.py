@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from mythos_ds.errors import DataError, MythosError
+
 Item = dict[str, NDArray[np.int64]]
 Batch = dict[str, Tensor]
 """tokens, targets, positions: int64 [rows, seq]; targets are the next tokens. Where each sequence has its own depth,
@@ -73,17 +75,50 @@ class _MicroBatches(Sampler[list[int]]):
             yield list(range(start, start + self.size))
 
 
-def _read_ahead(dataset: Any, indices: _MicroBatches, num_workers: int) -> Iterator[Batch]:
+def _read_ahead(dataset: SampleSource, indices: _MicroBatches, num_workers: int) -> Iterator[Batch]:
     # With a generator of its own: the loader would else advance torch's global one.
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=indices,
-            collate_fn=_stack,
-            num_workers=num_workers,
-            generator=torch.Generator(),
-        )
+    loader: Any = DataLoader(
+        _ErrorsAsItems(dataset),  # type: ignore[arg-type]
+        batch_sampler=indices,
+        collate_fn=_stack_or_error,
+        num_workers=num_workers,
+        generator=torch.Generator(),
     )
+    try:
+        for batch in loader:
+            if isinstance(batch, MythosError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that reads data was killed ({error}), most likely for want of memory; "
+            f"data.num_workers {num_workers} given: allowed are fewer, or 0"
+        ) from error
+
+
+class _ErrorsAsItems:
+    """Hands an error of the data on as an item: the loader would hand on its traceback as the message."""
+
+    def __init__(self, dataset: SampleSource):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Item | MythosError:
+        try:
+            return self._dataset[index]
+        except MythosError as error:
+            return error
+
+
+def _stack_or_error(items: list[Item | MythosError]) -> Batch | MythosError:
+    for item in items:
+        if isinstance(item, MythosError):
+            return item
+    return _stack([item for item in items if not isinstance(item, MythosError)])
 
 
 def _stack(items: list[Item]) -> dict[str, Tensor]:

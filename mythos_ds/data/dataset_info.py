@@ -1,11 +1,10 @@
 """The JSON file beside a .bin/.idx pair: what made it, and the mark that it is complete."""
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mythos_ds.errors import DataError
-from mythos_ds.io import write_json
+from mythos_ds.io import read_json, write_json
 
 FORMAT = 1
 
@@ -31,6 +30,10 @@ class DatasetInfo:
     bin_bytes: int
     idx_bytes: int
     format: int = FORMAT
+    bad_rows: int = 0
+    """Rows that `--on-bad-row skip` left out."""
+    bad_row_examples: tuple[str, ...] = ()
+    """The first of them: place and reason."""
 
 
 def dataset_files(prefix: Path) -> tuple[Path, Path, Path]:
@@ -40,7 +43,10 @@ def dataset_files(prefix: Path) -> tuple[Path, Path, Path]:
 
 def write_info(prefix: Path, info: DatasetInfo) -> None:
     """Publish the sidecar of the pair at `prefix`."""
-    write_json(dataset_files(prefix)[2], asdict(info), indent=2, sort_keys=True)
+    content = asdict(info)
+    if not info.bad_rows:
+        del content["bad_rows"], content["bad_row_examples"]
+    write_json(dataset_files(prefix)[2], content, indent=2, sort_keys=True)
 
 
 def read_info(prefix: Path) -> DatasetInfo:
@@ -60,12 +66,12 @@ def read_info(prefix: Path) -> DatasetInfo:
 
 def _parse(path: Path) -> DatasetInfo:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values["sources"] = tuple(values["sources"])
-        known = {field.name for field in fields(DatasetInfo)}
-        info = DatasetInfo(**{key: value for key, value in values.items() if key in known})
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} does not describe a dataset: {error}; prepare it again") from error
+        info: DatasetInfo = read_json(path, DatasetInfo, DataError)
+    except DataError as error:
+        raise DataError(f"{error}; this does not describe a dataset: prepare it again") from error
     if info.format != FORMAT:
         raise DataError(f"{path}: format {info.format} given; this version reads format {FORMAT}")
+    for name, least in (("documents", 1), ("tokens", 1), ("vocab_size", 1), ("eos_id", 0)):
+        if getattr(info, name) < least:
+            raise DataError(f"{path}: {name}: {getattr(info, name)} given; allowed: at least {least}; prepare it again")
     return info

@@ -14,24 +14,31 @@ from mythos_ds.config.schema import DataConfig
 from mythos_ds.data import megatron
 from mythos_ds.data.builtin import existing_builtin, prepare_builtin
 from mythos_ds.data.dataset_info import DatasetInfo, read_info
+from mythos_ds.data.index_files import check_digests, check_samples, is_complete, load_array, mark_complete
+from mythos_ds.data.token_files import pair_faults
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.errors import DataError
-from mythos_ds.io import published_directory, write_json
+from mythos_ds.errors import DataError, RankError
+from mythos_ds.io import published_directory
 
-_INDEX_FORMAT = 1
-_COMPLETE = "complete.json"
+_INDEX_FORMAT = 2
+_FIRST_USE_BYTES = 8 << 30
+
+
+class DamagedSampleError(DataError, RankError):
+    """Tokens that one rank reads are not those that were prepared."""
 
 
 class TokenDataset:
     """Samples of packed documents: {tokens, targets, positions}, each int64 [seq].
 
     targets are the next tokens, all of them count. positions start again at 0 with each document when
-    `document_mask`, else they are 0 .. seq - 1.
+    `document_mask`, else they are 0 .. seq - 1. Raises DamagedSampleError for an id that is none of `vocab_size`.
     """
 
-    def __init__(self, samples: Any, *, length: int, eos_id: int, document_mask: bool):
+    def __init__(self, samples: Any, *, length: int, eos_id: int, document_mask: bool, vocab_size: int, source: str):
         self._samples, self._length = samples, length
         self._eos_id, self._document_mask = eos_id, document_mask
+        self._vocab_size, self._source = vocab_size, source
 
     def __len__(self) -> int:
         return self._length
@@ -39,9 +46,22 @@ class TokenDataset:
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
-        sample = self._samples[index]
+        try:
+            sample = self._samples[index]
+        except (IndexError, ValueError, OSError) as error:  # of an index that points outside of the text
+            raise DamagedSampleError(self._damage(index, f"not readable ({error})")) from error
         tokens, targets = sample["tokens"].numpy(), sample["labels"].numpy()
+        for ids in (tokens, targets):
+            if ids.min() < 0 or ids.max() >= self._vocab_size:
+                wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
+                raise DamagedSampleError(self._damage(index, f"id {wrong} given; allowed: 0 .. {self._vocab_size - 1}"))
         return {"tokens": tokens, "targets": targets, "positions": self._positions(tokens)}
+
+    def _damage(self, index: int, what: str) -> str:
+        return (
+            f"{self._source}: sample {index}: {what}; the files are damaged: "
+            "mythos-ds verify PREFIX --full names the document"
+        )
 
     def _positions(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         if not self._document_mask:
@@ -79,7 +99,7 @@ def build_datasets(
     """
     request = _Request.resolve(data, seq_len, train_samples, valid_samples, seed, vocab_size)
     cache = request.cache
-    if not _is_complete(cache):
+    if not is_complete(cache):
         raise DataError(
             f"no index of this run's samples at {cache}. Process 0 makes it before the others read: "
             f"is data.data_dir ({data.data_dir}) a folder that every node sees?"
@@ -100,24 +120,20 @@ def prepare_index_cache(
     if data.corpus == "builtin":
         prepare_builtin(Path(data.data_dir))
     request = _Request.resolve(data, seq_len, train_samples, valid_samples, seed, vocab_size)
-    if not _is_complete(request.cache):
-        with published_directory(request.cache) as work:
-            for part in megatron.SPLITS:
-                request.build(part, work)
-            files = sorted(path.name for path in work.iterdir())
-            write_json(work / _COMPLETE, {"arguments": request.arguments(), "files": files}, indent=2, sort_keys=True)
+    made = is_complete(request.cache)
+    request.check_tokens(first_use=not made)
+    if made:
+        check_digests(request.cache)
+        for part in megatron.SPLITS:
+            request.check(part)
+        return request.cache
+    if request.cache.exists():
+        raise DataError(f"index {request.cache} is damaged: no complete.json; remove the folder to have it made anew")
+    with published_directory(request.cache) as work:
+        for part in megatron.SPLITS:
+            request.build(part, work)
+        mark_complete(work, request.arguments())
     return request.cache
-
-
-def _is_complete(cache: Path) -> bool:
-    try:
-        files = json.loads((cache / _COMPLETE).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return False
-    missing = [name for name in files if not (cache / name).is_file()]
-    if missing:
-        raise DataError(f"index {cache} is damaged: {missing[0]} is missing; remove the folder to have it made anew")
-    return True
 
 
 class _Blend:
@@ -200,7 +216,7 @@ class _Request:
         """Make the index of one part in `cache`."""
         if not self.samples[part]:
             return
-        datasets = self._packed(part, cache)
+        datasets = self._packed(part, cache, build=True)
         if len(datasets) == 1:
             return
         order, numbers = megatron.blend_order(self.weights, self.samples[part])
@@ -219,17 +235,57 @@ class _Request:
             datasets = self._packed(part, cache)
             samples = datasets[0]
             if len(datasets) > 1:
-                paths = [cache / f"{part}-blend-{name}.npy" for name in ("dataset", "sample")]
-                samples = _Blend(datasets, *(np.load(path, mmap_mode="r") for path in paths))
-        eos_id, mask = self.plan.eos_id, self.document_mask
-        return TokenDataset(samples, length=length, eos_id=eos_id, document_mask=mask)
+                samples = _Blend(datasets, *self._blend_arrays(part, cache))
+        source = ", ".join(str(component.prefix) for component in self.components)
+        return TokenDataset(
+            samples,
+            length=length,
+            eos_id=self.plan.eos_id,
+            document_mask=self.document_mask,
+            vocab_size=self.plan.vocab_size,
+            source=source,
+        )
 
-    def _packed(self, part: str, cache: Path) -> list[Any]:
+    def _blend_arrays(self, part: str, cache: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+        order, numbers = (load_array(cache / f"{part}-blend-{name}.npy", 1) for name in ("dataset", "sample"))
+        if len(order) != self.samples[part] or len(numbers) != self.samples[part]:
+            raise DataError(f"index {cache} is damaged: {part}-blend-*.npy; remove the folder to have it made anew")
+        return order, numbers
+
+    def check(self, part: str) -> None:
+        """Check that the index of one part points into the text only. Raises DataError."""
+        if not self.samples[part]:
+            return
+        datasets = self._packed(part, self.cache)
+        for made in datasets:
+            lengths = made.dataset.sequence_lengths
+            arrays = (made.document_index, made.sample_index, made.shuffle_index)
+            check_samples(self.cache, made.indices, *arrays, lengths)
+        if len(datasets) > 1:
+            order, numbers = self._blend_arrays(part, self.cache)
+            sizes = np.array([len(made) for made in datasets])
+            if order.min() < 0 or order.max() >= len(datasets) or numbers.min() < 0 or (numbers >= sizes[order]).any():
+                raise DataError(f"index {self.cache} is damaged: {part}-blend-*.npy; remove the folder to have it anew")
+        elif len(datasets[0]) < self.samples[part]:
+            raise DataError(f"index {self.cache} is damaged: too few samples; remove the folder to have it made anew")
+
+    def check_tokens(self, *, first_use: bool) -> None:
+        """Compare the token files with what was written: at their first use whole, where they are not very large."""
+        for component in self.components:
+            full = first_use and component.info.bin_bytes <= _FIRST_USE_BYTES
+            faults = pair_faults(component.prefix, component.info, full=full)
+            if faults:
+                again = f"prepare the data again: mythos-ds prepare-data INPUT --output {component.prefix} --overwrite"
+                raise DataError(f"{faults[0]}; {again}")
+
+    def _packed(self, part: str, cache: Path, *, build: bool = False) -> list[Any]:
         wanted = [self.samples[part]]
         if len(self.components) > 1:
             wanted = megatron.blended_counts(self.weights, self.samples[part])
         return [
-            megatron.packed_samples(component.prefix, component.info.content_sha256, part, count, self.plan, cache)
+            megatron.packed_samples(
+                component.prefix, component.info.content_sha256, part, count, self.plan, cache, build=build
+            )
             for component, count in zip(self.components, wanted, strict=True)
         ]
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mythos_ds.data.dataset_info import DatasetInfo, read_info
 from mythos_ds.data.megatron import open_tokens
+from mythos_ds.data.token_files import pair_faults
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
 
@@ -46,6 +47,8 @@ class DatasetView:
     def __init__(self, prefix: Path):
         self.prefix = prefix
         self.info: DatasetInfo = read_info(prefix)
+        for fault in pair_faults(prefix, self.info, full=False):
+            raise DataError(f"{fault}; prepare the data again")
         self._tokens = open_tokens(prefix)
         self.lengths: NDArray[np.int64] = np.asarray(self._tokens.sequence_lengths, dtype=np.int64)
         """Tokens of each document, its end included [documents]."""

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mythos_ds.data.index_files import load_array
+from mythos_ds.data.token_files import read_header
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
 
@@ -45,6 +47,7 @@ class TokenWriter:
 
 def open_tokens(prefix: Path) -> Any:
     """megatron-core's IndexedDataset over a pair: `[i]` is document i, `.sequence_lengths` the lengths."""
+    read_header(prefix)
     try:
         return _import_indexed().IndexedDataset(str(prefix))
     except (AssertionError, OSError, ValueError) as error:
@@ -69,10 +72,12 @@ def packing_plan(tokenizer: Tokenizer, *, seq_len: int, seed: int, split: tuple[
     return PackingPlan(seq_len, seed, split, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size, tokenizer.sha256)
 
 
-def packed_samples(prefix: Path, content: str, part: str, samples: int, plan: PackingPlan, cache: Path) -> Any:
+def packed_samples(
+    prefix: Path, content: str, part: str, samples: int, plan: PackingPlan, cache: Path, *, build: bool = False
+) -> Any:
     """GPTDataset over one part ('train' or 'valid') of the documents at `prefix`, repeated to give `samples`.
 
-    Its index is read from `cache`, or built there when absent. `content` names the tokens in the cache's file
+    Its index is read from `cache`, or with `build` made there. `content` names the tokens in the cache's file
     names, so that moved or remade files never meet a stale index. Raises DataError when the part has too few
     tokens.
     """
@@ -97,7 +102,22 @@ def packed_samples(prefix: Path, content: str, part: str, samples: int, plan: Pa
     if available < 2:
         count = len(tokens.sequence_lengths)
         raise DataError(f"{prefix}: data.split {list(plan.split)} leaves no {part} text of its {count} documents")
-    return GPTDataset(tokens, content, documents, samples, Split[part], config)
+    made = GPTDataset if build else _reader_of(GPTDataset, cache)
+    return made(tokens, content, documents, samples, Split[part], config)
+
+
+def _reader_of(base: Any, cache: Path) -> Any:
+    """The class that reads its index as plain numbers: megatron's own unpickles whatever lies in a file of that name."""
+
+    class Reader(base):  # type: ignore[misc]
+        def _build_document_sample_shuffle_indices(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+            stem = f"{self.unique_description_hash}-{base.__name__}-{self.index_split.name}"
+            order = load_array(cache / f"{stem}-document_index.npy", 1)
+            samples = load_array(cache / f"{stem}-sample_index.npy", 2)
+            return order, samples, load_array(cache / f"{stem}-shuffle_index.npy", 1)
+
+    Reader.__name__ = base.__name__  # which is part of the names of the files
+    return Reader
 
 
 def _documents_of(bounds: tuple[float, float] | None, count: int) -> NDArray[np.int32]:

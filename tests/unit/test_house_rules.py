@@ -49,7 +49,7 @@ LINES = {
     "costs": 1_070,
     "model": 1_990,
     "weights": 1_200,
-    "data": 2_600,
+    "data": 3_900,
     "monitor": 290,
     "resilience": 120,
     "parallel": 1_060,
