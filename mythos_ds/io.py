@@ -164,7 +164,17 @@ def open_regular(path: Path, error: type[MythosError] = CheckpointError) -> Iter
                 raise error(f"{path}: no regular file")
             yield file
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
-        raise error(f"{path}: not readable ({getattr(problem, 'strerror', None) or problem})") from problem
+        raise error(f"{looked_for(path)}: not readable ({getattr(problem, 'strerror', None) or problem})") from problem
+
+
+def looked_for(path: Path | str) -> str:
+    """A path as it was given, and where it was looked for: for a message that it is not there."""
+    if os.path.isabs(path):
+        return str(path)
+    try:
+        return f"{path} (looked for in {os.getcwd()})"
+    except OSError:
+        return f"{path} (looked for in a folder that is gone)"
 
 
 def _open_at_once(path: str, flags: int) -> int:

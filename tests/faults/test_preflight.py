@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import hosts as helper
+from tests.helpers.distributed import free_port
 from tests.helpers.hosts import Hosts
-from tests.helpers.pretrain import ROOT, SMALL, environment, free_port, small_data
+from tests.helpers.pretrain import ROOT, SMALL, environment, small_data
 
 SCRIPT = ROOT / "launch" / "preflight.py"
 LIMIT_S = 120
@@ -203,7 +204,7 @@ def test_a_wrong_hostfile_is_told_by_line(tmp_path, text, messages):
 def test_a_missing_hostfile_and_one_under_a_launcher(tmp_path):
     ended = _alone(tmp_path, ["--hostfile", "nowhere"])
     assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert "nowhere: cannot be read" in ended.err
+    assert f"hostfile nowhere (looked for in {tmp_path}): not readable (No such file" in ended.err
     ranks = _Ranks(tmp_path, ["--hostfile", "nowhere"]).wait()
     assert {one.code for one in ranks.values()} == {2}
 
