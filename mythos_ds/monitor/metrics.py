@@ -2,9 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from mythos_ds.io import write_atomic
 
 Value = float | list[float]
 
@@ -23,14 +25,23 @@ class MetricsWriter:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
-    def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps, and a torn last line, as a run that resumes at `step` needs."""
+    def truncate_after(self, step: int) -> set[str]:
+        """Drops the lines of later steps, a torn last line, and what is there twice, as a run that resumes at `step`
+        needs. Returns the names that have a value at `step`."""
         self._file.close()
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line, step + 1) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        seen: set[tuple[int, str]] = set()
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            values = _values_of(line)
+            if values is None or values["step"] > step:
+                continue
+            new = {name: value for name, value in values.items() if (values["step"], name) not in seen}
+            seen |= {(values["step"], name) for name in new if name != "step"}
+            if len(new) > 1:
+                kept.append(line if new == values else json.dumps(new))
+        write_atomic(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
+        return {name for at, name in seen if at == step}
 
     def close(self) -> None:
         """Closes the file."""
@@ -43,8 +54,10 @@ def _finite(value: Value) -> float | list[float | None] | None:
     return value if math.isfinite(value) else None
 
 
-def _step_of(line: str, otherwise: int) -> int:
+def _values_of(line: str) -> dict[str, Any] | None:
+    """What a line says, with its step; None for what is no such line."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return otherwise
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None

@@ -12,16 +12,22 @@ Values = dict[str, float | list[float]]
 
 
 class MetricsLogger:
-    """Writes on rank 0 and is silent elsewhere. Lines after `start_step`, of an interrupted start, are dropped."""
+    """Writes on rank 0 and is silent elsewhere.
+
+    Every step is there once: what an interrupted start wrote of steps after `start_step` is dropped, and what is there
+    of `start_step` itself (a run that had ended evaluates again) is not written again.
+    """
 
     def __init__(self, run: RunDirectory, monitor: MonitorConfig, enabled: bool, start_step: int, total_steps: int):
         self._metrics: MetricsWriter | None = None
         self._tensorboard: TensorBoardWriter | None = None
+        self._there: set[tuple[int, str]] = set()
         if enabled:
+            kept = start_step if start_step else -1
             self._metrics = MetricsWriter(run.metrics)
-            self._metrics.truncate_after(start_step if start_step else -1)
+            self._there = {(kept, name) for name in self._metrics.truncate_after(kept)}
             if monitor.tensorboard:
-                self._tensorboard = TensorBoardWriter(run.tensorboard)
+                self._tensorboard = TensorBoardWriter(run.tensorboard, kept)
         self._progress = ProgressLine(total_steps, enabled, start_step)
 
     def __enter__(self) -> "MetricsLogger":
@@ -59,7 +65,8 @@ class MetricsLogger:
                 self._tensorboard.text(step, f"sample/{index}", f"{prompt}|{continuation}")
 
     def _write(self, step: int, values: Values) -> None:
-        if self._metrics is not None:
-            self._metrics.write(step, values)
+        new = {name: value for name, value in values.items() if (step, name) not in self._there}
+        if self._metrics is not None and new:
+            self._metrics.write(step, new)
         if self._tensorboard is not None:
             self._tensorboard.write(step, values)
