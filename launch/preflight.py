@@ -21,6 +21,7 @@ from mythos_ds.cluster.preflight.report import Check, as_json, show
 from mythos_ds.cluster.preflight.run import Preflight
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, MythosError, ParallelError
+from mythos_ds.slurm_step import in_shell
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     environment = ProcessEnvironment.detect(os.environ)
     if arguments.hostfile is None:
         return preflight.by_launcher(environment, os._exit)
-    if environment.launcher != "python":
+    if environment.launcher != "python" and not in_shell(environment, os.environ):
         raise ParallelError(f"--hostfile has no effect under {environment.launcher}; remove it")
     return preflight.by_ssh(arguments.hostfile, Path(__file__).resolve())
 

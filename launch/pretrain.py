@@ -24,6 +24,7 @@ from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.resilience.failure import fail
+from mythos_ds.slurm_step import in_shell
 from mythos_ds.train.run_directory import another_layout_note, default_run_directory
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     environment: ProcessEnvironment | None = None
     try:
-        environment = ProcessEnvironment.detect(os.environ)
+        environment = detect(arguments)
         check_counts(arguments, environment)
         if arguments.processes is not None and environment.launcher == "python" and not is_plan(arguments):
             return start(arguments, environment, argv)
@@ -62,6 +63,14 @@ def main(argv: list[str]) -> int:
     except MythosError as error:
         return fail(error, environment)
     return 0
+
+
+def detect(arguments: argparse.Namespace) -> ProcessEnvironment:
+    """The launcher's environment; none where --processes is given in an interactive shell of Slurm."""
+    environment = ProcessEnvironment.detect(os.environ)
+    if arguments.processes is not None and in_shell(environment, os.environ):
+        return ProcessEnvironment.detect({})
+    return environment
 
 
 def is_plan(arguments: argparse.Namespace) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mythos_ds.errors import ParallelError
 
 DEFAULT_MASTER_PORT = 29500
+LAST_PORT = 2**16 - 1
 LOOPBACK = "127.0.0.1"
 
 
@@ -41,13 +42,19 @@ class ProcessEnvironment:
         return cls(0, 1, 0, 1, LOOPBACK, _free_port(), "python")
 
     def check(self) -> None:
-        """Raises ParallelError unless 0 <= rank < world size and 0 <= local rank < local world size <= world size."""
+        """Raises ParallelError unless 0 <= rank < world size, 0 <= local rank < local world size <= world size, and the
+        port is one."""
         inside = 0 <= self.rank < self.world_size
         inside_node = 0 <= self.local_rank < self.local_world_size <= self.world_size
         if not (inside and inside_node):
             raise ParallelError(
                 f"{self.launcher}: given rank {self.rank} of {self.world_size} processes, local rank {self.local_rank} "
                 f"of {self.local_world_size}; allowed: 0 <= rank < processes, on each node and in all."
+            )
+        if not 0 < self.master_port <= LAST_PORT:
+            raise ParallelError(
+                f"{self.launcher}: MASTER_PORT: given {self.master_port}; allowed: 1 to {LAST_PORT}; "
+                f"nearest: {min(max(self.master_port, 1), LAST_PORT)}"
             )
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -147,8 +154,10 @@ def _from_pmi(environ: Mapping[str, str]) -> ProcessEnvironment:
 
 
 def _is_slurm(environ: Mapping[str, str]) -> bool:
-    """True below srun. A batch script itself also sees SLURM_PROCID and SLURM_NTASKS, but is one process."""
+    """True below srun. A batch script itself also sees SLURM_PROCID and SLURM_NTASKS, but is one process; so is the
+    shell of salloc, where that is a step."""
     batch_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
+    batch_script = batch_script or environ.get("SLURM_STEP_ID") in _STEPS_OF_ONE
     return "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ and not batch_script
 
 
@@ -187,6 +196,8 @@ def _slurm_master(environ: Mapping[str, str], nodes: int) -> str:
     return address
 
 
+_STEPS_OF_ONE = (str(2**32 - 6), str(2**32 - 5))
+"""Slurm's SLURM_INTERACTIVE_STEP and SLURM_BATCH_SCRIPT."""
 _LAUNCHERS = (
     (_is_torch, _from_torch),
     (_is_open_mpi, _from_open_mpi),

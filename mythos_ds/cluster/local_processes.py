@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from mythos_ds.environment import ProcessEnvironment
+from mythos_ds import ports
+from mythos_ds.environment import LOOPBACK, ProcessEnvironment
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
@@ -44,12 +46,16 @@ def run_processes(
     deadline = time.monotonic() + limit_s
     with ExitStack() as files, _handing_on(running):
         try:
-            for rank, environment in enumerate(_environments(count, variables or {})):
-                log = files.enter_context((logs / f"rank_{rank}.log").open("wb")) if logs else None
-                # A session of its own: a terminal's Ctrl-C comes once, by way of this process.
-                running.append(
-                    subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
-                )
+            # Held until rank 0 has it, so that nobody else takes the port between its choice and its use.
+            with ports.listening(ports.ANY) as listener:
+                for rank, environment in enumerate(_environments(count, variables or {}, listener)):
+                    log = files.enter_context((logs / f"rank_{rank}.log").open("wb")) if logs else None
+                    held = () if rank else (listener.fileno(),)
+                    # A session of its own: a terminal's Ctrl-C comes once, by way of this process.
+                    started = subprocess.Popen(
+                        command, env=environment, start_new_session=True, stdout=log, stderr=log, pass_fds=held
+                    )
+                    running.append(started)
             return _wait(running, deadline)
         finally:
             _end(running)
@@ -67,14 +73,17 @@ def _wait(running: Sequence[subprocess.Popen[bytes]], deadline: float) -> int:
         time.sleep(_POLL_SECONDS)
 
 
-def _environments(count: int, added: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def _environments(count: int, added: Mapping[str, str], listener: socket.socket) -> Iterator[dict[str, str]]:
     """The variables of each rank. Every process would else take all cores for its threads."""
-    alone = ProcessEnvironment.detect({})
+    port = ports.port_of(listener)
     threads = str(max(1, (os.cpu_count() or 1) // count))
     for rank in range(count):
         variables = {"OMP_NUM_THREADS": threads, **os.environ, **added}
-        place = ProcessEnvironment(rank, count, rank, count, alone.master_addr, alone.master_port, "python")
+        place = ProcessEnvironment(rank, count, rank, count, LOOPBACK, port, "python")
         place.export(variables)
+        variables.pop(ports.HELD, None)
+        if rank == 0:
+            variables[ports.HELD] = str(listener.fileno())
         yield variables
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mythos_ds.config.layout import RankLayout, Stage
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
+from mythos_ds.parallel.rendezvous import first_line, meet
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -149,16 +150,10 @@ def init_parallel(
     if stages:
         layout = RankLayout.of(stages, ep_size, env.rank)
     _check_sizes(env, layout)
-    env.export()
     device = select_device(env)
     _avoid_shared_memory_op()
     timeout = timedelta(seconds=timeout_s)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timeout,
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
+    _start(env, device, timeout)
     if deepspeed_groups._WORLD_GROUP is None:
         # DeepSpeed would make this copy of the world itself, and its collectives would wait torch's 30 minutes.
         deepspeed_groups._WORLD_GROUP = torch_distributed.new_group(timeout=timeout)
@@ -172,6 +167,27 @@ def init_parallel(
     experts = _expert_groups(layout.all_expert_groups, layout.all_expert_copies, timeout)
     _register(experts, ep_size)
     return replace(groups, ep_group=experts.ep)
+
+
+def _start(env: ProcessEnvironment, device: torch.device, timeout: timedelta) -> None:
+    """Start torch.distributed, unless it runs already. Raises ParallelError where the processes do not meet."""
+    store = None
+    if not torch_distributed.is_initialized():
+        env, store = meet(env, timeout.total_seconds())
+    env.export()
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timeout,
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
+    except (torch_distributed.DistNetworkError, torch_distributed.DistStoreError) as error:
+        raise ParallelError(
+            f"rank {env.rank} of {env.world_size}: no process group at {env.master_addr}:{env.master_port} within "
+            f"{timeout.total_seconds():.0f} s ({first_line(error)})"
+        ) from None
+    del store  # its server is torch's own from here
 
 
 def require_expert_group(ep_size: int) -> torch_distributed.ProcessGroup:

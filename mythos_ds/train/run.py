@@ -70,11 +70,10 @@ def train(
     log.configure(environment.rank)
     # DeepSpeed calls collectives by names that newer torch versions announce to rename: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    resolved = request.resolved
+    # Before the signals: a process that waits for others in here is ended by SIGTERM, not asked to stop after a step.
+    groups = init_parallel(environment, resolved.ep_size, resolved.stages, timeout_s=resolved.config.parallel.timeout_s)
     with StopSignals() as stop:
-        resolved = request.resolved
-        groups = init_parallel(
-            environment, resolved.ep_size, resolved.stages, timeout_s=resolved.config.parallel.timeout_s
-        )
         try:
             summary = _train(request, groups, stop, open_data, open_weights, adapt, callbacks)
         except MythosError:

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_readme import copy_checkout
+from tests.helpers.distributed import free_port
 from tests.helpers.paths import ROOT
-from tests.helpers.pretrain import SMALL, environment, free_port, metrics, small_data
+from tests.helpers.pretrain import SMALL, environment, metrics, small_data
 
 LIMIT_S = 400
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 from tests.helpers.paths import ROOT
 
 POLL_S = 0.1
+PORTS = (12_000, 32_000)
 
 
 class RankFailedError(AssertionError):
@@ -28,10 +30,11 @@ class RankFailedError(AssertionError):
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of this machine that nothing listens on, none of those that the system gives to connections."""
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def run_distributed(function: str, nprocs: int, timeout_s: float, **kwargs: Any) -> list[Any]:

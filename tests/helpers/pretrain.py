@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mythos_ds import ports
+from tests.helpers.distributed import free_port
 from tests.helpers.paths import ROOT
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
 
@@ -70,18 +71,25 @@ class Pretrain:
 
     def __init__(self, arguments: Sequence[str], *, nprocs: int, folder: Path, program: Sequence[str] = (str(SCRIPT),)):
         folder.mkdir(parents=True, exist_ok=True)
-        port = free_port()
+        # Held until rank 0 has it: nobody else takes the port meanwhile.
+        listener = ports.listening(ports.ANY)
+        port = ports.port_of(listener)
         self.logs = [folder / f"rank_{rank}.log" for rank in range(nprocs)]
         self.processes = []
         for rank, path in enumerate(self.logs):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nprocs, "LOCAL_WORLD_SIZE": nprocs}
             variables = {**environment(), **{name: str(value) for name, value in ranks.items()}}
             variables.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            held = () if rank else (listener.fileno(),)
+            if rank == 0:
+                variables[ports.HELD] = str(listener.fileno())
             with path.open("w") as log:
                 command = [sys.executable, *program, *arguments]
-                self.processes.append(
-                    subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+                started = subprocess.Popen(
+                    command, env=variables, stdout=log, stderr=subprocess.STDOUT, cwd=folder, pass_fds=held
                 )
+            self.processes.append(started)
+        listener.close()
 
     def __enter__(self) -> "Pretrain":
         return self
@@ -140,13 +148,6 @@ def environment() -> dict[str, str]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         inherited.pop(name, None)
     return {**inherited, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -5,13 +5,11 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
-
-from torch.distributed import TCPStore
 
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
+from mythos_ds.parallel.rendezvous import listen, open_store, reach
 
 POLL_S = 0.05
 
@@ -29,24 +27,18 @@ class Meeting:
     def __init__(self, environment: ProcessEnvironment, limit_s: float):
         self.environment, self._deadline = environment, time.monotonic() + limit_s
         self._names: dict[int, str] = {}
-        first = environment.rank == 0
+        listener = None
+        if environment.rank == 0:
+            environment, listener = listen(environment)
         try:
-            # `wait_for_workers` would only say that somebody is missing.
-            self.store = TCPStore(
-                environment.master_addr,
-                environment.master_port,
-                environment.world_size,
-                is_master=first,
-                timeout=timedelta(seconds=limit_s),
-                wait_for_workers=False,
-            )
-        except RuntimeError as error:
+            if environment.rank:
+                reach(environment, limit_s)
+            self.store = open_store(environment, limit_s, listener)
+        except ParallelError as error:
+            if environment.rank == 0:
+                raise
             where = f"{environment.master_addr}:{environment.master_port}"
-            if first:
-                raise ParallelError(f"cannot listen at {where} ({_first_line(error)}); give a free port") from None
-            raise MissingRank(
-                f"{socket.gethostname()}: rank 0 at {where} was not reached within {limit_s:g} s"
-            ) from None
+            raise MissingRank(f"rank 0 at {where} was not reached: {error}") from None
         self.store.set(f"name/{environment.rank}", socket.gethostname())
 
     @property
@@ -123,7 +115,3 @@ def nodes_of(names: Sequence[str]) -> dict[str, list[int]]:
     for rank, name in enumerate(names):
         nodes.setdefault(name, []).append(rank)
     return nodes
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

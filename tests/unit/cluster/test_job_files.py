@@ -16,8 +16,9 @@ import pytest
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.errors import ConfigError
+from tests.helpers.distributed import free_port
 from tests.helpers.mains import load_main
-from tests.helpers.pretrain import ROOT, SMALL, environment, free_port, metrics, small_data
+from tests.helpers.pretrain import ROOT, SMALL, environment, metrics, small_data
 
 render_launch = load_main("tools/render_launch.py")
 

@@ -1,0 +1,199 @@
+"""How the processes of a run find each other before torch.distributed starts: where they do not, one message says who
+is missing at which address, or who holds the port."""
+
+import errno
+import os
+import socket
+import threading
+import time
+from dataclasses import replace
+from datetime import timedelta
+
+import torch.distributed as torch_distributed
+
+from mythos_ds import ports
+from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.errors import ParallelError, ReportedElsewhere
+from mythos_ds.log import get_logger
+from mythos_ds.slurm_step import require_task
+
+REACH_S = 300.0
+"""What rank 0 may take to listen, counted from the start of another rank: both import the same."""
+RESOLVE_S = 30.0
+"""What a name server may take to know a new host."""
+SELF_S = 15.0
+NOTICE_S = 20.0
+"""After it, whoever waits says so."""
+_ATTEMPT_S, _PAUSE_S = 5.0, 0.25
+_KEY = "mythos_ds"
+_SHOWN = 8
+
+_logger = get_logger(__name__)
+_met: set[tuple[str, int]] = set()
+
+
+def meet(env: ProcessEnvironment, limit_s: float) -> tuple[ProcessEnvironment, torch_distributed.Store | None]:
+    """Wait for all processes of a run at rank 0's address; the environment with the port that is used, and the store.
+
+    Keep the store until torch.distributed has started: rank 0's listens for it too. None where torchrun's agent has
+    one, and for addresses where this process has met already. Raises ParallelError on the rank that knows what is
+    wrong, ReportedElsewhere on others.
+    """
+    place = (env.master_addr, env.master_port)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or place in _met:
+        return env, None
+    listener = None
+    if env.rank == 0:
+        env, listener = listen(env)
+    else:
+        reach(env, min(limit_s, REACH_S))
+    store = open_store(env, limit_s, listener)
+    _met.add((env.master_addr, env.master_port))
+    if env.world_size > 1:
+        _gather(env, store, limit_s)
+    return env, store
+
+
+def listen(env: ProcessEnvironment) -> tuple[ProcessEnvironment, socket.socket]:
+    """Rank 0's socket at its address, at another port where nobody gave this one. Raises ParallelError where the port
+    is taken or the address is not this host's."""
+    require_task(env, os.environ)
+    alone = env.launcher == "python" and env.world_size == 1
+    try:
+        listener = ports.handed_on(env.master_port) or ports.listening(ports.ANY if alone else env.master_port)
+    except OSError as error:
+        raise ParallelError(_not_listening(env, error)) from None
+    env = replace(env, master_port=ports.port_of(listener))
+    try:
+        reach(env, SELF_S)
+    except ParallelError:
+        listener.close()
+        raise
+    return env, listener
+
+
+def reach(env: ProcessEnvironment, limit_s: float) -> None:
+    """Wait until somebody listens at rank 0's address. Raises ParallelError with the reason where nobody does."""
+    started, noticed = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((env.master_addr, env.master_port), _ATTEMPT_S).close()
+            return
+        except (OSError, UnicodeError) as error:
+            waited = time.monotonic() - started
+            unknown = isinstance(error, (socket.gaierror, UnicodeError))
+            limit = min(limit_s, RESOLVE_S) if unknown else limit_s
+            if waited >= limit:
+                raise ParallelError(_not_reached(env, error, limit, unknown)) from None
+            if waited > NOTICE_S and not noticed:
+                noticed = True
+                _logger.warning("waiting for rank 0 at %s (%s), up to %.0f s", _at(env), error, limit)
+        time.sleep(_PAUSE_S)
+
+
+def open_store(env: ProcessEnvironment, limit_s: float, listener: socket.socket | None) -> torch_distributed.TCPStore:
+    """The calling process's end of rank 0's store. Raises ParallelError where what listens there is none."""
+    opened: list[torch_distributed.TCPStore | Exception] = []
+    descriptor = {} if listener is None else {"master_listen_fd": listener.detach()}
+
+    def work() -> None:
+        try:
+            store = torch_distributed.TCPStore(
+                env.master_addr,
+                env.master_port,
+                env.world_size,
+                is_master=env.rank == 0,
+                timeout=timedelta(seconds=limit_s),
+                wait_for_workers=False,
+                multi_tenant=True,  # torch's own start then uses the server that listens already
+                **descriptor,
+            )
+            opened.append(store)
+        except RuntimeError as error:
+            opened.append(error)
+
+    # What listens there may be another program, which never answers: torch would wait for it for good.
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(min(limit_s, REACH_S) + _ATTEMPT_S)
+    found = opened[0] if opened else TimeoutError(f"no answer in {min(limit_s, REACH_S):.0f} s")
+    if isinstance(found, Exception):
+        raise ParallelError(
+            f"rank {env.rank} of {env.world_size}: what listens at {_at(env)} is not rank 0 of this run "
+            f"({first_line(found)}); where another program has that port, {_OTHER_PORT}"
+        )
+    return found
+
+
+def _gather(env: ProcessEnvironment, store: torch_distributed.Store, limit_s: float) -> None:
+    """Wait until every rank has come: rank 0 counts, and tells the others."""
+    store.set(f"{_KEY}/{env.rank}", socket.gethostname())
+    if env.rank:
+        try:
+            store.wait([f"{_KEY}/all"], timedelta(seconds=limit_s + _ATTEMPT_S))
+        except RuntimeError as error:
+            raise ReportedElsewhere(f"rank 0 at {_at(env)} ended ({first_line(error)})") from None
+        return
+    started, noticed = time.monotonic(), False
+    missing = set(range(env.world_size))
+    while missing := {rank for rank in missing if not store.check([f"{_KEY}/{rank}"])}:
+        waited = time.monotonic() - started
+        if waited >= limit_s:
+            raise ParallelError(_missing(env, missing, limit_s))
+        if waited > NOTICE_S and not noticed:
+            noticed = True
+            _logger.warning("waiting at %s for %s, up to %.0f s", _at(env), _names(missing), limit_s)
+        time.sleep(_PAUSE_S)
+    store.set(f"{_KEY}/all", "come")
+
+
+_OTHER_PORT = "give another by MASTER_PORT (deepspeed and torchrun: --master_port)"
+
+
+def _not_listening(env: ProcessEnvironment, error: OSError) -> str:
+    if error.errno != errno.EADDRINUSE:
+        return f"rank 0 cannot listen at {_at(env)} ({error.strerror}); {_OTHER_PORT}, above 1023"
+    with ports.listening(ports.ANY) as free:
+        nearest = ports.port_of(free)
+    who = ports.holder(env.master_port)
+    taken = f"taken by {who}" if who else "taken by a process that this system does not name"
+    return f"rank 0 cannot listen at {_at(env)}: the port is {taken}; {_OTHER_PORT}; free now: {nearest}"
+
+
+def _not_reached(env: ProcessEnvironment, error: Exception, limit_s: float, unknown: bool) -> str:
+    host = socket.gethostname()
+    reason = getattr(error, "strerror", None) or str(error)
+    if unknown:
+        return f"MASTER_ADDR: given {env.master_addr!r}, which {host} does not know after {limit_s:.0f} s ({reason})"
+    if env.rank == 0:
+        return (
+            f"MASTER_ADDR: given {env.master_addr!r}, where rank 0 on {host} does not reach itself at port "
+            f"{env.master_port} within {limit_s:.0f} s ({reason}); allowed: an address of the host that runs rank 0"
+        )
+    return (
+        f"rank {env.rank} of {env.world_size} on {host}: nobody listens at {_at(env)} after {limit_s:.0f} s "
+        f"({reason}); "
+        "allowed: MASTER_ADDR and MASTER_PORT of a rank 0 that runs"
+    )
+
+
+def _missing(env: ProcessEnvironment, missing: set[int], limit_s: float) -> str:
+    came = env.world_size - len(missing)
+    return (
+        f"{came} of {env.world_size} processes came to {_at(env)} within {limit_s:.0f} s (parallel.timeout_s); "
+        f"missing: {_names(missing)}. Were all of them started, and with the same MASTER_ADDR and MASTER_PORT?"
+    )
+
+
+def _names(ranks: set[int]) -> str:
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return "rank " + ", ".join(map(str, sorted(ranks)[:_SHOWN])) + more
+
+
+def _at(env: ProcessEnvironment) -> str:
+    return f"{env.master_addr}:{env.master_port}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
