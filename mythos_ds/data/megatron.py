@@ -107,7 +107,7 @@ def packed_samples(
 
 
 def _reader_of(base: Any, cache: Path) -> Any:
-    """The class that reads its index as plain numbers: megatron's own unpickles whatever lies in a file of that name."""
+    """The class that reads its index as plain numbers: megatron's own unpickles what a file of that name holds."""
 
     class Reader(base):  # type: ignore[misc]
         def _build_document_sample_shuffle_indices(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

@@ -43,7 +43,7 @@ files beside the packages."""
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
-    "root": 1_100,
+    "root": 1_400,
     "kernels": 320,
     "config": 2_560,
     "costs": 1_070,
