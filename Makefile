@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PROCESSES ?= 2
+# Files of tests that run at once; each starts up to four processes of its own.
+TEST_PROCESSES ?= 2
 RUN_DIR ?= runs/quickstart
 
 # vLLM's environment is made for one Python on Linux, with the torch that its build was linked to.
@@ -50,7 +52,7 @@ loop-smollm-full: setup
 	$(PY) -m mythos_ds loop-smollm --full $(ARGS)
 
 test: setup lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: setup
 	$(PY) -m pytest -m slow

@@ -70,6 +70,7 @@ setup(
         "lab": ["matplotlib>=3.8"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.14",
             "packaging>=23",

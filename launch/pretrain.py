@@ -158,8 +158,12 @@ def describe(arguments: argparse.Namespace, resolved: ResolvedRun) -> str:
     if arguments.print_config:
         return json.dumps(resolved.as_dict(), indent=2)
     from mythos_ds.costs.dry_run import dry_run_report
+    from mythos_ds.data.validation import held_out, validation_notes
 
-    return dry_run_report(resolved)
+    config = resolved.config
+    found = held_out(config.data, config.training)
+    notes = validation_notes(config.data, config.training)
+    return "\n".join([*notes, dry_run_report(resolved, found.text if found else None)])
 
 
 if __name__ == "__main__":

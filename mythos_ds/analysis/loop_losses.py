@@ -12,6 +12,7 @@ from torch.nn import functional
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import build_datasets, prepare_index_cache
+from mythos_ds.data.validation import held_out
 from mythos_ds.errors import ConfigError
 from mythos_ds.model.mythos import MythosModel
 
@@ -20,12 +21,22 @@ _ROWS = 2
 
 def held_out_sequences(config: RunConfig, count: int) -> list[Batch]:
     """The first `count` sequences of a run's held-out text, the same for every seed of training, as batches {tokens,
-    targets, positions} int64 [rows, seq]. Raises ConfigError for fewer than 2, which have no spread."""
+    targets, positions} int64 [rows, seq]. Raises ConfigError for fewer than 2, which have no spread, and for more than
+    the text has: read twice, a sequence says nothing new of the spread."""
     if count < 2:
         raise ConfigError(f"sequences: given {count}; allowed: at least 2; nearest: 2")
+    if not config.data.validates:
+        raise ConfigError("data.validation: the run has no held-out text; give some: data.validation=PREFIX")
     count += count % _ROWS
     length = {"seq_len": config.training.seq_len, "train_samples": 0, "valid_samples": count, "seed": 0}
     prepare_index_cache(config.data, **length, vocab_size=config.model.vocab_size)
+    found = held_out(config.data, config.training, exact=True)
+    there = (found.tokens - 1) // config.training.seq_len if found is not None else count
+    if count > there:
+        raise ConfigError(
+            f"sequences: given {count}; the held-out text has {there} of training.seq_len {config.training.seq_len}; "
+            f"allowed: 2 to {there - there % _ROWS}, or more text by data.validation"
+        )
     data = build_datasets(config.data, **length, vocab_size=config.model.vocab_size)
     stream = BatchStream(data.valid, start_sample=0, micro_batch_size=_ROWS, dp_rank=0, dp_size=1)
     return list(islice(stream, count // _ROWS))

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+NO_VALIDATION = "none"
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -232,10 +234,35 @@ class DataConfig(Section):
     tokenizer: str | None = Field(
         None, description="A tokenizer's file, or its folder; not needed for the built-in corpus."
     )
-    split: tuple[float, float, float] = Field((98.0, 2.0, 0.0), strict=False, description="train, valid, test.")
+    split: tuple[float, float, float] = Field(
+        (98.0, 2.0, 0.0), strict=False, description="train, valid, test; 0 for valid = no validation."
+    )
+    validation: str | list[DatasetConfig] | None = Field(
+        None,
+        description="Held-out text of its own, of the same tokenizer: a prefix, or a list as `datasets`; the valid "
+        'share of `split` is then trained on. "none" = no validation; null = the valid share of `split`.',
+    )
     data_dir: str = Field("data", description="Folder for the built-in corpus and the index cache (shared storage).")
     document_mask: bool = Field(True, description="Attention and positions stay inside a document.")
     num_workers: int = Field(0, ge=0)
+
+    @property
+    def own_validation(self) -> list[DatasetConfig]:
+        """The datasets that are held out whole; none where a share of the others is, or nothing."""
+        if isinstance(self.validation, str):
+            return [] if self.validation == NO_VALIDATION else [DatasetConfig(prefix=self.validation)]
+        return self.validation or []
+
+    @property
+    def used_split(self) -> tuple[float, float, float]:
+        """The shares of train, valid and test in `datasets`, or in the built-in corpus."""
+        train, valid, test = self.split
+        return self.split if self.validation is None else (train + valid, 0.0, test)
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is held-out text."""
+        return bool(self.own_validation) or self.used_split[1] > 0
 
 
 class CheckpointConfig(Section):

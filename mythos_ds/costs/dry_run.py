@@ -3,7 +3,7 @@
 import json
 
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.config.schema import TrainingConfig
+from mythos_ds.config.schema import RunConfig, TrainingConfig
 from mythos_ds.config.starting_model import is_here
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
@@ -13,9 +13,13 @@ from mythos_ds.formatting import number_text
 _LABEL_WIDTH = 18
 
 
-def dry_run_report(resolved: ResolvedRun) -> str:
-    """Layout, batch, parameters, FLOPs, cache and the DeepSpeed configuration, as text."""
-    lines = [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in (*_layout(resolved), *_size(resolved))]
+def dry_run_report(resolved: ResolvedRun, held_out: str | None = None) -> str:
+    """Layout, batch, parameters, FLOPs, cache and the DeepSpeed configuration, as text.
+
+    held_out: how much validation text there is, where that is known.
+    """
+    validation = ("validation", _validation(resolved.config, held_out))
+    lines = [f"{label:<{_LABEL_WIDTH}}{text}" for label, text in (*_layout(resolved), validation, *_size(resolved))]
     deepspeed = json.dumps(resolved.deepspeed, indent=2, sort_keys=True)
     return "\n".join([*lines, "DeepSpeed configuration:", deepspeed])
 
@@ -48,6 +52,16 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
         ("drawn from", _depth_law(training)),
         ("gradient", f"through the last {resolved.mean_backprop_depth} loops"),
     ]
+
+
+def _validation(config: RunConfig, held_out: str | None) -> str:
+    data = config.data
+    if not data.validates:
+        return "none: no held-out loss is computed"
+    train, valid, test = data.used_split
+    own = ", ".join(dataset.prefix for dataset in data.own_validation)
+    text = f"of its own: {own}" if own else f"{valid / (train + valid + test):.2%} of the documents"
+    return f"{text}; {held_out}" if held_out else text
 
 
 def _weights(source: str) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from mythos_ds.errors import DataError, RankError
 from mythos_ds.io import published_directory
 
 _INDEX_FORMAT = 2
+_HELD_OUT = (0.0, 100.0, 0.0)
+"""The split of a dataset that is validation text as a whole."""
 _FIRST_USE_BYTES = 8 << 30
 
 
@@ -84,6 +86,7 @@ class TokenDatasets:
 
     train: TokenDataset
     valid: TokenDataset
+    """Of length 0 without validation."""
     tokenizer: Tokenizer
     identity: dict[str, Any]
     """Text, tokenizer, weights and split as plain JSON values, whatever the paths and the run's length."""
@@ -163,6 +166,8 @@ class _Request:
     samples: dict[str, int]
     document_mask: bool
     data_dir: Path
+    held_out: list[_Component]
+    """Validation text of its own; none where it is a share of the others."""
 
     @classmethod
     def resolve(
@@ -177,15 +182,18 @@ class _Request:
         prefixes, tokenizer_path = _sources(data)
         tokenizer = Tokenizer.load(tokenizer_path)
         components = [_Component(prefix, weight, read_info(prefix)) for prefix, weight in prefixes]
-        for component in components:
+        held_out = [
+            _Component(Path(one.prefix), one.weight, read_info(Path(one.prefix))) for one in data.own_validation
+        ]
+        for component in (*components, *held_out):
             _check_vocabulary(component, tokenizer, vocab_size)
-        plan = megatron.packing_plan(tokenizer, seq_len=seq_len, seed=seed, split=data.split)
-        samples = {"train": train_samples, "valid": valid_samples}
-        return cls(components, tokenizer, plan, samples, data.document_mask, Path(data.data_dir))
+        plan = megatron.packing_plan(tokenizer, seq_len=seq_len, seed=seed, split=data.used_split)
+        samples = {"train": train_samples, "valid": valid_samples if data.validates else 0}
+        return cls(components, tokenizer, plan, samples, data.document_mask, Path(data.data_dir), held_out)
 
     @property
     def weights(self) -> list[float]:
-        return megatron.normalised([component.weight for component in self.components])
+        return _weights_of(self.components)
 
     @property
     def cache(self) -> Path:
@@ -199,6 +207,7 @@ class _Request:
             "weights": self.weights,
             "split": list(self.plan.split),
             "document_mask": self.document_mask,
+            **({"validation": _named(self.held_out)} if self.held_out else {}),
         }
 
     def arguments(self) -> dict[str, Any]:
@@ -219,9 +228,10 @@ class _Request:
         datasets = self._packed(part, cache, build=True)
         if len(datasets) == 1:
             return
-        order, numbers = megatron.blend_order(self.weights, self.samples[part])
+        components = self._components_of(part)
+        order, numbers = megatron.blend_order(_weights_of(components), self.samples[part])
         used = np.bincount(order, minlength=len(datasets))
-        for component, dataset, count in zip(self.components, datasets, used, strict=True):
+        for component, dataset, count in zip(components, datasets, used, strict=True):
             if count > len(dataset):
                 raise DataError(f"{component.prefix}: blend needs {count} samples of {len(dataset)}; raise its weight")
         np.save(cache / f"{part}-blend-dataset.npy", order)
@@ -236,7 +246,7 @@ class _Request:
             samples = datasets[0]
             if len(datasets) > 1:
                 samples = _Blend(datasets, *self._blend_arrays(part, cache))
-        source = ", ".join(str(component.prefix) for component in self.components)
+        source = ", ".join(str(component.prefix) for component in self._components_of(part))
         return TokenDataset(
             samples,
             length=length,
@@ -271,7 +281,7 @@ class _Request:
 
     def check_tokens(self, *, first_use: bool) -> None:
         """Compare the token files with what was written: at their first use whole, where they are not very large."""
-        for component in self.components:
+        for component in [*self.components, *self.held_out]:
             full = first_use and component.info.bin_bytes <= _FIRST_USE_BYTES
             faults = pair_faults(component.prefix, component.info, full=full)
             if faults:
@@ -279,15 +289,30 @@ class _Request:
                 raise DataError(f"{faults[0]}; {again}")
 
     def _packed(self, part: str, cache: Path, *, build: bool = False) -> list[Any]:
-        wanted = [self.samples[part]]
-        if len(self.components) > 1:
-            wanted = megatron.blended_counts(self.weights, self.samples[part])
+        components, wanted = self._components_of(part), [self.samples[part]]
+        if len(components) > 1:
+            wanted = megatron.blended_counts(_weights_of(components), self.samples[part])
+        plan = replace(self.plan, split=_HELD_OUT) if self._is_own(part) else self.plan
         return [
             megatron.packed_samples(
-                component.prefix, component.info.content_sha256, part, count, self.plan, cache, build=build
+                component.prefix, component.info.content_sha256, part, count, plan, cache, build=build
             )
-            for component, count in zip(self.components, wanted, strict=True)
+            for component, count in zip(components, wanted, strict=True)
         ]
+
+    def _is_own(self, part: str) -> bool:
+        return part == "valid" and bool(self.held_out)
+
+    def _components_of(self, part: str) -> list[_Component]:
+        return self.held_out if self._is_own(part) else self.components
+
+
+def _weights_of(components: list[_Component]) -> list[float]:
+    return megatron.normalised([component.weight for component in components])
+
+
+def _named(components: list[_Component]) -> dict[str, Any]:
+    return {"content": [one.info.content_sha256 for one in components], "weights": _weights_of(components)}
 
 
 def _sources(data: DataConfig) -> tuple[list[tuple[Path, float]], Path]:

@@ -8,11 +8,15 @@ from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import TokenDataset, TokenDatasets, build_datasets, prepare_index_cache
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.validation import validation_notes
+from mythos_ds.log import get_logger
 from mythos_ds.parallel.collective import on_rank_zero, together
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.run_manifest import Phase, RunManifest
 
 _PROMPT_TOKENS = 16
+
+_logger = get_logger(__name__)
 
 
 class DataLoader(Protocol):
@@ -31,11 +35,12 @@ class DataLoader(Protocol):
         ...
 
     def validation(self) -> Iterator[list[Batch]]:
-        """The held-out micro-batches of one global batch after the other, the same at every call."""
+        """The held-out micro-batches of one global batch after the other, the same at every call; none without
+        validation."""
         ...
 
     def held_out_prompt(self) -> list[int]:
-        """The first tokens of the held-out text."""
+        """The first tokens of the held-out text; none without validation."""
         ...
 
 
@@ -65,6 +70,10 @@ class TextLoader:
                 prepare_index_cache(data, **arguments)
 
         on_rank_zero(groups, prepare)
+        if groups.rank == 0:
+            notes = validation_notes(data, resolved.config.training, exact=True)
+            for note in notes:
+                _logger.warning("%s", note)
         datasets = together(
             groups, lambda: {index: build_datasets(data, **arguments) for index, arguments in requests.items()}
         )
@@ -81,12 +90,15 @@ class TextLoader:
                 step += 1
 
     def validation(self) -> Iterator[list[Batch]]:
+        if not len(self._datasets[0].valid):
+            return
         micro_batches = self._stream(self._datasets[0].valid, 0)
         for _ in range(self._training.eval_batches):
             yield list(islice(micro_batches, self._accumulation))
 
     def held_out_prompt(self) -> list[int]:
-        return [int(token) for token in self._datasets[0].valid[0]["tokens"][:_PROMPT_TOKENS]]
+        valid = self._datasets[0].valid
+        return [int(token) for token in valid[0]["tokens"][:_PROMPT_TOKENS]] if len(valid) else []
 
     def _stream(self, dataset: TokenDataset, start_sample: int) -> Iterator[Batch]:
         return iter(

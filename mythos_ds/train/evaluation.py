@@ -16,7 +16,7 @@ def depth_counts(mean_recurrence: int) -> list[int]:
 def losses_at(
     engine: TrainingEngine, batches: Callable[[], Iterable[list[Batch]]], loop_counts: Iterable[int]
 ) -> dict[int, float]:
-    """Mean cross-entropy in nats per token over all ranks' batches, by loop count.
+    """Mean cross-entropy in nats per token over all ranks' batches, by loop count; {} where there are no batches.
 
     `batches` is called once per loop count, so that every count sees the same text; it yields what goes through the
     model together.
@@ -24,7 +24,8 @@ def losses_at(
     losses = {}
     for n_loops in loop_counts:
         values = [engine.eval_loss(together, n_loops) for together in batches()]
-        losses[n_loops] = math.fsum(values) / len(values)
+        if values:
+            losses[n_loops] = math.fsum(values) / len(values)
     return losses
 
 

@@ -50,7 +50,7 @@ class MetricsLogger:
         self._progress.update(step, loss=loss, n_loops=n_loops)
 
     def evaluation(self, step: int, losses: dict[int, float]) -> None:
-        """Validation losses by loop count."""
+        """Validation losses by loop count; nothing without validation."""
         self._write(step, {f"validation/loss_at_{n_loops}": loss for n_loops, loss in losses.items()})
 
     def checkpoint(self, step: int, seconds: dict[str, float]) -> None:
@@ -68,5 +68,5 @@ class MetricsLogger:
         new = {name: value for name, value in values.items() if (step, name) not in self._there}
         if self._metrics is not None and new:
             self._metrics.write(step, new)
-        if self._tensorboard is not None:
+        if self._tensorboard is not None and values:
             self._tensorboard.write(step, values)

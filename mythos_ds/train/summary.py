@@ -27,6 +27,8 @@ def show_summary(console: Console, summary: RunSummary, run: RunDirectory, mean_
         console.print(f"stopped after step {summary.step}; the same command goes on from there")
     if summary.losses:
         console.print(_depth_table(summary.losses, mean_recurrence))
+    elif summary.finished:
+        console.print("no validation: no held-out loss was computed")
     last = summary.losses.get(mean_recurrence)
     if summary.first_loss is not None and last is not None:
         fall = 100.0 * (1.0 - last / summary.first_loss)

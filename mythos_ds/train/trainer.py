@@ -83,7 +83,7 @@ class Trainer:
         mean = self.config.model.mean_recurrence
         with MetricsLogger(self.run, self.config.monitor, self.groups.rank == 0, self.step, total) as metrics:
             if self.first_loss is None:
-                self.first_loss = self._evaluate(metrics, [mean])[mean]
+                self.first_loss = self._evaluate(metrics, [mean]).get(mean)
             for batches in self.data.steps(self.step):
                 if self._stop_asked(stop):
                     break
@@ -194,6 +194,7 @@ class Trainer:
         if tokenizer is None:
             return []
         prompts = [tokenizer.encode(text) for text in monitor.sample_prompts] or [self.data.held_out_prompt()]
+        prompts = [prompt for prompt in prompts if prompt]  # without validation there is none
         samples = []
         for index, prompt in enumerate(prompts):
             continuation = generate(

@@ -116,7 +116,7 @@ def _data_problems(data: DataConfig) -> list[str]:
     problems = []
     if data.tokenizer is not None and not os.access(data.tokenizer, os.R_OK):
         problems.append(f"data.tokenizer {data.tokenizer}: not there, or not readable")
-    for dataset in data.datasets or ():
+    for dataset in (*(data.datasets or ()), *data.own_validation):
         try:
             info = read_info(Path(dataset.prefix))
             with Path(f"{dataset.prefix}.bin").open("rb") as file:

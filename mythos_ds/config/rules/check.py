@@ -285,6 +285,17 @@ def _split(data: DataConfig) -> str | None:
     return f"{list(data.split)} given; the share of training must be > 0" if data.split[0] == 0 else None
 
 
+def _validation(data: DataConfig) -> str | None:
+    if data.validation in ("", []):
+        return f'{data.validation!r} given; allowed: a prefix, at least one {{prefix, weight}}, or "none"'
+    prefixes = [dataset.prefix for dataset in data.own_validation]
+    twice = sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1})
+    if twice:
+        return f"{twice[0]} is listed twice; give it once, with the sum of the weights"
+    trained = sorted(set(prefixes) & {dataset.prefix for dataset in data.datasets or ()})
+    return f"{trained[0]} is also in data.datasets, which is trained on; give other text, or none" if trained else None
+
+
 def _vocabulary(config: RunConfig) -> str | None:
     size = config.model.vocab_size
     if config.data.corpus != "builtin" or size >= BUILTIN_VOCABULARY:
@@ -425,6 +436,7 @@ RULES: tuple[Rule, ...] = (
     _data("corpus", _corpus),
     _data("datasets", _datasets),
     _data("split", _split),
+    _data("validation", _validation),
     *_needed(("tokenizer",), "data", "with datasets", lambda c: c.data.datasets is not None),
     *_no_effect(
         ("tokenizer",),

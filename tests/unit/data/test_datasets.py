@@ -161,7 +161,8 @@ def test_no_validation_samples_asked(workshop, tmp_path):
 
 def test_split_without_validation_text(workshop, tmp_path):
     with pytest.raises(DataError, match=r"data\.split .* leaves no valid text of its 200 documents"):
-        workshop.open(workshop.config(tmp_path, split=[1, 0, 0]))
+        workshop.open(workshop.config(tmp_path, split=[9999, 1, 0]))
+    assert len(workshop.open(workshop.config(tmp_path, split=[1, 0, 0])).valid) == 0
 
 
 def test_index_is_made_once_and_whole(workshop, tmp_path):

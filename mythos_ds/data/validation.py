@@ -1,0 +1,98 @@
+"""How much held-out text a run has, beside what its evaluations ask for: told before training starts. No torch."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from mythos_ds.config.schema import DataConfig, DatasetConfig, TrainingConfig
+from mythos_ds.data.builtin import BuiltinData
+from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, read_info
+from mythos_ds.errors import DataError
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out text of a run."""
+
+    tokens: int
+    needed: int
+    """Of an evaluation at one loop count."""
+    exact: bool
+    """Counted, not computed from the share of documents."""
+
+    @property
+    def text(self) -> str:
+        """The two numbers in words."""
+        about = "" if self.exact else "about "
+        return f"{about}{self.tokens:,} tokens there, {self.needed:,} needed by an evaluation"
+
+
+def held_out(data: DataConfig, training: TrainingConfig, *, exact: bool = False) -> HeldOut | None:
+    """The held-out text, as far as its datasets are here; None without validation, or where they are not.
+
+    exact: count the tokens of a share's documents, which reads the index files. Raises DataError where there is no
+    text, though there should be.
+    """
+    needed = training.eval_batches * training.global_batch_size * training.seq_len + 1
+    if not data.validates:
+        return None
+    own = data.own_validation
+    datasets = own or data.datasets or [DatasetConfig(prefix=str(BuiltinData.under(Path(data.data_dir)).prefix))]
+    prefixes = [Path(dataset.prefix) for dataset in datasets]
+    if not all(path.is_file() for prefix in prefixes for path in dataset_files(prefix)):
+        return None
+    infos = [read_info(prefix) for prefix in prefixes]
+    if own:
+        for prefix, info in zip(prefixes, infos, strict=True):
+            if info.tokens < 2:
+                raise DataError(f"data.validation: {prefix} holds {info.tokens} tokens; {needed:,} are needed")
+        return HeldOut(sum(info.tokens for info in infos), needed, True)
+    count = _counted if exact else _estimated
+    return HeldOut(
+        sum(count(prefix, info, data, needed) for prefix, info in zip(prefixes, infos, strict=True)), needed, exact
+    )
+
+
+def validation_notes(data: DataConfig, training: TrainingConfig, *, exact: bool = False) -> list[str]:
+    """What there is to say of a run's validation before it starts: that there is none, or too little. DataError."""
+    if not data.validates:
+        why = '"none"' if data.validation is not None else f"the valid share of data.split {list(data.split)} is 0"
+        return [f"no validation ({why}): no held-out loss is computed"]
+    found = held_out(data, training, exact=exact)
+    if found is None or found.tokens >= found.needed:
+        return []
+    times = -(-found.needed // max(found.tokens, 1))
+    per_batch = training.global_batch_size * training.seq_len
+    fits = (found.tokens - 1) // per_batch
+    fewer = f"training.eval_batches={fits}" if fits else f"{per_batch + 1:,} tokens for training.eval_batches=1"
+    return [
+        f"little validation text: {found.text} (eval_batches {training.eval_batches} x global_batch_size "
+        f"{training.global_batch_size} x seq_len {training.seq_len} + 1), so each evaluation reads it up to {times} "
+        f"times; enough: {fewer}, more text, or data.validation"
+    ]
+
+
+def _documents(info: DatasetInfo, data: DataConfig) -> range:
+    """Numbers of the documents in the valid share."""
+    total = sum(data.used_split)
+    start, end = list(accumulate(share / total for share in data.used_split))[:2]
+    return range(round(start * info.documents), round(end * info.documents))
+
+
+def _estimated(prefix: Path, info: DatasetInfo, data: DataConfig, needed: int) -> int:
+    documents = _documents(info, data)
+    if not documents:
+        raise DataError(
+            f"{prefix}: data.split {list(data.used_split)} leaves no valid text of its {info.documents} documents, and "
+            f"{needed:,} tokens are needed; give a larger share, data.validation, or 0 for no validation"
+        )
+    return info.tokens * len(documents) // info.documents
+
+
+def _counted(prefix: Path, info: DatasetInfo, data: DataConfig, needed: int) -> int:
+    from mythos_ds.data.megatron import open_tokens
+
+    documents = _documents(info, data)
+    _estimated(prefix, info, data, needed)
+    tokens = open_tokens(prefix)  # kept: its arrays lie in a mapped file that it closes when it goes
+    return int(tokens.sequence_lengths[documents.start : documents.stop].sum())
