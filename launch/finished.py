@@ -4,17 +4,18 @@ mythos-ds finished --config 1t.json [--run-dir DIR] ...      # the arguments of 
 mythos-ds finished --config 1t.json --proxy --world-size 8   # a proxy's directory: on so many processes
 """
 
-import json
 import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from mythos_ds.launch.pretrain import parse_arguments
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import MythosError
+from mythos_ds.io import read_json
 from mythos_ds.resilience.failure import fail
 from mythos_ds.train.run_directory import default_run_directory
 
@@ -31,11 +32,11 @@ def main(argv: list[str]) -> int:
     except MythosError as error:
         return fail(error, None)
     try:
-        total = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["total_steps"]
+        total = int(read_json(run_dir / "manifest.json", dict[str, Any])["total_steps"])
         # Published checkpoints have a manifest; `latest` may be lost, and training does without it.
         saved = (run_dir / "checkpoints").glob("step_*/manifest.json")
         step = max(int(manifest.parent.name.rpartition("_")[2]) for manifest in saved)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (MythosError, OSError, ValueError, KeyError, TypeError) as error:
         print(f"{run_dir}: stopped before its first checkpoint ({error})")
         return UNFINISHED_EXIT_CODE
     print(f"{run_dir}: step {step} of {total} is saved")

@@ -31,6 +31,8 @@ class TrainingState:
     layout: dict[str, Any]
     config: dict[str, Any]
     init_from: dict[str, Any] | None = None
+    run: dict[str, Any] | None = None
+    """What the run's manifest said at the save, so that a checkpoint goes on without it; None in older ones."""
 
 
 @dataclass(frozen=True)

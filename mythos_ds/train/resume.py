@@ -1,15 +1,20 @@
 """Where a start begins: afresh, from the run directory's newest checkpoint, or from another run's."""
 
+import os
 from pathlib import Path
 
 from mythos_ds.checkpoint import manifest
-from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints, verified_everywhere
+from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints, read_state
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import looked_for
+from mythos_ds.log import get_logger
 from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.train.run_manifest import RunManifest, continue_manifest
 from mythos_ds.weights.model_folder import CONFIG
+
+_logger = get_logger(__name__)
 
 AUTO = "auto"
 NO_RESUME = "never"
@@ -39,24 +44,45 @@ def manifest_for(run: RunDirectory, tag: Path | None, wanted: RunManifest) -> Ru
     """The manifest this start follows: `wanted` afresh, else the stored one, extended when `wanted` is longer."""
     if tag is None:
         return wanted
-    origin = RunDirectory(tag.resolve().parent.parent)
-    return continue_manifest(origin.read_manifest(), wanted, manifest.tag_step(tag))
+    return continue_manifest(_stored_manifest(tag.resolve()), wanted, manifest.tag_step(tag))
+
+
+def _stored_manifest(tag: Path) -> RunManifest:
+    """That of the checkpoint's run, or what the checkpoint says of it where it was copied alone."""
+    origin = RunDirectory(tag.parent.parent)
+    if tag.parent == origin.checkpoints and origin.manifest.exists():
+        return origin.read_manifest()
+    state = read_state(tag)
+    if state.run is not None:
+        return RunManifest.of(state.run, f"{tag / manifest.STATE}: run")
+    _logger.warning(
+        "%s was copied without %s: its data and its planned lengths are taken to be those of the configuration",
+        tag,
+        origin.manifest.name,
+    )
+    return RunManifest.from_config(state.config, state.init_from, str(tag / manifest.STATE))
 
 
 def _checkpoint_at(groups: ParallelGroups, path: Path) -> Path:
-    together(groups, lambda: _refuse_model(path))
+    together(groups, lambda: _refuse_other(path))
     if manifest.is_tag(path.name):
-        tag = path if verified_everywhere(groups, path) else None
-    else:
-        folder = RunDirectory(path).checkpoints
-        tag = find_checkpoint(groups, folder if folder.is_dir() else path)
+        together(groups, lambda: manifest.verify(path, groups.rank, groups.world_size))
+        return path
+    folder = RunDirectory(path).checkpoints
+    tag = find_checkpoint(groups, folder if folder.is_dir() else path)
     together(groups, lambda: _require_any(path, tag, required=True))
     assert tag is not None
     return tag
 
 
-def _refuse_model(path: Path) -> None:
-    """Raises CheckpointError where a path names a model, which training starts from and does not go on with."""
+def _refuse_other(path: Path) -> None:
+    """Raises CheckpointError where a path names nothing, a checkpoint under another name, or a model, which training
+    starts from and does not go on with."""
+    if not os.path.lexists(path):
+        raise CheckpointError(f"--resume: given {looked_for(path)}; no such folder")
+    if not manifest.is_tag(path.name) and (path / manifest.STATE).is_file():
+        name = manifest.tag_name(read_state(path).step)
+        raise CheckpointError(f"--resume: given {path}, a checkpoint under another name; rename it to {name}")
     if path.is_file() or (path / CONFIG).is_file():
         raise CheckpointError(
             f"--resume: given {path}, a model and no training checkpoint; to start a new run from its weights: "

@@ -4,17 +4,16 @@ import fcntl
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from mythos_ds.config.loader import LoadedConfig, parse_json
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import ParallelConfig
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import write_atomic
+from mythos_ds.io import looked_for, read_json, write_atomic
 from mythos_ds.provenance import git_commit, package_versions
-from mythos_ds.train.run_manifest import Phase, RunManifest
+from mythos_ds.train.run_manifest import RunManifest
 
 MANIFEST_FORMAT = 1
 RUNS = Path("runs")
@@ -57,8 +56,13 @@ class RunDirectory:
 
     def lock(self) -> TextIO:
         """Claims the directory while the returned file is open. Raises CheckpointError where another run holds it."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        handle = (self.root / ".lock").open("a", encoding="utf-8")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = (self.root / ".lock").open("a", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(
+                f"run directory {looked_for(self.root)}: cannot be written ({error.strerror}); give another --run-dir"
+            ) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -70,12 +74,7 @@ class RunDirectory:
 
     def read_manifest(self) -> RunManifest:
         """The stored manifest. Raises CheckpointError when it is missing or not readable."""
-        try:
-            stored = json.loads(self.manifest.read_text(encoding="utf-8"))
-            phases = tuple(Phase(**phase) for phase in stored["phases"])
-            return RunManifest(stored["pinned"], phases)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.manifest}: not a readable run manifest ({error})") from error
+        return RunManifest.of(read_json(self.manifest, dict[str, Any]), str(self.manifest))
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """Replace the manifest atomically."""
@@ -83,8 +82,7 @@ class RunDirectory:
             "format": MANIFEST_FORMAT,
             "total_steps": manifest.total_steps,
             "tokens": manifest.total_steps * manifest.pinned["global_batch_size"] * manifest.pinned["seq_len"],
-            "phases": [asdict(phase) for phase in manifest.phases],
-            "pinned": manifest.pinned,
+            **manifest.as_dict(),
         }
         write_atomic(self.manifest, json.dumps(content, indent=2) + "\n")
 

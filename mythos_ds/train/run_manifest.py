@@ -5,13 +5,18 @@ therefore pins its length and data at the first start; going on for longer appen
 length and seed that begins where the last one ends.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.config.schema import ModelConfig
+from mythos_ds.config.rules.check import steps_of
+from mythos_ds.config.schema import ModelConfig, RunConfig
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import parse_json
 from mythos_ds.train.lr_schedule import PlannedLength
 
 _DATASET, _WEIGHTS = "dataset", "init_from"
@@ -31,11 +36,52 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class _Stored:
+    """What a file holds of a manifest."""
+
+    pinned: dict[str, Any]
+    phases: list[Phase]
+
+
+@dataclass(frozen=True)
 class RunManifest:
     """What a run is, fixed at its first start. `pinned` must not change; phases are only appended."""
 
     pinned: dict[str, Any]
     phases: tuple[Phase, ...]
+
+    @classmethod
+    def of(cls, content: Any, where: str) -> "RunManifest":
+        """What `as_dict` gave. Raises CheckpointError, which begins with `where`, for anything else."""
+        stored = parse_json(json.dumps(content), where, _Stored)
+        needed = {"model": dict, "seq_len": int, "global_batch_size": int}
+        wrong = [name for name, kind in needed.items() if type(stored.pinned.get(name)) is not kind]
+        if wrong:
+            raise CheckpointError(f"{where}: pinned.{wrong[0]}: missing, or of another kind")
+        ends = [0, *(phase.end_step for phase in stored.phases)]
+        if not stored.phases or any(
+            not phase.start_step == former < phase.end_step for phase, former in zip(stored.phases, ends, strict=False)
+        ):
+            raise CheckpointError(
+                f"{where}: phases: given {ends[1:]} as their ends; allowed: steps that follow each other"
+            )
+        return cls(stored.pinned, tuple(stored.phases))
+
+    @classmethod
+    def from_config(cls, content: dict[str, Any], init_from: dict[str, Any] | None, where: str) -> "RunManifest":
+        """The manifest of a run that was never longer than its configuration says; its dataset is not known. Raises
+        CheckpointError."""
+        try:
+            config = RunConfig.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise CheckpointError(f"{where}: config.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        made = _manifest(config, steps_of(config.training))
+        return made if init_from is None else with_weights(made, init_from)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"phases": [asdict(phase) for phase in self.phases], "pinned": self.pinned}
 
     @property
     def total_steps(self) -> int:
@@ -59,14 +105,18 @@ class RunManifest:
 
 def new_manifest(resolved: ResolvedRun) -> RunManifest:
     """The manifest of a run that starts now; its dataset is pinned once that has been opened (`with_dataset`)."""
-    training = resolved.config.training
+    return _manifest(resolved.config, resolved.max_steps)
+
+
+def _manifest(config: RunConfig, total_steps: int) -> RunManifest:
+    training = config.training
     pinned: dict[str, Any] = {
         "seq_len": training.seq_len,
         "global_batch_size": training.global_batch_size,
         "seed": training.seed,
         "optimizer": training.optimizer,
         "dtype": training.dtype,
-        "model": resolved.config.model.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json"),
     }
     # What the optimizer's groups depend on, where it is not as usual.
     if training.frozen:
@@ -75,7 +125,7 @@ def new_manifest(resolved: ResolvedRun) -> RunManifest:
         pinned["injection_has_own_lr"] = True
     if training.init_from is not None:
         pinned[_WEIGHTS] = {"name": Path(training.init_from).resolve().name}
-    return RunManifest(pinned, (Phase(0, resolved.max_steps, training.seed),))
+    return RunManifest(pinned, (Phase(0, total_steps, training.seed),))
 
 
 def with_dataset(manifest: RunManifest, identity: dict[str, Any]) -> RunManifest:

@@ -227,6 +227,7 @@ class Trainer:
             layout=layout_of(self.resolved),
             config=self.config.model_dump(mode="json"),
             init_from=self.manifest.starting_weights,
+            run=self.manifest.as_dict(),
         )
         self.writer.save(state)
         self.saved_step = self.step
