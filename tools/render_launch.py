@@ -36,9 +36,18 @@ def parser() -> ArgumentParser:
     main = tool_parser(__doc__ or "", "mythos-ds render-launch slurm --config 1t.json > 1t.sbatch")
     kinds = main.add_subparsers(required=True, dest="kind", metavar="slurm|kubernetes|" + "|".join(SCRIPTS))
     slurm = kinds.add_parser("slurm", help="a batch script")
-    slurm.add_argument("--time", default="24:00:00", help="of one job; the run goes on in the next")
+    slurm.add_argument(
+        "--time", default="24:00:00", help="of one job, as 24:00:00 or 2-00:00:00; the run goes on in the next"
+    )
     slurm.add_argument("--partition", help="where to queue")
     slurm.add_argument("--cpus", type=int, default=12, help="cores per GPU")
+    slurm.add_argument("--account", help="whom the time is charged to")
+    slurm.add_argument("--qos", help="quality of service")
+    slurm.add_argument("--constraint", help='features of the nodes, such as "h100&ib"')
+    slurm.add_argument("--array", help="tasks such as 0-7 or 0-9%%1; %%a in the arguments is a task's number")
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch; several times"
+    )
     slurm.set_defaults(job=SlurmJob)
     kubernetes = kinds.add_parser("kubernetes", help="a headless service and an Indexed Job")
     kubernetes.add_argument("--image", required=True, help="in which this package is installed")

@@ -60,7 +60,7 @@ LINES = {
     "conversion": 3_450,
     "plan": 1_770,
     "analysis": 1_080,
-    "cluster": 1_420,
+    "cluster": 1_560,
     "lab": 3_600,
     "bench": 720,
     "api": 410,

@@ -205,7 +205,11 @@ def test_a_rendered_environment_writes_deepspeeds_file(tmp_path):
 @pytest.mark.parametrize(
     ("base", "option"),
     [
-        *((SLURM, option) for option in ("--time=1:00:00", "--partition=p", "--cpus=3")),
+        *(
+            (SLURM, option)
+            for option in ("--time=1:00:00", "--partition=p", "--cpus=3", "--account=a", "--qos=q", "--constraint=c")
+        ),
+        *((SLURM, option) for option in ("--array=0-3%1", "--sbatch=exclusive")),
         *((KUBERNETES, option) for option in ("--image=b", "--claim=b", "--mount=/b", "--restarts=9")),
         *(
             (base, option)
