@@ -339,7 +339,7 @@ def open_checkpoint(tag: Path, ep_size: int, n_stages: int) -> tuple[dict[str, C
         AttributeError,
         ValueError,
         RuntimeError,
-    ) as error:  # what torch saved may be anything
+    ) as error:
         raise CheckpointError(f"{tag / reader.last}: not of the form that DeepSpeed writes ({error!r})") from error
 
 
