@@ -1,4 +1,4 @@
-"""Turns JSONL, plain text, Parquet or a Hugging Face dataset into an indexed dataset (.bin, .idx, .json)."""
+"""Turns JSON, plain text, tables, Parquet or a Hugging Face dataset into an indexed dataset (.bin, .idx, .json)."""
 
 import os
 import sys
@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mythos_ds.data.dataset_info import DatasetInfo
+from mythos_ds.data.inputs import FORMATS, find_inputs
 from mythos_ds.data.prepare import prepare_dataset
-from mythos_ds.data.readers import find_inputs, limited, read_files, read_hub
+from mythos_ds.data.readers import ReadOptions, limited, read_hub, read_rows
+from mythos_ds.data.rows import MAX_ROW_BYTES, Row
+from mythos_ds.data.text_streams import UTF_8, checked_encoding
 from mythos_ds.errors import DataError
 from mythos_ds.mains import counted_progress, run_tool, tool_parser
 
@@ -18,9 +21,12 @@ EXAMPLE = """mythos-ds prepare-data docs.jsonl --tokenizer data/tokenizer.model 
       --tokenizer data/tokenizer.model --output data/fineweb"""
 
 
+_LARGEST_ROW = (1 << 31) - 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = tool_parser(__doc__ or "", EXAMPLE)
-    parser.add_argument("inputs", nargs="*", type=Path, help="files, or folders of files (.jsonl .txt .parquet, .gz)")
+    parser.add_argument("inputs", nargs="*", type=Path, help="files, or folders of files (their endings: docs/data.md)")
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="a file (sentencepiece, tokenizer.json, tiktoken) or its folder"
     )
@@ -37,12 +43,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     order.add_argument("--shuffle-seed", type=int, default=0, help="order of the documents (default: 0)")
     order.add_argument("--keep-order", action="store_true", help="do not shuffle; the validation part is then the end")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.add_argument(
+        "--break-lock", action="store_true", help="take the output from a job that no longer runs on another machine"
+    )
     return run_tool(parser, _prepare, argv)
 
 
 def _add_source_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--key", default="text", help="field or column that holds the text (default: text)")
-    parser.add_argument("--format", choices=("jsonl", "text", "parquet"), help="default: by each file's ending")
+    parser.add_argument(
+        "--key", default="text", help="field or column that holds the text, a.b for one inside another (default: text)"
+    )
+    parser.add_argument("--format", choices=sorted(set(FORMATS.values())), help="default: by each file's ending")
+    parser.add_argument("--encoding", default=UTF_8, help="of text that is not UTF-8, such as latin-1 or utf-16")
+    parser.add_argument(
+        "--on-bad-row",
+        choices=("stop", "skip"),
+        default="stop",
+        help="stop (default): tell the bad rows, up to 20, and publish nothing; skip: leave them out and count them",
+    )
+    parser.add_argument(
+        "--max-row-bytes", type=int, default=MAX_ROW_BYTES, help="a longer row is a bad one (default: %(default)s)"
+    )
     parser.add_argument(
         "--text-documents",
         choices=("file", "paragraph"),
@@ -67,11 +88,14 @@ def _prepare(arguments: Namespace) -> None:
             overwrite=arguments.overwrite,
             sources=sources,
             on_progress=update,
+            skip_bad_rows=arguments.on_bad_row == "skip",
+            break_lock=arguments.break_lock,
         )
     sys.stdout.write(_report(arguments.output, info))
 
 
-def _documents(arguments: Namespace) -> tuple[Iterator[str], list[str]]:
+def _documents(arguments: Namespace) -> tuple[Iterator[Row], list[str]]:
+    _check_numbers(arguments)
     if bool(arguments.inputs) == bool(arguments.hf):
         raise DataError("give either input files or --hf NAME")
     if arguments.hf:
@@ -83,22 +107,40 @@ def _documents(arguments: Namespace) -> tuple[Iterator[str], list[str]]:
             streaming=not arguments.hf_download,
         )
         return rows, [f"hf:{arguments.hf}/{arguments.hf_config or 'default'}/{arguments.hf_split}"]
-    paths = find_inputs(arguments.inputs)
-    documents = read_files(
-        paths, key=arguments.key, file_format=arguments.format, text_documents=arguments.text_documents
+    found = find_inputs(arguments.inputs)
+    sys.stderr.write(found.report())
+    options = ReadOptions(
+        key=arguments.key,
+        file_format=arguments.format,
+        text_documents=arguments.text_documents,
+        encoding=checked_encoding(arguments.encoding),
+        max_row_bytes=arguments.max_row_bytes,
     )
-    return documents, [path.name for path in paths]
+    return read_rows(found.files, options), [path.name for path in found.files]
+
+
+def _check_numbers(arguments: Namespace) -> None:
+    """Raises DataError for a number that means nothing."""
+    bounds = {"workers": (1, 1024), "max_documents": (1, 1 << 62), "max_row_bytes": (1, _LARGEST_ROW)}
+    for name, (least, most) in bounds.items():
+        given = getattr(arguments, name)
+        if given is not None and not least <= given <= most:
+            raise DataError(f"--{name.replace('_', '-')} {given} given; allowed: {least} .. {most}")
+    if not 0 <= arguments.shuffle_seed < 1 << 128:
+        raise DataError(f"--shuffle-seed {arguments.shuffle_seed} given; allowed: 0 .. 2**128 - 1")
 
 
 def _report(prefix: Path, info: DatasetInfo) -> str:
     rows = {
         "documents": f"{info.documents:,} ({info.skipped_documents:,} empty ones left out)",
+        **({"bad rows": f"{info.bad_rows:,} left out"} if info.bad_rows else {}),
         "tokens": f"{info.tokens:,} (end-of-document ids included)",
         "text": f"{info.text_bytes:,} bytes, {info.text_bytes / info.tokens:.2f} per token",
         "vocabulary": f"{info.vocab_size:,} pieces, tokenizer sha256 {info.tokenizer_sha256[:12]}",
         "files": f"{prefix}.bin {info.bin_bytes:,} bytes, .idx {info.idx_bytes:,} bytes, .json",
     }
-    return "".join(f"{name:<11}{value}\n" for name, value in rows.items())
+    examples = "".join(f"  {example}\n" for example in info.bad_row_examples)
+    return "".join(f"{name:<11}{value}\n" for name, value in rows.items()) + examples
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Trains a lossless sentencepiece tokenizer on JSONL, plain text or Parquet files."""
+"""Trains a lossless sentencepiece tokenizer on JSON, plain text, tables or Parquet files."""
 
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from mythos_ds.data.readers import find_inputs, read_files
+from mythos_ds.data.inputs import FORMATS, find_inputs
+from mythos_ds.data.readers import ReadOptions, read_pieces
 from mythos_ds.data.tokenizer import train_tokenizer
 from mythos_ds.errors import DataError
 from mythos_ds.mains import run_tool, tool_parser
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--kind", choices=("bpe", "unigram"), default="bpe", help="bpe trains faster, unigram encodes faster"
     )
     parser.add_argument("--key", default="text", help="field or column that holds the text (default: text)")
-    parser.add_argument("--format", choices=("jsonl", "text", "parquet"), help="default: by each file's ending")
+    parser.add_argument("--format", choices=sorted(set(FORMATS.values())), help="default: by each file's ending")
     parser.add_argument(
         "--max-bytes",
         type=int,
@@ -35,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: Namespace) -> None:
     if arguments.output.exists() and not arguments.overwrite:
         raise DataError(f"{arguments.output} exists; give --overwrite to replace it, or another --output")
-    documents = read_files(find_inputs(arguments.inputs), key=arguments.key, file_format=arguments.format)
+    found = find_inputs(arguments.inputs)
+    sys.stderr.write(found.report())
     tokenizer = train_tokenizer(
-        documents,
+        read_pieces(found.files, ReadOptions(key=arguments.key, file_format=arguments.format)),
         arguments.output,
         vocab_size=arguments.vocab_size,
         kind=arguments.kind,

@@ -6,8 +6,8 @@
     mythos-ds verify data/docs --full
 
 Of a run, every checkpoint; of a folder of data, every dataset and index in it. Of checkpoints and model folders, sizes
-and checksums of all files; of token files larger than 256 MB, headers, lengths and samples of the tokens, and with --full
-every token. Exit code 0: all are whole; 1: at least one is not, and each fault is named.
+and checksums of all files; of token files larger than 256 MB, headers, lengths and samples of the tokens, and with
+--full every token. Exit code 0: all are whole; 1: at least one is not, and each fault is named.
 """
 
 import json

@@ -23,6 +23,7 @@ from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
 
 SPLITS = ("train", "valid")
+_BLOCK_TOKENS = 1 << 22
 _SURPLUS = 0.005  # extra samples of each blended dataset, megatron-core's default
 
 
@@ -36,9 +37,17 @@ class TokenWriter:
         self.dtype: type[np.generic] = indexed.DType.optimal_dtype(vocab_size)
         self._builder = indexed.IndexedDatasetBuilder(indexed.get_bin_path(self._prefix), dtype=self.dtype)
 
-    def add(self, tokens: NDArray[Any]) -> None:
-        """Append one document: token ids [length]."""
-        self._builder.add_document(tokens, [len(tokens)])
+    def add(self, stretches: Sequence[NDArray[Any]]) -> Iterator[bytes]:
+        """Append one document, whose token ids lie in one stretch or several; hands on the bytes that were written."""
+        length = 0
+        for stretch in stretches:
+            for start in range(0, len(stretch), _BLOCK_TOKENS):
+                content = stretch[start : start + _BLOCK_TOKENS].astype(self.dtype).tobytes()
+                self._builder.data_file.write(content)
+                yield content
+            length += len(stretch)
+        self._builder.sequence_lengths.append(length)
+        self._builder.end_document()
 
     def close(self) -> None:
         """Write the index."""
@@ -107,7 +116,7 @@ def packed_samples(
 
 
 def _reader_of(base: Any, cache: Path) -> Any:
-    """The class that reads its index as plain numbers: megatron's own unpickles what a file of that name holds."""
+    """The class that reads its index as plain numbers: megatron's own unpickles whatever lies in such a file."""
 
     class Reader(base):  # type: ignore[misc]
         def _build_document_sample_shuffle_indices(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

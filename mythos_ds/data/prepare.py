@@ -1,64 +1,104 @@
 """Text to an indexed dataset: tokens by several processes, documents shuffled, files published together."""
 
 import hashlib
-import multiprocessing
-import os
-import shutil
-import signal
-import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, write_info
+from mythos_ds.data.encoding import Batch, Encoded, EncoderPool, Result, encoder_pool
 from mythos_ds.data.megatron import TokenWriter
+from mythos_ds.data.parts import Part, PartStore
+from mythos_ds.data.rows import BadRow, BadRows, LongText, Row, long_or_whole
+from mythos_ds.data.text_cuts import PIECE_CHARACTERS, in_pieces
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.data.tokenizer_export import check_exportable
 from mythos_ds.errors import DataError
-from mythos_ds.io import partial_path, sync
+from mythos_ds.io import sync
+from mythos_ds.log import get_logger
+from mythos_ds.output_lock import locked_output
 
 ProgressCallback = Callable[[int, int, int], None]
 """Called with documents, tokens and text bytes done so far."""
 
-_BATCH_CHARACTERS = 500_000
 _BATCH_DOCUMENTS = 1000
-_TRIED_DOCUMENTS = 100
-_TOKEN_DTYPE = np.int32
+_PART_CHARACTERS = 8_000_000
+_BORDER = 256
+_MOST_TOKENS = np.iinfo(np.int32).max  # the index counts a document's tokens in four bytes
+_TRIED_DOCUMENTS, _TRIED_CHARACTERS = 100, 2_000_000
+
+_logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """Tokens of some documents one after the other, each with its end-of-document id."""
+class _Work:
+    """The batches of one part; without any, the mark that the long document before it is none."""
 
-    tokens: NDArray[Any]
-    lengths: list[int]
-    text_bytes: int
-    skipped: int
+    batches: list[Batch]
 
 
 @dataclass
-class _Totals:
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    skipped: int = 0
+class _Running:
+    """A part that is being encoded: its batches, what is not there yet, and what is."""
 
-    def add(self, batch: _Encoded) -> None:
-        self.documents += len(batch.lengths)
-        self.tokens += len(batch.tokens)
-        self.text_bytes += batch.text_bytes
-        self.skipped += batch.skipped
+    key: str
+    batches: list[Batch]
+    known: Part | None
+    waiting: deque[Result] = field(default_factory=deque)
+    results: list[Encoded] = field(default_factory=list)
+    submitted: bool = False
+
+
+@dataclass
+class _Documents:
+    """Where the tokens of each document lie: in one stretch, those of a long one in several."""
+
+    parts: list[Part] = field(default_factory=list)
+
+    def take(self, part: Part) -> None:
+        """Add the documents, or the piece of one, that a part holds."""
+        self.parts.append(part)
+
+    @property
+    def count(self) -> int:
+        """How many documents there are."""
+        return sum(part.lengths for part in self.parts if part.ends)
+
+    def drop_unfinished(self) -> None:
+        """Take away the pieces of a document that turned out to be none."""
+        while self.parts and not self.parts[-1].ends:
+            self.parts.pop()
+
+    def stretches(self, store: PartStore) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, list[slice]]]:
+        """Start and length of each document, and all stretches of those that have several."""
+        starts, lengths = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        several: dict[int, list[slice]] = {}
+        count = 0
+        for part in self.parts:
+            found = store.lengths(part)
+            begins = part.at + np.cumsum(found) - found
+            if not (part.starts and part.ends):
+                if part.starts:
+                    several[count] = []
+                several[count].append(slice(part.at, part.at + part.tokens))
+                if not part.ends:
+                    continue
+                found = np.array([sum(each.stop - each.start for each in several[count])], dtype=np.int64)
+                begins = begins[:1]
+            starts.append(begins)
+            lengths.append(found)
+            count += len(found)
+        return np.concatenate(starts), np.concatenate(lengths), several
 
 
 def prepare_dataset(
-    documents: Iterable[str],
+    documents: Iterable[Row],
     *,
     tokenizer_path: Path,
     prefix: Path,
@@ -67,178 +107,219 @@ def prepare_dataset(
     overwrite: bool = False,
     sources: Sequence[str] = (),
     on_progress: ProgressCallback | None = None,
+    skip_bad_rows: bool = False,
+    break_lock: bool = False,
 ) -> DatasetInfo:
     """Tokenise `documents` and write `prefix`.bin, .idx and .json; returns what the .json says.
 
     The end-of-document id follows every document; empty documents are left out. shuffle_seed: documents are
     written in an order drawn from it, because train and validation are later cut at fixed places of that
     order; None keeps the order of the input. workers: processes; the result does not depend on it. Needs
-    about three times the space of the .bin while it runs, all of it beside the output. A process that dies on
-    the way leaves a hidden `.partial` folder and nothing at the final names. Raises DataError when the output
-    exists and `overwrite` is not set, or when there is no text.
+    about three times the space of the .bin while it runs, all of it beside the output.
+
+    skip_bad_rows: leave rows without a text out and count them; else they are told together, and nothing is
+    published. A preparation that ends on the way leaves its finished parts in a hidden folder, `.NAME.unfinished`,
+    and nothing at the final names; the next one into the same output takes over those whose text is the same.
+
+    Raises DataError when the output exists and `overwrite` is not set, when there is no text, or for bad rows, and
+    OutputError while another process writes the same output.
     """
     tokenizer = Tokenizer.load(tokenizer_path)
-    first, documents = _first_documents(documents)
-    check_exportable(tokenizer, first)
-    existing = [path for path in dataset_files(prefix) if path.exists()]
-    if existing and not overwrite:
-        raise DataError(f"{existing[0]} exists; give --overwrite to replace it, or another --output")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    work = partial_path(prefix)
-    work.mkdir()
-    try:
-        totals, lengths = _encode_to_file(documents, tokenizer_path, workers, work / "raw", on_progress)
-        if not totals.documents:
-            raise DataError(f"no text to prepare: {totals.skipped} documents read, all empty")
-        content = _write_in_order(work, lengths, shuffle_seed, tokenizer.vocab_size)
-        bin_path, idx_path, _ = dataset_files(work / "data")
-        info = DatasetInfo(
-            documents=totals.documents,
-            tokens=totals.tokens,
-            skipped_documents=totals.skipped,
-            text_bytes=totals.text_bytes,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            tokenizer_sha256=tokenizer.sha256,
-            content_sha256=content,
-            shuffle_seed=shuffle_seed,
-            sources=tuple(sources),
-            bin_bytes=bin_path.stat().st_size,
-            idx_bytes=idx_path.stat().st_size,
-        )
-        _publish(work, prefix, info)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with locked_output(prefix, "prepare-data", folder=False, break_lock=break_lock):
+        _refuse_existing(prefix, overwrite)
+        first, rows = _first_rows(documents)
+        check_exportable(tokenizer, [row for row in first if isinstance(row, str)])
+        store = PartStore(prefix, tokenizer.sha256)
+        if store.found:
+            _logger.info("going on from %d finished parts in %s", store.found, store.folder)
+        try:
+            bad = BadRows(skip=skip_bad_rows)
+            with encoder_pool(tokenizer_path, workers) as pool:
+                found = _Encoding(pool, store, on_progress).run(_works(rows, tokenizer, bad))
+            bad.check()
+            if not found.count:
+                skipped = sum(part.skipped for part in found.parts)
+                raise DataError(f"no text to prepare: {skipped} documents read, all empty")
+            info = _written(prefix, tokenizer, store, found, bad, shuffle_seed, sources)
+            _publish(store.folder, prefix, info, overwrite=overwrite)
+            store.remove()
+        finally:
+            store.keep_or_remove()
     return info
 
 
-def _encode_to_file(
-    documents: Iterable[str],
-    tokenizer_path: Path,
-    workers: int,
-    path: Path,
-    on_progress: ProgressCallback | None,
-) -> tuple[_Totals, NDArray[np.int64]]:
-    """Append all tokens to `path` in input order; returns totals and the documents' lengths."""
-    totals, lengths = _Totals(), [np.zeros(0, dtype=np.int64)]
-    batches = _batches(documents)
-    encoded = (
-        _encode_parallel(batches, tokenizer_path, workers) if workers > 1 else _encode_here(batches, tokenizer_path)
-    )
-    with path.open("wb") as file:
-        for batch in encoded:
-            file.write(batch.tokens.tobytes())
-            lengths.append(np.array(batch.lengths, dtype=np.int64))
-            totals.add(batch)
-            if on_progress:
-                on_progress(totals.documents, totals.tokens, totals.text_bytes)
-    return totals, np.concatenate(lengths)
+def _refuse_existing(prefix: Path, overwrite: bool) -> None:
+    existing = [path for path in dataset_files(prefix) if path.exists() or path.is_symlink()]
+    if existing and not overwrite:
+        raise DataError(f"{existing[0]} exists; give --overwrite to replace it, or another --output")
 
 
-def _first_documents(documents: Iterable[str]) -> tuple[list[str], Iterator[str]]:
-    """Some documents of the beginning, and all of them."""
+def _first_rows(documents: Iterable[Row]) -> tuple[list[Row], Iterator[Row]]:
+    """Some rows of the beginning, and all of them."""
     rest = iter(documents)
-    first = list(islice(rest, _TRIED_DOCUMENTS))
+    first: list[Row] = []
+    size = 0
+    for row in rest:
+        first.append(row)
+        size += len(row) if isinstance(row, str) else 0
+        if len(first) == _TRIED_DOCUMENTS or size > _TRIED_CHARACTERS or isinstance(row, LongText):
+            break
     return first, chain(first, rest)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
+def _works(rows: Iterable[Row], tokenizer: Tokenizer, bad: BadRows) -> Iterator[_Work]:
+    """Parts of the input. They end at documents that the text decides, so that a mended row changes one of them."""
+    batches, batch = list[Batch](), list[str]()
+    part_size = batch_size = 0
+    for row in rows:
+        if isinstance(row, BadRow):
+            bad.add(row)
+            if bad.full:
+                break
+            continue
+        row = long_or_whole(row, f"a document that begins {row[:40]!r}") if isinstance(row, str) else row
+        ended = isinstance(row, LongText)
+        if isinstance(row, str):
+            batch.append(row)
+            batch_size += len(row)
+            part_size += len(row)
+            ended = part_size >= _PART_CHARACTERS and (part_size >= 2 * _PART_CHARACTERS or _is_border(row))
+        if batch and (ended or batch_size >= PIECE_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS):
+            batches.append(Batch(batch))
+            batch, batch_size = [], 0
+        if batches and ended:
+            yield _Work(batches)
+            batches, part_size = [], 0
+        if isinstance(row, LongText):
+            yield from _long_works(row, tokenizer, bad)
+            if bad.full:
+                break
     if batch:
-        yield batch
+        batches.append(Batch(batch))
+    if batches:
+        yield _Work(batches)
 
 
-def _encode_here(batches: Iterable[list[str]], tokenizer_path: Path) -> Iterator[_Encoded]:
-    encoder = _Encoder(str(tokenizer_path))
-    return map(encoder.encode, batches)
+def _is_border(text: str) -> bool:
+    return zlib.crc32(text[-64:].encode("utf-8", "replace")) % _BORDER == 0
 
 
-def _encode_parallel(batches: Iterable[list[str]], tokenizer_path: Path, workers: int) -> Iterator[_Encoded]:
-    """In input order, with a bounded number of batches in memory."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_Encoder.start, initargs=(str(tokenizer_path),))
-    waiting: deque[Future[_Encoded]] = deque()
-    try:
-        for batch in batches:
-            waiting.append(pool.submit(_Encoder.encode_started, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _long_works(row: LongText, tokenizer: Tokenizer, bad: BadRows) -> Iterator[_Work]:
+    """A part for each piece of a long document."""
+    before: str | None = None
+    starts = True
+    for piece in in_pieces(tokenizer, row.pieces, row.where):
+        if isinstance(piece, BadRow):
+            bad.add(piece)
+            if not starts:
+                yield _Work([])
+            return
+        if before is not None:
+            yield _Work([Batch([before], starts, ends=False)])
+            starts = False
+        before = piece
+    if before is not None:
+        yield _Work([Batch([before], starts)])
 
 
-class _Encoder:
-    """Encodes batches; `started` is the one of a worker process."""
+class _Encoding:
+    """Encodes what no finished part holds, in input order, with a bounded number of batches in memory."""
 
-    started: "_Encoder"
+    def __init__(self, pool: EncoderPool, store: PartStore, on_progress: ProgressCallback | None):
+        self._pool, self._store, self._on_progress = pool, store, on_progress
+        self._queue: deque[_Running] = deque()
+        self._outstanding = 0
+        self._done = [0, 0, 0]
+        self._found = _Documents()
 
-    def __init__(self, tokenizer_path: str):
-        self.tokenizer = Tokenizer.load(tokenizer_path)
+    def run(self, works: Iterable[_Work]) -> _Documents:
+        """Where the tokens of all documents lie."""
+        for work in works:
+            key = self._store.key(work.batches)
+            running = _Running(key, work.batches, self._store.known(key) if work.batches else None)
+            self._queue.append(running)
+            for batch in () if running.known else work.batches:
+                running.waiting.append(self._pool.submit(batch))
+                self._outstanding += 1
+                self._settle(2 * self._pool.workers)
+            running.submitted = True
+        self._settle(0)
+        return self._found
 
-    @classmethod
-    def start(cls, tokenizer_path: str) -> None:
-        """Initialise a worker process, which ends with its parent even when that is killed."""
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads, beside those of the other workers
-        cls.started = cls(tokenizer_path)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-        threading.Thread(target=_exit_with_parent, daemon=True).start()
+    def _settle(self, most: int) -> None:
+        """Wait until at most so many batches are unfinished; keep the parts that are complete then."""
+        for running in self._queue:
+            while running.waiting and self._outstanding > most:
+                encoded = running.waiting.popleft().result()
+                self._outstanding -= 1
+                running.results.append(encoded)
+                ends = running.batches[0].starts and running.batches[-1].ends
+                self._progress(len(encoded.lengths) if ends else 0, len(encoded.tokens), encoded.text_bytes)
+        while self._queue and self._queue[0].submitted and not self._queue[0].waiting:
+            self._keep(self._queue.popleft())
 
-    @classmethod
-    def encode_started(cls, documents: list[str]) -> _Encoded:
-        """`encode` in a worker process."""
-        return cls.started.encode(documents)
+    def _keep(self, running: _Running) -> None:
+        if running.known:
+            self._progress(running.known.lengths, running.known.tokens, running.known.text_bytes)
+            self._found.take(running.known)
+        elif running.batches:
+            self._found.take(self._store.add(running.key, running.batches, running.results))
+        else:
+            self._found.drop_unfinished()
 
-    def encode(self, documents: list[str]) -> _Encoded:
-        """Tokens of the documents that hold more than white space."""
-        ids: list[int] = []
-        lengths: list[int] = []
-        text_bytes = 0
-        full = [document for document in documents if document.strip()]
-        for document, encoded in zip(full, self.tokenizer.encode_all(full), strict=True):
-            start = len(ids)
-            ids += encoded
-            ids.append(self.tokenizer.eos_id)
-            lengths.append(len(ids) - start)
-            text_bytes += len(document.encode("utf-8", "replace"))
-        return _Encoded(np.array(ids, dtype=_TOKEN_DTYPE), lengths, text_bytes, len(documents) - len(lengths))
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    def _progress(self, *more: int) -> None:
+        self._done = [done + each for done, each in zip(self._done, more, strict=True)]
+        if self._on_progress:
+            self._on_progress(*self._done)
 
 
-def _write_in_order(work: Path, lengths: NDArray[np.int64], shuffle_seed: int | None, vocab_size: int) -> str:
-    """Write the documents to work/data.bin and .idx in their final order; returns their digest."""
-    tokens = np.memmap(work / "raw", dtype=_TOKEN_DTYPE, mode="r")
-    starts = np.cumsum(lengths) - lengths
+def _written(
+    prefix: Path,
+    tokenizer: Tokenizer,
+    store: PartStore,
+    found: _Documents,
+    bad: BadRows,
+    shuffle_seed: int | None,
+    sources: Sequence[str],
+) -> DatasetInfo:
+    """Write the documents to data.bin and .idx in the store's folder, in their final order; returns what they are."""
+    starts, lengths, several = found.stretches(store)
+    if lengths.max() > _MOST_TOKENS:
+        raise DataError(f"a document of {lengths.max():,} tokens; allowed: {_MOST_TOKENS:,}: cut it into several")
     order = np.arange(len(lengths))
     if shuffle_seed is not None:
         order = np.random.Generator(np.random.Philox(shuffle_seed)).permutation(order)
-    writer = TokenWriter(work / "data", vocab_size)
+    tokens = store.tokens()
+    bin_path, idx_path, _ = dataset_files(store.folder / "data")
+    writer = TokenWriter(store.folder / "data", tokenizer.vocab_size)
     digest = hashlib.sha256()
     for number in order:
-        document = tokens[starts[number] : starts[number] + lengths[number]].astype(writer.dtype)
-        writer.add(document)
-        digest.update(document.tobytes())
+        stretches = several.get(number) or [slice(starts[number], starts[number] + lengths[number])]
+        for content in writer.add([tokens[stretch] for stretch in stretches]):
+            digest.update(content)
     writer.close()
     digest.update(lengths[order].tobytes())
-    return digest.hexdigest()
+    return DatasetInfo(
+        documents=len(lengths),
+        tokens=int(lengths.sum()),
+        skipped_documents=sum(part.skipped for part in found.parts),
+        text_bytes=sum(part.text_bytes for part in found.parts),
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        tokenizer_sha256=tokenizer.sha256,
+        content_sha256=digest.hexdigest(),
+        shuffle_seed=shuffle_seed,
+        sources=tuple(sources),
+        bin_bytes=bin_path.stat().st_size,
+        idx_bytes=idx_path.stat().st_size,
+        bad_rows=bad.count,
+        bad_row_examples=tuple(bad.examples),
+    )
 
 
-def _publish(work: Path, prefix: Path, info: DatasetInfo) -> None:
+def _publish(work: Path, prefix: Path, info: DatasetInfo, *, overwrite: bool) -> None:
     """Move the pair to its final names; the sidecar, which makes it count, goes last."""
+    _refuse_existing(prefix, overwrite)  # made meanwhile by something that knows no lock
     targets = dataset_files(prefix)
     targets[2].unlink(missing_ok=True)
     for source, target in zip(dataset_files(work / "data")[:2], targets[:2], strict=True):

@@ -1,69 +1,68 @@
-"""Documents out of JSONL, plain text, Parquet and Hugging Face datasets, one at a time."""
+"""Documents out of JSON, plain text, tables, Parquet and Hugging Face datasets, one at a time, in bounded memory."""
 
-import gzip
-import json
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import codecs
+import csv
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal
 
+from mythos_ds.data.inputs import FileFormat, format_of
+from mythos_ds.data.json_rows import array_elements, not_text, parsed, text_of
+from mythos_ds.data.rows import MAX_ROW_BYTES, BadRow, LongText, Row, long_or_whole, text_pieces, whole_texts
+from mythos_ds.data.text_streams import BLOCK, DAMAGES, UTF_8, checked_encoding, lines, open_text
 from mythos_ds.errors import DataError
 
-FileFormat = Literal["jsonl", "text", "parquet"]
 TextDocuments = Literal["file", "paragraph"]
-_FORMATS: dict[str, FileFormat] = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".txt": "text",
-    ".md": "text",
-    ".parquet": "parquet",
-}
-_BATCH_ROWS = 1024
+_DELIMITERS = {"csv": ",", "tsv": "\t"}
+_MOST_BATCH_ROWS = 1024
+_BATCH_BYTES = 8 << 20
+_MARK_CHARACTER = "\ufeff"
 
 
-def find_inputs(inputs: Iterable[Path]) -> list[Path]:
-    """The files themselves, and every readable file below the directories, sorted.
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read.
 
-    Raises DataError for a missing one.
+    Attributes:
+        key: field of a JSON object, or column, that holds the text; "a.b" for a field of an object in it.
+        file_format: None goes by each file's ending.
+        text_documents: a plain text file is one document, or one per paragraph (blank lines between).
+        encoding: of everything but Parquet.
+        max_row_bytes: a longer row is a bad one, and is not kept in memory. Plain text files have no limit.
     """
-    found: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and _ending(file) in _FORMATS)
-            if not inside:
-                raise DataError(f"{path}: no file ending in {', '.join(_FORMATS)} (or these with .gz) in it")
-            found.extend(inside)
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise DataError(f"input {path} not found")
-    return found
+
+    key: str = "text"
+    file_format: FileFormat | None = None
+    text_documents: TextDocuments = "file"
+    encoding: str = UTF_8
+    max_row_bytes: int = MAX_ROW_BYTES
+
+    @property
+    def too_long(self) -> str:
+        """The reason for leaving out a longer row."""
+        return f"longer than {self.max_row_bytes:,} bytes; allowed is what --max-row-bytes says"
 
 
-def read_files(
-    paths: Iterable[Path],
-    *,
-    key: str = "text",
-    file_format: FileFormat | None = None,
-    text_documents: TextDocuments = "file",
-) -> Iterator[str]:
-    """Every document of every file in order.
+def read_files(paths: Iterable[Path], *, key: str = "text", text_documents: TextDocuments = "file") -> Iterator[str]:
+    """Every document of every file in order. Raises DataError with file and line for the first that is none."""
+    return whole_texts(read_rows(paths, ReadOptions(key, text_documents=text_documents)))
 
-    key: field of a JSON object, or column of a Parquet file, that holds the text. file_format: None goes by
-    the file's ending. text_documents: a plain text file is one document, or one per paragraph (blank lines
-    between). Raises DataError with file and line for what cannot be read.
+
+def read_pieces(paths: Iterable[Path], options: ReadOptions) -> Iterator[str]:
+    """As `read_files`, with long text files in pieces, for what needs no whole documents."""
+    return text_pieces(read_rows(paths, options))
+
+
+def read_rows(paths: Iterable[Path], options: ReadOptions) -> Iterator[Row]:
+    """Every document of every file in order, and in its place what is none.
+
+    Raises DataError for a file that cannot be opened, or is of another kind than its ending or the options say.
     """
-    for path in paths:
-        chosen = file_format or _FORMATS.get(_ending(path))
-        if chosen is None:
-            known = ", ".join(_FORMATS)
-            raise DataError(f"{path}: unknown ending; allowed: {known} (or these with .gz), or give --format")
-        if chosen == "jsonl":
-            yield from _read_jsonl(path, key)
-        elif chosen == "parquet":
-            yield from _read_parquet(path, key)
-        else:
-            yield from _read_text(path, text_documents)
+    checked_encoding(options.encoding)
+    chosen = [(path, format_of(path, options.file_format)) for path in paths]  # before the first is read
+    for path, file_format in chosen:
+        yield from _READERS[file_format](path, options)
 
 
 def read_hub(
@@ -73,102 +72,297 @@ def read_hub(
     split: str = "train",
     key: str = "text",
     streaming: bool = True,
-) -> Iterator[str]:
+) -> Iterator[Row]:
     """Documents of a Hugging Face dataset: a hub name, or a folder that `save_to_disk` wrote.
 
-    Raises DataError when the library is not installed or the dataset cannot be opened.
+    Raises DataError when the library is not installed, or the dataset cannot be opened or read on.
     """
     try:
         import datasets
     except ImportError as error:
         raise DataError("Hugging Face datasets need an extra: pip install 'mythos_ds[hf]'") from error
+    which = f"Hugging Face dataset {name!r} ({config or 'default'}, {split})"
+    number = 0
     try:
         if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             rows: Any = datasets.load_from_disk(name)
             rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
         else:
             rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        rows = iter(rows)
     except Exception as error:  # the library raises what its readers and its network stack raise
-        raise DataError(f"Hugging Face dataset {name!r} ({config or 'default'}, {split}): {error}") from error
-    for number, row in enumerate(rows):
-        yield _text_of(row, key, f"{name} row {number}")
-
-
-def limited(documents: Iterable[str], limit: int | None) -> Iterator[str]:
-    """The first `limit` documents; None for all."""
-    return islice(documents, limit)
-
-
-def _ending(path: Path) -> str:
-    return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
-
-
-def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
-
-
-def _read_jsonl(path: Path, key: str) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(_lines(file, path), start=1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where}: not JSON ({error})") from error
-            yield _text_of(row, key, where)
-
-
-def _text_of(row: Any, key: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON object is needed, {type(row).__name__} given")
-    if key not in row:
-        raise DataError(f"{where}: no field {key!r}; allowed for --key: {', '.join(map(repr, row)) or 'none'}")
-    if not isinstance(row[key], str):
-        raise DataError(f"{where}: field {key!r} is {type(row[key]).__name__}, text is needed")
-    return str(row[key])
-
-
-def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    try:
-        yield from file
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text ({error})") from error
-
-
-def _read_text(path: Path, text_documents: TextDocuments) -> Iterator[str]:
-    with _open(path) as file:
-        if text_documents == "file":
-            yield "".join(_lines(file, path))
+        raise DataError(f"{which}: {_first_line(error)}") from error
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # the same
+            raise DataError(f"{which}, row {number}: {_first_line(error)}") from error
+        if row is None:
             return
-        paragraph: list[str] = []
-        for line in _lines(file, path):
-            if line.strip():
-                paragraph.append(line)
-            elif paragraph:
-                yield "".join(paragraph)
-                paragraph = []
-        if paragraph:
-            yield "".join(paragraph)
+        yield text_of(row, key, f"{name} row {number}")
+        number += 1
 
 
-def _read_parquet(path: Path, key: str) -> Iterator[str]:
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def limited(rows: Iterable[Row], limit: int | None) -> Iterator[Row]:
+    """Rows up to the `limit`th document; None for all."""
+    documents = 0
+    for row in rows:
+        yield row
+        documents += not isinstance(row, BadRow)
+        if documents == limit:
+            return
+
+
+def _read_jsonl(path: Path, options: ReadOptions) -> Iterator[Row]:
+    file, encoding = open_text(path, options.encoding)
+    number = 0
+    with file:
+        try:
+            for number, line in lines(file, options.max_row_bytes):
+                where = f"{path} line {number}"
+                if line is None:
+                    yield BadRow(where, options.too_long)
+                elif line.strip():
+                    yield text_of(parsed(line, encoding, where), options.key, where)
+        except DAMAGES as error:
+            yield _damaged(path, f"after line {number}", error)
+
+
+def _damaged(path: Path, place: str, error: Exception) -> BadRow:
+    said = str(error) or type(error).__name__
+    return BadRow(f"{path} {place}", "not readable as UTF-8 text, the file is damaged", said, damage=True)
+
+
+def _read_json(path: Path, options: ReadOptions) -> Iterator[Row]:
+    """A file that begins with a bracket is one array; any other is read line by line."""
+    file, encoding = open_text(path, options.encoding)
+    number = 0
+    with file:
+        try:
+            start = file.read(BLOCK)
+            if not start.lstrip().startswith(b"["):
+                yield from _read_jsonl(path, options)
+                return
+            for element in array_elements(_all_blocks(start, file), options.max_row_bytes):
+                number += 1
+                where = f"{path} row {number}"
+                bad = element is None
+                yield (
+                    BadRow(where, options.too_long)
+                    if bad
+                    else text_of(parsed(element or b"", encoding, where), options.key, where)
+                )
+        except DAMAGES as error:
+            yield _damaged(path, f"after row {number}", error)
+        except ValueError as error:
+            yield BadRow(f"{path} after row {number}", "not a JSON array", str(error), damage=True)
+
+
+def _all_blocks(start: bytes, file: BinaryIO) -> Iterator[bytes]:
+    yield start
+    while block := file.read(BLOCK):
+        yield block
+
+
+def _read_text(path: Path, options: ReadOptions) -> Iterator[Row]:
+    if options.text_documents == "paragraph":
+        yield from _read_paragraphs(path, options)
+        return
+    pieces = _text_blocks(path, options)
+    first = next(pieces, "")
+    second = next(pieces, None) if isinstance(first, str) else None
+    if isinstance(first, BadRow) or second is None:
+        yield first
+    else:
+        yield LongText(str(path), _chained(first, second, pieces))
+
+
+def _chained(first: str, second: str | BadRow, rest: Iterator[str | BadRow]) -> Iterator[str | BadRow]:
+    yield first
+    yield second
+    yield from rest
+
+
+def _text_blocks(path: Path, options: ReadOptions) -> Iterator[str | BadRow]:
+    """The text in blocks, without the marks at the start of its lines; a BadRow where it goes on as something else."""
+    file, encoding = open_text(path, options.encoding)
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line, at_start = 1, True
+    with file:
+        try:
+            more = True
+            while more:
+                block = file.read(BLOCK)
+                more = bool(block)
+                try:
+                    text = decoder.decode(block, final=not more)
+                except UnicodeDecodeError as error:
+                    line += error.object.count(b"\n", 0, error.start)
+                    yield not_text(_in_its_line(error), f"{path} line {line}")
+                    return
+                line += text.count("\n")
+                bare = text.removeprefix(_MARK_CHARACTER) if at_start else text
+                bare = bare.replace("\n" + _MARK_CHARACTER, "\n")
+                at_start = text.endswith("\n") if text else at_start
+                if bare:
+                    yield bare
+        except DAMAGES as error:
+            yield _damaged(path, f"line {line}", error)
+
+
+def _in_its_line(error: UnicodeDecodeError) -> UnicodeDecodeError:
+    begin = error.object.rfind(b"\n", 0, error.start) + 1
+    after = error.object[begin : error.end]
+    return UnicodeDecodeError(error.encoding, after, error.start - begin, error.end - begin, error.reason)
+
+
+def _read_paragraphs(path: Path, options: ReadOptions) -> Iterator[Row]:
+    file, encoding = open_text(path, options.encoding)
+    number, paragraph, size = 0, list[str](), 0
+    bad: BadRow | None = None
+
+    def whole() -> Row:
+        return bad or "".join(paragraph)
+
+    with file:
+        try:
+            for number, line in lines(file, options.max_row_bytes):
+                size += len(line or b"")
+                if line is None or size > options.max_row_bytes:
+                    bad = bad or BadRow(f"{path} line {number}", options.too_long)
+                    paragraph, line = [], line or b"x"
+                try:
+                    text = line.decode(encoding)
+                except UnicodeDecodeError as error:
+                    bad, text = bad or not_text(error, f"{path} line {number}"), "x"
+                if text.strip():
+                    if bad is None:
+                        paragraph.append(text)
+                    continue
+                if bad or paragraph:
+                    yield whole()
+                paragraph, size, bad = [], 0, None
+            if bad or paragraph:
+                yield whole()
+        except DAMAGES as error:
+            yield _damaged(path, f"after line {number}", error)
+
+
+def _read_table(path: Path, options: ReadOptions, file_format: Literal["csv", "tsv"]) -> Iterator[Row]:
+    file, encoding = open_text(path, options.encoding)
+    csv.field_size_limit(options.max_row_bytes)
+    dropped: list[BadRow] = []
+
+    def texts() -> Iterator[str]:
+        for number, line in lines(file, options.max_row_bytes):
+            if line is None:
+                dropped.append(BadRow(f"{path} line {number}", options.too_long))
+                continue
+            try:
+                yield line.decode(encoding)
+            except UnicodeDecodeError as error:
+                dropped.append(not_text(error, f"{path} line {number}"))
+
+    with file:
+        reader = csv.reader(texts(), delimiter=_DELIMITERS[file_format], strict=True)
+        try:
+            header = next(reader, [])
+            if options.key not in header:
+                shown = ", ".join(map(repr, header[:10])) or "none"
+                raise DataError(f"{path}: no column {options.key!r} in its first line; allowed for --key: {shown}")
+            place = header.index(options.key)
+            yield from _table_rows(path, reader, len(header), place, dropped)
+        except csv.Error as error:
+            yield BadRow(f"{path} line {reader.line_num}", "not a table's first line", str(error), damage=True)
+        except DAMAGES as error:
+            yield _damaged(path, f"after line {reader.line_num}", error)
+
+
+def _table_rows(path: Path, reader: Any, columns: int, place: int, dropped: list[BadRow]) -> Iterator[Row]:
+    while True:
+        where = f"{path} line {reader.line_num + 1}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            yield BadRow(where, "not a row of the table", str(error))
+            continue
+        finally:
+            found, dropped[:] = list(dropped), []
+        yield from found
+        if row is None:
+            return
+        if not row:
+            continue
+        if len(row) != columns:
+            yield BadRow(where, f"{len(row)} columns given; its first line has {columns}")
+        else:
+            yield long_or_whole(row[place], where)
+
+
+def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise DataError("Parquet files need an extra: pip install 'mythos_ds[hf]'") from error
+    failures = (ArrowException, OSError, ValueError, OverflowError)
+    row = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if key not in names:
-                raise DataError(f"{path}: no column {key!r}; allowed for --key: {', '.join(map(repr, names))}")
-            row = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[key]):
-                for value in batch.column(0).to_pylist():
-                    yield _text_of({key: value}, key, f"{path} row {row}")
-                    row += 1
-    except ArrowException as error:
-        raise DataError(f"{path}: not readable as Parquet ({error})") from error
+        file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK)
+    except failures as error:
+        raise DataError(f"{path}: not readable as Parquet ({_first_line(error)})") from error
+    with file:
+        _check_column(path, file, options.key)
+        try:
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(_rows_at_once(file, group), row_groups=[group], columns=[options.key]):
+                    yield from _column_texts(path, batch, options, row)
+                    row += batch.num_rows
+        except failures as error:
+            reason = "not readable as Parquet, the file is damaged"
+            yield BadRow(f"{path} after row {row}", reason, _first_line(error), damage=True)
+
+
+def _check_column(path: Path, file: Any, key: str) -> None:
+    names = [file.schema.column(number).path for number in range(len(file.schema))]
+    tops = list(file.schema_arrow.names)
+    if key not in names and key not in tops:
+        some = ", ".join(map(repr, dict.fromkeys([*tops, *(name for name in names if ".list." not in name)])))
+        raise DataError(f"{path}: no column {key!r}; allowed for --key: {some}")
+
+
+def _rows_at_once(file: Any, group: int) -> int:
+    """Rows that are some megabytes together."""
+    found = file.metadata.row_group(group)
+    return max(1, min(_MOST_BATCH_ROWS, _BATCH_BYTES * found.num_rows // max(1, found.total_byte_size)))
+
+
+def _column_texts(path: Path, batch: Any, options: ReadOptions, first: int) -> Iterator[Row]:
+    top, *inside = [options.key] if options.key in batch.schema.names else options.key.split(".")
+    for number, value in enumerate(batch.column(top).to_pylist(), start=first):
+        where = f"{path} row {number}"
+        for name in inside:
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, bytes):
+            try:
+                value = value.decode(options.encoding)
+            except UnicodeDecodeError as error:
+                yield not_text(error, where)
+                continue
+        if isinstance(value, str) and len(value) > options.max_row_bytes:
+            yield BadRow(where, options.too_long)
+        else:
+            yield text_of({options.key: value}, options.key, where)
+
+
+_READERS: dict[FileFormat, Callable[[Path, ReadOptions], Iterator[Row]]] = {
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "text": _read_text,
+    "csv": lambda path, options: _read_table(path, options, "csv"),
+    "tsv": lambda path, options: _read_table(path, options, "tsv"),
+    "parquet": _read_parquet,
+}

@@ -4,13 +4,15 @@ import io
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mythos_ds.data.sentencepiece_model import USER_DEFINED, SentencePieceModel
+from mythos_ds.data.sentencepiece_model import BPE, CHAR, UNIGRAM, USER_DEFINED, SentencePieceModel
+from mythos_ds.data.text_cuts import VocabularyIndex
 from mythos_ds.data.tokenizer_files import Companions, kind_of, tokenizer_file
 from mythos_ds.errors import DataError
-from mythos_ds.io import partial_path, sync
+from mythos_ds.io import new_file
 from mythos_ds.weights.built_in import model_path
 
 if TYPE_CHECKING:
@@ -74,6 +76,20 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_on(self, text: str) -> list[int]:
         """Ids of a text that goes on within a text: nothing is put before it."""
+
+    def encode_piece(self, text: str) -> list[int]:
+        """Ids of a text that goes on where `text_cuts` has cut it."""
+        return self.encode_on(text)
+
+    @abstractmethod
+    def reaches_over(self, left: str, right: str) -> bool:
+        """Whether a token might hold the end of a text and the start of what follows it. The two are some hundred
+        characters around a place."""
+
+    @property
+    def needs_whole_text(self) -> bool:
+        """Whether ids depend on how much text stands before, by the rounding of sums."""
+        return False
 
     def symbols(self) -> dict[str, int]:
         """Tokens that are recognised in text, by name."""
@@ -153,9 +169,44 @@ class SentencePieceTokenizer(Tokenizer):
             self._going_on = without_prefix(self._processor)
         return list(self._going_on.EncodeAsIds(well_formed(text)))
 
+    def encode_piece(self, text: str) -> list[int]:
+        """Ids of a text that goes on where `text_cuts` has cut it: before a space, where spaces at a start count for
+        nothing and one is put there."""
+        return self.encode(text) if self._model.fewer_spaces else self.encode_on(text)
+
+    def reaches_over(self, left: str, right: str) -> bool:
+        """Whether a token might hold the end of a text and the start of what follows it."""
+        model = self._model
+        if model.space_behind or model.kind not in (BPE, UNIGRAM, CHAR):
+            return True
+        self.encode_on("")
+        pieces: Any = self._processor if model.fewer_spaces else self._going_on
+        first, second, both = (pieces.Normalize(each) for each in (left, right, left + right))
+        if first + second != both or not first or not second:
+            return True
+        unknown = not model.byte_fallback and not {first[-1], second[0]} & self._characters
+        return unknown or self._pieces.reaches_over(first, second)  # unknown ones become one token together
+
+    @property
+    def needs_whole_text(self) -> bool:
+        """Unigram models sum scores over a whole text, in single precision."""
+        return self._model.kind == UNIGRAM
+
+    @cached_property
+    def _model(self) -> SentencePieceModel:
+        return SentencePieceModel.parse(self._processor.serialized_model_proto())
+
+    @cached_property
+    def _pieces(self) -> VocabularyIndex:
+        return VocabularyIndex(piece.text for piece in self._model.pieces)
+
+    @cached_property
+    def _characters(self) -> set[str]:
+        return {piece.text for piece in self._model.pieces if len(piece.text) == 1}
+
     def symbols(self) -> dict[str, int]:
         """User-defined symbols."""
-        pieces = SentencePieceModel.parse(self._processor.serialized_model_proto()).pieces
+        pieces = self._model.pieces
         return {piece.text: number for number, piece in enumerate(pieces) if piece.type == USER_DEFINED}
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -212,10 +263,8 @@ def train_tokenizer(
     except RuntimeError as error:
         raise DataError(f"cannot train a tokenizer of {vocab_size} pieces on this text: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = partial_path(path)
-    work.write_bytes(model.getvalue())
-    sync(work)
-    work.replace(path)
+    with new_file(path) as file:
+        file.write(model.getvalue())
     return Tokenizer.load(path)
 
 

@@ -2,9 +2,11 @@
 
 import base64
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mythos_ds.data.text_cuts import VocabularyIndex
 from mythos_ds.data.tokenizer import Tokenizer, well_formed
 from mythos_ds.data.tokenizer_files import Companions, end_of_document, kind_of
 from mythos_ds.errors import DataError
@@ -89,6 +91,33 @@ class JsonTokenizer(Tokenizer):
             self._after = going_on(self._made)
             self._after.encode_special_tokens = True
         return list(self._after.encode(well_formed(text), add_special_tokens=False).ids)
+
+    def reaches_over(self, left: str, right: str) -> bool:
+        """Whether a token might hold the end of a text and the start of what follows it."""
+        self.encode_on("")
+        normaliser, cutter = self._after.normalizer, self._after.pre_tokenizer  # type: ignore[union-attr]
+        texts = [normaliser.normalize_str(each) if normaliser else each for each in (left, right, left + right)]
+        if texts[0] + texts[1] != texts[2] or not texts[0] or not texts[1]:
+            return True
+        first, second, both = ([word for word, _ in cutter.pre_tokenize_str(t)] if cutter else [t] for t in texts)
+        if cutter and first + second == both:
+            return False
+        bpe = type(self._made.model).__name__ == "BPE" and not self._made.model.continuing_subword_prefix
+        if not bpe or self._made.model.end_of_word_suffix or [*first[:-1], first[-1] + second[0], *second[1:]] != both:
+            return True
+        if min(len(first[-1]), len(second[0])) <= self._words.longest:  # such a word may be a token as it is
+            return True
+        return self._joins_unknown(first[-1][-1], second[0][0]) or self._words.reaches_over(first[-1], second[0])
+
+    def _joins_unknown(self, before: str, after: str) -> bool:
+        """Whether two characters may become one token for the unknown."""
+        model: Any = self._made.model
+        known = [self._made.token_to_id(character) is not None for character in (before, after)]
+        return bool(model.fuse_unk) and not model.byte_fallback and not any(known)
+
+    @cached_property
+    def _words(self) -> VocabularyIndex:
+        return VocabularyIndex(self._made.get_vocab(with_added_tokens=False))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; special ids vanish."""

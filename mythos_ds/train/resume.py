@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from mythos_ds.checkpoint import manifest
-from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints, read_state
+from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints
+from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import looked_for
 from mythos_ds.log import get_logger

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from mythos_ds.data.readers import find_inputs, limited, read_files, read_hub
+from mythos_ds.data.inputs import find_inputs
+from mythos_ds.data.readers import limited, read_files, read_hub
+from mythos_ds.data.rows import whole_texts
 from mythos_ds.errors import DataError
 
 TEXTS = ["first document\n", "second\n\nwith a blank line", "third \u2028 one\r\n"]
@@ -49,7 +51,7 @@ def test_folders_are_searched_in_order(tmp_path):
     write_jsonl(tmp_path / "sub" / "b.jsonl", ["b"])
     write_jsonl(tmp_path / "z.jsonl", ["z"])
     (tmp_path / "notes.bin").write_bytes(b"")
-    assert list(read_files(find_inputs([tmp_path]))) == ["b", "z"]
+    assert list(read_files(find_inputs([tmp_path]).files)) == ["b", "z"]
 
 
 def test_limit():
@@ -95,7 +97,7 @@ def test_hub_datasets_from_local_folders(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "folder" / "train.jsonl", TEXTS)
     assert list(read_hub(str(tmp_path / "folder"))) == TEXTS
     with pytest.raises(DataError, match="no field 'words'"):
-        list(read_hub(str(tmp_path / "folder"), key="words"))
+        list(whole_texts(read_hub(str(tmp_path / "folder"), key="words")))
     with pytest.raises(DataError, match="Hugging Face dataset"):
         list(read_hub(str(tmp_path / "none")))
 

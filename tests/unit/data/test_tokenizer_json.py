@@ -183,7 +183,7 @@ def test_chats_say_what_is_missing(folder, bare, tmp_path):
 
 def test_what_cannot_be_exported_is_refused_before_the_first_token(tmp_path, monkeypatch):
     path = sentencepiece_model(tmp_path / "tokenizer.model", "bpe", model_type="word", byte_fallback=False)
-    monkeypatch.setattr("mythos_ds.data.prepare._encode_here", None)
+    monkeypatch.setattr("mythos_ds.data.prepare.encoder_pool", None)
     with pytest.raises(DataError, match="of the kind word, which cannot be exported; allowed: bpe, unigram, char"):
         prepare_dataset(["some words"], tokenizer_path=path, prefix=tmp_path / "data")
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.model"]

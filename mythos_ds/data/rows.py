@@ -1,0 +1,117 @@
+"""What readers make of files: documents, long documents in pieces, and rows that are none."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from mythos_ds.errors import DataError
+
+MAX_ROW_BYTES = 64 << 20
+STOP_AFTER = 20
+"""Bad rows after which reading ends, where they are errors."""
+LONG_CHARACTERS = 1_000_000
+"""Length from which on a document is encoded in pieces."""
+_LISTED = 20
+_PIECE = 500_000
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that holds no document.
+
+    Attributes:
+        where: the file, and the line or row.
+        reason: what is wrong, in words that rows of one kind share.
+        detail: what was found; may be empty.
+        damage: whether the file is damaged, so that what comes after the row was not read: never left out silently.
+    """
+
+    where: str
+    reason: str
+    detail: str = ""
+    damage: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}{f'; {self.detail}' if self.detail else ''}"
+
+
+@dataclass(frozen=True)
+class LongText:
+    """One document in pieces, which are read as they are needed; a BadRow in their place takes the whole away."""
+
+    where: str
+    pieces: Iterator["str | BadRow"]
+
+
+Row = str | LongText | BadRow
+
+
+def long_or_whole(text: str, where: str) -> str | LongText:
+    """A document that is at hand, as one that is read in pieces where it is long."""
+    if len(text) <= LONG_CHARACTERS:
+        return text
+    return LongText(where, (text[start : start + _PIECE] for start in range(0, len(text), _PIECE)))
+
+
+@dataclass
+class BadRows:
+    """Counts bad rows, and remembers the first.
+
+    Attributes:
+        skip: leave them out; else they are errors, which are told together.
+    """
+
+    skip: bool = False
+    count: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+    _damage: str = ""
+
+    @property
+    def full(self) -> bool:
+        """Whether there are so many errors that reading on makes no sense."""
+        return not self.skip and self.count >= STOP_AFTER
+
+    def add(self, row: BadRow) -> None:
+        """Count one more."""
+        self.count += 1
+        self.reasons[row.reason] = self.reasons.get(row.reason, 0) + 1
+        if len(self.examples) < _LISTED:
+            self.examples.append(str(row))
+        if row.damage and not self._damage:
+            self._damage = str(row)
+
+    def check(self) -> None:
+        """Raises DataError, with every row that was kept, where there are errors."""
+        if not self.count or (self.skip and not self._damage):
+            return
+        if self.skip:
+            raise DataError(f"{self._damage}; --on-bad-row skip leaves out rows, not damaged files: mend or remove it")
+        if self.count == 1:
+            raise DataError(f"{self.examples[0]}; nothing published: mend it, or leave it out with --on-bad-row skip")
+        raise DataError(
+            f"{self.count} bad rows{', after which reading ended' if self.full else ''} ({self.by_reason()}); nothing "
+            "published: mend them, or leave them out with --on-bad-row skip\n  " + "\n  ".join(self.examples)
+        )
+
+    def by_reason(self) -> str:
+        """Counts by reason."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
+
+
+def whole_texts(rows: Iterable[Row]) -> Iterator[str]:
+    """Documents as one string each. Raises DataError for the first bad row."""
+    for row in rows:
+        yield "".join(_pieces(row))
+
+
+def text_pieces(rows: Iterable[Row]) -> Iterator[str]:
+    """The text of all documents, long ones in pieces. Raises DataError for the first bad row."""
+    for row in rows:
+        yield from _pieces(row)
+
+
+def _pieces(row: Row) -> Iterator[str]:
+    for piece in row.pieces if isinstance(row, LongText) else (row,):
+        if isinstance(piece, BadRow):
+            raise DataError(str(piece))
+        yield piece
