@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ def _inspect(arguments: Namespace) -> None:
     tokenizer = Tokenizer.load(arguments.tokenizer) if arguments.tokenizer else None
     bins = length_histogram(view.lengths)
     out = sys.stdout
+    if isinstance(out, TextIOWrapper):
+        out.reconfigure(errors="backslashreplace")  # text of any language, on a terminal of any
     out.write(_summary(view) + "\n" + _bars(bins))
     if arguments.boundaries:
         out.write("\n" + _boundaries(view.boundaries(), view.info.eos_id))

@@ -6,10 +6,11 @@ that both give the same samples. Nothing here is compiled (`compile_helpers` wou
 compiler is installed).
 """
 
+import locale
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,23 @@ def _import_indexed() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notes that Transformer Engine and Apex, which are not used, are absent."""
+    """Without the notes that Transformer Engine and Apex, which are not used, are absent; and in a locale that reads
+    UTF-8, as torch's own sources need it."""
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _utf8_locale():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _utf8_locale() -> Iterator[None]:
+    before = locale.setlocale(locale.LC_CTYPE)
+    ascii_only = locale.getencoding().lower() in ("ascii", "us-ascii", "ansi_x3.4-1968", "646")
+    try:
+        if ascii_only:
+            with suppress(locale.Error):  # a system without it
+                locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        yield
+    finally:
+        if ascii_only:
+            locale.setlocale(locale.LC_CTYPE, before)

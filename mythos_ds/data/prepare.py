@@ -28,8 +28,9 @@ ProgressCallback = Callable[[int, int, int], None]
 """Called with documents, tokens and text bytes done so far."""
 
 _BATCH_DOCUMENTS = 1000
-_PART_CHARACTERS = 8_000_000
-_BORDER = 256
+_PART_CHARACTERS, _FEW_PARTS = 2_000_000, 64
+"""Characters of each of the first parts; of those after them, so that they do not become too many, eight times more."""
+_BORDER = 64
 _MOST_TOKENS = np.iinfo(np.int32).max  # the index counts a document's tokens in four bytes
 _TRIED_DOCUMENTS, _TRIED_CHARACTERS = 100, 2_000_000
 
@@ -136,7 +137,7 @@ def prepare_dataset(
             bad = BadRows(skip=skip_bad_rows)
             with encoder_pool(tokenizer_path, workers) as pool:
                 found = _Encoding(pool, store, on_progress).run(_works(rows, tokenizer, bad))
-            bad.check()
+            bad.check(store.folder)
             if not found.count:
                 skipped = sum(part.skipped for part in found.parts)
                 raise DataError(f"no text to prepare: {skipped} documents read, all empty")
@@ -170,7 +171,7 @@ def _first_rows(documents: Iterable[Row]) -> tuple[list[Row], Iterator[Row]]:
 def _works(rows: Iterable[Row], tokenizer: Tokenizer, bad: BadRows) -> Iterator[_Work]:
     """Parts of the input. They end at documents that the text decides, so that a mended row changes one of them."""
     batches, batch = list[Batch](), list[str]()
-    part_size = batch_size = 0
+    part_size = batch_size = count = 0
     for row in rows:
         if isinstance(row, BadRow):
             bad.add(row)
@@ -183,13 +184,14 @@ def _works(rows: Iterable[Row], tokenizer: Tokenizer, bad: BadRows) -> Iterator[
             batch.append(row)
             batch_size += len(row)
             part_size += len(row)
-            ended = part_size >= _PART_CHARACTERS and (part_size >= 2 * _PART_CHARACTERS or _is_border(row))
+            least = _PART_CHARACTERS * (1 if count < _FEW_PARTS else 8)
+            ended = part_size >= least and (part_size >= 2 * least or _is_border(row))
         if batch and (ended or batch_size >= PIECE_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS):
             batches.append(Batch(batch))
             batch, batch_size = [], 0
         if batches and ended:
             yield _Work(batches)
-            batches, part_size = [], 0
+            batches, part_size, count = [], 0, count + 1
         if isinstance(row, LongText):
             yield from _long_works(row, tokenizer, bad)
             if bad.full:
@@ -294,7 +296,7 @@ def _written(
     writer = TokenWriter(store.folder / "data", tokenizer.vocab_size)
     digest = hashlib.sha256()
     for number in order:
-        stretches = several.get(number) or [slice(starts[number], starts[number] + lengths[number])]
+        stretches = several.get(int(number)) or [slice(starts[number], starts[number] + lengths[number])]
         for content in writer.add([tokens[stretch] for stretch in stretches]):
             digest.update(content)
     writer.close()

@@ -134,7 +134,7 @@ def _read_jsonl(path: Path, options: ReadOptions) -> Iterator[Row]:
 
 def _damaged(path: Path, place: str, error: Exception) -> BadRow:
     said = str(error) or type(error).__name__
-    return BadRow(f"{path} {place}", "not readable as UTF-8 text, the file is damaged", said, damage=True)
+    return BadRow(f"{path} {place}", "the file is damaged or cut short", said, damage=True)
 
 
 def _read_json(path: Path, options: ReadOptions) -> Iterator[Row]:
@@ -154,7 +154,7 @@ def _read_json(path: Path, options: ReadOptions) -> Iterator[Row]:
                 yield (
                     BadRow(where, options.too_long)
                     if bad
-                    else text_of(parsed(element or b"", encoding, where), options.key, where)
+                    else text_of(parsed((element or b"").strip(), encoding, where), options.key, where)
                 )
         except DAMAGES as error:
             yield _damaged(path, f"after row {number}", error)
@@ -311,7 +311,7 @@ def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Row]:
     failures = (ArrowException, OSError, ValueError, OverflowError)
     row = 0
     try:
-        file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK)
+        file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK, page_checksum_verification=True)
     except failures as error:
         raise DataError(f"{path}: not readable as Parquet ({_first_line(error)})") from error
     with file:
@@ -322,7 +322,7 @@ def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Row]:
                     yield from _column_texts(path, batch, options, row)
                     row += batch.num_rows
         except failures as error:
-            reason = "not readable as Parquet, the file is damaged"
+            reason = "not readable as Parquet, the file is damaged or cut short"
             yield BadRow(f"{path} after row {row}", reason, _first_line(error), damage=True)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mythos_ds.errors import DataError
 
@@ -80,18 +81,19 @@ class BadRows:
         if row.damage and not self._damage:
             self._damage = str(row)
 
-    def check(self) -> None:
-        """Raises DataError, with every row that was kept, where there are errors."""
+    def check(self, kept: Path) -> None:
+        """Raises DataError, with every row that was kept, where there are errors. kept: where finished parts are."""
         if not self.count or (self.skip and not self._damage):
             return
         if self.skip:
             raise DataError(f"{self._damage}; --on-bad-row skip leaves out rows, not damaged files: mend or remove it")
+        skipped = "" if self._damage else ", or leave them out with --on-bad-row skip"
+        after = f"nothing published: mend it{skipped}; finished parts are in {kept}, and a rerun goes on from them"
         if self.count == 1:
-            raise DataError(f"{self.examples[0]}; nothing published: mend it, or leave it out with --on-bad-row skip")
-        raise DataError(
-            f"{self.count} bad rows{', after which reading ended' if self.full else ''} ({self.by_reason()}); nothing "
-            "published: mend them, or leave them out with --on-bad-row skip\n  " + "\n  ".join(self.examples)
-        )
+            raise DataError(f"{self.examples[0]}; {after.replace('them out', 'it out')}")
+        ended = ", after which reading ended" if self.full else ""
+        listed = "\n  ".join(self.examples)
+        raise DataError(f"{self.count} bad rows{ended} ({self.by_reason()}); {after}\n  {listed}")
 
     def by_reason(self) -> str:
         """Counts by reason."""

@@ -58,7 +58,7 @@ def _decompressed(path: Path, file: BinaryIO, kind: str) -> BinaryIO:
     if kind == ".gz":
         return gzip.open(file)  # type: ignore[return-value]
     if kind == ".bz2":
-        return bz2.open(file)
+        return bz2.open(file)  # type: ignore[return-value]
     if kind == ".xz":
         return _buffered(_unpacked_xz(file))
     return _unpacked_zst(path, file)
@@ -67,7 +67,11 @@ def _decompressed(path: Path, file: BinaryIO, kind: str) -> BinaryIO:
 def _unpacked_xz(file: BinaryIO) -> Iterator[bytes]:
     """The content of all streams of an .xz file; its decompressor may not take all memory."""
     rest = b""
-    while rest or (rest := file.read(BLOCK)):
+    while True:
+        while not rest:
+            if not (block := file.read(BLOCK)):
+                return
+            rest = block.lstrip(b"\0")  # what may stand between two streams
         made = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
         while not made.eof:
             rest = rest or (file.read(BLOCK) if made.needs_input else b"")
@@ -99,8 +103,8 @@ def _decoded(path: Path, stream: BinaryIO, encoding: str) -> tuple[BinaryIO, str
     buffered: Any = stream if hasattr(stream, "peek") else io.BufferedReader(stream, BLOCK)  # type: ignore[type-var]
     try:
         start = buffered.peek(4)[:4]
-    except DAMAGES:  # which whoever reads it tells
-        return buffered, UTF_8
+    except DAMAGES as error:  # which whoever reads it tells
+        return _buffered(_raising(error)), UTF_8
     wide = next((name for mark, name in _WIDE.items() if start.startswith(mark)), None)
     if wide:
         raise DataError(
@@ -112,6 +116,11 @@ def _decoded(path: Path, stream: BinaryIO, encoding: str) -> tuple[BinaryIO, str
     return buffered, UTF_8
 
 
+def _raising(error: Exception) -> Iterator[bytes]:
+    raise error
+    yield b""
+
+
 def _transcoded(stream: BinaryIO, encoding: str) -> Iterator[bytes]:
     decoder = codecs.getincrementaldecoder(encoding)()
     while block := stream.read(BLOCK):
@@ -120,17 +129,24 @@ def _transcoded(stream: BinaryIO, encoding: str) -> Iterator[bytes]:
 
 
 class _Blocks(io.RawIOBase):
-    """Blocks of bytes as a file."""
+    """Blocks of bytes as a file. An error is raised again whenever it is read on: its end is not the file's."""
 
     def __init__(self, blocks: Iterator[bytes]):
         self._blocks, self._rest = blocks, b""
+        self._error: Exception | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target: Any) -> int:
+        if self._error:
+            raise self._error
         while not self._rest:
-            block = next(self._blocks, None)
+            try:
+                block = next(self._blocks, None)
+            except DAMAGES as error:
+                self._error = error
+                raise
             if block is None:
                 return 0
             self._rest = block

@@ -181,7 +181,7 @@ class SentencePieceTokenizer(Tokenizer):
             return True
         self.encode_on("")
         pieces: Any = self._processor if model.fewer_spaces else self._going_on
-        first, second, both = (pieces.Normalize(each) for each in (left, right, left + right))
+        first, second, both = (pieces.Normalize(well_formed(each)) for each in (left, right, left + right))
         if first + second != both or not first or not second:
             return True
         unknown = not model.byte_fallback and not {first[-1], second[0]} & self._characters

@@ -96,6 +96,7 @@ class JsonTokenizer(Tokenizer):
         """Whether a token might hold the end of a text and the start of what follows it."""
         self.encode_on("")
         normaliser, cutter = self._after.normalizer, self._after.pre_tokenizer  # type: ignore[union-attr]
+        left, right = well_formed(left), well_formed(right)
         texts = [normaliser.normalize_str(each) if normaliser else each for each in (left, right, left + right)]
         if texts[0] + texts[1] != texts[2] or not texts[0] or not texts[1]:
             return True

@@ -82,6 +82,11 @@ def hollow(path, mark):
     path.mkdir()
 
 
+def pipe(path, mark):
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES = {
     "pickle": lambda path, mark: path.write_bytes(pickle.dumps(Evil(mark))),
     "object array": object_array,
@@ -97,7 +102,7 @@ DAMAGES = {
     "cut in its header": lambda path, mark: os.truncate(path, 90),
     "cut at its end": lambda path, mark: os.truncate(path, path.stat().st_size - 1),
     "longer": lambda path, mark: path.write_bytes(path.read_bytes() + b"x"),
-    "named pipe": lambda path, mark: (path.unlink(), os.mkfifo(path)),
+    "named pipe": pipe,
     "link": other_links,
     "folder": hollow,
     "missing": lambda path, mark: path.unlink(),
