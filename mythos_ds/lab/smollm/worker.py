@@ -14,6 +14,7 @@ from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.conversion.convert import Request, plan_route
 from mythos_ds.conversion.merge import merged_source, newest_tag
+from mythos_ds.conversion.starting_weights import open_starting_weights
 from mythos_ds.data.builtin import prepare_builtin
 from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.data.readers import read_files
@@ -48,7 +49,7 @@ class RetrofitWorker(Worker):
             self.resolved = resolve(config, 1)
             request = RunRequest(self.resolved, config.model_dump_json(), self.folder / "run", "auto", ())
             self.started, before = time.perf_counter(), time.process_time()
-            train(request, environment, callbacks=[self])
+            train(request, environment, open_weights=open_starting_weights, callbacks=[self])
             self.core_seconds = time.process_time() - before
             if not self.finished:
                 return
