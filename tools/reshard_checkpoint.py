@@ -16,7 +16,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from mythos_ds.checkpoint import manifest as files
-from mythos_ds.checkpoint.portable import open_state, unfinished, write_portable
+from mythos_ds.checkpoint.portable import open_whole_state, unfinished, write_portable
 from mythos_ds.checkpoint.training_state import PORTABLE, read_layout
 from mythos_ds.conversion.estimate import estimate, print_estimate
 from mythos_ds.conversion.merge import newest_tag
@@ -52,7 +52,7 @@ def reshard(arguments: Namespace) -> None:
     tag = newest_tag(arguments.checkpoint)
     if PORTABLE in read_layout(tag):
         raise CheckpointError(f"{tag}: is portable already; training resumes from it in any layout")
-    sources, _ = open_state(tag)
+    sources, _ = open_whole_state(tag)
     planned = [file for kind, s in sources.items() for file in plan_files(s.specs(), arguments.max_file_bytes, kind)]
     total = sum(file.nbytes for file in planned)
     made = estimate(planned, total, arguments.bandwidth or BANDWIDTH)

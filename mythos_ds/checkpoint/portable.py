@@ -47,6 +47,22 @@ def open_state(tag: Path) -> tuple[dict[str, StateTensors], float]:
     return dict(tensors), steps
 
 
+def open_whole_state(tag: Path) -> tuple[dict[str, StateTensors], float]:
+    """`open_state` of a checkpoint that is to be written anew. Raises CheckpointError unless its weights are all of its
+    model's, and its other tensors are of these."""
+    sources, steps = open_state(tag)
+    path = tag / manifest.STATE
+    config = checked_config(read_state(tag).config["model"], f"{path}: config.model")
+    weights = sources[WEIGHTS].specs()
+    with naming(tag):
+        check_whole(weights, config)
+    for kind, source in sources.items():
+        for name, spec in source.specs().items():
+            if name not in weights or spec.shape != weights[name].shape:
+                raise CheckpointError(f"{tag}: {kind} of {name} has the shape {spec.shape}, unlike the weight")
+    return sources, steps
+
+
 def write_portable(
     tag: Path,
     directory: Path,
@@ -61,8 +77,7 @@ def write_portable(
     a checkpoint of that name is there already, but for one of this kind that a job left before it named it `latest`.
     """
     target, partial = directory / tag.name, directory / f"{manifest.PARTIAL_PREFIX}{tag.name}"
-    sources, steps = open_state(tag)
-    _check_state(sources, tag)
+    sources, steps = open_whole_state(tag)
     if unfinished(directory, tag):
         manifest.verify(target, 0, 1)
         return _named_latest(target)
@@ -83,19 +98,6 @@ def write_portable(
     sync(partial)
     partial.rename(target)
     return _named_latest(target)
-
-
-def _check_state(sources: dict[str, StateTensors], tag: Path) -> None:
-    """Raises CheckpointError unless a state's weights are all of its model's, and its other tensors are of these."""
-    path = tag / manifest.STATE
-    config = checked_config(read_state(tag).config["model"], f"{path}: config.model")
-    weights = sources[WEIGHTS].specs()
-    with naming(tag):
-        check_whole(weights, config)
-    for kind, source in sources.items():
-        for name, spec in source.specs().items():
-            if name not in weights or spec.shape != weights[name].shape:
-                raise CheckpointError(f"{tag}: {kind} of {name} has the shape {spec.shape}, unlike the weight")
 
 
 def unfinished(directory: Path, tag: Path) -> bool:

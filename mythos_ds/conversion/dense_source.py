@@ -59,6 +59,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
 }
 """Keys of what the layers here do not have, and the values, besides null, at which it computes nothing."""
+_MOST = {"num_hidden_layers": 10_000, "hidden_size": 1 << 24, "intermediate_size": 1 << 26, "vocab_size": 1 << 31}
+"""Layers are counted up to their number, and tensors planned by their sizes."""
 NO_COMPUTATION = {
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
     "eos_token_id", "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
@@ -106,6 +108,9 @@ def source_problems(source: Mapping[str, Any]) -> list[str]:
     if problems := _wrong_kinds(source):
         return problems
     problems = [f"{key}: missing" for key in _SIZES if source.get(key) is None]
+    for key, most in _MOST.items():
+        if isinstance(given := source.get(key), int) and not 1 <= given <= most:
+            problems.append(f"{key}: given {given}; allowed: 1 to {most}")
     neutral = dict(_NEUTRAL)
     if kind == "mistral":  # has none, whatever the key says; a fork may
         neutral["attention_bias"] = (False,)

@@ -100,6 +100,9 @@ class _MythosTensors:
             shapes = {given[name].shape for name in parts.values()}
             if len(shapes) > 1:
                 raise CheckpointError(f"{ours}: experts of different shapes, {sorted(shapes)}")
+            kinds = {given[name].dtype for name in parts.values()}
+            if len(kinds) > 1:
+                raise CheckpointError(f"{ours}: experts of different types, {sorted(map(str, kinds))}")
             first = given[parts[0]]
             specs[ours] = TensorSpec(first.dtype, (len(parts), *first.shape))
         return specs

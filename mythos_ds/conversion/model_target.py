@@ -35,8 +35,9 @@ class WholeModel:
         self, source: TensorSource, config: ModelConfig, dtype: torch.dtype | None, may_lack: tuple[str, ...] = ()
     ):
         self.source = source
-        given, wanted = source.specs(), expected_specs(config)
+        given = source.specs()
         check_whole(given, config, may_lack)
+        wanted = expected_specs(config)
         self._specs: dict[str, TensorSpec] = {}
         self._zero: list[str] = []
         for name, spec in wanted.items():

@@ -9,11 +9,18 @@ from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.reader import TensorSpec
 
+_SHOWN = 100
+
 
 def expected_specs(config: ModelConfig) -> dict[str, TensorSpec]:
-    """What the folder of such a model holds, in order and in fp32; no memory is taken."""
-    with torch.device("meta"):
-        state = MythosModel(config).state_dict()
+    """What the folder of such a model holds, in order and in fp32; no memory is taken. Raises CheckpointError for sizes
+    that no tensor can have."""
+    try:
+        with torch.device("meta"):
+            state = MythosModel(config).state_dict()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        said = str(error).partition("\n")[0][:_SHOWN]
+        raise CheckpointError(f"the configuration's sizes are those of no model ({said})") from error
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
     return {name: TensorSpec(torch.float32, tuple(v.shape)) for name, v in state.items() if name not in tied}
 
@@ -24,6 +31,11 @@ def check_whole(given: Mapping[str, TensorSpec], config: ModelConfig, may_lack: 
 
     may_lack: ends of names that need not be there. Raises CheckpointError at the first tensor that breaks it.
     """
+    layers = config.prelude_layers + config.recurrent_layers + config.coda_layers
+    if layers > len(given):  # told before they are built: a number may be any
+        raise CheckpointError(
+            f"the configuration demands {layers:,} layers; the given weights are {len(given)} tensors"
+        )
     wanted = expected_specs(config)
     if unknown := sorted(set(given) - set(wanted)):
         raise CheckpointError(f"{unknown[0]}: not a tensor of this configuration ({len(unknown)} such tensors)")

@@ -109,11 +109,8 @@ def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
     """What is wrong with a place, in words."""
     extra = [f"left behind: {name}" for name in sorted(set(found) - set(expected))]
     missing = [f"missing: {name}" for name in sorted(set(expected) - set(found))]
-    return (
-        extra
-        + missing
-        + [f"other content: {name}" for name in sorted(found) if found[name] != expected.get(name, found[name])]
-    )
+    other = [name for name in sorted(set(found) & set(expected)) if found[name] != expected[name]]
+    return extra + missing + [f"other content: {name}" for name in other]
 
 
 def published_faults(job: Job, place: Path) -> list[str]:

@@ -90,7 +90,7 @@ class Torture:
         if generator.random() < 0.5:
             at = generator.randrange(known.changes)
             where = f"before change {at} of {known.changes}"
-            first = self._start(name, place, "first.log", killed_at=at).wait()
+            first = self.kill_at(name, place, at)
         else:
             early = generator.random() < _EARLY
             seconds = generator.uniform(0 if early else 0.9 * known.first_write, known.seconds)
@@ -104,6 +104,10 @@ class Torture:
         faults += differences(tree(place), known.files)
         self._done(place, keep=bool(faults))
         return Trial(f"{name}, killed {where}: code {first}, again {code}", faults, first == -9)
+
+    def kill_at(self, name: str, place: Path, change: int) -> int:
+        """Run a job in `place` that is killed just before a change of files; its exit code."""
+        return self._start(name, place, "first.log", killed_at=change).wait()
 
     def _refusal_faults(self, name: str, code: int, child: Child) -> Iterable[str]:
         text = child.output
