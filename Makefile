@@ -33,7 +33,7 @@ export OMP_NUM_THREADS ?= 1
 # Private to the checkout, so that the locks removed below are only ever our own.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart continue loop-smollm loop-smollm-full test test-slow test-hf test-newest lint python-versions lock bench vllm-parity clean setup
+.PHONY: torture quickstart continue loop-smollm loop-smollm-full test test-slow test-hf test-newest lint python-versions lock bench vllm-parity clean setup
 
 quickstart: setup
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
@@ -56,6 +56,10 @@ test: setup lint
 
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+# Jobs in pairs into one output, and jobs that are killed, for up to an hour: ARGS="--seed 3 --scale 0.1".
+torture: setup
+	$(PY) -m tests.torture $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -58,7 +58,8 @@ def whole(jobs: dict[str, Job], tmp_path_factory: pytest.TempPathFactory) -> dic
 def test_a_link_at_an_output_is_replaced_or_refused_and_never_followed(
     jobs: dict[str, Job], whole: dict[str, dict[str, str]], tmp_path: Path, name: str
 ) -> None:
-    for number, planted in enumerate((*PLANTED, *FOLDERS)):
+    ours = [planted for planted in PLANTED if planted.startswith(".") or f"out/{planted}" in whole[name]]
+    for number, planted in enumerate((*ours, *FOLDERS)):
         place, victim = tmp_path / f"place_{number}", tmp_path / f"victim_{number}"
         link = place / "out" / planted
         link.parent.mkdir(parents=True)
@@ -100,7 +101,7 @@ class Disk:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_a_full_disk_is_one_message_and_a_rerun_goes_on(
     jobs: dict[str, Job],
     whole: dict[str, dict[str, str]],
@@ -177,9 +178,8 @@ def test_a_job_that_finds_another_at_work_writes_nothing(
         before = tree(tmp_path)
         assert jobs[name].run(tmp_path) == 2
         said = capsys.readouterr().err
-        assert all(
-            part in said for part in (str(os.getpid()), os.uname().nodename, "another job", str(tmp_path / "out"))
-        )
+        told = (str(os.getpid()), os.uname().nodename, "another job", str(tmp_path / "out"))
+        assert all(part in said for part in told)
         assert tree(tmp_path) == before
     assert not list(tmp_path.iterdir())
 
@@ -191,18 +191,18 @@ def test_a_job_that_finds_another_at_work_writes_nothing(
         ("convert hf", "convert fp8"),
         ("reshard", "reshard large"),
         ("average", "merge fp32"),
+        ("prepare a", "prepare b"),
     ],
     ids=" and ".join,
 )
 def test_of_two_jobs_one_writes_and_one_is_refused(torture: Torture, pair: tuple[str, str]) -> None:
-    for seed in range(2):
-        trial = torture.pair(*pair, random.Random(seed))
-        assert trial.faults == [], trial.what
+    trial = torture.pair(*pair, random.Random(0))
+    assert trial.faults == [], trial.what
 
 
 @pytest.mark.parametrize("name", ["merge fp32", "convert hf", "reshard", "average", "prepare a"])
 def test_a_killed_job_goes_on_and_nothing_is_left(torture: Torture, name: str) -> None:
-    for seed in range(4):
+    for seed in range(2):
         trial = torture.kill(name, random.Random(seed))
         assert trial.faults == [], trial.what
 
@@ -210,7 +210,7 @@ def test_a_killed_job_goes_on_and_nothing_is_left(torture: Torture, name: str) -
 def test_a_reshard_that_was_killed_in_its_third_kind_goes_on(torture: Torture) -> None:
     known = torture.undisturbed("reshard")
     place = torture.scratch / "third"
-    for at in range(known.changes // 2, known.changes, known.changes // 8):
+    for at in range(known.changes // 2, known.changes * 9 // 10, known.changes // 8):
         place.mkdir()
         torture.kill_at("reshard", place, at)
         assert torture.jobs["reshard"].run(place) == 0

@@ -60,7 +60,7 @@ def start(work: Callable[[], int], log: Path, *, killed_at: int | None = None, c
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # a test may have taken them
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # a test may have taken them
         os.setsid()
         count = _Changes(changes_in, killed_at) if changes_in is not None else None
         code = work()
