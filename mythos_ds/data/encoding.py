@@ -98,6 +98,8 @@ class Result(Protocol):
 
     def result(self) -> Encoded: ...
 
+    def done(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class _Done:
@@ -105,6 +107,9 @@ class _Done:
 
     def result(self) -> Encoded:
         return self.encoded
+
+    def done(self) -> bool:
+        return True
 
 
 class EncoderPool:

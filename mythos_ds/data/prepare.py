@@ -245,13 +245,14 @@ class _Encoding:
                 self._outstanding += 1
                 self._settle(2 * self._pool.workers)
             running.submitted = True
+            self._settle(2 * self._pool.workers)
         self._settle(0)
         return self._found
 
     def _settle(self, most: int) -> None:
         """Wait until at most so many batches are unfinished; keep the parts that are complete then."""
         for running in self._queue:
-            while running.waiting and self._outstanding > most:
+            while running.waiting and (self._outstanding > most or running.waiting[0].done()):
                 encoded = running.waiting.popleft().result()
                 self._outstanding -= 1
                 running.results.append(encoded)

@@ -87,10 +87,11 @@ class BadRows:
             return
         if self.skip:
             raise DataError(f"{self._damage}; --on-bad-row skip leaves out rows, not damaged files: mend or remove it")
-        skipped = "" if self._damage else ", or leave them out with --on-bad-row skip"
-        after = f"nothing published: mend it{skipped}; finished parts are in {kept}, and a rerun goes on from them"
+        them = "it" if self.count == 1 else "them"
+        skipped = "" if self._damage else f", or leave {them} out with --on-bad-row skip"
+        after = f"nothing published: mend {them}{skipped}; finished parts are in {kept}, and a rerun goes on from them"
         if self.count == 1:
-            raise DataError(f"{self.examples[0]}; {after.replace('them out', 'it out')}")
+            raise DataError(f"{self.examples[0]}; {after}")
         ended = ", after which reading ended" if self.full else ""
         listed = "\n  ".join(self.examples)
         raise DataError(f"{self.count} bad rows{ended} ({self.by_reason()}); {after}\n  {listed}")

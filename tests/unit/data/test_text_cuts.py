@@ -12,26 +12,7 @@ from mythos_ds.data.tokenizer import Tokenizer
 from tests.helpers.tokenizers import SENTENCEPIECE, byte_level_folder, mixed_lines, sentencepiece_model
 
 _CODE = mixed_lines(1500, seed=1)
-_WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "hello",
-    "world",
-    "import",
-    "return",
-    "self",
-    "def",
-    "class",
-    "function",
-    "for",
-    "while",
-    "naïve",
-    "½",
-    "x=1;",
-]
+_WORDS = [*_CODE[0].split(), "the", "of", "hello", "world", "import", "self", "function", "naïve", "½", "x=1;"]
 _CONTROL = [*range(32), 127, 0x85, 0xA0, 0xAD, 0x301, 0x200B, 0x2028, 0x3000, 0xFEFF, *range(97, 123)]
 _EMOJI = [*map(chr, range(0x1F300, 0x1F6FF)), "\U0001f469\u200d\U0001f467", "❤\ufe0f", "\U0001f1e9\U0001f1ea"]
 TEXTS = {
