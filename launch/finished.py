@@ -15,6 +15,7 @@ from mythos_ds.launch.pretrain import parse_arguments
 from mythos_ds.config.loader import load_config
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import MythosError
+from mythos_ds.guard import guarded
 from mythos_ds.io import read_json
 from mythos_ds.resilience.failure import fail
 from mythos_ds.train.run_directory import default_run_directory
@@ -54,4 +55,4 @@ def _default(arguments: Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded("error", lambda: main(sys.argv[1:])))

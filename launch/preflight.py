@@ -21,6 +21,7 @@ from mythos_ds.cluster.preflight.report import Check, as_json, show
 from mythos_ds.cluster.preflight.run import Preflight
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, MythosError, ParallelError
+from mythos_ds.guard import guarded
 from mythos_ds.slurm_step import in_shell
 
 
@@ -78,7 +79,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    code = guarded("error", lambda: main(sys.argv[1:]))
     os._exit(code)  # threads of a process group now and then abort the interpreter's own way out

@@ -21,8 +21,11 @@ from mythos_ds.cluster.local_processes import run_processes
 from mythos_ds.config.loader import LoadedConfig, load_config
 from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
+from mythos_ds.config.schema import PROCESSES
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError, MythosError
+from mythos_ds.guard import DEBUG, guarded, user_message
+from mythos_ds.mains import add_debug
 from mythos_ds.resilience.failure import fail
 from mythos_ds.slurm_step import in_shell
 from mythos_ds.train.run_directory import another_layout_note, default_run_directory
@@ -47,12 +50,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the full configuration as JSON and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: processes to plan for")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+    add_debug(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
+    if arguments.debug:
+        os.environ[DEBUG] = "1"
+    return guarded("error", lambda: trained(arguments, argv), arguments.run_dir)
+
+
+def trained(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """The exit code; what every rank meets is told by one."""
     environment: ProcessEnvironment | None = None
     try:
         environment = detect(arguments)
@@ -62,6 +73,11 @@ def main(argv: list[str]) -> int:
         run(arguments, environment, argv)
     except MythosError as error:
         return fail(error, environment)
+    except OSError as error:
+        message = user_message(error)
+        if message is None or isinstance(error, BrokenPipeError):
+            raise
+        return fail(MythosError(message), environment)
     return 0
 
 
@@ -83,6 +99,8 @@ def check_counts(arguments: argparse.Namespace, environment: ProcessEnvironment)
         asked = getattr(arguments, name)
         if asked is not None and asked < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: given {asked}; allowed: at least 1; nearest: 1")
+        if asked is not None and asked > PROCESSES:
+            raise ConfigError(f"--{name.replace('_', '-')}: given {asked}; allowed: at most {PROCESSES}")
     if arguments.world_size is not None and not is_plan(arguments):
         given = f"--world-size: given {arguments.world_size}"
         raise ConfigError(f"{given}; allowed: with --dry-run (a launcher or --processes starts the processes)")
@@ -168,6 +186,4 @@ def describe(arguments: argparse.Namespace, resolved: ResolvedRun) -> str:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)  # threads of a process group now and then abort the interpreter's own way out

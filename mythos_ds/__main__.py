@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mythos_ds
+from mythos_ds import guard
 
 COMMAND = "mythos-ds"
 _PACKAGES = ("mythos_ds.launch", "mythos_ds.tools")
@@ -22,7 +23,11 @@ _USER_ERROR_EXIT_CODE = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb that `argv` names with the arguments after it; the exit code, unless the verb ends the process."""
-    before, rest = _split(sys.argv[1:] if argv is None else list(argv))
+    return guard.guarded(COMMAND, lambda: _run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _run(argv: list[str]) -> int:
+    before, rest = _split(argv)
     if not rest or rest[0] in ("-h", "--help", "help"):
         sys.stdout.write(help_text())
         return 0 if rest else _USER_ERROR_EXIT_CODE
@@ -35,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _USER_ERROR_EXIT_CODE
     # The verb's usage line begins with this name, not with the path of its file.
     sys.argv = [f"{COMMAND} {rest[0]}", *rest[1:], *before]
+    guard.interrupt_at_once(sys.argv[0])
     runpy.run_module(found[rest[0]], run_name="__main__")
     return 0
 

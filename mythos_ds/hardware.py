@@ -1,10 +1,13 @@
 """What a GPU holds and moves. Peak rates are those of the makers' data sheets; what is an assumption says so."""
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from mythos_ds.errors import ConfigError
+from mythos_ds.io import read_json
+
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,8 @@ def read_gpu(name: str) -> Gpu:
         return GPUS[name]
     if not name.endswith(".json"):
         raise ConfigError(f"--gpu: given {name}; allowed: {', '.join(GPUS)}, or a JSON file")
-    try:
-        content = json.loads(Path(name).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--gpu: {name}: not readable as JSON ({error})") from None
+    content = read_json(Path(name), dict[str, Any], ConfigError)
     known = {field.name: field for field in fields(Gpu)}
-    if not isinstance(content, dict):
-        raise ConfigError(f"--gpu: {name}: not a JSON object")
     if unknown := sorted(set(content) - set(known)):
         raise ConfigError(f"--gpu: {name}: unknown {unknown[0]!r}; allowed: {', '.join(known)}")
     try:
@@ -90,8 +88,8 @@ def read_gpu(name: str) -> Gpu:
         raise ConfigError(f"--gpu: {name}: name: given {made.name!r}; allowed: a text")
     numbers = {field: getattr(made, field) for field in known if field != "name"}
     for field, value in numbers.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise ConfigError(f"--gpu: {name}: {field}: given {value!r}; allowed: a number above 0")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+            raise ConfigError(f"--gpu: {name}: {field}: given {value!r}; allowed: 0 < number <= {_LARGEST:g}")
     if not isinstance(made.gpus_per_node, int):
         raise ConfigError(f"--gpu: {name}: gpus_per_node: given {made.gpus_per_node}; allowed: a whole number")
     if made.kernel_share > 1:

@@ -1,14 +1,12 @@
 """What the mains of tools/ share: errors without traceback, and a progress display."""
 
-import sys
+import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError
+from mythos_ds.guard import DEBUG, guarded
 from mythos_ds.log import configure
-
-INTERRUPTED_EXIT_CODE = 130
 
 
 def tool_parser(description: str, example: str) -> ArgumentParser:
@@ -18,23 +16,24 @@ def tool_parser(description: str, example: str) -> ArgumentParser:
 
 
 def run_tool(parser: ArgumentParser, work: Callable[[Namespace], None], argv: Sequence[str] | None) -> int:
-    """Parse `argv`, run `work`, return the exit code: 2, with one message, for an error the user can mend."""
-    arguments = _parsed(parser, argv)
-    configure(0)
-    try:
+    """Parse `argv`, run `work`, return the exit code: 2, with one message, for an error the user can mend; others are
+    in guard.py."""
+    add_debug(parser)
+
+    def run() -> int:
+        arguments = _parsed(parser, argv)
+        if arguments.debug:
+            os.environ[DEBUG] = "1"
+        configure(0)
         work(arguments)
-    except MythosError as error:
-        sys.stderr.write(f"{parser.prog}: {error}\n")
-        return USER_ERROR_EXIT_CODE
-    except OSError as error:
-        if error.errno is None or isinstance(error, ConnectionError):
-            raise
-        sys.stderr.write(f"{parser.prog}: {error.filename or 'a file'}: {error.strerror}\n")
-        return USER_ERROR_EXIT_CODE
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{parser.prog}: stopped; what was finished is kept, nothing unfinished is published\n")
-        return INTERRUPTED_EXIT_CODE
-    return 0
+        return 0
+
+    return guarded(parser.prog, run)
+
+
+def add_debug(parser: ArgumentParser) -> None:
+    """The option that every main has."""
+    parser.add_argument("--debug", action="store_true", help="print the traceback of a fault of this program")
 
 
 def _parsed(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:

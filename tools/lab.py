@@ -17,11 +17,12 @@ from types import FrameType
 from typing import NoReturn
 
 from mythos_ds.errors import LabError
+from mythos_ds.guard import INTERRUPTED_EXIT_CODE
 from mythos_ds.lab.studies.registry import STUDIES
 from mythos_ds.lab.study import Study, write_report
 from mythos_ds.lab.summary_page import write_summary
 from mythos_ds.lab.sweep import run_all, run_folder
-from mythos_ds.mains import INTERRUPTED_EXIT_CODE, run_tool
+from mythos_ds.mains import run_tool
 from mythos_ds.monitor.throughput import gpu_name
 from mythos_ds.provenance import describe, git_commit
 

@@ -14,19 +14,19 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.errors import ConfigError
 from mythos_ds.hardware import Gpu
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
-from mythos_ds.plan.compare import comparison, print_comparison
-from mythos_ds.plan.layouts import Layout, examine, ranked, with_changes
-from mythos_ds.plan.report import draw, print_plan
-from mythos_ds.plan.run_plan import machine, plan_numbers
+from mythos_ds.plan.machine import machine
+
+if TYPE_CHECKING:
+    from mythos_ds.plan.layouts import Layout
 
 _SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
@@ -54,6 +54,17 @@ def work(arguments: Namespace) -> None:
     gpus, gpu = machine(config, arguments.gpus, arguments.gpu)
     if arguments.picture is not None and arguments.picture.suffix != ".png":
         raise ConfigError(f"--picture: given {arguments.picture}; allowed: a name that ends in .png")
+    tokens = read_tokens(arguments.tokens) if arguments.tokens else None
+    if arguments.objective is None:
+        resolve(config, gpus)
+    # Torch, which wrong arguments need not wait for.
+    from rich.console import Console
+
+    from mythos_ds.plan.compare import comparison, print_comparison
+    from mythos_ds.plan.layouts import examine, ranked
+    from mythos_ds.plan.report import draw, print_plan
+    from mythos_ds.plan.run_plan import plan_numbers
+
     others: list[Layout] = []
     if arguments.objective is not None:
         with Console(stderr=True).status("looking at layouts"):
@@ -64,7 +75,6 @@ def work(arguments: Namespace) -> None:
         if not others:
             raise
         layout = others[0]  # the file's own layout is for another number of GPUs
-    tokens = read_tokens(arguments.tokens) if arguments.tokens else None
     numbers, remedy = plan_numbers(layout, config, gpus, gpu, tokens, others)
     if arguments.compare:
         numbers["comparison"] = comparison(layout.resolved)
@@ -95,10 +105,12 @@ def read_tokens(text: str) -> float:
     return value
 
 
-def write(path: Path, config: RunConfig, chosen: Layout | None, gpus: int, gpu: Gpu, kind: str) -> None:
+def write(path: Path, config: RunConfig, chosen: "Layout | None", gpus: int, gpu: Gpu, kind: str) -> None:
     """The configuration with the best layout of those that were looked at. Raises ConfigError where none fits."""
     if chosen is None:
         raise ConfigError(f"--write: nothing that was looked at fits {gpus} {gpu.name}; give --objective")
+    from mythos_ds.plan.layouts import with_changes
+
     made = with_changes(config, chosen.changes).model_dump(mode="json", exclude_unset=True)
     made.pop("cluster", None)
     per_node = min(gpus, gpu.gpus_per_node)

@@ -16,7 +16,7 @@ from mythos_ds.costs.pipeline import predict
 from mythos_ds.errors import ConfigError
 from mythos_ds.io import write_atomic
 from mythos_ds.monitor.throughput import gpu_name
-from mythos_ds.plan.memory import stage_memory, states
+from mythos_ds.plan.memory import mean_step, stage_memory, states
 from mythos_ds.plan.traffic import traffic
 from mythos_ds.provenance import describe
 
@@ -166,7 +166,7 @@ def compare(case: Case, resolved: ResolvedRun, found: dict[str, Any], exchanged:
     return Comparison(
         case.name,
         kept == found["states"],
-        stage_memory(resolved, stage, on_gpu=False).total,
+        stage_memory(resolved, stage, False, mean_step(resolved)).total,
         found["peak"],
         predicted.gather + predicted.gather_experts,
         moved.get("all_gather_into_tensor", 0) + moved.get("all_gather", 0),

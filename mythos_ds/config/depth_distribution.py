@@ -6,6 +6,7 @@ from itertools import accumulate
 
 _NODES = 241
 _WIDTH = 6.0
+_BY_LOOPS = 128
 
 
 def depth_pmf(distribution: str, mean: float, sigma: float, max_loops: int) -> tuple[float, ...]:
@@ -46,9 +47,10 @@ def mean_depth(pmf: Sequence[float]) -> float:
     return sum((index + 1) * probability for index, probability in enumerate(pmf))
 
 
-def tail_probability(pmf: Sequence[float], loops: float) -> float:
-    """P(T > loops)."""
-    return sum(probability for index, probability in enumerate(pmf) if index + 1 > loops)
+def deep_shares(pmf: Sequence[float]) -> list[float]:
+    """P(T > n / 2) for each n = 1 .. max_loops, if n were max_loops: what lies beyond n would be drawn as n."""
+    above = [*accumulate(reversed(pmf))][::-1]  # above[i] = P(T > i)
+    return [above[(loops // 2)] for loops in range(1, len(pmf) + 1)]
 
 
 def _lognormal_rates(mean: float, sigma: float) -> list[tuple[float, float]]:
@@ -61,11 +63,27 @@ def _lognormal_rates(mean: float, sigma: float) -> list[tuple[float, float]]:
 
 def _poisson_mixture(rates: list[tuple[float, float]], max_loops: int) -> dict[int, float]:
     """P(T = t) for t < max_loops; the rest of the mass lies at max_loops."""
+    if max_loops > _BY_LOOPS:
+        return _large_poisson_mixture(rates, max_loops)
     raw = dict.fromkeys(range(max_loops), 0.0)
     for rate, weight in rates:
         for count in range(max_loops):
             raw[count] += weight * math.exp(count * math.log(rate) - rate - math.lgamma(count + 1))
     raw[max_loops] = max(0.0, 1.0 - sum(raw.values()))
+    return raw
+
+
+def _large_poisson_mixture(rates: list[tuple[float, float]], max_loops: int) -> dict[int, float]:
+    """The same at once for all counts: thousands of loops, for each mean of a curriculum, would take a minute."""
+    import numpy as np  # a dry run of fewer loops does without
+
+    counts = np.arange(max_loops, dtype=np.float64)
+    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(counts[1:]))])
+    rate = np.array([rate for rate, _ in rates])[:, None]
+    weights = np.array([weight for _, weight in rates])
+    likely = weights @ np.exp(counts * np.log(rate) - rate - log_factorials)
+    raw = dict(enumerate(likely.tolist()))
+    raw[max_loops] = max(0.0, 1.0 - float(likely.sum()))
     return raw
 
 

@@ -82,8 +82,13 @@ def allowed_values(schema: dict[str, Any], node: dict[str, Any]) -> str:
         item = _follow(schema, node["items"])
         return f"a list of {_plural(item)}"
     name = _TYPE_NAMES.get(node.get("type", ""), "any value")
-    bounds = [f"{sign} {node[key]}" for key, sign in _BOUNDS.items() if key in node]
+    bounds = [f"{sign} {_bound(node[key])}" for key, sign in _BOUNDS.items() if key in node]
     return " ".join([name, " and ".join(bounds)]).strip()
+
+
+def _bound(value: float) -> str:
+    """A bound as short as it is exact."""
+    return f"{value:g}" if float(f"{value:g}") == value else str(value)
 
 
 def _plural(item: dict[str, Any]) -> str:
@@ -135,7 +140,8 @@ def _nearest(schema: dict[str, Any], node: dict[str, Any], given: Any) -> str:
         return f"; write {int(given)}"
     if isinstance(given, int | float) and not isinstance(given, bool):
         numbers = [value for option in options for value in option.get("enum", []) if isinstance(value, int)]
-        numbers += [option[key] for option in options for key in ("minimum", "maximum") if key in option]
+        numbers += [option["minimum"] for option in options if given < option.get("minimum", given)]
+        numbers += [option["maximum"] for option in options if given > option.get("maximum", given)]
         if numbers:
             return f"; nearest: {min(numbers, key=lambda number: abs(number - given))}"
     return ""

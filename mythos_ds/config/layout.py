@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 from itertools import accumulate
 
 from mythos_ds.config.attention_shapes import attention_matmul
@@ -258,10 +259,13 @@ def _spread(layers: int, loads: list[float]) -> list[tuple[int, ...]]:
     """Consecutive layers for each stage, each counted for the least loaded stage (the first of equals); `loads`, in
     dense layers, grow by them."""
     counts = [0] * len(loads)
+    queue = [(load, stage) for stage, load in enumerate(loads)]
+    heapify(queue)
     for _ in range(layers):
-        stage = loads.index(min(loads))
+        load, stage = queue[0]
         counts[stage] += 1
-        loads[stage] += 1
+        loads[stage] = load + 1
+        heapreplace(queue, (load + 1, stage))
     ends = list(accumulate(counts))
     return [_numbers(end - count, end) for end, count in zip(ends, counts, strict=True)]
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mythos_ds.config import json_values
 from mythos_ds.config.error_messages import did_you_mean, explain, section_type
 from mythos_ds.config.rules import check
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.secrets import is_secret, secrets, told
 from mythos_ds.config.starting_model import complete_model
 from mythos_ds.errors import ConfigError
 
@@ -34,10 +38,6 @@ class LoadedConfig:
     text: str
 
 
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object before duplicate keys are looked for (a dict would keep only the last)."""
-
-
 def load_config(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Reads and checks a configuration. Imports no torch and starts nothing.
 
@@ -49,18 +49,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
         ConfigError: with every problem found: file, key path, what was given, what is allowed.
     """
     path = find_config(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{_shown(path)}: cannot be read as UTF-8 text ({error})") from None
+    text = json_values.read_text(path, _shown(path))
     problems: list[str] = []
     raw = parse_json(text, _shown(path), problems)
-    overridden = apply_overrides(raw, overrides, problems)
-    config, found = _validated(raw)
-    problems += [f"{_source(key, path, overridden)}: {key}: {message}" for key, message in found]
-    if problems or config is None:
-        raise ConfigError(problems)
-    return LoadedConfig(config, path, text)
+    return LoadedConfig(_checked(raw, overrides, path, problems), path, text)
 
 
 def check_config(config: RunConfig, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -79,19 +71,25 @@ def check_raw(raw: dict[str, Any], overrides: Sequence[str], path: Path) -> Load
     Raises:
         ConfigError: with every problem found, as `load_config` does.
     """
-    problems: list[str] = []
-    overridden = apply_overrides(raw, overrides, problems)
-    checked, found = _validated(raw)
-    problems += [f"{_source(key, path, overridden)}: {key}: {message}" for key, message in found]
-    if problems or checked is None:
-        raise ConfigError(problems)
+    checked = _checked(raw, overrides, path, [])
     return LoadedConfig(checked, path, json.dumps(raw, indent=2) + "\n")
+
+
+def _checked(raw: dict[str, Any], overrides: Sequence[str], path: Path, problems: list[str]) -> RunConfig:
+    """The configuration of `raw` with overrides, or ConfigError with `problems` and every other one."""
+    overridden = apply_overrides(raw, overrides, problems)
+    unusable = json_values.unusable(raw) or secrets(raw)
+    config, found = (None, unusable) if unusable else _validated(raw)
+    problems += [f"{_source(key, path, overridden)}: {key}: {message}" for key, message in found]
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
 
 
 def find_config(name: str) -> Path:
     """The file a name stands for: a path, or a preset beside the package, in ./ds_configs or inside it."""
     given = Path(name)
-    if given.is_file():
+    if _is_there(name):
         return given
     folders = _preset_folders()
     file_name = name if name.endswith(".json") else f"{name}.json"
@@ -102,6 +100,17 @@ def find_config(name: str) -> Path:
     presets = list_presets()
     hint = did_you_mean(given.name.removesuffix(".json"), presets)
     raise ConfigError(f"{name}: no such file and no such preset{hint}; presets: {', '.join(presets)}")
+
+
+def _is_there(name: str) -> bool:
+    """Whether there is a file of that name. Raises ConfigError where that cannot be found out."""
+    try:
+        return not stat.S_ISDIR(os.stat(name).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: characters that no name can have
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{ascii(name)[1:-1]}: not readable ({reason})") from None
 
 
 def list_presets() -> list[str]:
@@ -132,32 +141,37 @@ def parse_json(text: str, source: str, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{source}: {constant} is not a number that JSON or a run knows")
 
     try:
-        parsed = json.loads(text, object_pairs_hook=_Pairs, parse_constant=refuse_constant)
+        parsed = json_values.parse(text, source, refuse_constant)
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        lines = text.split("\n")  # as the decoder counts
+        line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
         where = f"line {error.lineno} column {error.colno}"
         raise ConfigError(f"{source}: {where}: not valid JSON: {error.msg}; the line reads: {line[:80]}") from None
-    if not isinstance(parsed, _Pairs):
+    if not isinstance(parsed, json_values.Pairs):
         raise ConfigError(f"{source}: a JSON object with the sections of a run is expected")
     plain: dict[str, Any] = _plain(parsed, source, "", problems)
     plain.pop(SCHEMA_KEY, None)
     return plain
 
 
-def _plain(value: Any, source: str, at: str, problems: list[str]) -> Any:
-    """Dicts without comment keys; a key given twice is a problem."""
-    if isinstance(value, _Pairs):
+def _plain(value: Any, source: str, at: str, problems: list[str], depth: int = 0) -> Any:
+    """Dicts without comment keys; a key given twice is a problem. Raises ConfigError for too deep nesting."""
+    if depth > json_values.MAX_DEPTH:
+        raise ConfigError(f"{source}: {at[:80]}: nested too deep; allowed: {json_values.MAX_DEPTH} levels")
+    if isinstance(value, json_values.Pairs):
         result: dict[str, Any] = {}
         for key, item in value:
             here = f"{at}.{key}" if at else key
             if key.startswith(COMMENT):
+                if is_secret(key, item):
+                    problems.append(f"{source}: {': '.join(told(here))}")
                 continue
             if key in result:
                 problems.append(f"{source}: {here}: given twice; keep one")
-            result[key] = _plain(item, source, here, problems)
+            result[key] = _plain(item, source, here, problems, depth + 1)
         return result
     if isinstance(value, list):
-        return [_plain(item, source, f"{at}[{index}]", problems) for index, item in enumerate(value)]
+        return [_plain(item, source, f"{at}[{index}]", problems, depth + 1) for index, item in enumerate(value)]
     return value
 
 
@@ -170,7 +184,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: lis
         if not equals or not all(parts) or len(parts) < 2:
             problems.append(f"override {override!r}: allowed: section.key=value, such as training.lr=0.001")
             continue
-        if _write(raw, parts, _override_value(text)):
+        if _write(raw, parts, _override_value(text, problems)):
             written.add(".".join(parts))
         else:
             problems.append(f"override {override!r}: '{'.'.join(parts[:-1])}' is a value, not a section")
@@ -182,12 +196,12 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: lis
     return written
 
 
-def _override_value(text: str) -> Any:
+def _override_value(text: str, problems: list[str]) -> Any:
     try:
-        pairs = json.loads(text, object_pairs_hook=_Pairs)
+        pairs = json_values.parse(text, "override", float)
     except ValueError:
         return text
-    return _plain(pairs, "override", "", [])
+    return _plain(pairs, "override", "", problems)
 
 
 def _write(raw: dict[str, Any], parts: list[str], value: Any) -> bool:
@@ -250,9 +264,8 @@ def _remove(raw: dict[str, Any], location: tuple[str | int, ...]) -> None:
 
 
 def _source(key: str, path: Path, overridden: set[str]) -> str:
-    if any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in overridden):
-        return "override"
-    return _shown(path)
+    inside = any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in overridden)
+    return "override" if inside or any(name.startswith(f"{key}.") for name in overridden) else _shown(path)
 
 
 def _shown(path: Path) -> str:

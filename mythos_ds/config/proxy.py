@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from mythos_ds.config.divisors import largest_divisor
 from mythos_ds.config.layout import PipelineSize, expert_stage_size
 from mythos_ds.config.rules.check import BUILTIN_VOCABULARY
 from mythos_ds.config.schema import DatasetConfig, ModelConfig, RunConfig
@@ -64,7 +65,7 @@ def _pipeline(config: RunConfig, world_size: int) -> PipelineSize:
     if isinstance(asked, list):
         return asked if sum(asked) == world_size else 1
     fitting = math.gcd(config.model.recurrent_layers, world_size)
-    return max(size for size in range(1, fitting + 1) if fitting % size == 0 and size <= asked)
+    return largest_divisor(fitting, asked)
 
 
 def _model_changes(config: RunConfig, pp_size: PipelineSize) -> dict[str, Any]:
@@ -116,8 +117,7 @@ def _parallel_changes(config: RunConfig, world_size: int, pp_size: PipelineSize)
     if ep_size == "auto":
         return {"pp_size": pp_size}
     fitting = math.gcd(EXPERTS, expert_stage_size(pp_size, world_size))
-    largest = max(size for size in range(1, fitting + 1) if fitting % size == 0 and size <= ep_size)
-    return {"pp_size": pp_size, "ep_size": largest}
+    return {"pp_size": pp_size, "ep_size": largest_divisor(fitting, ep_size)}
 
 
 def _training_changes(config: RunConfig, world_size: int, pp_size: PipelineSize) -> dict[str, Any]:

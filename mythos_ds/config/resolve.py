@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mythos_ds.config import deepspeed_section
+from mythos_ds.config.divisors import divisors
 from mythos_ds.config.layout import RankLayout, Stage, expert_stage_size, rows_per_micro_batch, stages_of
 from mythos_ds.config.rules import check
 from mythos_ds.config.schema import RunConfig
@@ -83,8 +84,7 @@ def expert_parallel_size(config: RunConfig, world_size: int) -> int:
         return 1
     common = math.gcd(config.model.n_experts, expert_stage_size(config.parallel.pp_size, world_size))
     per_node = config.cluster.gpus_per_node if config.cluster is not None else 1
-    divisors = (n for n in range(common, 0, -1) if common % n == 0)
-    return next(n for n in divisors if per_node % n == 0 or n % per_node == 0)
+    return next(n for n in reversed(divisors(common)) if per_node % n == 0 or n % per_node == 0)
 
 
 def planned_world_size(config: RunConfig) -> int:

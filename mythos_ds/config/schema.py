@@ -5,9 +5,21 @@ computed in `resolve.py`, never configured.
 """
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+# Upper bounds: far above any model or machine, and low enough that checking and planning take no time or memory that
+# grows with a number, and that every value fits what torch and the operating system hold it in.
+WIDTH = 1 << 20
+LAYERS = 10_000
+LOOPS = 4096
+IDS = 2**31 - 1
+TOKENS = 1 << 24
+STEPS = 10**12
+RATE = 1e6
+PROCESSES = 10_000_000
+SECONDS = 2_000_000  # 23 days: milliseconds that fit 32 bits
 
 NO_VALIDATION = "none"
 
@@ -23,67 +35,80 @@ class RopeScaling(Section):
     rope_type: Literal["linear", "llama3", "yarn"] = Field(
         description="linear: arXiv 2306.15595; llama3: that of Llama 3.1; yarn: arXiv 2309.00071."
     )
-    factor: float = Field(ge=1, description="By how much; positions, or low frequencies, are divided by it.")
+    factor: float = Field(ge=1, le=RATE, description="By how much; positions, or low frequencies, are divided by it.")
     original_max_position_embeddings: int | None = Field(
-        None, ge=1, description="llama3 and yarn: the length before it was stretched."
+        None, ge=1, le=TOKENS, description="llama3 and yarn: the length before it was stretched."
     )
-    low_freq_factor: float | None = Field(None, gt=0, description="llama3: longer waves are divided by the factor.")
-    high_freq_factor: float | None = Field(None, gt=0, description="llama3: shorter waves stay as they are.")
-    beta_fast: float | None = Field(None, gt=0, description="yarn: turns above which a wave stays; null = 32.")
-    beta_slow: float | None = Field(None, gt=0, description="yarn: turns below which a wave is divided; null = 1.")
+    low_freq_factor: float | None = Field(
+        None, gt=0, le=RATE, description="llama3: longer waves are divided by the factor."
+    )
+    high_freq_factor: float | None = Field(None, gt=0, le=RATE, description="llama3: shorter waves stay as they are.")
+    beta_fast: float | None = Field(None, gt=0, le=RATE, description="yarn: turns above which a wave stays; null = 32.")
+    beta_slow: float | None = Field(
+        None, gt=0, le=RATE, description="yarn: turns below which a wave is divided; null = 1."
+    )
     attention_factor: float | None = Field(
-        None, gt=0, description="yarn: factor on queries and keys; null = from the factor, or mscale / mscale_all_dim."
+        None,
+        gt=0,
+        le=RATE,
+        description="yarn: factor on queries and keys; null = from the factor, or mscale / mscale_all_dim.",
     )
-    mscale: float | None = Field(None, gt=0, description="yarn: of attention_factor, where that is null.")
-    mscale_all_dim: float | None = Field(None, gt=0, description="yarn: of attention_factor, where that is null.")
+    mscale: float | None = Field(None, gt=0, le=RATE, description="yarn: of attention_factor, where that is null.")
+    mscale_all_dim: float | None = Field(
+        None, gt=0, le=RATE, description="yarn: of attention_factor, where that is null."
+    )
     truncate: bool | None = Field(None, description="yarn: round the bounds between the waves; null = true.")
 
 
 class ModelConfig(Section):
     """A recurrent-depth mixture-of-experts transformer: prelude, looped block, coda."""
 
-    vocab_size: int = Field(ge=2, description="Rows of the embedding; at least the tokenizer's pieces.")
-    dim: int = Field(ge=8, description="Width of the residual stream.")
-    prelude_layers: int = Field(ge=1, description="Dense layers run once before the loop.")
-    recurrent_layers: int = Field(ge=1, description="Distinct MoE layers in the looped block.")
-    coda_layers: int = Field(ge=0, description="Dense layers run once after the loop.")
-    max_loops: int = Field(ge=1, description="Largest loop count drawn in training.")
-    mean_recurrence: int = Field(ge=1, description="Mean loop count of training; 'T' in evaluation.")
+    vocab_size: int = Field(ge=2, le=IDS, description="Rows of the embedding; at least the tokenizer's pieces.")
+    dim: int = Field(ge=8, le=WIDTH, description="Width of the residual stream.")
+    prelude_layers: int = Field(ge=1, le=LAYERS, description="Dense layers run once before the loop.")
+    recurrent_layers: int = Field(ge=1, le=LAYERS, description="Distinct MoE layers in the looped block.")
+    coda_layers: int = Field(ge=0, le=LAYERS, description="Dense layers run once after the loop.")
+    max_loops: int = Field(ge=1, le=LOOPS, description="Largest loop count drawn in training.")
+    mean_recurrence: int = Field(ge=1, le=LOOPS, description="Mean loop count of training; 'T' in evaluation.")
 
     attn_type: Literal["mla", "gqa"] = "mla"
-    n_heads: int = Field(ge=1)
-    n_kv_heads: int | None = Field(None, ge=1, description="GQA only: key/value heads; null = n_heads.")
-    head_dim: int | None = Field(None, ge=2, description="GQA only: width of a head; null = dim / n_heads.")
+    n_heads: int = Field(ge=1, le=WIDTH)
+    n_kv_heads: int | None = Field(None, ge=1, le=WIDTH, description="GQA only: key/value heads; null = n_heads.")
+    head_dim: int | None = Field(None, ge=2, le=WIDTH, description="GQA only: width of a head; null = dim / n_heads.")
     qk_norm: bool = Field(False, description="GQA only: RMSNorm on each query and key head.")
     qk_norm_span: Literal["head", "all"] = Field("head", description='"all": over all heads together, before RoPE.')
     attention_biases: Literal["none", "qkv", "all"] = Field(
         "none", description="GQA only: biases of the attention's matrices: none, of query, key and value, or all four."
     )
-    q_lora_rank: int | None = Field(None, ge=1, description="MLA only: query latent; null = full-rank query.")
-    kv_lora_rank: int | None = Field(None, ge=1, description="MLA only: key/value latent width.")
-    qk_nope_head_dim: int | None = Field(None, ge=1, description="MLA only: head width without RoPE.")
-    qk_rope_head_dim: int | None = Field(None, ge=2, description="MLA only: head width with RoPE.")
-    v_head_dim: int | None = Field(None, ge=1, description="MLA only: value head width.")
-    rope_theta: float = Field(10000.0, gt=0)
+    q_lora_rank: int | None = Field(None, ge=1, le=WIDTH, description="MLA only: query latent; null = full-rank query.")
+    kv_lora_rank: int | None = Field(None, ge=1, le=WIDTH, description="MLA only: key/value latent width.")
+    qk_nope_head_dim: int | None = Field(None, ge=1, le=WIDTH, description="MLA only: head width without RoPE.")
+    qk_rope_head_dim: int | None = Field(None, ge=2, le=WIDTH, description="MLA only: head width with RoPE.")
+    v_head_dim: int | None = Field(None, ge=1, le=WIDTH, description="MLA only: value head width.")
+    rope_theta: float = Field(10000.0, gt=0, le=1e30)
     rope_interleaved: bool = Field(False, description="Rotate adjacent pairs instead of halves.")
     rope_scaling: RopeScaling | None = Field(None, description="GQA only: RoPE stretched to longer sequences.")
-    no_rope_layers: tuple[int, ...] = Field(
+    no_rope_layers: tuple[Annotated[int, Strict()], ...] = Field(
         (), strict=False, description="GQA only: layers without RoPE, counted through prelude, block and coda from 0."
     )
     norm_placement: Literal["before", "after"] = Field(
         "before", description="Norms of a layer: before attention and feed-forward, or on their output."
     )
 
-    ffn_dim: int = Field(ge=1, description="Hidden width of the dense SwiGLU in prelude and coda.")
-    n_experts: int = Field(ge=1, description="Routed experts per recurrent layer.")
-    n_experts_per_tok: int = Field(ge=1)
-    expert_dim: int = Field(ge=1, description="Hidden width of one routed expert.")
-    n_shared_experts: int = Field(0, ge=0)
-    shared_expert_dim: int | None = Field(None, ge=1, description="Width of one shared expert; null = expert_dim.")
+    ffn_dim: int = Field(ge=1, le=WIDTH, description="Hidden width of the dense SwiGLU in prelude and coda.")
+    n_experts: int = Field(ge=1, le=WIDTH, description="Routed experts per recurrent layer.")
+    n_experts_per_tok: int = Field(ge=1, le=WIDTH)
+    expert_dim: int = Field(ge=1, le=WIDTH, description="Hidden width of one routed expert.")
+    n_shared_experts: int = Field(0, ge=0, le=WIDTH)
+    shared_expert_dim: int | None = Field(
+        None, ge=1, le=WIDTH, description="Width of one shared expert; null = expert_dim."
+    )
     router_score: Literal["sigmoid", "softmax"] = "sigmoid"
-    route_scale: float = Field(1.0, gt=0, description="Factor on the normalised routing weights.")
-    n_expert_groups: int | None = Field(None, ge=2, description="Group-limited routing: groups of experts.")
-    n_limited_groups: int | None = Field(None, ge=1, description="Group-limited routing: groups a token may use.")
+    route_scale: float = Field(1.0, gt=0, le=RATE, description="Factor on the normalised routing weights.")
+    n_expert_groups: int | None = Field(None, ge=2, le=WIDTH, description="Group-limited routing: groups of experts.")
+    n_limited_groups: int | None = Field(
+        None, ge=1, le=WIDTH, description="Group-limited routing: groups a token may use."
+    )
 
     injection: Literal["pre", "post"] = "pre"
     discretisation: Literal["euler", "zoh", "direct"] = Field(
@@ -93,7 +118,7 @@ class ModelConfig(Section):
     initial_state: Literal["zeros", "embedding"] = "zeros"
     prelude_norm: bool = Field(True, description="RMSNorm on the prelude output e.")
     loop_embedding: Literal["scaled", "raw", "none"] = "scaled"
-    lora_rank: int = Field(0, ge=0, description="Depth-wise LoRA rank; 0 = none.")
+    lora_rank: int = Field(0, ge=0, le=WIDTH, description="Depth-wise LoRA rank; 0 = none.")
     lora_target: Literal["input", "output"] = Field("input", description="Where the loop's LoRA acts on the block.")
 
     halting: Literal["none", "act", "act_openmythos", "gate"] = Field(
@@ -102,9 +127,9 @@ class ModelConfig(Section):
     act_threshold: float = Field(0.99, gt=0, lt=1)
 
     tie_embeddings: bool = False
-    norm_eps: float = Field(1e-6, gt=0)
-    embedding_std: float = Field(0.02, gt=0)
-    init_std: float | None = Field(None, gt=0, description="null = sqrt(2 / (5 dim)).")
+    norm_eps: float = Field(1e-6, gt=0, le=1)
+    embedding_std: float = Field(0.02, gt=0, le=RATE)
+    init_std: float | None = Field(None, gt=0, le=RATE, description="null = sqrt(2 / (5 dim)).")
 
     @property
     def resolved_init_std(self) -> float:
@@ -150,17 +175,17 @@ class ParallelConfig(Section):
     activation_checkpointing: Literal["none", "loop"] = "loop"
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_params: Literal["none", "cpu"] = "none"
-    timeout_s: int = Field(1800, ge=10, description="Seconds a collective may wait before the run fails.")
+    timeout_s: int = Field(1800, ge=10, le=SECONDS, description="Seconds a collective may wait before the run fails.")
 
 
 class TrainingConfig(Section):
     """Length, batch, optimizer and depth of training."""
 
-    seq_len: int = Field(ge=2)
-    micro_batch_size: int = Field(ge=1, description="Sequences per process and micro-batch.")
-    global_batch_size: int = Field(ge=1, description="Sequences per optimizer step over all processes.")
-    max_steps: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
+    seq_len: int = Field(ge=2, le=TOKENS)
+    micro_batch_size: int = Field(ge=1, le=IDS, description="Sequences per process and micro-batch.")
+    global_batch_size: int = Field(ge=1, le=IDS, description="Sequences per optimizer step over all processes.")
+    max_steps: int | None = Field(None, ge=1, le=STEPS)
+    max_tokens: int | None = Field(None, ge=1, le=10**18)
     seed: int = Field(0, ge=0, le=2**31)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     init_from: str | None = Field(
@@ -174,30 +199,34 @@ class TrainingConfig(Section):
     )
 
     optimizer: Literal["adamw", "sgd", "muon"] = "adamw"
-    lr: float = Field(gt=0, description="Peak learning rate at width lr_reference_dim.")
-    lr_reference_dim: int = Field(128, ge=1, description="Matrices train at lr * lr_reference_dim / dim.")
+    lr: float = Field(gt=0, le=RATE, description="Peak learning rate at width lr_reference_dim.")
+    lr_reference_dim: int = Field(128, ge=1, le=WIDTH, description="Matrices train at lr * lr_reference_dim / dim.")
     injection_lr: float | None = Field(
         None,
         gt=0,
+        le=RATE,
         description="Peak learning rate of the injection (A, dt, B) and of the loop embedding, at any width; "
         "null = lr.",
     )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    eps: float = Field(1e-8, gt=0, le=RATE)
+    weight_decay: float = Field(0.1, ge=0, le=RATE)
     muon_lr: float | None = Field(
-        None, gt=0, description="Muon only: peak learning rate of the matrices, at any width; lr is then Adam's."
+        None,
+        gt=0,
+        le=RATE,
+        description="Muon only: peak learning rate of the matrices, at any width; lr is then Adam's.",
     )
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon only.")
-    grad_clip: float = Field(1.0, ge=0, description="Global gradient norm; 0 = no clipping.")
+    grad_clip: float = Field(1.0, ge=0, le=1e30, description="Global gradient norm; 0 = no clipping.")
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=STEPS)
     decay_fraction: float = Field(0.2, ge=0, le=1, description="wsd: last part of the run in which lr falls.")
     min_lr_ratio: float = Field(0.02, ge=0, le=1)
 
     depth_distribution: Literal["lognormal_poisson", "poisson", "uniform", "fixed"] = "lognormal_poisson"
-    depth_sigma: float = Field(0.5, gt=0, description="lognormal_poisson: spread of the log rate.")
+    depth_sigma: float = Field(0.5, gt=0, le=10, description="lognormal_poisson: spread of the log rate.")
     depth_per: Literal["step", "sequence"] = Field(
         "step",
         description="What draws a loop count: a step for all its sequences, or each sequence its own; a step then runs "
@@ -206,24 +235,31 @@ class TrainingConfig(Section):
     depth_curriculum_steps: int = Field(
         0,
         ge=0,
+        le=STEPS,
         description="Steps over which the distribution's mean grows linearly from 1 to mean_recurrence; 0 = none.",
     )
-    mean_backprop_depth: int | None = Field(None, ge=1, description="Loops with gradient; null = ceil(mean/2).")
+    mean_backprop_depth: int | None = Field(
+        None, ge=1, le=LOOPS, description="Loops with gradient; null = ceil(mean/2)."
+    )
 
-    balance_loss: float = Field(1e-4, ge=0, description="Weight of the sequence-wise balance loss.")
-    z_loss: float = Field(1e-5, ge=0, description="Weight of the router z-loss.")
-    ponder_cost: float = Field(0.0, ge=0, description="Weight of the ponder cost (halting 'act').")
-    router_bias_rate: float | None = Field(None, ge=0, description="u_b; null = 1e-3 / mean_recurrence.")
+    balance_loss: float = Field(1e-4, ge=0, le=RATE, description="Weight of the sequence-wise balance loss.")
+    z_loss: float = Field(1e-5, ge=0, le=RATE, description="Weight of the router z-loss.")
+    ponder_cost: float = Field(0.0, ge=0, le=RATE, description="Weight of the ponder cost (halting 'act').")
+    router_bias_rate: float | None = Field(None, ge=0, le=RATE, description="u_b; null = 1e-3 / mean_recurrence.")
 
-    eval_interval: int = Field(500, ge=0, description="Steps between evaluations; 0 = only at the end.")
-    eval_batches: int = Field(16, ge=1, description="Global batches per evaluation and loop count.")
+    eval_interval: int = Field(500, ge=0, le=STEPS, description="Steps between evaluations; 0 = only at the end.")
+    eval_batches: int = Field(16, ge=1, le=STEPS, description="Global batches per evaluation and loop count.")
+
+
+Share = Annotated[float, Strict(), Field(le=1e9)]
+"""One of the three shares of a split; a rule says that none is negative."""
 
 
 class DatasetConfig(Section):
     """One indexed dataset of a blend."""
 
     prefix: str = Field(description="Path of the .bin/.idx pair without its ending.")
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e12)
 
 
 class DataConfig(Section):
@@ -234,7 +270,7 @@ class DataConfig(Section):
     tokenizer: str | None = Field(
         None, description="A tokenizer's file, or its folder; not needed for the built-in corpus."
     )
-    split: tuple[float, float, float] = Field(
+    split: tuple[Share, Share, Share] = Field(
         (98.0, 2.0, 0.0), strict=False, description="train, valid, test; 0 for valid = no validation."
     )
     validation: str | list[DatasetConfig] | None = Field(
@@ -244,7 +280,7 @@ class DataConfig(Section):
     )
     data_dir: str = Field("data", description="Folder for the built-in corpus and the index cache (shared storage).")
     document_mask: bool = Field(True, description="Attention and positions stay inside a document.")
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, le=1024)
 
     @property
     def own_validation(self) -> list[DatasetConfig]:
@@ -268,9 +304,11 @@ class DataConfig(Section):
 class CheckpointConfig(Section):
     """When training state is saved."""
 
-    interval: int = Field(1000, ge=0, description="Steps between saves; 0 = only at the end and on SIGTERM.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
-    keep_every: int = Field(0, ge=0, description="Checkpoints of multiples of this step stay for good; 0 = none.")
+    interval: int = Field(1000, ge=0, le=STEPS, description="Steps between saves; 0 = only at the end and on SIGTERM.")
+    keep: int = Field(2, ge=1, le=STEPS, description="Newest checkpoints that are kept.")
+    keep_every: int = Field(
+        0, ge=0, le=STEPS, description="Checkpoints of multiples of this step stay for good; 0 = none."
+    )
     asynchronous: bool = Field(
         False, description="Training waits for a copy in host memory only; the files are written beside it."
     )
@@ -279,18 +317,18 @@ class CheckpointConfig(Section):
 class MonitorConfig(Section):
     """What is logged."""
 
-    log_interval: int = Field(10, ge=1)
+    log_interval: int = Field(10, ge=1, le=STEPS)
     tensorboard: bool = True
     sample_prompts: list[str] = Field(default_factory=list, description="Continued in text at each evaluation.")
-    sample_tokens: int = Field(48, ge=1)
+    sample_tokens: int = Field(48, ge=1, le=1_000_000)
 
 
 class ClusterConfig(Section):
     """The cluster a file is laid out for. Planning and launch tools read it; ep_size must fit its nodes."""
 
     gpu: str
-    nodes: int = Field(ge=1)
-    gpus_per_node: int = Field(ge=1)
+    nodes: int = Field(ge=1, le=1_000_000)
+    gpus_per_node: int = Field(ge=1, le=1024)
 
 
 class RunConfig(Section):

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from mythos_ds.config.rules.model import head_dim, kv_heads, loop_embedding_width, nearest_divisors
+from mythos_ds.config.divisors import nearest_divisors
+from mythos_ds.config.rules.model import head_dim, kv_heads, loop_embedding_width
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.dense_source import layer_problems, model_fields, source_problems, value_of
 from mythos_ds.conversion.hf_names import LAYER_NORMS

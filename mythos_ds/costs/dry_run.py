@@ -7,10 +7,12 @@ from mythos_ds.config.schema import RunConfig, TrainingConfig
 from mythos_ds.config.starting_model import is_here
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
-from mythos_ds.costs.pipeline import predict
+from mythos_ds.costs.pipeline import computations, predict, sent_bytes, visits_of
 from mythos_ds.formatting import number_text
 
 _LABEL_WIDTH = 18
+_QUICKLY_SIMULATED = 100_000
+"""Computations of a pipeline's step that take well below a second."""
 
 
 def dry_run_report(resolved: ResolvedRun, held_out: str | None = None) -> str:
@@ -31,8 +33,8 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
     matrix_lr = training.lr * training.lr_reference_dim / model.dim
     accumulation = resolved.gradient_accumulation_steps
     pipelined = len(resolved.stages) > 1
-    layout = resolved.layout(0)
-    holders, copies = layout.expert_stage_size, len(layout.all_expert_copies[0])
+    holders = resolved.layout(0).expert_stage_size
+    copies = holders // ep_size
     what = "micro-batches" if pipelined else "accumulation"
     split = f"{training.micro_batch_size} x {holders} processes x {accumulation} {what}"
     return [
@@ -80,7 +82,9 @@ def _depth_law(training: TrainingConfig) -> str:
 def _pipeline(resolved: ResolvedRun) -> list[tuple[str, str]]:
     """One line per stage, and what the schedule costs at the mean depth."""
     mean = resolved.config.model.mean_recurrence
-    prediction = predict(resolved, mean)
+    simulated = computations(resolved, mean) <= _QUICKLY_SIMULATED
+    prediction = predict(resolved, mean) if simulated else None
+    sent = sent_bytes(visits_of(resolved, mean), resolved.gradient_accumulation_steps)
     rows = []
     for index, stage in enumerate(resolved.stages):
         layers = [
@@ -93,11 +97,13 @@ def _pipeline(resolved: ResolvedRun) -> list[tuple[str, str]]:
             if numbers
         ]
         ends = [*(["embedding"] if stage.part.embeds else []), *layers, *(["head"] if stage.part.predicts else [])]
-        ranks = _span(tuple(range(stage.first_rank, stage.first_rank + stage.size)))
-        held, sent = prediction.peak_held_bytes[index], prediction.sent_bytes[index]
+        ranks = _span((stage.first_rank, stage.first_rank + stage.size - 1)[: stage.size])
         text = f"ranks {ranks}: {', '.join(ends)}; rows per micro-batch {stage.rows}"
-        text += f"; keeps {number_text(held)}B of messages, sends {number_text(sent)}B per step"
+        held = f"keeps {number_text(prediction.peak_held_bytes[index])}B of messages, " if prediction else ""
+        text += f"; {held}sends {number_text(sent[index])}B per step"
         rows.append((f"stage {index}", text))
+    if prediction is None:
+        return [*rows, ("idle share", "not simulated: stages and loops are too many for a dry run")]
     return [*rows, ("idle share", f"{prediction.bubble:.1%} of a step at {mean} loops, by simulation")]
 
 

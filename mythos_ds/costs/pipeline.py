@@ -7,16 +7,21 @@ micro-batch: visit v of stage s is virtual stage v * n_stages + s.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal, NamedTuple
 
 from mythos_ds.config.layout import ModelChunk, is_pipelined
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import dense_layer_flops, head_flops, lora_flops, recurrent_layer_flops
-from mythos_ds.costs.schedule import Action, Order, training_order
+from mythos_ds.costs.schedule import Action, Order, ring_visits, training_order
+from mythos_ds.errors import ConfigError
 
 BACKWARD_COST = 2.0
 """A backward, in forwards (Kaplan et al. 2020, arXiv 2001.08361), without recomputation."""
+
+_EXACT_COMPUTATIONS = 50_000
+_ROUNDS = 4
+MOST_COMPUTATIONS = 5_000_000
+"""Forwards and backwards that are simulated at most: seconds."""
 
 LOOP_MESSAGE_BYTES = 4
 """The residual stream leaves a loop's layers in fp32."""
@@ -92,7 +97,7 @@ class PipelinePrediction:
 
     Attributes:
         n_loops: T.
-        n_micro_batches: M.
+        n_micro_batches: M. Of very many, `simulation` has the first rounds; all else is of all.
         bubble: idle share of all processes' time, 0..1.
         idle: that of each stage.
         peak_held: of each stage, the most (visit, micro-batch) pairs that wait for their backward.
@@ -117,19 +122,29 @@ class PipelinePrediction:
 def predict(resolved: ResolvedRun, n_loops: int) -> PipelinePrediction:
     """An optimizer step at `n_loops` loops. Messages take no time, and FLOPs cost alike wherever they arise.
 
-    Raises ValueError for a run without pipeline, or a loop count below 1.
+    Raises ValueError for a run without pipeline, or a loop count below 1, and ConfigError where stages and visits are
+    too many to be simulated.
     """
     if not is_pipelined(resolved.config.parallel):
         raise ValueError("parallel.pp_size: given 1, which is no pipeline")
     if n_loops < 1:
         raise ValueError(f"n_loops: given {n_loops}; allowed: at least 1")
     visits, micro_batches = visits_of(resolved, n_loops), resolved.gradient_accumulation_steps
-    simulation = simulate(training_order(len(visits), len(visits[0]), micro_batches), visits)
+    few = simulated_micro_batches(resolved, n_loops)
+    work = computations(resolved, n_loops)
+    if work > MOST_COMPUTATIONS:
+        raise ConfigError(
+            f"parallel.pp_size: {len(visits)} stages and {len(visits[0])} visits to each are {work:,} computations, "
+            f"more than are simulated; allowed: {MOST_COMPUTATIONS:,}"
+        )
+    simulation = simulate(training_order(len(visits), len(visits[0]), few), visits)
+    idle = simulation.idle if few == micro_batches else _idle_of(simulation, visits, few, micro_batches)
+    sizes = [stage.size for stage in resolved.stages]
     return PipelinePrediction(
         n_loops=n_loops,
         n_micro_batches=micro_batches,
-        bubble=simulation.bubble([stage.size for stage in resolved.stages]),
-        idle=simulation.idle,
+        bubble=sum(size * share for size, share in zip(sizes, idle, strict=True)) / sum(sizes),
+        idle=idle,
         peak_held=simulation.peak_held,
         peak_held_bytes=simulation.peak_held_bytes,
         sent_bytes=sent_bytes(visits, micro_batches),
@@ -138,28 +153,62 @@ def predict(resolved: ResolvedRun, n_loops: int) -> PipelinePrediction:
     )
 
 
+def simulated_micro_batches(resolved: ResolvedRun, n_loops: int) -> int:
+    """The micro-batches of a step that are simulated: all, or the first rounds of very many. From the second round on
+    each takes as long as the one before, and no stage holds more; a test holds that."""
+    micro_batches, n_stages = resolved.gradient_accumulation_steps, len(resolved.stages)
+    ring = isinstance(resolved.config.parallel.pp_size, int)
+    n_visits = ring_visits(n_loops) if ring else 1
+    whole = 2 * n_stages * n_visits * micro_batches
+    rounds, rest = divmod(micro_batches, n_stages)
+    if whole <= _EXACT_COMPUTATIONS or rounds <= _ROUNDS or (ring and rest):
+        return micro_batches
+    return _ROUNDS * n_stages
+
+
+def computations(resolved: ResolvedRun, n_loops: int) -> int:
+    """Forwards and backwards that `predict` simulates."""
+    n_visits = ring_visits(n_loops) if isinstance(resolved.config.parallel.pp_size, int) else 1
+    return 2 * len(resolved.stages) * n_visits * simulated_micro_batches(resolved, n_loops)
+
+
+def _idle_of(simulation: Simulation, visits: Visits, few: int, micro_batches: int) -> tuple[float, ...]:
+    """Idle shares of all micro-batches, from the simulation of the first rounds."""
+    n_stages = len(visits)
+    fewer = simulate(training_order(n_stages, len(visits[0]), few - n_stages), visits)
+    per_round = simulation.makespan - fewer.makespan
+    makespan = simulation.makespan + (micro_batches - few) / n_stages * per_round
+    return tuple(1.0 - busy / few * micro_batches / makespan for busy in simulation.busy)
+
+
 def simulate(order: Order, visits: Visits, message_time: float = 0.0) -> Simulation:
     """Runs `order`; a message arrives `message_time` after its sender is done, which does not wait for it.
 
     Raises ValueError where the orders wait for each other.
     """
-    finished: dict[tuple[int, Action], float] = {}
+    finished: dict[tuple[int, int], float] = {}
+    needs = _needs(visits)
     clocks, positions = [0.0] * len(order), [0] * len(order)
     timeline: list[list[Span]] = [[] for _ in order]
     moved = True
     while moved:
         moved = False
         for stage, actions in enumerate(order):
-            for action in islice(actions, positions[stage], None):
-                needed = _needed(stage, action, visits)
-                if needed is not None and needed not in finished:
-                    break
-                start = clocks[stage] if needed is None else max(clocks[stage], finished[needed] + message_time)
+            while positions[stage] < len(actions):
+                action = actions[positions[stage]]
+                back = action.backward
+                work, needed = needs[back][stage][action.visit]
+                start = clocks[stage]
+                if needed is not None:
+                    arrived = finished.get((needed, action.micro_batch))
+                    if arrived is None:
+                        break
+                    start = max(start, arrived + message_time)
                 visit = visits[stage][action.visit]
-                end = start + (visit.backward if action.backward else visit.forward)
-                if visit.has_gradient or not action.backward:
+                end = start + (visit.backward if back else visit.forward)
+                if visit.has_gradient or not back:
                     timeline[stage].append(Span(action, start, end))
-                clocks[stage] = finished[stage, action] = end
+                clocks[stage] = finished[work, action.micro_batch] = end
                 positions[stage] += 1
                 moved = True
     if len(finished) < sum(map(len, order)):
@@ -174,15 +223,24 @@ def simulate(order: Order, visits: Visits, message_time: float = 0.0) -> Simulat
     )
 
 
-def _needed(stage: int, action: Action, visits: Visits) -> tuple[int, Action] | None:
-    """The stage and action whose message `action` reads; None where it reads none."""
-    if not action.backward:
-        other = _before(stage, action.visit, visits)
-    elif visits[stage][action.visit].has_gradient:
-        other = _after(stage, action.visit, visits)
-    else:
-        other = None
-    return None if other is None else (other[0], action._replace(visit=other[1]))
+def _needs(visits: Visits) -> tuple[list[list[tuple[int, int | None]]], ...]:
+    """Of forwards and of backwards, by stage and visit: the number of that work, and of the work whose message it
+    reads; None where it reads none."""
+    numbers = {}
+    for stage, own in enumerate(visits):
+        for visit in range(len(own)):
+            numbers[stage, visit] = 2 * len(numbers)
+    forwards: list[list[tuple[int, int | None]]] = []
+    backwards: list[list[tuple[int, int | None]]] = []
+    for stage, own in enumerate(visits):
+        forwards.append([])
+        backwards.append([])
+        for visit, cost in enumerate(own):
+            before, after = _before(stage, visit, visits), _after(stage, visit, visits)
+            waits = after is not None and cost.has_gradient
+            forwards[-1].append((numbers[stage, visit], None if before is None else numbers[before]))
+            backwards[-1].append((numbers[stage, visit] + 1, numbers[after] + 1 if after and waits else None))
+    return forwards, backwards
 
 
 def _before(stage: int, visit: int, visits: Visits) -> tuple[int, int] | None:

@@ -41,7 +41,8 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.zeros(n_experts, hidden, dim))
         self.w2 = nn.Parameter(torch.zeros(n_experts, dim, hidden))
         self.w3 = nn.Parameter(torch.zeros(n_experts, hidden, dim))
-        for local in range(n_experts):
+        # Nothing to draw on the meta device or for weights to be loaded: planning does not count experts up.
+        for local in range(0 if self.w1.is_meta or init.seed is None else n_experts):
             init.normal_(self.w1.data[local], "w1", std, expert=first_expert + local)
             init.normal_(self.w3.data[local], "w3", std, expert=first_expert + local)
             if out_std > 0:

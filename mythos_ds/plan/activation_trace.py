@@ -7,10 +7,10 @@ gradient counts until its module's backward is over, when ZeRO-3 has averaged an
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, wraps
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -34,6 +34,9 @@ from mythos_ds.model.recurrent import RecurrentBlock
 from mythos_ds.plan.live_bytes import LiveBytes
 
 Checkpointing = Literal["none", "loop"]
+_MANY_TOKENS = 1 << 20
+_SAMPLE_TOKENS = 1 << 17
+_MANY_EXPERTS = 128
 _AUX = AuxLoss(balance=1e-4, z=1e-5, ponder=0.0, scale=1.0)
 
 
@@ -116,17 +119,51 @@ class _EvenMoE(MoE):
 
     def _compute(self, experts: Experts, rows: Tensor) -> Tensor:
         n = experts.w1.shape[0]
+        w1, w2, w3 = experts.w1, experts.w2, experts.w3
         if self.fused and rows.dtype == torch.bfloat16:
             counts = torch.empty(n, dtype=torch.int64, device=rows.device)
-            return grouped_swiglu(rows, counts, experts.w1, experts.w2, experts.w3)
+            return grouped_swiglu(rows, counts, w1, w2, w3)
+        if n > _MANY_EXPERTS:  # what is kept of all rows does not depend on how many share them
+            n = _MANY_EXPERTS
+            w1, w2, w3 = w1[:n], w2[:n], w3[:n]
         sizes = [rows.shape[0] // n + (i < rows.shape[0] % n) for i in range(n)]
-        return looped_swiglu(rows, sizes, experts.w1, experts.w2, experts.w3)
+        return looped_swiglu(rows, sizes, w1, w2, w3)
+
+
+def _line(measure: Callable[..., int]) -> Callable[..., int]:
+    """What `measure` says of a workload; of very many tokens along the line through two of fewer, as every kernel goes
+    through them in pieces."""
+
+    @cache
+    @wraps(measure)
+    def measured(load: Workload, *arguments: Any) -> int:
+        samples = _samples(load)
+        if samples is None:
+            return measure(load, *arguments)
+        few, more = (measure(sample, *arguments) for sample in samples)
+        return _extended(few, more, load)
+
+    return measured
+
+
+def _samples(load: Workload) -> tuple[Workload, Workload] | None:
+    """Two workloads of fewer tokens, the second of twice the first's; None where the workload itself has few."""
+    if load.rows * load.seq_len <= _MANY_TOKENS:
+        return None
+    return replace(load, rows=1, seq_len=_SAMPLE_TOKENS), replace(load, rows=1, seq_len=2 * _SAMPLE_TOKENS)
+
+
+def _extended(few: int, more: int, load: Workload) -> int:
+    return few + (more - few) * (load.rows * load.seq_len - _SAMPLE_TOKENS) // _SAMPLE_TOKENS
 
 
 @cache
 def trace(load: Workload) -> Trace:
     """Forward and backward of a micro-batch. Long loops are not run: from the third on, each adds what the one before
-    did."""
+    did; nor are very many tokens: memory grows with them evenly."""
+    if (samples := _samples(load)) is not None:
+        few, more = map(trace, samples)
+        return Trace(_extended(few.peak, more.peak, load), _extended(few.without_weights, more.without_weights, load))
     if load.grad_loops <= 3:
         return _run(load, load.grad_loops)
     two, three = _run(load, 2), _run(load, 3)
@@ -137,7 +174,7 @@ def trace(load: Workload) -> Trace:
     )
 
 
-@cache
+@_line
 def dense_layer_bytes(load: Workload) -> int:
     """What one prelude or coda layer keeps of a micro-batch until its backward."""
     model, context, x = _piece(load, ModelChunk((0,), (), (), embeds=False, loops=False, predicts=False), load.dtype)
@@ -148,7 +185,7 @@ def dense_layer_bytes(load: Workload) -> int:
         return live.now if kept.requires_grad else 0
 
 
-@cache
+@_line
 def visit_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     """The most that the forward and backward of some looped layers, once, hold on a pipeline stage; recomputed where
     the workload says so."""
@@ -170,7 +207,7 @@ def visit_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     return live.peak
 
 
-@cache
+@_line
 def loops_bytes(load: Workload, layers: tuple[int, ...], waiting: int) -> int:
     """The most that a stage holds which runs all loops of a micro-batch at once, while `waiting` micro-batches wait for
     their backward."""
@@ -185,7 +222,7 @@ def loops_bytes(load: Workload, layers: tuple[int, ...], waiting: int) -> int:
     return (waiting - 1) * kept + live.peak
 
 
-@cache
+@_line
 def coda_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     """The most that the coda's layers, the head and the loss hold of a micro-batch, the head's gradient included."""
     model, context, x = _piece(load, ModelChunk((), (), layers, embeds=False, loops=False, predicts=True), load.dtype)

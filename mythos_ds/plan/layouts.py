@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import gcd
 from typing import Any
 
+from mythos_ds.config.divisors import divisors
 from mythos_ds.config.resolve import ResolvedRun, resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.errors import ConfigError
@@ -106,7 +108,7 @@ def candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[dict[str, Any
     model, rows = config.model, config.training.micro_batch_size
     for stages in (p for p in (1, 2, _MOST_STAGES) if model.recurrent_layers % p == 0 and gpus % p == 0):
         per_stage = gpus // stages
-        sizes = [n for n in range(1, per_stage + 1) if per_stage % n == 0 and model.n_experts % n == 0]
+        sizes = divisors(gcd(per_stage, model.n_experts))
         aware = [n for n in sizes if gpu.gpus_per_node % n == 0 or n % gpu.gpus_per_node == 0]
         for ep_size in aware:
             for micro_batch, kept in product(sorted({max(1, rows // 2), rows, 2 * rows}), ("loop", "none")):

@@ -135,12 +135,18 @@ def memory(resolved: ResolvedRun, *, on_gpu: bool = True) -> Memory:
 
     on_gpu: with the device's context, an allowance for the allocator, and the kernels that a GPU uses.
     """
-    stages = [stage_memory(resolved, index, on_gpu) for index in range(len(resolved.stages))]
+    expected = mean_step(resolved)
+    stages = [stage_memory(resolved, index, on_gpu, expected) for index in range(len(resolved.stages))]
     return max(stages, key=lambda found: found.total)
 
 
-def stage_memory(resolved: ResolvedRun, index: int, on_gpu: bool) -> Memory:
-    """The memory of a process of one pipeline stage."""
+def mean_step(resolved: ResolvedRun) -> PipelinePrediction | None:
+    """A step at the mean loop count; None without pipeline. Raises ConfigError where it is too long to be simulated."""
+    return predict(resolved, resolved.config.model.mean_recurrence) if len(resolved.stages) > 1 else None
+
+
+def stage_memory(resolved: ResolvedRun, index: int, on_gpu: bool, expected: PipelinePrediction | None) -> Memory:
+    """The memory of a process of one pipeline stage, of a step as `expected`; None without pipeline."""
     kept, parallel = states(resolved, index), resolved.config.parallel
     in_host = 0 if parallel.offload_params == "cpu" else kept.weights
     items = [Item("weights", in_host, "this process's part, in the training type")]
@@ -152,8 +158,7 @@ def stage_memory(resolved: ResolvedRun, index: int, on_gpu: bool) -> Memory:
             Item("gradients", kept.gradients, "fp32 sum of this process's part"),
         ]
     bucket = Item("reduce bucket", reduce_bucket_bytes(resolved), "deepspeed.zero_optimization.reduce_bucket_size")
-    pipelined = len(resolved.stages) > 1
-    moving = _pipeline_items(resolved, index, on_gpu) if pipelined else _step_items(resolved, on_gpu)
+    moving = _step_items(resolved, on_gpu) if expected is None else _pipeline_items(resolved, index, on_gpu, expected)
     update = _update_items(resolved, index, offloaded)
     # The update comes after the backward: the larger of the two counts.
     items += max([bucket, *moving], update, key=lambda chosen: sum(item.bytes for item in chosen))
@@ -191,13 +196,12 @@ def saved_state_bytes(load: Workload) -> int:
     return load.grad_loops * load.rows * load.seq_len * load.model.dim * 4
 
 
-def _pipeline_items(resolved: ResolvedRun, index: int, on_gpu: bool) -> list[Item]:
+def _pipeline_items(resolved: ResolvedRun, index: int, on_gpu: bool, expected: PipelinePrediction) -> list[Item]:
     """A stage of a pipeline holds its weights, and their gradients in fp32, during the step."""
     stage, config = resolved.stages[index], resolved.config
     ep_size = resolved.layout(stage.first_rank).ep_size
     shapes = parameter_shapes(config.model, stage.part)
     whole_elements = sum(prod(shape) // (ep_size if is_expert(name) else 1) for name, shape in shapes)
-    expected = predict(resolved, config.model.mean_recurrence)
     messages = expected.peak_held_bytes[index]
     load = workload(resolved, index, fused=on_gpu)
     visit = visit_bytes(load, stage.part.recurrent) if stage.part.recurrent else 0

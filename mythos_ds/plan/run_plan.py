@@ -1,16 +1,16 @@
 """The plan of one configuration on given machines: its numbers, and the same for people."""
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
 from mythos_ds.config.rules.check import steps_of
 from mythos_ds.config.schema import RunConfig
-from mythos_ds.errors import ConfigError
-from mythos_ds.hardware import GPUS, Gpu, read_gpu
+from mythos_ds.hardware import Gpu
 from mythos_ds.plan.layouts import Layout, examine, first_remedy
+from mythos_ds.plan.machine import machine
 from mythos_ds.plan.report import as_numbers, print_plan
 
 _WIDTH = 120
@@ -49,21 +49,6 @@ def plan_config(
     count, kind = machine(config, gpus, gpu)
     numbers, _ = plan_numbers(examine(config, count, kind, {}), config, count, kind, tokens, [])
     return RunPlan(name, numbers)
-
-
-def machine(config: RunConfig, gpus: int | None, gpu: str | None) -> tuple[int, Gpu]:
-    """Number and kind of GPUs. Raises ConfigError where neither the arguments nor the configuration say."""
-    cluster = config.cluster
-    kind = cluster.gpu if gpu is None and cluster is not None else gpu
-    count = cluster.nodes * cluster.gpus_per_node if gpus is None and cluster is not None else gpus
-    if count is None or kind is None:
-        raise ConfigError("--gpus and --gpu: not given, and the configuration names no cluster")
-    if count < 1:
-        raise ConfigError(f"--gpus: given {count}; allowed: 1 or more; nearest: 1")
-    found = read_gpu(kind)
-    if cluster is not None and found.name in GPUS:
-        found = replace(found, gpus_per_node=cluster.gpus_per_node)
-    return count, found
 
 
 def tokens_of(config: RunConfig) -> int:

@@ -5,7 +5,7 @@ from math import prod
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import training_depth_pmf
-from mythos_ds.costs.pipeline import predict
+from mythos_ds.costs.pipeline import sent_bytes, visits_of
 from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.plan.memory import parameter_shapes
 
@@ -111,7 +111,7 @@ def traffic(
     if pipelined:
         gather, gather_experts = size * (shared + small), size * experts
         reduce, reduce_experts = 4 * reduced, 4 * reduced_experts
-        ring = float(predict(resolved, round(n_loops)).sent_bytes[index])
+        ring = float(sent_bytes(visits_of(resolved, round(n_loops)), micro_batches)[index])
     else:
         gather, gather_experts = size * (2 * micro_batches * shared + small), 2 * size * micro_batches * experts
         reduce, reduce_experts = size * micro_batches * reduced, size * micro_batches * reduced_experts

@@ -4,10 +4,11 @@ import os
 import signal
 import sys
 import time
-import traceback
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from mythos_ds import guard
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError, RankError, ReportedElsewhere
 
@@ -34,17 +35,18 @@ def fail(error: MythosError, environment: ProcessEnvironment | None) -> int:
     return USER_ERROR_EXIT_CODE
 
 
-def abort() -> NoReturn:
-    """Print the exception being handled and end this process at once, with exit code 1.
+def abort(error: Exception, rank: int, folder: Path) -> NoReturn:
+    """Tell an exception of this rank and end its process at once: with exit code 2 for what the user can mend, else
+    with 1, and the traceback in a file in the run's `folder`.
 
     The other ranks wait in a collective, and closing the process groups would wait for them; the launcher ends them.
     """
-    traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(1)
+    message = guard.user_message(error)
+    _report(guard.fault(error, folder) if message is None else message, rank)
+    os._exit(guard.FAULT_EXIT_CODE if message is None else USER_ERROR_EXIT_CODE)
 
 
-def _report(error: MythosError, rank: int) -> None:
+def _report(error: MythosError | str, rank: int) -> None:
     where = f" (rank {rank})" if rank else ""
     sys.stderr.write(f"error{where}: {error}\n")
     sys.stderr.flush()

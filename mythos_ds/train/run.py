@@ -79,8 +79,8 @@ def train(
         except MythosError:
             groups.close()
             raise
-        except Exception:
-            abort()
+        except Exception as error:
+            abort(error, groups.rank, request.run_dir)
         groups.close()
         return summary
 

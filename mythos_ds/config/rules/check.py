@@ -4,13 +4,15 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mythos_ds.config import deepspeed_section
-from mythos_ds.config.depth_distribution import depth_pmf, tail_probability
+from mythos_ds.config import deepspeed_section, deepspeed_values
+from mythos_ds.config.depth_distribution import deep_shares, depth_pmf
+from mythos_ds.config.divisors import divisors, nearest_divisors
 from mythos_ds.config.error_messages import Problem
 from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.rules import model as model_rules
 from mythos_ds.config.rules import pipeline as pipeline_rules
 from mythos_ds.config.schema import (
+    PROCESSES,
     DataConfig,
     ModelConfig,
     ParallelConfig,
@@ -46,7 +48,8 @@ def check(config: RunConfig) -> list[Problem]:
     """(key path, message) of every broken rule that does not depend on the number of processes."""
     problems = [(rule.key, message) for rule in RULES if (message := rule.broken(config)) is not None]
     problems += pipeline_rules.gathering_keys(config)
-    return _first_of_each_key(problems) + deepspeed_section.check(config.deepspeed)
+    own = deepspeed_section.check(config.deepspeed) + deepspeed_values.check(config.deepspeed)
+    return _first_of_each_key(problems + own + deepspeed_values.check_together(config))
 
 
 def check_partial(config: RunConfig) -> list[Problem]:
@@ -58,7 +61,9 @@ def check_partial(config: RunConfig) -> list[Problem]:
             problems += [(rule.key, message)] if message is not None else []
     with contextlib.suppress(AttributeError):
         problems += pipeline_rules.gathering_keys(config)
-    return _first_of_each_key(problems) + deepspeed_section.check(config.deepspeed)
+        problems += deepspeed_values.check_together(config)
+    own = deepspeed_section.check(config.deepspeed) + deepspeed_values.check(config.deepspeed)
+    return _first_of_each_key(problems + own)
 
 
 def _first_of_each_key(problems: list[Problem]) -> list[Problem]:
@@ -74,6 +79,8 @@ def check_world(config: RunConfig, world_size: int) -> list[Problem]:
 
     The length is looked at here and not in `check`, because a proxy shortens it and its warm-up together.
     """
+    if world_size > PROCESSES:
+        return [("cluster.nodes", f"{world_size:,} processes in all; allowed: at most {PROCESSES:,}")]
     problems: list[Problem] = []
     if (message := _warmup(config.training)) is not None:
         problems.append(("training.warmup_steps", message))
@@ -105,7 +112,7 @@ def _ep_world_problem(config: RunConfig, world_size: int) -> str | None:
     ep_size = config.parallel.ep_size
     if ep_size == "auto" or ep_size < 1 or world_size % ep_size == 0:
         return None
-    nearest = model_rules.nearest_divisors(ep_size, config.model.n_experts, world_size)
+    nearest = nearest_divisors(ep_size, config.model.n_experts, world_size)
     return (
         f"{ep_size} given; allowed: divisors of the {world_size} processes and of the "
         f'{config.model.n_experts} experts; nearest: {nearest}, or "auto"'
@@ -116,7 +123,7 @@ def _ep_divides_experts(config: RunConfig) -> str | None:
     ep_size, n_experts = config.parallel.ep_size, config.model.n_experts
     if ep_size == "auto" or (ep_size >= 1 and n_experts % ep_size == 0):
         return None
-    nearest = model_rules.nearest_divisors(ep_size, n_experts)
+    nearest = nearest_divisors(ep_size, n_experts)
     return f'{ep_size} given; allowed: "auto" or a divisor of n_experts = {n_experts}; nearest: {nearest}'
 
 
@@ -128,7 +135,7 @@ def _ep_fits_nodes(config: RunConfig) -> str | None:
     gpus = cluster.gpus_per_node
     if gpus % ep_size == 0 or ep_size % gpus == 0:
         return None
-    fitting = [n for n in range(1, n_experts + 1) if n_experts % n == 0 and (gpus % n == 0 or n % gpus == 0)]
+    fitting = [n for n in divisors(n_experts) if gpus % n == 0 or n % gpus == 0]
     nearest = min(fitting, key=lambda n: abs(n - ep_size))
     return (
         f"{ep_size} given with cluster.gpus_per_node = {gpus}: some groups would hold parts of nodes; allowed: "
@@ -190,24 +197,21 @@ def _deep_loops_are_trained(config: RunConfig) -> str | None:
     model, training = config.model, config.training
     if training.depth_distribution == "fixed" or model.mean_recurrence > model.max_loops:
         return None
-    if _deep_share(config, model.max_loops) >= MINIMUM_DEEP_SHARE:
+    shares = deep_shares(
+        depth_pmf(training.depth_distribution, model.mean_recurrence, training.depth_sigma, model.max_loops)
+    )
+    if shares[-1] >= MINIMUM_DEEP_SHARE:
         return None
     nearest = next(
         loops
         for loops in range(model.max_loops - 1, 0, -1)
-        if _deep_share(config, loops) >= MINIMUM_DEEP_SHARE or loops == model.mean_recurrence
+        if shares[loops - 1] >= MINIMUM_DEEP_SHARE or loops == model.mean_recurrence
     )
     return (
         f"{model.max_loops} given, but with mean_recurrence = {model.mean_recurrence} only "
-        f"{_deep_share(config, model.max_loops):.2%} of the steps go beyond max_loops / 2; allowed: at least "
+        f"{shares[-1]:.2%} of the steps go beyond max_loops / 2; allowed: at least "
         f"{MINIMUM_DEEP_SHARE:.0%}; nearest: {nearest}"
     )
-
-
-def _deep_share(config: RunConfig, max_loops: int) -> float:
-    training = config.training
-    pmf = depth_pmf(training.depth_distribution, config.model.mean_recurrence, training.depth_sigma, max_loops)
-    return tail_probability(pmf, max_loops / 2)
 
 
 def _length(training: TrainingConfig) -> str | None:
@@ -255,7 +259,7 @@ def _depth_per(config: RunConfig) -> str | None:
 def _micro_batch(training: TrainingConfig) -> str | None:
     if training.global_batch_size % training.micro_batch_size == 0:
         return None
-    nearest = model_rules.nearest_divisors(training.micro_batch_size, training.global_batch_size)
+    nearest = nearest_divisors(training.micro_batch_size, training.global_batch_size)
     return (
         f"{training.micro_batch_size} given; allowed: divisors of global_batch_size = "
         f"{training.global_batch_size}; nearest: {nearest}"
@@ -388,6 +392,7 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     _model("dim", model_rules.loop_embedding_width),
+    _model("dim", model_rules.size),
     *_no_effect(("lora_target",), "model", "with lora_rank 0", lambda c: c.model.lora_rank == 0),
     *_no_effect(("act_threshold",), "model", 'with halting "none"', lambda c: c.model.halting == "none"),
     _training("max_steps", _length),

@@ -1,9 +1,11 @@
 """Rules between the settings of the model: each returns what is wrong with one key, or None."""
 
-import math
-
+from mythos_ds.config.attention_shapes import attention_matmul
+from mythos_ds.config.divisors import nearest_divisors
 from mythos_ds.config.schema import ModelConfig, RopeScaling
 
+MAX_PARAMETERS = 10**16
+"""Above it, sizes of tensors in bytes leave 64 bits once batches are multiplied in."""
 SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": ((), ()),
     "llama3": (("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
@@ -13,15 +15,6 @@ SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 """What a kind of RoPE scaling needs beside its factor, and what it may have."""
-
-
-def nearest_divisors(value: int, *numbers: int) -> str:
-    """The common divisors of `numbers` next to `value`, below and above, in words."""
-    common = math.gcd(*numbers)
-    divisors = [number for number in range(1, common + 1) if common % number == 0]
-    below = [number for number in divisors if number < value][-1:]
-    above = [number for number in divisors if number > value][:1]
-    return " or ".join(str(number) for number in below + above)
 
 
 def loop_embedding_width(model: ModelConfig) -> str | None:
@@ -142,6 +135,33 @@ def halting(model: ModelConfig) -> str | None:
     return (
         '"gate" given; allowed in training: "none", "act" or "act_openmythos" (train with "none", and the gate '
         'afterwards with: mythos-ds train-gate --model FOLDER --output FOLDER); nearest: "none"'
+    )
+
+
+def size(model: ModelConfig) -> str | None:
+    """Whether the model is of a size that torch can address, by the part that has most of it."""
+    dim, dense = model.dim, model.prelude_layers + model.coda_layers
+    mla = model.attn_type == "mla"
+    if mla and None in (model.kv_lora_rank, model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim):
+        return None
+    widths = (
+        "q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim" if mla else "n_kv_heads, head_dim"
+    )
+    shared = 3 * dim * model.n_shared_experts * model.resolved_shared_dim
+    parts = {
+        "vocab_size": model.vocab_size * dim,
+        f"n_heads, {widths}": (dense + model.recurrent_layers) * attention_matmul(model),
+        "ffn_dim": dense * 3 * dim * model.ffn_dim,
+        "n_experts, expert_dim": routed_parameters(model),
+        "n_shared_experts, shared_expert_dim": model.recurrent_layers * shared,
+        "lora_rank": model.lora_rank * (2 * dim + model.max_loops),
+    }
+    total, largest = sum(parts.values()), max(parts, key=lambda name: parts[name])
+    if total <= MAX_PARAMETERS:
+        return None
+    return (
+        f"{dim} given, a model of {total:.1e} parameters, most of them by {largest}; allowed: at most "
+        f"{MAX_PARAMETERS:.0e} parameters"
     )
 
 

@@ -2,9 +2,9 @@
 
 import math
 
+from mythos_ds.config.divisors import nearest_divisors
 from mythos_ds.config.error_messages import Problem
 from mythos_ds.config.layout import expert_stage_size, is_pipelined, rows_per_micro_batch, stage_sizes
-from mythos_ds.config.rules.model import nearest_divisors
 from mythos_ds.config.schema import RunConfig
 
 LITERAL_STAGES = 3
@@ -184,8 +184,14 @@ def node_problem(config: RunConfig, world_size: int) -> Problem | None:
 def _nearest_stages(given: list[int], world_size: int) -> list[int]:
     """Three stages of `world_size` (>= 3) processes: the recurrent one gives or takes, then the larger other one."""
     first, last = (min(size, world_size) for size in (given[0], given[2]))
-    while first + last >= world_size:
-        first, last = (first - 1, last) if first >= last else (first, last - 1)
+    excess = max(0, first + last - world_size + 1)
+    level = min(excess, abs(first - last))  # the larger one gives until both are equal, then they take turns
+    turns = excess - level
+    if first >= last:
+        first -= level
+    else:
+        last -= level
+    first, last = first - (turns + 1) // 2, last - turns // 2
     return [first, world_size - first - last, last]
 
 

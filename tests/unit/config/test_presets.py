@@ -2,7 +2,7 @@
 
 import pytest
 
-from mythos_ds.config.depth_distribution import tail_probability
+from mythos_ds.config.depth_distribution import deep_shares
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.schema import RopeScaling
@@ -62,7 +62,7 @@ def test_limits(name):
     )
     assert total < 10e9 or model.n_experts % 64 == 0
     assert total < 100e9 or model.n_experts & (model.n_experts - 1) == 0
-    assert tail_probability(training_depth_pmf(config), max_loops / 2) >= 0.01
+    assert deep_shares(training_depth_pmf(config))[max_loops - 1] >= 0.01
 
 
 def test_tiny_trains_the_whole_architecture():
@@ -73,7 +73,7 @@ def test_tiny_trains_the_whole_architecture():
     assert model.expert_dim <= model.dim / 2
     assert model.n_shared_experts > 0
     assert (config.parallel.ep_size, config.parallel.zero_stage, config.data.corpus) == ("auto", 3, "builtin")
-    assert tail_probability(training_depth_pmf(config), model.max_loops / 2) >= 0.01
+    assert deep_shares(training_depth_pmf(config))[-1] >= 0.01
 
 
 @pytest.mark.parametrize("name", ["tiny", *LIMITS])

@@ -2,12 +2,14 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve
 from mythos_ds.costs import pipeline
+from mythos_ds.costs.dry_run import dry_run_report
 from mythos_ds.costs.flops import flops_per_token
 from mythos_ds.costs.pipeline import (
     VisitCost,
@@ -18,7 +20,10 @@ from mythos_ds.costs.pipeline import (
     visits_of,
 )
 from mythos_ds.costs.schedule import Action, backward, forward, interleaved_order, one_forward_one_backward_order
+from mythos_ds.errors import ConfigError
 from tests.helpers.mains import load_main
+
+PERSISTENCE = ["deepspeed.zero_optimization.stage3_param_persistence_threshold=null"]
 
 
 def spread(layers: float, n_stages: int, n_loops: int, once: float) -> Visits:
@@ -93,7 +98,7 @@ def run(pp_size: str, world_size: int, *overrides: str) -> ResolvedRun:
     """A run of `tiny` with 4 recurrent layers and 3 + 2 others."""
     settings = ["model.recurrent_layers=4", "model.prelude_layers=3", "model.coda_layers=2"]
     settings += [f"parallel.pp_size={pp_size}", *overrides]
-    settings += ["deepspeed.zero_optimization.stage3_param_persistence_threshold=null"]
+    settings += PERSISTENCE
     return resolve(load_config("tiny.json", settings).config, world_size)
 
 
@@ -210,21 +215,54 @@ def test_what_cannot_be_predicted() -> None:
         predict(run("2", 4, *BATCH), 0)
 
 
-def test_the_simulation_looks_at_an_action_at_most_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_simulation_looks_at_an_action_at_most_twice() -> None:
     """Else the planner, which simulates every layout it compares, would not end in time."""
     looks = 0
 
-    def counted(stage: int, action: Action, visits: Visits) -> tuple[int, Action] | None:
-        nonlocal looks
-        looks += 1
-        return needed(stage, action, visits)
+    class Counted(tuple[Action, ...]):
+        def __getitem__(self, place: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return super().__getitem__(place)
 
-    needed = pipeline._needed
-    monkeypatch.setattr(pipeline, "_needed", counted)
     order = interleaved_order(8, 66, 16)
-    simulate(order, spread(8, 8, 64, 6))
+    simulate(tuple(map(Counted, order)), spread(8, 8, 64, 6))
     actions = sum(map(len, order))
     assert actions <= looks <= 2 * actions, looks / actions
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "batch"),
+    [
+        (["model.recurrent_layers=4", "parallel.pp_size=2"], 4, 2 * 2 * 80),
+        (["model.recurrent_layers=4", "parallel.pp_size=4", "parallel.activation_checkpointing=none"], 4, 4 * 30),
+        (["parallel.pp_size=[1,2,1]"], 4, 2 * 60),
+    ],
+)
+def test_the_first_rounds_tell_of_very_many(
+    settings: list[str], world_size: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is simulated of few rounds is what the whole simulation says."""
+    settings = [*settings, "training.micro_batch_size=1", f"training.global_batch_size={batch}", *PERSISTENCE]
+    resolved = resolve(load_config("tiny", settings).config, world_size)
+    whole = pipeline.predict(resolved, 3)
+    assert len(whole.simulation.timeline[0]) > 50
+    monkeypatch.setattr(pipeline, "_EXACT_COMPUTATIONS", 10)
+    few = pipeline.predict(resolved, 3)
+    assert len(few.simulation.timeline[0]) < len(whole.simulation.timeline[0]) / 2
+    assert few.idle == pytest.approx(whole.idle)
+    assert few.bubble == pytest.approx(whole.bubble)
+    assert (few.n_micro_batches, few.sent_bytes) == (whole.n_micro_batches, whole.sent_bytes)
+    assert (few.peak_held, few.peak_held_bytes) == (whole.peak_held, whole.peak_held_bytes)
+
+
+def test_stages_too_many_to_simulate_are_refused() -> None:
+    settings = ["model.recurrent_layers=10000", "parallel.pp_size=10000", "training.micro_batch_size=1"]
+    settings += ["training.global_batch_size=2000000000", *PERSISTENCE]
+    resolved = resolve(load_config("tiny", settings).config, 10_000)
+    with pytest.raises(ConfigError, match="more than are simulated; allowed: 5,000,000"):
+        pipeline.predict(resolved, 4)
+    assert "not simulated" in dry_run_report(resolved)
 
 
 def load_tool():

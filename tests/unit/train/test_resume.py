@@ -46,7 +46,9 @@ def made_run(root, manifest, step, *, older=False):
     tag = run.checkpoints / files.tag_name(step)
     tag.mkdir(parents=True)
     config = _resolved(f"training.max_steps={manifest.total_steps}").config.model_dump(mode="json")
-    state = asdict(TrainingState(step, step, 1.0, {"ep_size": 1}, config, manifest.starting_weights, manifest.as_dict()))
+    state = asdict(
+        TrainingState(step, step, 1.0, {"ep_size": 1}, config, manifest.starting_weights, manifest.as_dict())
+    )
     if older:
         del state["run"]
     (tag / files.STATE).write_text(json.dumps(state))
