@@ -25,7 +25,7 @@ from mythos_ds.config.schema import PROCESSES
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.guard import DEBUG, guarded, user_message
-from mythos_ds.mains import add_debug
+from mythos_ds.mains import add_debug, add_share
 from mythos_ds.resilience.failure import fail
 from mythos_ds.slurm_step import in_shell
 from mythos_ds.train.run_directory import another_layout_note, default_run_directory
@@ -50,6 +50,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the full configuration as JSON and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: processes to plan for")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+    add_share(parser)
     add_debug(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)
@@ -143,7 +144,9 @@ def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: li
         note = another_layout_note(loaded, run_dir)
         if first and note and arguments.resume == "auto" and not arguments.proxy:
             print(note, flush=True)
-    request = RunRequest(resolved, loaded.text, run_dir, arguments.resume, tuple(argv), arguments.allow_pickle)
+    request = RunRequest(
+        resolved, loaded.text, run_dir, arguments.resume, tuple(argv), arguments.allow_pickle, arguments.share
+    )
     train(request, environment, open_weights=opener(resolved, arguments.allow_pickle))
 
 

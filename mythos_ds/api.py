@@ -267,6 +267,7 @@ def pretrain(
     overrides: Sequence[str] = (),
     resume: str | Path = "auto",
     callbacks: "Sequence[Callback]" = (),
+    share: bool = False,
 ) -> Path:
     """Train in this process, alone or as one of a launcher's; the run's directory.
 
@@ -278,6 +279,7 @@ def pretrain(
         run_dir: needed for one made in Python; the same default as on the command line for others.
         resume: "auto" goes on from the directory's newest checkpoint, "never" refuses one, a path goes on from there.
         callbacks: called on every rank, in this order; `mythos_ds/train/callbacks.py` says when.
+        share: the run's files are for all whom the umask lets read them, not for the owner's group at most.
 
     Raises:
         MythosError: for what a user can mend. Another error ends the process, as other ranks would wait for it.
@@ -294,7 +296,7 @@ def pretrain(
     folder = default_run_directory(loaded) if run_dir is None else Path(run_dir)
     from mythos_ds.train.run import RunRequest, train
 
-    request = RunRequest(resolved, loaded.text, folder, str(resume), ("mythos_ds.pretrain",))
+    request = RunRequest(resolved, loaded.text, folder, str(resume), ("mythos_ds.pretrain",), share=share)
     from mythos_ds.conversion.starting_weights import open_starting_weights
 
     train(request, environment, open_weights=open_starting_weights, callbacks=callbacks)

@@ -25,6 +25,7 @@ BROKEN_PIPE_EXIT_CODE = 128 + signal.SIGPIPE
 DEBUG = "MYTHOS_DEBUG"
 """Environment variable that `--debug` sets, so that the processes of a run know it too."""
 _PACKAGES = ("mythos_ds", "torch", "deepspeed", "megatron-core", "transformers", "numpy", "pydantic")
+_OTHERS = 0o027
 _NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "out of memory", "Cannot allocate memory")
 _STOPPED = "stopped; what was finished is kept, nothing unfinished is published"
 _interrupted = False
@@ -87,6 +88,17 @@ def fault(error: BaseException, folder: Path | None = None) -> str:
     where = _written(text, folder)
     said = f"its traceback is in {where} (--debug prints it)" if where else f"its traceback:\n{text.rstrip()}"
     return f"a fault of this program: {type(error).__name__}: {_first_line(error)}; {said}"
+
+
+@contextmanager
+def files_of_the_group(*, everyone: bool) -> Iterator[None]:
+    """New files and folders are for their owner and its group at most; where `everyone`, for whom the umask says."""
+    former = os.umask(0o077)
+    os.umask(former if everyone else former | _OTHERS)
+    try:
+        yield
+    finally:
+        os.umask(former)
 
 
 def prepare_streams() -> None:

@@ -1,5 +1,7 @@
 """What a GPU holds and moves. Peak rates are those of the makers' data sheets; what is an assumption says so."""
 
+import os
+import resource
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -95,3 +97,17 @@ def read_gpu(name: str) -> Gpu:
     if made.kernel_share > 1:
         raise ConfigError(f"--gpu: {name}: kernel_share: given {made.kernel_share}; allowed: at most 1")
     return made
+
+
+def host_memory_bytes() -> float:
+    """Memory that a process here can have at the most: of the machine, its control group, or its own limit."""
+    limits = [float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")]
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if own != resource.RLIM_INFINITY:
+        limits.append(float(own))
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(float(Path(name).read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # "max", or no such control group
+            continue
+    return min(limits)

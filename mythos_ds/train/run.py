@@ -13,10 +13,13 @@ from mythos_ds.checkpoint import manifest as files
 from mythos_ds.checkpoint.load import load_checkpoint
 from mythos_ds.checkpoint.reshard import load_weights
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.costs.start import require_room
 from mythos_ds.engine.build import Adapt, build_engine
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError, MythosError
+from mythos_ds.guard import files_of_the_group
+from mythos_ds.hardware import host_memory_bytes
 from mythos_ds.parallel.collective import on_rank_zero, together
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 from mythos_ds.resilience.failure import abort
@@ -36,7 +39,8 @@ _logger = log.get_logger(__name__)
 @dataclass(frozen=True)
 class RunRequest:
     """What a command line asks for. `resume`: "auto", "never" or a path; `source_text`: the file as it was read;
-    `allow_pickle`: execute what a checkpoint's files contain."""
+    `allow_pickle`: execute what a checkpoint's files contain; `share`: files for all whom the umask lets read them, not
+    for the owner's group at most."""
 
     resolved: ResolvedRun
     source_text: str
@@ -44,6 +48,7 @@ class RunRequest:
     resume: str
     argv: tuple[str, ...]
     allow_pickle: bool = False
+    share: bool = False
 
 
 OpenWeights = Callable[[ResolvedRun, int], StartingWeights]
@@ -73,8 +78,9 @@ def train(
     resolved = request.resolved
     # Before the signals: a process that waits for others in here is ended by SIGTERM, not asked to stop after a step.
     groups = init_parallel(environment, resolved.ep_size, resolved.stages, timeout_s=resolved.config.parallel.timeout_s)
-    with StopSignals() as stop:
+    with StopSignals() as stop, files_of_the_group(everyone=request.share):
         try:
+            together(groups, lambda: _require_room(resolved, environment, groups))
             summary = _train(request, groups, stop, open_data, open_weights, adapt, callbacks)
         except MythosError:
             groups.close()
@@ -118,6 +124,11 @@ def _train(
     if claimed is not None:
         claimed.close()
     return summary
+
+
+def _require_room(resolved: ResolvedRun, environment: ProcessEnvironment, groups: ParallelGroups) -> None:
+    on_cpu = groups.device.type == "cpu"
+    require_room(resolved, host_memory_bytes(), environment.local_world_size, on_cpu=on_cpu)
 
 
 def _opened(resolved: ResolvedRun, rank: int, open_weights: OpenWeights | None) -> StartingWeights | None:
