@@ -20,6 +20,7 @@ from mythos_ds.checkpoint.manifest import MANIFEST, STATE
 from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.layout import RankLayout
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import read_bytes
 from mythos_ds.model.parameter_roles import is_expert, is_frozen, role_of
 from mythos_ds.weights.reader import TensorSpec
 from mythos_ds.weights.safe_load import executes_pickles, safe_load
@@ -285,7 +286,7 @@ class CheckpointTensors:
         # With the manifest, two checkpoints of one name are not taken for each other when a conversion goes on.
         manifest = self.tag / MANIFEST
         own = {"tag": self.tag, "kind": self.kind, "tensors": self.tensors, "buffers": self.buffers}
-        content = manifest.read_bytes() if manifest.is_file() else None
+        content = read_bytes(manifest) if manifest.is_file() else None
         return {**own, "allow_pickle": self._reader.allow_pickle, "manifest": content}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from mythos_ds.conversion.huggingface import mythos_source
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS
 from mythos_ds.conversion.retrofit import check_dense
 from mythos_ds.errors import CheckpointError, naming
-from mythos_ds.io import copy_file, read_json
+from mythos_ds.io import copy_file, read_bytes, read_json
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.model_folder import CONFIG, TOKENIZER, read_config
 from mythos_ds.weights.reader import TensorSource, TensorSpec
@@ -59,7 +59,7 @@ class SourceModel:
         mythos = "model" in content and "format" in content
         config = content["model"] if mythos else {k: v for k, v in content.items() if k not in _NOT_CONFIGURATION}
         files = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
-        tokenizer = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else None
+        tokenizer = hashlib.sha256(b"".join(read_bytes(file) for file in files)).hexdigest() if files else None
         return cls(folder, config, tokenizer, content.get("facts", {}) if mythos else None)
 
 
