@@ -16,6 +16,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from mythos_ds.checkpoint import manifest
+from mythos_ds.checkpoint.health import content_faults
 from mythos_ds.data.verification import data_faults
 from mythos_ds.errors import CheckpointError
 from mythos_ds.mains import run_tool
@@ -71,7 +72,8 @@ def manifest_faults(tag: Path) -> list[str]:
         return [str(error)]
     faults = [f"{name}: {fault}" for name, record in sorted(records.items()) if (fault := _fault(tag / name, record))]
     extra = {str(path.relative_to(tag)) for path in manifest.data_files(tag)} - set(records)
-    return faults + [f"{name}: not in the manifest" for name in sorted(extra)]
+    faults += [f"{name}: not in the manifest" for name in sorted(extra)]
+    return faults or content_faults(tag)
 
 
 def _fault(path: Path, record: manifest.FileRecord) -> str | None:

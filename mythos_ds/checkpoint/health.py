@@ -2,10 +2,15 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from mythos_ds.checkpoint import random_state
+from mythos_ds.checkpoint.training_state import read_state
+from mythos_ds.errors import CheckpointError
 from mythos_ds.weights.reader import TensorSource
 from mythos_ds.weights.writer import row_pieces
 
@@ -47,3 +52,16 @@ def part_of(name: str) -> str:
         if mark in name and not (mark == ".experts." and ".shared_experts." in name):
             return part
     return "final norm"
+
+
+def content_faults(tag: Path) -> list[str]:
+    """What is wrong with the JSON of a checkpoint whose files are those that were written."""
+    found = []
+    checks: list[Callable[[], object]] = [partial(read_state, tag)]
+    checks += [partial(random_state.read_states, path) for path in sorted(tag.glob("random_state_rank_*.json"))]
+    for check in checks:
+        try:
+            check()
+        except CheckpointError as error:
+            found.append(str(error))
+    return found

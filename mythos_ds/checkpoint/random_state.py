@@ -32,7 +32,7 @@ class _Numpy:
 
 
 @dataclass(frozen=True)
-class _States:
+class RandomStates:
     """What `capture` gives."""
 
     python: tuple[int, tuple[int, ...], float | None]
@@ -57,10 +57,16 @@ def capture(device: torch.device) -> dict[str, Any]:
     return states
 
 
+def read_states(path: Path) -> RandomStates:
+    """What `capture` gave, of a JSON file. Raises CheckpointError for another shape."""
+    states: RandomStates = read_json(path, RandomStates)
+    return states
+
+
 def restore(path: Path, device: torch.device) -> None:
     """Set every generator to what `capture` saw, of which `path` is the JSON. Raises CheckpointError for anything
     else."""
-    states: _States = read_json(path, _States)
+    states = read_states(path)
     try:
         random.setstate(states.python)
         key = np.frombuffer(base64.b64decode(states.numpy.state.key), np.uint32)

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mythos_ds.errors import CheckpointError
-from mythos_ds.io import write_atomic, write_json
-from mythos_ds.weights.model_folder import CONFIG
+from mythos_ds.io import read_json, write_atomic, write_json
+from mythos_ds.weights.model_folder import CONFIG, read_config
 from mythos_ds.weights.writer import CHECKSUMS, FileChecksum, checksum, read_checksums
 
 
@@ -43,7 +43,18 @@ def folder_faults(folder: Path, report: Callable[[int], None] = lambda done: Non
         report(record.size)
     if CONFIG not in records and not (folder / CONFIG).is_file():
         faults.append(f"{CONFIG}: missing, the folder is not finished")
-    return faults
+    return faults or _config_faults(folder)
+
+
+def _config_faults(folder: Path) -> list[str]:
+    """What is wrong with the configuration of a mythos folder; those of others are for others to judge."""
+    try:
+        content = read_json(folder / CONFIG)
+        if isinstance(content, dict) and {"format", "model"} <= set(content):
+            read_config(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def _fault(path: Path, record: FileChecksum) -> str | None:

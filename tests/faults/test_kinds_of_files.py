@@ -15,6 +15,13 @@ from tests.faults.test_shapes import TINY, TOOLS, call
 from tests.helpers.synthetic_checkpoint import write_synthetic
 
 Capture = pytest.CaptureFixture[str]
+
+
+def _huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
 KINDS: dict[str, Callable[[Path], object]] = {
     "folder": Path.mkdir,
     "pipe": os.mkfifo,
@@ -22,7 +29,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "link to itself": lambda path: path.symlink_to(path.name),
     "endless device": lambda path: path.symlink_to("/dev/zero"),
     "empty": Path.touch,
-    "huge": lambda path: os.truncate(path if path.touch() is None else path, 1 << 40),
+    "huge": _huge,
     "zeros": lambda path: path.write_bytes(b"\0" * 4096),
 }
 LIMIT_SECONDS = 20

@@ -13,8 +13,9 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,6 +41,7 @@ KILLS = {
     "reshard": ("reshard", "reshard large"),
     "prepare": ("prepare a", "prepare b"),
 }
+Result = TypeVar("Result")
 COUNTS = {"pairs": 100, "merge": 60, "convert": 60, "reshard": 40, "prepare": 30, "train": 10}
 
 
@@ -97,7 +99,7 @@ def main(arguments: Namespace) -> int:
     return 0
 
 
-def _run(kind: str, make: Callable, arguments: Namespace) -> Iterator[tuple[int, object]]:  # type: ignore[type-arg]
+def _run(kind: str, make: Callable[[int, random.Random], Result], arguments: Namespace) -> Iterator[tuple[int, Result]]:
     count = max(1, round(COUNTS[kind] * arguments.scale))
     numbers = range(count) if arguments.number is None else [arguments.number]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -110,7 +112,7 @@ def _run(kind: str, make: Callable, arguments: Namespace) -> Iterator[tuple[int,
             progress.refresh()
 
 
-def _print(rows: list[tuple[object, ...]]) -> None:
+def _print(rows: Sequence[tuple[object, ...]]) -> None:
     table = Table(title="torture")
     for heading in ("kind", "trials", "interrupted or refused", "faults", "seconds"):
         table.add_column(heading, justify="left" if heading == "kind" else "right")

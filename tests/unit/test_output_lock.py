@@ -58,12 +58,12 @@ def take(target: Path, seconds: float = 0.0, **options: bool) -> int:
     return 0
 
 
-DEAD = {
+DEAD: dict[str, dict[str, object]] = {
     "absent process": {"pid": 2**22 + 1},
     "number used again": {"start": 1},
     "earlier boot": {"boot": "00000000-0000-0000-0000-000000000000"},
 }
-UNKNOWN = {
+UNKNOWN: dict[str, dict[str, object]] = {
     "other host": {"host": "node-17"},
     "other container": {"namespace": "pid:[1]", "pid": 2**22 + 1},
     "host of the same name": {"machine": "f" * 32, "pid": 2**22 + 1},
