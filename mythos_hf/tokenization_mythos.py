@@ -31,12 +31,14 @@ class ChatMarks:
         free = (chr(number) for number in _PRIVATE if chr(number) not in used)
         self.start, self.end = next(free), next(free)
         self._tokens = "|".join(map(re.escape, self.special)) or "(?!)"
+        self._reserved = "|".join(re.escape(each) for each in self.special if each not in self.symbols) or "(?!)"
+        self._marked = self._tokens
         self.marked = False
 
     def mark(self, given: Any) -> Any:
         """The same strings, lists and dictionaries, with special tokens between marks."""
         if isinstance(given, str):
-            marked = re.sub(self._tokens, lambda found: f"{self.start}{found[0]}{self.end}", given)
+            marked = re.sub(self._marked, lambda found: f"{self.start}{found[0]}{self.end}", given)
             self.marked = self.marked or marked != given
             return marked
         if isinstance(given, dict):
@@ -44,6 +46,17 @@ class ChatMarks:
         if isinstance(given, (list, tuple)):
             return [self.mark(value) for value in given]
         return given
+
+    def mark_but_answers(self, messages: Any) -> Any:
+        """As `mark`, but symbols in the messages of the role assistant are what the model wrote, such as `<think>`: for
+        templates that look for them there."""
+        if isinstance(messages, (list, tuple)):
+            return [self.mark_but_answers(each) for each in messages]
+        answer = isinstance(messages, dict) and messages.get("role") == "assistant"
+        self._marked = self._reserved if answer else self._tokens
+        made = self.mark(messages)
+        self._marked = self._tokens
+        return made
 
     def torn(self, rendered: str) -> bool:
         """Whether a template cut a message between a special token and its second mark: the token would count as the
@@ -174,9 +187,13 @@ class _TextIsText(PreTrainedTokenizerFast):
         if marks.marked or not tokenize:
             given = {**kwargs, "tokenize": False}
             plain = super().apply_chat_template(conversation, **beside, **given)
-            rendered = super().apply_chat_template(marked, **marked_beside, **given)
-            found = _listed(rendered)
-            if [marks.plain(text) for text in found] != _listed(plain) or any(map(marks.torn, found)):
+            for tried in (marked, marks.mark_but_answers(conversation)):
+                marked, rendered = tried, super().apply_chat_template(tried, **marked_beside, **given)
+                found = _listed(rendered)
+                kept = [marks.plain(text) for text in found] == _listed(plain) and not any(map(marks.torn, found))
+                if kept:
+                    break
+            if not kept:
                 raise ValueError("the chat template decides by special tokens inside of messages, where they are text")
             if not tokenize:
                 made = [RenderedChat(marks.plain(text), text, marks) for text in _listed(rendered)]

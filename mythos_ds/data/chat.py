@@ -1,12 +1,12 @@
 """Conversations to ids: a chat template's own special tokens are tokens, everything that people wrote is text."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
+from mythos_ds.io import read_json
 
 Message = Mapping[str, Any]
 """A turn: its "role", its "content" and what else the template reads."""
@@ -40,9 +40,13 @@ def encode_chat(
     marks = ChatMarks(tokenizer.special_tokens, messages, tools, template, symbols=written)
     known = symbols | tokenizer.special_tokens
     given = {"add_generation_prompt": add_generation_prompt, "chat_template": template}
-    rendered = _rendered(tokenizer, marks.mark(list(messages)), tools=marks.mark(tools), **given)
-    unmarked = _rendered(tokenizer, list(messages), tools=tools, **given) if marks.marked else rendered
-    if marks.plain(rendered) != unmarked or marks.torn(rendered):
+    plain = _rendered(tokenizer, list(messages), tools=tools, **given)
+    for mark in (marks.mark, marks.mark_but_answers):
+        rendered = _rendered(tokenizer, mark(list(messages)), tools=marks.mark(tools), **given)
+        kept = marks.plain(rendered) == plain and not marks.torn(rendered)
+        if kept:
+            break
+    if not kept:
         raise DataError(
             f"{tokenizer.path}: its chat template decides by special tokens inside of messages, where they are text; "
             f"allowed: messages without {', '.join(marks.special)}"
@@ -78,10 +82,7 @@ def _rendered(tokenizer: Tokenizer, messages: list[Any], **options: Any) -> str:
 
 def read_messages(path: Path) -> list[Message]:
     """A conversation from a JSON file: a list of messages, or an object with "messages". Raises DataError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from None
+    content = read_json(path, Any, DataError)
     messages = content.get("messages") if isinstance(content, dict) else content
     if not isinstance(messages, list) or not messages:
         raise DataError(f'{path}: allowed: a list of messages, such as [{{"role": "user", "content": "Hello"}}]')

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.errors import DataError
-from mythos_ds.io import copy_file, copy_folder
+from mythos_ds.io import copy_file, copy_folder, read_bytes, read_json
 
 SENTENCEPIECE, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 _MODELS = (SENTENCEPIECE, TOKENIZER_JSON, "tiktoken.model")
 _SPECIAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 _CHAT = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 _OF_SLOW_CLASSES = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+_LARGEST_ID = (1 << 31) - 2
 _CARD, _SOURCE_CARD = "README.md", "SOURCE_README.md"
 _DOCUMENTS = re.compile(r"(licen[cs]e|notice|use_policy|acceptable_use|copying)", re.IGNORECASE)
 CARD_MARK = "# A recurrent-depth mixture-of-experts model"
@@ -65,9 +66,16 @@ class Companions:
         self._model = _object(folder / "config.json", lenient=True)
         own = self.config.get("own_special_tokens")
         self._named = {**(own if isinstance(own, dict) else {}), **read["special_tokens_map.json"], **self.config}
-        self.added = {str(token): int(number) for token, number in read["added_tokens.json"].items()}
-        for number, token in (self.config.get("added_tokens_decoder") or {}).items():
-            self.added[_content(token) or ""] = int(number)
+        listed = read["added_tokens.json"]
+        self.added = {token: _id(number, folder / "added_tokens.json", token) for token, number in listed.items()}
+        decoder = self.config.get("added_tokens_decoder") or {}
+        place = folder / "tokenizer_config.json"
+        if not isinstance(decoder, dict):
+            raise DataError(
+                f"{place}: added_tokens_decoder: {type(decoder).__name__} given; allowed: ids with their tokens"
+            )
+        for number, token in decoder.items():
+            self.added[_content(token) or ""] = _id(number, place, f"added_tokens_decoder.{number}")
 
     def named(self, name: str) -> str | None:
         """The token that is named, such as "eos_token"."""
@@ -77,22 +85,26 @@ class Companions:
         """Tokens that were added to a vocabulary, tokenizer.json's too."""
         own = _object(self.folder / TOKENIZER_JSON).get("added_tokens")
         listed = [token for token in own if isinstance(token, dict)] if isinstance(own, list) else []
-        return {str(token.get("content")): int(token.get("id", -1)) for token in listed} | self.added
+        file = self.folder / TOKENIZER_JSON
+        own_ids = {str(token.get("content")): _id(token.get("id", -1), file, "added_tokens.id") for token in listed}
+        return own_ids | self.added
 
     def ends(self) -> list[int]:
         """Ids at which generation ends, as generation_config.json and config.json list them."""
-        model = self._model.get("text_config") or self._model
-        for source in (self._generation, model):
+        inner = self._model.get("text_config")
+        model = inner if inner and isinstance(inner, dict) else self._model
+        for source, name in ((self._generation, "generation_config.json"), (model, "config.json")):
             given = source.get("eos_token_id")
             if given is not None:
-                return [int(number) for number in (given if isinstance(given, list) else [given])]
+                numbers = given if isinstance(given, list) else [given]
+                return [_id(number, self.folder / name, "eos_token_id") for number in numbers]
         return []
 
     def chat_template(self) -> str | None:
         """The chat template in Jinja; None where there is none."""
         file = self.folder / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return _text(file)
         given = _object(self.folder / "chat_template.json").get("chat_template") or self.config.get("chat_template")
         if isinstance(given, list):
             given = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}.get("default")
@@ -135,12 +147,27 @@ def _object(path: Path, *, lenient: bool = False) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = read_json(path, Any, DataError)
+    except DataError:
         if lenient:  # of a model, which its own reader judges
             return {}
-        raise DataError(f"{path}: not JSON ({error})") from None
+        raise
     return content if isinstance(content, dict) else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path, DataError).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _id(given: Any, path: Path, key: str) -> int:
+    """A token's id, which may be written as text. Raises DataError for anything else."""
+    text = str(given) if isinstance(given, int | str) and not isinstance(given, bool) else ""
+    if not re.fullmatch(r"-?[0-9]{1,10}", text) or int(text) > _LARGEST_ID:
+        raise DataError(f"{path}: {key[:80]}: {str(given)[:40]!r} given; allowed: an id, up to {_LARGEST_ID}")
+    return int(text)
 
 
 def _content(token: Any) -> str | None:
@@ -153,10 +180,11 @@ def travelling(place: Path) -> Iterator[Path]:
     """Tokenizer, chat template, licences and card of a model's folder; of a tokenizer file, what decides its ids."""
     folder = place if place.is_dir() else place.parent
     names = (*_MODELS, *_OF_SLOW_CLASSES, *_SPECIAL, *_CHAT) if place.is_dir() else (place.name, *_SPECIAL, *_CHAT)
-    yield from (folder / name for name in names if (folder / name).exists())
+    found = [folder / name for name in names]
     if place.is_dir():
         documents = (_CARD, _SOURCE_CARD)
-        yield from (path for path in sorted(folder.iterdir()) if path.name in documents or _DOCUMENTS.match(path.name))
+        found += [path for path in sorted(folder.iterdir()) if path.name in documents or _DOCUMENTS.match(path.name)]
+    yield from (path for path in found if path.is_file() or path.is_dir())
 
 
 def copy_tokenizer(place: Path, output: Path) -> list[str]:

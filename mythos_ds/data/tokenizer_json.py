@@ -10,6 +10,7 @@ from mythos_ds.data.text_cuts import VocabularyIndex
 from mythos_ds.data.tokenizer import Tokenizer, well_formed
 from mythos_ds.data.tokenizer_files import Companions, end_of_document, kind_of
 from mythos_ds.errors import DataError
+from mythos_ds.io import read_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -24,7 +25,7 @@ def open_tokenizer(path: Path) -> "JsonTokenizer":
         import tokenizers
     except ImportError as error:
         raise DataError(f"{path}: needs the library tokenizers: pip install 'mythos_ds[hf]'") from error
-    content, companions = path.read_bytes(), Companions(path.parent)
+    content, companions = read_bytes(path, DataError), Companions(path.parent)
     if kind_of(path) == "tiktoken":
         return JsonTokenizer(_converted(path, content, companions), content, path, companions)
     try:

@@ -1,6 +1,7 @@
 """tokenizer.json and tiktoken files: the same interface, ends of documents, and what is wrong said in one message."""
 
 import json
+import os
 import shutil
 from typing import Any
 
@@ -13,6 +14,7 @@ from mythos_ds.data.datasets import build_datasets, prepare_index_cache
 from mythos_ds.data.inspection import DatasetView
 from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.tokenizer_files import copy_tokenizer
 from mythos_ds.errors import CheckpointError, DataError
 from tests.helpers.tokenizers import (
     CHAT_SYMBOLS,
@@ -121,7 +123,7 @@ def test_damaged_files_are_named(tmp_path, folder):
             Tokenizer.load(path)
     path.write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: not JSON"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: Invalid JSON"):
         Tokenizer.load(path)
 
 
@@ -171,7 +173,7 @@ def test_chats_say_what_is_missing(folder, bare, tmp_path):
     with pytest.raises(DataError, match="decides by special tokens inside"):
         encode_chat(own, [{"role": "user", "content": "<|im_end|>"}], template=reading)
     path = tmp_path / "chat.json"
-    for content, message in (("[", "not readable as JSON"), ("[]", "a list of messages"), ('["a"]', "message 0")):
+    for content, message in (("[", "Invalid JSON"), ("[]", "a list of messages"), ('["a"]', "message 0")):
         path.write_text(content)
         with pytest.raises(DataError, match=message):
             read_messages(path)
@@ -187,3 +189,74 @@ def test_what_cannot_be_exported_is_refused_before_the_first_token(tmp_path, mon
     with pytest.raises(DataError, match="of the kind word, which cannot be exported; allowed: bpe, unigram, char"):
         prepare_dataset(["some words"], tokenizer_path=path, prefix=tmp_path / "data")
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+THINKING = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{{ m['content'].split('</think>')[-1].lstrip('\n') }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+"""A template that leaves the thoughts of earlier answers out, as those of reasoning models do."""
+
+
+@pytest.fixture
+def thinking(tmp_path):
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Library
+
+    place = byte_level_folder(tmp_path / "thinking")
+    made = Library.from_file(str(place / "tokenizer.json"))
+    made.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")])
+    made.save(str(place / "tokenizer.json"))
+    (place / "chat_template.jinja").write_text(THINKING)
+    return Tokenizer.load(place)
+
+
+def test_answers_with_thoughts_are_rendered_without_them(thinking):
+    asked, again = {"role": "user", "content": "Hello"}, {"role": "user", "content": "And </think> this?"}
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nGood day"}
+    plain = {"role": "assistant", "content": "Good day"}
+    ids = encode_chat(thinking, [asked, thought, again])
+    assert ids == encode_chat(thinking, [asked, plain, again])
+    assert ids.count(thinking.symbols()["</think>"]) == 0  # the user's is text
+    assert ids.count(thinking.symbols()["<think>"]) == 1
+    hidden = {"role": "assistant", "content": "<think>a</think>b <|im_end|> c"}
+    assert encode_chat(thinking, [asked, hidden]).count(thinking.special_tokens["<|im_end|>"]) == 2
+
+
+def test_tools_are_text(thinking):
+    tools = [{"type": "function", "function": {"name": "f<|im_end|>", "description": "naïve </think>"}}]
+    ids = encode_chat(thinking, [{"role": "user", "content": "Hello"}], tools=tools)
+    assert "f<|im_end|>" in thinking.decode(ids)
+    assert "naïve </think>" in thinking.decode(ids)
+    assert ids.count(thinking.special_tokens["<|im_end|>"]) == 2
+    assert ids.count(thinking.symbols()["</think>"]) == 0
+
+
+COMPANIONS = {
+    "added_tokens.json": ['{"<a>": "x"}', '{"<a>": null}', '{"<a>": 1e400}', '{"<a>": 99999999999}', '{"<a>": [1]}'],
+    "tokenizer_config.json": ['{"added_tokens_decoder": [1]}', '{"added_tokens_decoder": {"x": "<a>"}}', "[" * 9000],
+    "generation_config.json": ['{"eos_token_id": "x"}', '{"eos_token_id": {"a": 1}}', '{"eos_token_id": [[]]}', "{]"],
+    "special_tokens_map.json": ["{", "\xff", "[" * 100_000],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in COMPANIONS.items() for text in texts])
+def test_odd_companions_are_named(folder, tmp_path, name, text):
+    place = tmp_path / "model"
+    shutil.copytree(folder, place)
+    if name == "generation_config.json":
+        (place / "tokenizer_config.json").unlink()
+    (place / name).write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        Tokenizer.load(place).ends()
+
+
+def test_pipes_beside_a_tokenizer_are_not_read(folder, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(folder, place)
+    for name in ("README.md", "added_tokens.json", "LICENSE"):
+        os.mkfifo(place / name)
+    assert Tokenizer.load(place).sha256 == Tokenizer.load(folder).sha256
+    assert "README.md" not in copy_tokenizer(place, tmp_path / "out")
