@@ -24,7 +24,6 @@ from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
 
 SPLITS = ("train", "valid")
-_BLOCK_TOKENS = 1 << 22
 _SURPLUS = 0.005  # extra samples of each blended dataset, megatron-core's default
 
 
@@ -38,17 +37,15 @@ class TokenWriter:
         self.dtype: type[np.generic] = indexed.DType.optimal_dtype(vocab_size)
         self._builder = indexed.IndexedDatasetBuilder(indexed.get_bin_path(self._prefix), dtype=self.dtype)
 
-    def add(self, stretches: Sequence[NDArray[Any]]) -> Iterator[bytes]:
-        """Append one document, whose token ids lie in one stretch or several; hands on the bytes that were written."""
-        length = 0
-        for stretch in stretches:
-            for start in range(0, len(stretch), _BLOCK_TOKENS):
-                content = stretch[start : start + _BLOCK_TOKENS].astype(self.dtype).tobytes()
-                self._builder.data_file.write(content)
-                yield content
-            length += len(stretch)
-        self._builder.sequence_lengths.append(length)
-        self._builder.end_document()
+    def add(self, tokens: NDArray[Any], lengths: Sequence[int]) -> bytes:
+        """Append tokens, and end documents of these lengths, the last with the last token; none where a document goes
+        on. Returns the bytes that were written."""
+        content = tokens.astype(self.dtype).tobytes()
+        self._builder.data_file.write(content)
+        ends = self._builder.document_indices
+        ends.extend(range(ends[-1] + 1, ends[-1] + 1 + len(lengths)))
+        self._builder.sequence_lengths.extend(lengths)
+        return content
 
     def close(self) -> None:
         """Write the index."""

@@ -128,7 +128,7 @@ class PartStore:
 
     def tokens(self) -> NDArray[np.int32]:
         """All that is in the file."""
-        return np.memmap(self._path, dtype=TOKEN_DTYPE, mode="r")
+        return np.asarray(np.memmap(self._path, dtype=TOKEN_DTYPE, mode="r"))
 
     def lengths(self, part: Part) -> NDArray[np.int64]:
         """Tokens of each text of a part."""

@@ -5,7 +5,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ _BATCH_DOCUMENTS = 1000
 _PART_CHARACTERS, _FEW_PARTS = 2_000_000, 64
 """Characters of each of the first parts; of those after them, so that they do not become too many, eight times more."""
 _BORDER = 64
+_BLOCK_TOKENS = 1 << 20
 _MOST_TOKENS = np.iinfo(np.int32).max  # the index counts a document's tokens in four bytes
 _TRIED_DOCUMENTS, _TRIED_CHARACTERS = 100, 2_000_000
 
@@ -292,14 +293,11 @@ def _written(
     order = np.arange(len(lengths))
     if shuffle_seed is not None:
         order = np.random.Generator(np.random.Philox(shuffle_seed)).permutation(order)
-    tokens = store.tokens()
     bin_path, idx_path, _ = dataset_files(store.folder / "data")
     writer = TokenWriter(store.folder / "data", tokenizer.vocab_size)
     digest = hashlib.sha256()
-    for number in order:
-        stretches = several.get(int(number)) or [slice(starts[number], starts[number] + lengths[number])]
-        for content in writer.add([tokens[stretch] for stretch in stretches]):
-            digest.update(content)
+    for tokens, ended in _in_order(store.tokens(), order, starts, lengths, several):
+        digest.update(writer.add(tokens, ended))
     writer.close()
     digest.update(lengths[order].tobytes())
     return DatasetInfo(
@@ -318,6 +316,33 @@ def _written(
         bad_rows=bad.count,
         bad_row_examples=tuple(bad.examples),
     )
+
+
+def _in_order(
+    tokens: NDArray[np.int32],
+    order: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    several: dict[int, list[slice]],
+) -> Iterator[tuple[NDArray[np.int32], list[int]]]:
+    """Tokens in the order of their documents, and the lengths of those that end with them: short documents together,
+    long ones in blocks."""
+    alone = lengths[order] > _BLOCK_TOKENS
+    alone |= np.isin(order, list(several))
+    places = np.cumsum(lengths[order]) // _BLOCK_TOKENS
+    borders = np.flatnonzero(alone[1:] | alone[:-1] | (np.diff(places) > 0)) + 1
+    for first, last in pairwise([0, *borders.tolist(), len(order)]):
+        numbers = order[first:last]
+        if not alone[first]:
+            sizes = lengths[numbers]
+            begins = starts[numbers] - (np.cumsum(sizes) - sizes)
+            yield tokens[np.repeat(begins, sizes) + np.arange(sizes.sum())], sizes.tolist()
+            continue
+        [number] = numbers.tolist()
+        for stretch in several.get(number) or [slice(starts[number], starts[number] + lengths[number])]:
+            for start in range(stretch.start, stretch.stop, _BLOCK_TOKENS):
+                yield tokens[start : min(start + _BLOCK_TOKENS, stretch.stop)], []
+        yield tokens[:0], [int(lengths[number])]
 
 
 def _publish(work: Path, prefix: Path, info: DatasetInfo, *, overwrite: bool) -> None:

@@ -161,6 +161,10 @@ class SentencePieceTokenizer(Tokenizer):
         """Ids of a text, without any special one. Lone surrogates, which no UTF-8 text can hold, become U+FFFD."""
         return list(self._processor.EncodeAsIds(well_formed(text)))
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, at once."""
+        return list(self._processor.EncodeAsIds([well_formed(text) for text in texts], num_threads=1))
+
     def encode_on(self, text: str) -> list[int]:
         """Ids of a text that goes on within a text: nothing is put before it."""
         from mythos_hf.tokenization_mythos import without_prefix
