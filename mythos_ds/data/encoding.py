@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mythos_ds.data.text_cuts import ids_of_piece
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
 
@@ -70,9 +71,8 @@ class Encoder:
         """Tokens of the documents that hold more than white space."""
         eos = [self.tokenizer.eos_id]
         if not batch.starts or not batch.ends:
-            encode = self.tokenizer.encode if batch.starts else self.tokenizer.encode_piece
             [text] = batch.texts
-            found = [encode(text) + (eos if batch.ends else [])]
+            found = [ids_of_piece(self.tokenizer, text, starts=batch.starts) + (eos if batch.ends else [])]
             return _encoded(found, len(text.encode("utf-8", "replace")), 0)
         full = [text for text in batch.texts if text.strip()]
         found = [ids + eos for ids in self.tokenizer.encode_all(full)]

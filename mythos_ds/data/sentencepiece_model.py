@@ -12,6 +12,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE, WORD, CHAR = range(1, 5)
 KINDS = {UNIGRAM: "unigram", BPE: "bpe", WORD: "word", CHAR: "char"}
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
+NO_PREFIX = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
+"""At the end of a model file: no space is put before a text, and none is taken away."""
 _MODEL = {"piece": 1, "trainer": 2, "normaliser": 3}
 _PIECE = {"text": 1, "score": 2, "type": 3}
 _TRAINER = {"kind": 3, "space_behind": 24, "byte_fallback": 35}

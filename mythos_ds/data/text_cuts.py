@@ -18,7 +18,6 @@ PIECE_CHARACTERS = 500_000
 MAX_WHOLE_BYTES = 6 << 20
 """What is encoded in one piece where there is no place to cut."""
 _WINDOW = 192
-_STARTS = 4
 _MOST_CHECKS = 400
 _JAMO = ((0x1100, 0x11FF), (0xA960, 0xA97F), (0xD7B0, 0xD7FF))
 
@@ -53,7 +52,9 @@ class VocabularyIndex:
         return place if place < len(self._entries) and self._entries[place].startswith(start) else None
 
 
-def in_pieces(tokenizer: "Tokenizer", blocks: Iterable[str | BadRow], where: str) -> Iterator[str | BadRow]:
+def in_pieces(
+    tokenizer: "Tokenizer", blocks: Iterable[str | BadRow], where: str, size: int | None = None
+) -> Iterator[str | BadRow]:
     """A text in pieces whose ids are those of the whole: of the first by `encode`, of the others by `encode_piece`.
 
     Ends with a BadRow where the text does, or where so much of it has no place to be cut at that encoding it would fill
@@ -61,6 +62,7 @@ def in_pieces(tokenizer: "Tokenizer", blocks: Iterable[str | BadRow], where: str
     """
     text, searched = "", 0
     cut = False
+    size = size or PIECE_CHARACTERS
     for block in blocks:
         if isinstance(block, BadRow):
             yield block
@@ -68,10 +70,10 @@ def in_pieces(tokenizer: "Tokenizer", blocks: Iterable[str | BadRow], where: str
         text += block
         if tokenizer.needs_whole_text and not cut and len(text.encode("utf-8", "replace")) <= MAX_WHOLE_BYTES:
             continue
-        while len(text) - searched > PIECE_CHARACTERS + 2 * _WINDOW:
-            place = last_cut(tokenizer, text, searched + 1, searched + PIECE_CHARACTERS)
+        while len(text) - searched > size + 2 * _WINDOW:
+            place = last_cut(tokenizer, text, searched + 1, searched + size)
             if place is None:
-                searched += PIECE_CHARACTERS
+                searched += size
                 continue
             yield text[:place]
             text, searched, cut = text[place:], 0, True
@@ -80,6 +82,17 @@ def in_pieces(tokenizer: "Tokenizer", blocks: Iterable[str | BadRow], where: str
             return
     if text or not cut:
         yield text
+
+
+def ids_of_piece(tokenizer: "Tokenizer", text: str, *, starts: bool) -> list[int]:
+    """Ids of a piece, or of a text's start, encoded in still smaller pieces where that is faster."""
+    if tokenizer.needs_whole_text or not tokenizer.fastest_characters:
+        return tokenizer.encode(text) if starts else tokenizer.encode_piece(text)
+    ids: list[int] = []
+    for number, piece in enumerate(in_pieces(tokenizer, [text], "", tokenizer.fastest_characters)):
+        assert isinstance(piece, str)  # no more than was found to be encodable at once
+        ids += tokenizer.encode(piece) if starts and not number else tokenizer.encode_piece(piece)
+    return ids
 
 
 def _uncuttable(where: str) -> BadRow:
@@ -118,7 +131,7 @@ def may_cut(tokenizer: "Tokenizer", text: str, place: int) -> bool:
     left, right = text[max(0, place - _WINDOW) : place], text[place : place + _WINDOW]
     if tokenizer.reaches_over(left, right):
         return False
-    for shift in range(_STARTS):
+    for shift in range(tokenizer.cut_checks):
         left, right = text[max(0, place - _WINDOW + shift) : place], text[place : place + _WINDOW - shift]
         if tokenizer.encode_piece(left) + tokenizer.encode_piece(right) != tokenizer.encode_piece(left + right):
             return False

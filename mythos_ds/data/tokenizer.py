@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mythos_ds.data.sentencepiece_model import BPE, CHAR, UNIGRAM, USER_DEFINED, SentencePieceModel
+from mythos_ds.data.sentencepiece_model import BPE, CHAR, NO_PREFIX, UNIGRAM, USER_DEFINED, SentencePieceModel
 from mythos_ds.data.text_cuts import VocabularyIndex
 from mythos_ds.data.tokenizer_files import Companions, kind_of, tokenizer_file
 from mythos_ds.errors import DataError
@@ -34,6 +34,8 @@ class Tokenizer(ABC):
         pad_id: id that no text encodes to; -1 where there is none.
         special_tokens: ids that only a chat template or a program writes, by name.
         companions: what the files beside it say.
+        fastest_characters: length of text from which on encoding gets slower by the character; 0 where it does not.
+        cut_checks: how many surroundings a place in a text is tried in before the text is cut there.
     """
 
     path: Path
@@ -43,6 +45,8 @@ class Tokenizer(ABC):
     pad_id: int
     special_tokens: dict[str, int]
     companions: Companions
+    fastest_characters = 0
+    cut_checks = 4
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -120,6 +124,9 @@ class SentencePieceTokenizer(Tokenizer):
     user-defined symbols are recognised.
     """
 
+    fastest_characters = 16_000
+    cut_checks = 1  # its pieces are all that decides
+
     def __init__(self, model: bytes, path: Path):
         import sentencepiece
 
@@ -167,10 +174,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_on(self, text: str) -> list[int]:
         """Ids of a text that goes on within a text: nothing is put before it."""
-        from mythos_hf.tokenization_mythos import without_prefix
-
         if self._going_on is None:
-            self._going_on = without_prefix(self._processor)
+            import sentencepiece
+
+            self._going_on = sentencepiece.SentencePieceProcessor()
+            self._going_on.LoadFromSerializedProto(self._processor.serialized_model_proto() + NO_PREFIX)
         return list(self._going_on.EncodeAsIds(well_formed(text)))
 
     def encode_piece(self, text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face's `tokenizers` library: tokenizer.json, and tiktoken files converted to it."""
 
 import base64
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from mythos_ds.io import read_bytes
 if TYPE_CHECKING:
     import tokenizers
 
+_PREPENDS_FIRST, _PREPENDS_NEVER = '"prepend_scheme":"first"', '"prepend_scheme":"never"'
 _PATTERNS = ("pattern", "pat_str")
 """Where tokenizer_config.json may give the pattern that a tiktoken file's text is cut with."""
 
@@ -87,9 +89,10 @@ class JsonTokenizer(Tokenizer):
     def encode_on(self, text: str) -> list[int]:
         """Ids of a text that goes on within a text."""
         if self._after is None:
-            from mythos_hf.tokenization_mythos import going_on
+            import tokenizers
 
-            self._after = going_on(self._made)
+            content = json.dumps(json.loads(self._made.to_str()), separators=(",", ":"))
+            self._after = tokenizers.Tokenizer.from_str(content.replace(_PREPENDS_FIRST, _PREPENDS_NEVER))
             self._after.encode_special_tokens = True
         return list(self._after.encode(well_formed(text), add_special_tokens=False).ids)
 

@@ -62,7 +62,7 @@ LINES = {
     "analysis": 1_080,
     "cluster": 1_560,
     "lab": 3_600,
-    "bench": 720,
+    "bench": 900,
     "api": 410,
     "__init__": 60,
     "__main__": 100,
