@@ -70,7 +70,12 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         name = "standard output" if error.filename is None and _is_of_stdout(error) else error.filename or "a file"
         other = f" -> {_shown(error.filename2)}" if error.filename2 else ""
-        return f"{_shown(name)}{other}: {(error.strerror or str(error)).lower()}"
+        where = ""
+        if isinstance(error, FileNotFoundError) and isinstance(error.filename, str):
+            from mythos_ds.io import where_searched
+
+            where = where_searched(error.filename)
+        return f"{_shown(name)}{other}: {(error.strerror or str(error)).lower()}{where}"
     if _is_out_of_memory(error):
         return f"out of memory ({_first_line(error)}); give it less at a time, or a machine with more"
     return None

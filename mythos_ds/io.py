@@ -169,12 +169,17 @@ def open_regular(path: Path, error: type[MythosError] = CheckpointError) -> Iter
 
 def looked_for(path: Path | str) -> str:
     """A path as it was given, and where it was looked for: for a message that it is not there."""
+    return f"{path}{where_searched(path)}"
+
+
+def where_searched(path: Path | str) -> str:
+    """ " (looked for in FOLDER)" of a relative path, the working directory; nothing of an absolute one."""
     if os.path.isabs(path):
-        return str(path)
+        return ""
     try:
-        return f"{path} (looked for in {os.getcwd()})"
+        return f" (looked for in {os.getcwd()})"
     except OSError:
-        return f"{path} (looked for in a folder that is gone)"
+        return " (looked for in a folder that is gone)"
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -19,6 +19,7 @@ from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.health import content_faults
 from mythos_ds.data.verification import data_faults
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import looked_for
 from mythos_ds.mains import run_tool
 from mythos_ds.weights.checksums import folder_faults
 from mythos_ds.weights.writer import CHECKSUMS
@@ -56,6 +57,8 @@ def verify(path: Path, *, full: bool = False) -> dict[str, list[str]]:
     if not tags and (of_data := data_faults(path, full=full)):
         return of_data
     if not tags:
+        if not path.exists():
+            raise CheckpointError(f"{looked_for(path)}: no such folder")
         raise CheckpointError(f"{path}: no checkpoint, no prepared data, and no model folder with {CHECKSUMS}")
     faults = {str(tag): manifest_faults(tag) for tag in tags}
     latest = folder / manifest.LATEST

@@ -18,6 +18,7 @@ from mythos_ds.config.schema import RunConfig
 from mythos_ds.config.secrets import is_secret, secrets, told
 from mythos_ds.config.starting_model import complete_model
 from mythos_ds.errors import ConfigError
+from mythos_ds.io import where_searched
 
 COMMENT = "_"
 SCHEMA_KEY = "$schema"
@@ -99,7 +100,9 @@ def find_config(name: str) -> Path:
                 return folder / file_name
     presets = list_presets()
     hint = did_you_mean(given.name.removesuffix(".json"), presets)
-    raise ConfigError(f"{name}: no such file and no such preset{hint}; presets: {', '.join(presets)}")
+    raise ConfigError(
+        f"{name}: no such file and no such preset{hint}{where_searched(name)}; presets: {', '.join(presets)}"
+    )
 
 
 def _is_there(name: str) -> bool:

@@ -15,7 +15,7 @@ from mythos_ds.conversion.model_target import WholeModel, check_tokenizer, write
 from mythos_ds.conversion.written_model import write_model
 from mythos_ds.data.builtin import BuiltinData
 from mythos_ds.errors import CheckpointError, naming
-from mythos_ds.io import read_json
+from mythos_ds.io import read_json, where_searched
 from mythos_ds.weights.model_folder import checked_config
 from mythos_ds.weights.reader import TensorSource
 from mythos_ds.weights.writer import MAX_FILE_BYTES
@@ -37,7 +37,8 @@ def newest_tag(path: Path) -> Path:
             return tag
         except CheckpointError as error:
             faults.append(str(error))
-    raise CheckpointError("\n".join([f"{folder}: no complete checkpoint", *faults]))
+    where = "" if folder.exists() else where_searched(folder)
+    raise CheckpointError("\n".join([f"{folder}: no complete checkpoint{where}", *faults]))
 
 
 def merged_source(tag: Path, model: ModelConfig, dtype: str) -> TensorSource:

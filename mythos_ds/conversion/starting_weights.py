@@ -25,7 +25,7 @@ from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel
 from mythos_ds.conversion.openmythos import read_openmythos
 from mythos_ds.conversion.retrofit import Cut, Retrofitted, describe, retrofit_config
 from mythos_ds.errors import CheckpointError, ConfigError
-from mythos_ds.io import read_json
+from mythos_ds.io import read_json, where_searched
 from mythos_ds.weights.built_in import model_path
 from mythos_ds.weights.checksums import require_whole
 from mythos_ds.weights.model_folder import CONFIG, read_config
@@ -157,7 +157,8 @@ def _foreign_kind(path: Path) -> str:
         raise ConfigError(f"given {path}, a file; allowed: a folder, or a file that ends in {', '.join(_ENDINGS)}")
     if not path.is_dir():
         raise ConfigError(
-            f'given {path}; no such file or folder; allowed: a model, a run, a checkpoint or "{BUILT_IN}"'
+            f"given {path}; no such file or folder{where_searched(path)}; allowed: a model, a run, a checkpoint "
+            f'or "{BUILT_IN}"'
         )
     content = read_json(path / CONFIG) if (path / CONFIG).is_file() else None
     if not isinstance(content, dict):

@@ -8,7 +8,7 @@ from mythos_ds.data.corpus import DEFAULT_BYTES, build_corpus, write_corpus
 from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.data.tokenizer import train_tokenizer
 from mythos_ds.errors import DataError
-from mythos_ds.io import published_directory
+from mythos_ds.io import looked_for, published_directory
 from mythos_ds.log import get_logger
 
 VOCABULARY = 4096
@@ -70,5 +70,5 @@ def existing_builtin(data_dir: Path) -> BuiltinData:
     data = BuiltinData.under(data_dir)
     if not data.folder.is_dir():
         command = f"mythos-ds build-corpus --data-dir {data_dir}"
-        raise DataError(f"no built-in corpus in {data_dir}; make it with: {command}")
+        raise DataError(f"no built-in corpus in {looked_for(data_dir)}; make it with: {command}")
     return data

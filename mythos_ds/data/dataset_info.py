@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mythos_ds.errors import DataError
-from mythos_ds.io import read_json, write_json
+from mythos_ds.io import read_json, where_searched, write_json
 
 FORMAT = 1
 
@@ -55,7 +55,8 @@ def read_info(prefix: Path) -> DatasetInfo:
     missing = [path.name for path in (bin_path, idx_path, info_path) if not path.is_file()]
     if missing:
         command = f"mythos-ds prepare-data INPUT --tokenizer TOKENIZER --output {prefix}"
-        raise DataError(f"no dataset at {prefix}: {', '.join(missing)} missing; make it with: {command}")
+        where = where_searched(prefix)
+        raise DataError(f"no dataset at {prefix}: {', '.join(missing)} missing{where}; make it with: {command}")
     info = _parse(info_path)
     for path, size in ((bin_path, info.bin_bytes), (idx_path, info.idx_bytes)):
         if path.stat().st_size != size:

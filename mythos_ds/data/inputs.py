@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mythos_ds.errors import DataError
+from mythos_ds.io import where_searched
 
 FileFormat = Literal["jsonl", "json", "text", "csv", "tsv", "parquet"]
 FORMATS: dict[str, FileFormat] = {
@@ -78,7 +79,7 @@ def find_inputs(inputs: Iterable[Path]) -> FoundInputs:
         if there:
             raise DataError(f"input {path} is no regular file; allowed: files and folders of files")
         hint = "; text from standard input is not read: write it to a file" if str(path) == "-" else ""
-        raise DataError(f"input {path} not found{hint}")
+        raise DataError(f"input {path} not found{where_searched(path)}{hint}")
     return found
 
 

@@ -12,7 +12,7 @@ from mythos_ds.data.sentencepiece_model import BPE, CHAR, NO_PREFIX, UNIGRAM, US
 from mythos_ds.data.text_cuts import VocabularyIndex
 from mythos_ds.data.tokenizer_files import Companions, kind_of, tokenizer_file
 from mythos_ds.errors import DataError
-from mythos_ds.io import new_file, read_bytes
+from mythos_ds.io import new_file, read_bytes, where_searched
 from mythos_ds.weights.built_in import model_path
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Tokenizer(ABC):
         path = tokenizer_file(model_path(path))
         if not path.is_file():
             command = f"mythos-ds train-tokenizer INPUT --output {path}"
-            raise DataError(f"tokenizer {path} not found; make it with: {command}")
+            raise DataError(f"tokenizer {path} not found{where_searched(path)}; make it with: {command}")
         if kind_of(path) == "sentencepiece":
             return SentencePieceTokenizer(read_bytes(path, DataError), path)
         from mythos_ds.data.tokenizer_json import open_tokenizer

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mythos_ds.config.built_in import BUILT_IN
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import where_searched
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = (".model", ".json", ".pt", ".pth", ".bin", ".safetensors")
@@ -30,7 +31,8 @@ def find_model(source: str | Path) -> Path:
     refuse_hub_name(source)
     near = f'; nearest: "{BUILT_IN}"' if place.name.lower().startswith(BUILT_IN) else ""
     raise CheckpointError(
-        f'{source}: no such folder; allowed: a model folder, a run, a checkpoint or "{BUILT_IN}"{near}'
+        f"{source}: no such folder{where_searched(source)}; allowed: a model folder, a run, a "
+        f'checkpoint or "{BUILT_IN}"{near}'
     )
 
 
@@ -40,8 +42,8 @@ def refuse_hub_name(source: str | Path) -> None:
     if not _HUB_NAME.fullmatch(name) or place.exists() or place.parent.exists() or place.suffix in _FILES:
         return
     raise CheckpointError(
-        f"{name}: no such folder; allowed: a folder. If it is a name of the Hugging Face hub, this downloads it: "
-        f"hf download {name} --local-dir {place.name}"
+        f"{name}: no such folder{where_searched(name)}; allowed: a folder. If it is a name of the Hugging Face hub, "
+        f"this downloads it: hf download {name} --local-dir {place.name}"
     )
 
 

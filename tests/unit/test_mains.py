@@ -65,7 +65,7 @@ def test_the_built_in_model_is_converted_and_inspected_by_its_name(run, tmp_path
     ("name", "arguments", "message"),
     [
         ("loop_report", ["--checkpoint", "tiny", "--openmythos-config", "x.json"], "given with a model folder"),
-        ("train_gate", ["--model", "tiny1", "--output", "x"], "tiny1: no such folder; allowed: a model folder"),
+        ("train_gate", ["--model", "tiny1", "--output", "x"], "tiny1: no such folder (looked for in "),
         ("inspect_checkpoint", ["tiny1"], 'nearest: "tiny"'),
     ],
 )

@@ -23,6 +23,7 @@ from mythos_ds.costs.params import checkpoint_disk_bytes
 from mythos_ds.data.dataset_info import read_info
 from mythos_ds.errors import DataError
 from mythos_ds.formatting import byte_text
+from mythos_ds.io import where_searched
 from mythos_ds.provenance import git_commit, package_versions
 
 HostFacts = dict[str, Any]
@@ -115,7 +116,7 @@ def _data_problems(data: DataConfig) -> list[str]:
     """What is missing or damaged of the data; a dataset's content is compared by its sidecar."""
     problems = []
     if data.tokenizer is not None and not os.access(data.tokenizer, os.R_OK):
-        problems.append(f"data.tokenizer {data.tokenizer}: not there, or not readable")
+        problems.append(f"data.tokenizer {data.tokenizer}: not there, or not readable{where_searched(data.tokenizer)}")
     for dataset in (*(data.datasets or ()), *data.own_validation):
         try:
             info = read_info(Path(dataset.prefix))
