@@ -121,12 +121,16 @@ def check_counts(arguments: argparse.Namespace, environment: ProcessEnvironment)
 def start(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: list[str]) -> int:
     """Start the processes, once it is known that they can run the configuration; the exit code. MythosError."""
     many = replace(environment, world_size=arguments.processes, local_world_size=arguments.processes)
-    plan(arguments, load_config(arguments.config, arguments.overrides), many)
+    plan(arguments, loaded_config(arguments), many)
     return run_processes([sys.executable, "-m", "mythos_ds", "pretrain", *argv], arguments.processes)
 
 
+def loaded_config(arguments: argparse.Namespace) -> LoadedConfig:
+    return load_config(arguments.config, arguments.overrides, allow_pickle=arguments.allow_pickle)
+
+
 def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: list[str]) -> None:
-    loaded = load_config(arguments.config, arguments.overrides)
+    loaded = loaded_config(arguments)
     first = environment.rank == 0
     resolved, changes = plan(arguments, loaded, environment)
     if first and changes:

@@ -69,7 +69,7 @@ def _variables(process: Path) -> dict[str, str]:
 
 def _below_interactive_shell(proc: Path) -> bool:
     """Whether a shell with a terminal and without a script stands between this process and Slurm's daemon."""
-    names = []
+    names: list[bool] = []
     for name, arguments, terminal in _ancestors(proc):
         if name == _DAEMON:
             return any(names)

@@ -39,12 +39,13 @@ class LoadedConfig:
     text: str
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_config(name: str, overrides: Sequence[str] = (), *, allow_pickle: bool = False) -> LoadedConfig:
     """Reads and checks a configuration. Imports no torch and starts nothing.
 
     Args:
         name: a path, or a preset such as `1t` or `1t.json` (looked up in ds_configs/, then in the package).
         overrides: `section.key=value`; the value is JSON, or else a string; null brings the default back.
+        allow_pickle: execute what weights hold that keep their configuration in one file with their tensors.
 
     Raises:
         ConfigError: with every problem found: file, key path, what was given, what is allowed.
@@ -53,7 +54,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> LoadedConfig:
     text = json_values.read_text(path, _shown(path))
     problems: list[str] = []
     raw = parse_json(text, _shown(path), problems)
-    return LoadedConfig(_checked(raw, overrides, path, problems), path, text)
+    return LoadedConfig(_checked(raw, overrides, path, problems, allow_pickle), path, text)
 
 
 def check_config(config: RunConfig, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -76,11 +77,13 @@ def check_raw(raw: dict[str, Any], overrides: Sequence[str], path: Path) -> Load
     return LoadedConfig(checked, path, json.dumps(raw, indent=2) + "\n")
 
 
-def _checked(raw: dict[str, Any], overrides: Sequence[str], path: Path, problems: list[str]) -> RunConfig:
+def _checked(
+    raw: dict[str, Any], overrides: Sequence[str], path: Path, problems: list[str], allow_pickle: bool = False
+) -> RunConfig:
     """The configuration of `raw` with overrides, or ConfigError with `problems` and every other one."""
     overridden = apply_overrides(raw, overrides, problems)
     unusable = json_values.unusable(raw) or secrets(raw)
-    config, found = (None, unusable) if unusable else _validated(raw)
+    config, found = (None, unusable) if unusable else _validated(raw, allow_pickle)
     problems += [f"{_source(key, path, overridden)}: {key}: {message}" for key, message in found]
     if problems or config is None:
         raise ConfigError(problems)
@@ -220,9 +223,9 @@ def _write(raw: dict[str, Any], parts: list[str], value: Any) -> bool:
     return True
 
 
-def _validated(raw: dict[str, Any]) -> tuple[RunConfig | None, list[tuple[str, str]]]:
+def _validated(raw: dict[str, Any], allow_pickle: bool = False) -> tuple[RunConfig | None, list[tuple[str, str]]]:
     """The configuration, and (key path, message) of each problem with single values and with combinations."""
-    contradictions = complete_model(raw)
+    contradictions = complete_model(raw, allow_pickle=allow_pickle)
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:

@@ -21,7 +21,7 @@ _RUN_MANIFEST, _CHECKPOINTS = "manifest.json", "checkpoints"
 _TRAINING_STATE = "training_state.json"
 
 
-def complete_model(raw: dict[str, Any]) -> list[tuple[str, str]]:
+def complete_model(raw: dict[str, Any], *, allow_pickle: bool = False) -> list[tuple[str, str]]:
     """Fill in what the model section of `raw` leaves out, from the weights that `training.init_from` names; (key path,
     message) of each setting that contradicts them. Does nothing for a run from random weights, nor where a whole model
     section is given and the weights are not here: on the machine that plans it, or once the run needs them no more."""
@@ -30,7 +30,9 @@ def complete_model(raw: dict[str, Any]) -> list[tuple[str, str]]:
     if not isinstance(source, str) or not isinstance(given, dict):
         return []
     try:
-        own = model_section(Path(source), given)
+        length = training.get("seq_len") if isinstance(training, dict) else None
+        context = length if type(length) is int and length > 0 else None
+        own = model_section(Path(source), given, context=context, allow_pickle=allow_pickle)
     except MythosError as error:
         needed = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
         if needed <= set(given) and not is_here(source):
@@ -45,16 +47,24 @@ def is_here(source: str) -> bool:
     return os.path.lexists(source) or Path(source) == Path(BUILT_IN)
 
 
-def model_section(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration, as JSON values, of the model that a run from `path` starts as. `given`: what the run's own
-    model section says, from which a dense model is cut. Raises MythosError for anything that is no model."""
+def model_section(
+    path: Path, given: Mapping[str, Any], *, context: int | None = None, allow_pickle: bool = False
+) -> dict[str, Any]:
+    """The configuration, as JSON values, of the model that a run from `path` starts as. Raises MythosError for anything
+    that is no model.
+
+    given: what the run's own model section says, from which a dense model is cut; context: the run's sequence length;
+    allow_pickle: execute what a file holds that keeps its configuration beside its tensors.
+    """
     try:
         found = _own_section(path)
     except OSError as error:  # a name that no file can have, a folder that may not be read
         raise ConfigError(f"given {path}; not readable ({error.strerror})") from None
     if found is None:
         # Other formats take torch to read; conversion stands above this package, and this is the one call upward.
-        found = importlib.import_module("mythos_ds.conversion.starting_weights").foreign_section(path, given)
+        found = importlib.import_module("mythos_ds.conversion.starting_weights").foreign_section(
+            path, given, context=context, allow_pickle=allow_pickle
+        )
     defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
     lists = {name: list(value) for name, value in defaults.items() if isinstance(value, tuple)}
     return {**defaults, **lists, **found}

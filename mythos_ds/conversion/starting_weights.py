@@ -14,9 +14,9 @@ from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.built_in import BUILT_IN
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.config.schema import ModelConfig
+from mythos_ds.config.schema import ModelConfig, TrainingConfig
 from mythos_ds.config.starting_model import model_section
-from mythos_ds.conversion.dense_source import FAMILIES, hf_weights, unread_fields, unread_note
+from mythos_ds.conversion.dense_source import FAMILIES, hf_weights, unread_fields, unread_note, value_of
 from mythos_ds.conversion.fp8 import Dequantised
 from mythos_ds.conversion.hf_names import LEFT_OUT
 from mythos_ds.conversion.huggingface import mythos_config, mythos_source, unread_by_mythos
@@ -47,27 +47,29 @@ _SETTINGS = {
     "--granularity": "intermediate_size / model.expert_dim",
     "--mean-recurrence": "model.mean_recurrence",
     "--max-loops": "model.max_loops",
-    "--context-length": "mythos-ds convert with --context-length",
+    "--context-length": "training.seq_len",
 }
 """What says in a run's file what an option of `convert` says of a cut."""
 _OPTION = re.compile("|".join(rf"{option}(?![\w-])" for option in _SETTINGS))
 _ENDINGS = (".safetensors", *PICKLES)
 
 
-def foreign_section(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def foreign_section(
+    path: Path, given: Mapping[str, Any], *, context: int | None = None, allow_pickle: bool = False
+) -> dict[str, Any]:
     """`config.starting_model.model_section` of weights that are not in a format of ours: a Hugging Face folder, or
     OpenMythos weights. Raises ConfigError for anything else."""
     place = model_path(path)
     if place != path:
-        return model_section(place, given)
+        return model_section(place, given, context=context, allow_pickle=allow_pickle)
     if manifest.list_tags(_checkpoints(place)) and not (place / CONFIG).exists():  # apart from their run's manifest
         return _dumped(model_of(read_state(newest_tag(place))))
     kind = _foreign_kind(place)
     try:
         if kind == "openmythos":
-            return _dumped(read_openmythos(place)[1])
+            return _dumped(read_openmythos(place, allow_pickle=allow_pickle)[1])
         hf = read_json(place / CONFIG)
-        return _dumped(mythos_config(hf) if kind == "mythos" else retrofit_config(hf, _cut_of(hf, given)))
+        return _dumped(mythos_config(hf) if kind == "mythos" else retrofit_config(hf, _cut_of(hf, given, context)))
     except ConfigError as error:
         raise ConfigError(
             [_OPTION.sub(lambda found: _SETTINGS[found[0]], problem) for problem in error.problems]
@@ -80,9 +82,9 @@ def open_starting_weights(resolved: ResolvedRun, rank: int, *, allow_pickle: boo
     """The tensors that `training.init_from` names, as those of the run's model. Rank 0 verifies their checksums, where
     there are any, and takes their digest. Raises CheckpointError for what is damaged or does not fit."""
     path = model_path(Path(str(resolved.config.training.init_from)))
-    config, seed = resolved.config.model, resolved.config.training.seed
+    config, training = resolved.config.model, resolved.config.training
     try:
-        kind, source, notes = _fitted(path, config, seed, allow_pickle)
+        kind, source, notes = _fitted(path, config, training, allow_pickle)
     except ConfigError as error:
         raise ConfigError([f"training.init_from: {problem}" for problem in error.problems]) from None
     except CheckpointError as error:
@@ -91,9 +93,11 @@ def open_starting_weights(resolved: ResolvedRun, rank: int, *, allow_pickle: boo
     return StartingWeights(source, identity, tuple(notes))
 
 
-def _fitted(path: Path, config: ModelConfig, seed: int, allow_pickle: bool) -> tuple[str, TensorSource, list[str]]:
+def _fitted(
+    path: Path, config: ModelConfig, training: TrainingConfig, allow_pickle: bool
+) -> tuple[str, TensorSource, list[str]]:
     """Kind of the weights, the tensors of the run's model, and what there is to say."""
-    kind, source, own, notes = _opened(path, config, seed, allow_pickle)
+    kind, source, own, notes = _opened(path, config, training, allow_pickle)
     if own.halting == "gate" and config.halting != "gate":
         source = _Without(source, LEFT_OUT)
         notes.append("the trained exit gate is left out")
@@ -110,7 +114,7 @@ def _fitted(path: Path, config: ModelConfig, seed: int, allow_pickle: bool) -> t
 
 
 def _opened(
-    path: Path, config: ModelConfig, seed: int, allow_pickle: bool
+    path: Path, config: ModelConfig, training: TrainingConfig, allow_pickle: bool
 ) -> tuple[str, TensorSource, ModelConfig, list[str]]:
     """Kind of the weights, their tensors, their own configuration, and what there is to say."""
     if _is_model_folder(path):
@@ -128,7 +132,7 @@ def _opened(
     if kind == "mythos":
         source, own = mythos_source(Dequantised(weights) if "quantization_config" in hf else weights, hf)
         return "hf", source, own, unread_note(unread_by_mythos(hf))
-    cut = _cut_of(hf, config.model_dump(), seed)
+    cut = _cut_of(hf, config.model_dump(), training.seq_len, training.seed)
     notes = [*describe(cut, int(hf["num_hidden_layers"])), *unread_note(unread_fields(hf))]
     return kind, Retrofitted(weights, hf, cut), retrofit_config(hf, cut), notes
 
@@ -174,7 +178,7 @@ def _foreign_kind(path: Path) -> str:
     )
 
 
-def _cut_of(hf: Mapping[str, Any], given: Mapping[str, Any], seed: int = 0) -> Cut:
+def _cut_of(hf: Mapping[str, Any], given: Mapping[str, Any], context: int | None = None, seed: int = 0) -> Cut:
     """How a dense model is cut into what the run's model section asks for."""
     if missing := [name for name in _CUT if not isinstance(given.get(name), int)]:
         raise ConfigError(
@@ -188,6 +192,9 @@ def _cut_of(hf: Mapping[str, Any], given: Mapping[str, Any], seed: int = 0) -> C
     names = {"n_experts": "n_experts", "n_experts_per_tok": "experts_per_token"}
     names |= {name: name for name in ("mean_recurrence", "max_loops")}
     values |= {own: given[name] for name, own in names.items() if isinstance(given.get(name), int)}
+    longest = value_of(hf, "max_position_embeddings")
+    if context is not None and type(longest) is int:
+        values["context_length"] = min(context, longest)  # a window matters where sequences are longer
     return Cut(**values, seed=seed)
 
 

@@ -1,9 +1,10 @@
 """One training run in one process of many: groups, checkpoint, data, engine, training, report."""
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from mythos_ds.costs.start import require_room
 from mythos_ds.engine.build import Adapt, build_engine
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
-from mythos_ds.errors import ConfigError, MythosError
+from mythos_ds.errors import CheckpointError, ConfigError, MythosError
 from mythos_ds.guard import files_of_the_group
 from mythos_ds.hardware import host_memory_bytes
 from mythos_ds.parallel.collective import on_rank_zero, together
@@ -31,6 +32,7 @@ from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.train.run_manifest import RunManifest, new_manifest, with_dataset, with_weights
 from mythos_ds.train.summary import RunSummary, show_summary
 from mythos_ds.train.trainer import Progress, Trainer
+from mythos_ds.weights.model_folder import CONFIG
 from mythos_ds.weights.reader import StartingWeights
 
 _logger = log.get_logger(__name__)
@@ -105,7 +107,7 @@ def _train(
     tag = choose_checkpoint(groups, run, request.resume)
     manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
     step = 0 if tag is None else files.tag_step(tag)
-    weights = together(groups, lambda: _opened(resolved, groups.rank, open_weights)) if tag is None else None
+    weights = _starting_weights(resolved, groups, open_weights) if tag is None else None
     if weights is not None:
         manifest = with_weights(manifest, weights.identity)
     data = open_data(resolved, manifest, groups, step)
@@ -129,6 +131,32 @@ def _train(
 def _require_room(resolved: ResolvedRun, environment: ProcessEnvironment, groups: ParallelGroups) -> None:
     on_cpu = groups.device.type == "cpu"
     require_room(resolved, host_memory_bytes(), environment.local_world_size, on_cpu=on_cpu)
+
+
+def _starting_weights(
+    resolved: ResolvedRun, groups: ParallelGroups, open_weights: OpenWeights | None
+) -> StartingWeights | None:
+    """What `training.init_from` names, on every rank the same: of a run that may still be training rank 0 takes the
+    newest whole checkpoint, for all."""
+    source = resolved.config.training.init_from
+    if source is None:
+        return None
+    chosen = groups.from_rank_zero(together(groups, lambda: _newest(Path(source)) if groups.rank == 0 else ""))
+    training = resolved.config.training.model_copy(update={"init_from": chosen})
+    settled = replace(resolved, config=resolved.config.model_copy(update={"training": training}))
+    weights = together(groups, lambda: _opened(settled, groups.rank, open_weights))
+    name = Path(source).resolve().name  # as the manifest has it
+    return None if weights is None else replace(weights, identity={**weights.identity, "name": name})
+
+
+def _newest(source: Path) -> str:
+    """The newest whole checkpoint where `source` is a run or its folder of checkpoints, else `source`."""
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    for tag in [] if (source / CONFIG).exists() else files.list_tags(folder):
+        with contextlib.suppress(CheckpointError):
+            files.verify(tag, 0, 1)
+            return str(tag)
+    return str(source)
 
 
 def _opened(resolved: ResolvedRun, rank: int, open_weights: OpenWeights | None) -> StartingWeights | None:

@@ -39,6 +39,7 @@ def deepspeed_reads(path):
 def both(tmp_path, text):
     path = tmp_path / "hosts"
     path.write_bytes(text.encode())
+    own: list[Line] | str
     try:
         own = read_hostfile(path)
     except ParallelError as error:

@@ -286,3 +286,43 @@ def test_init_config_names_the_weights_tokenizer(tmp_path):
     assert notes == []
     _, notes = init_config(Path("tiny"), load_config("tiny"), [f"data.data_dir={tmp_path}"])
     assert "prepare-data INPUT --tokenizer tiny" in notes[0]
+
+
+class Wrapped:
+    """What a trainer may have put beside the weights."""
+
+
+def test_a_file_that_is_trusted_is_also_trusted_by_the_check_of_the_configuration(tmp_path):
+    fields = {"vocab_size": 60, "dim": 24, "n_heads": 2, "max_seq_len": 64, "max_loop_iters": 4, "prelude_layers": 1}
+    fields |= {"coda_layers": 1, "n_experts": 4, "n_experts_per_tok": 2, "expert_dim": 16, "lora_rank": 4}
+    cfg = {**fields, "n_kv_heads": 1, "attn_type": "gqa", "n_shared_experts": 1}
+    config = openmythos_config(SimpleNamespace(**cfg, act_threshold=0.99, rope_theta=500000.0))
+    save_model(MythosModel(config, seed=1), tmp_path / "own", {})
+    convert(tmp_path / "own", tmp_path / "theirs", to_format="openmythos")
+    tensors = load_file(tmp_path / "theirs/model.safetensors")
+    torch.save({"model": tensors, "cfg": cfg, "logger": Wrapped()}, tmp_path / "last.pt")
+    with pytest.raises(ConfigError, match="--allow-pickle"):
+        loaded(tmp_path, tmp_path / "last.pt")
+    trusted = load_config(str(tmp_path / "run.json"), allow_pickle=True)
+    weights = open_starting_weights(resolve(trusted.config, 1), 0, allow_pickle=True)
+    assert_equal(weights, tmp_path / "own")
+
+
+@pytest.mark.parametrize(("window", "seq_len"), [(64, 16), (64, 64), (64, 65), (16, 128), (None, 128), (512, 256)])
+def test_a_window_is_compared_with_the_length_of_the_run(tmp_path, window, seq_len):
+    source = {"model_type": "mistral", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64}
+    source |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+    source |= {"max_position_embeddings": 1024, "sliding_window": window}
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(source))
+    cut = {"prelude_layers": 1, "recurrent_layers": 2, "coda_layers": 1, "max_loops": 4, "mean_recurrence": 2}
+    cut |= {"n_experts": 4, "n_experts_per_tok": 1, "expert_dim": 64}
+    loaded(tmp_path, folder, "training.seq_len=16", **cut)
+    if window is None or seq_len <= window:
+        run = loaded(tmp_path, folder, f"training.seq_len={seq_len}", **cut)
+        assert run.config.model.dim == 48
+        return
+    told = rf"sliding_window: given {window}, shorter than .* {seq_len} .*training\.seq_len"
+    with pytest.raises(ConfigError, match=told):
+        loaded(tmp_path, folder, f"training.seq_len={seq_len}", **cut)
