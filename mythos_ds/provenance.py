@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import mythos_ds
 
@@ -42,6 +43,16 @@ def _git(folder: Path, *arguments: str) -> str:
         ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
     )
     return result.stdout.strip()
+
+
+def last_names(value: Any) -> Any:
+    """JSON values with the last name of every path in them: a model that is handed on tells nothing of the disk that it
+    was trained on."""
+    if isinstance(value, dict):
+        return {key: last_names(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [last_names(item) for item in value]
+    return Path(value).name if isinstance(value, str) and os.sep in value else value
 
 
 def package_versions() -> dict[str, str | None]:

@@ -16,6 +16,7 @@ from mythos_ds.conversion.written_model import write_model
 from mythos_ds.data.builtin import BuiltinData
 from mythos_ds.errors import CheckpointError, naming
 from mythos_ds.io import read_json, where_searched
+from mythos_ds.provenance import last_names
 from mythos_ds.weights.model_folder import checked_config
 from mythos_ds.weights.reader import TensorSource
 from mythos_ds.weights.writer import MAX_FILE_BYTES
@@ -102,8 +103,8 @@ def metadata_of(state: TrainingState) -> dict[str, Any]:
         "step": state.step,
         "tokens": state.consumed_samples * training["seq_len"],
         "seq_len": training["seq_len"],
-        "training": training,
-        "data": state.config["data"],
+        "training": last_names(training),
+        "data": last_names(state.config["data"]),
         **({"init_from": state.init_from} if state.init_from else {}),
     }
 

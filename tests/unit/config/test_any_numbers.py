@@ -26,7 +26,7 @@ BASES: dict[str, tuple[list[str], int]] = {
     "mla": (MLA, 1),
     "ring": (["model.recurrent_layers=4", "parallel.pp_size=2", HOLDS], 4),
     "stages": (["parallel.pp_size=[1,2,1]", HOLDS], 4),
-    "cluster": (['cluster={"gpu":"h200","nodes":2,"gpus_per_node":2}', "training.global_batch_size=64"], 4),
+    "cluster": (["cluster.gpu=h200", "cluster.nodes=2", "cluster.gpus_per_node=2", "training.global_batch_size=64"], 4),
     "deepest": (["model.max_loops=4096", "model.mean_recurrence=1000", "training.depth_curriculum_steps=100",
                  "training.depth_per=sequence"], 1),
     "scaled": (["model.rope_scaling.rope_type=yarn", "model.rope_scaling.factor=8",
