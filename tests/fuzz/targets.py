@@ -188,7 +188,7 @@ def manifest(case: Case) -> tuple[Mutation, Any]:
     """What a run is, fixed at its first start."""
     mutation = case.damage("run/manifest.json")
     case.names += [mutation.key] if mutation.key else []
-    resolved = resolve(load_config("tiny", artefacts.SMALL).config, 1)
+    resolved = resolve(load_config("tiny", artefacts.run_config(case.root)).config, 1)
     stored = RunDirectory(case.root / "run").read_manifest()
     continued = continue_manifest(stored, new_manifest(resolved), 0)
     return mutation, {"phases": [phase.start_step for phase in continued.phases], "total": continued.total_steps}
@@ -381,7 +381,7 @@ def _dry_batch(case: Case, script: Path) -> list[str]:
                  "SLURM_CPUS_PER_TASK": "1", "HOME": str(case.root)}  # fmt: skip
     done = subprocess.run(["bash", str(script)], env=variables, capture_output=True, timeout=5, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.decode().split("\0")
+    return done.stdout.decode().removesuffix("\0").split("\0")
 
 
 def kubernetes(case: Case) -> tuple[Mutation, Any]:
