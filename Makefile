@@ -33,7 +33,7 @@ export OMP_NUM_THREADS ?= 1
 # Private to the checkout, so that the locks removed below are only ever our own.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
-.PHONY: torture quickstart continue loop-smollm loop-smollm-full test test-slow test-hf test-newest lint python-versions lock bench vllm-parity clean setup
+.PHONY: quickstart continue loop-smollm loop-smollm-full test test-slow test-hf test-newest fuzz torture lint python-versions lock bench vllm-parity clean setup
 
 quickstart: setup
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
@@ -60,6 +60,12 @@ test-slow: setup
 # Jobs in pairs into one output, and jobs that are killed, for up to an hour: ARGS="--seed 3 --scale 0.1".
 torture: setup
 	$(PY) -m tests.torture $(ARGS)
+
+# Damaged and hostile input for everything that reads; a case that is not handled has its number: make fuzz CASE=index:17
+SEED ?= 0
+COUNT ?= 10000
+fuzz: setup
+	$(PY) -m tests.fuzz --seed $(SEED) --count $(COUNT) $(if $(ONLY),--only $(ONLY)) $(if $(CASE),--case $(CASE))
 
 lint: setup
 	$(PY) -m ruff check .

@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mythos_ds import guard
 from tests.fuzz import artefacts
 from tests.fuzz.targets import TARGETS
@@ -83,6 +85,7 @@ class Worker:
 
 def run(jobs: Sequence[Job], seed: int, processes: int) -> list[Verdict]:
     """The verdicts of all cases, in the order in which they ended."""
+    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     work = Path(tempfile.mkdtemp(prefix="mythos-fuzz-"))
     try:
         artefacts.build(work / "whole")
