@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from mythos_ds.config.built_in import BUILT_IN
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import ConfigError, MythosError
+from mythos_ds.io import read_json
 
 FREE = ("mean_recurrence", "embedding_std", "init_std", "act_threshold", "state_dtype")
 """Settings that no tensor of the weights depends on, and that a run may therefore choose anew."""
@@ -44,7 +45,11 @@ def complete_model(raw: dict[str, Any], *, allow_pickle: bool = False) -> list[t
 
 def is_here(source: str) -> bool:
     """Whether there is anything that `training.init_from` names."""
-    return os.path.lexists(source) or Path(source) == Path(BUILT_IN)
+    try:
+        there = os.path.lexists(source)
+    except ValueError:  # a character that no name can have
+        there = False
+    return there or Path(source) == Path(BUILT_IN)
 
 
 def model_section(
@@ -100,12 +105,7 @@ def _check(section: dict[str, Any], file: Path, keys: tuple[str, ...]) -> None:
 
 
 def _json(file: Path) -> Any:
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not readable as JSON ({error})") from None
+    return read_json(file, Any, ConfigError) if os.path.lexists(file) and not file.is_dir() else None
 
 
 def differences(own: Mapping[str, Any], given: Mapping[str, Any], source: str) -> list[tuple[str, str]]:
