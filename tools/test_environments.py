@@ -58,7 +58,7 @@ def direct_requirements() -> dict[str, Requirement]:
 
 def locked_versions() -> dict[str, str]:
     """The versions of requirements.lock for this Python."""
-    lines = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines()]
+    lines = [Requirement(line) for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()]
     fitting = [line for line in lines if line.marker is None or line.marker.evaluate()]
     return {canonicalize_name(line.name): str(line.specifier).removeprefix("==") for line in fitting}
 
@@ -103,7 +103,7 @@ def run_tests(python: Path, tests: list[str]) -> list[str]:
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code not in (0, 1):
         raise MythosError(f"pytest: exit code {code}")
-    failed = list(json.loads(remembered.read_text())) if remembered.exists() else []
+    failed = list(json.loads(remembered.read_text(encoding="utf-8"))) if remembered.exists() else []
     if bool(failed) != bool(code):
         raise MythosError(f"pytest: exit code {code}, but {len(failed)} failed tests are on record")
     return failed
@@ -120,7 +120,7 @@ def try_transformers(arguments: Namespace) -> list[str]:
         if version == locked["transformers"]:
             held = locked
         constraints = python.parents[1] / "constraints.txt"
-        constraints.write_text("".join(f"{name}=={value}\n" for name, value in held.items()))
+        constraints.write_text("".join(f"{name}=={value}\n" for name, value in held.items()), encoding="utf-8")
         pip(python, "-c", str(constraints), f"transformers=={version}", *EXPORT_NEEDS)
         install_project(python)
         broken[version] = run_tests(python, tests)

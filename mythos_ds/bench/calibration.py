@@ -185,14 +185,17 @@ def _found(task: dict[str, Any], processes: int) -> list[dict[str, Any]]:
     """What each calibration worker found. Raises ConfigError with what all printed where one failed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "case.json").write_text(json.dumps(task))
+        (folder / "case.json").write_text(json.dumps(task), encoding="utf-8")
         command = [sys.executable, "-m", "mythos_ds.bench.calibration_worker", str(folder / "case.json"), str(folder)]
         variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         code = run_processes(command, processes, variables=variables, logs=folder, limit_s=_LIMIT_S)
         if code:
-            logs = [(folder / f"rank_{rank}.log").read_text(errors="replace")[-2000:] for rank in range(processes)]
+            logs = [
+                (folder / f"rank_{rank}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
+                for rank in range(processes)
+            ]
             raise ConfigError("\n".join([f"a process of the measured run failed (exit code {code}):", *logs]))
-        return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(processes)]
+        return [json.loads((folder / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
 
 
 def write_calibration(output: Path, rows: list[Comparison], pipelines: list[Idle]) -> None:

@@ -81,9 +81,9 @@ def _batches(resolved: ResolvedRun, groups: ParallelGroups, step: int) -> list[d
 
 def main() -> None:
     """Read the case, write what was found."""
-    case, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    case, output = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     found = run(case)
-    (output / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(found))
+    (output / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
     sys.stdout.flush()
     os._exit(0)
 

@@ -27,7 +27,7 @@ class _TooLong(str):
     """The digits of a number beyond MAX_DIGITS."""
 
 
-def read_text(path: Path, shown: str) -> str:
+def text_of(path: Path, shown: str) -> str:
     """The text of a configuration. Raises ConfigError, which calls the file `shown`, for anything but UTF-8 text in a
     regular file of bounded size; a byte order mark is left out."""
     try:

@@ -51,7 +51,7 @@ def load_config(name: str, overrides: Sequence[str] = (), *, allow_pickle: bool 
         ConfigError: with every problem found: file, key path, what was given, what is allowed.
     """
     path = find_config(name)
-    text = json_values.read_text(path, _shown(path))
+    text = json_values.text_of(path, _shown(path))
     problems: list[str] = []
     raw = parse_json(text, _shown(path), problems)
     return LoadedConfig(_checked(raw, overrides, path, problems, allow_pickle), path, text)

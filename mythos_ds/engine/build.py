@@ -52,6 +52,10 @@ def build_engine(
     except ValidationError as error:
         problems = [f"deepspeed: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ConfigError(problems) from None
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        if not resolved.config.deepspeed:
+            raise
+        raise ConfigError(f"deepspeed: DeepSpeed does not start with this section: {error}") from error
 
 
 def _build(

@@ -45,8 +45,8 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 LINES = {
     "root": 1_400,
     "kernels": 320,
-    "config": 2_610,
-    "costs": 1_070,
+    "config": 3_200,
+    "costs": 1_200,
     "model": 1_990,
     "weights": 1_200,
     "data": 4_700,
@@ -58,7 +58,7 @@ LINES = {
     "inference": 190,
     "train": 1_460,
     "conversion": 3_450,
-    "plan": 1_770,
+    "plan": 1_850,
     "analysis": 1_080,
     "cluster": 1_560,
     "lab": 3_600,
@@ -66,7 +66,7 @@ LINES = {
     "api": 410,
     "__init__": 60,
     "__main__": 100,
-    "mains": 70,
+    "mains": 90,
 }
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
@@ -91,6 +91,7 @@ MAY_EXIT = {
     "__main__.py",
     "bench/calibration_worker.py",
     "data/encoding.py",
+    "guard.py",
     "lab/worker.py",
     "resilience/failure.py",
     "weights/writer.py",
@@ -326,6 +327,23 @@ def test_mypy_reads_every_file() -> None:
     assert (settings["files"], settings["exclude"]) == (["."], ["^build/", "^data/", "^runs/"])
     libraries = {name for override in settings["overrides"] for name in override["module"]}
     assert not {name for name in libraries if name.split(".")[0] in (*OWN, "*")}
+
+
+def test_text_is_utf_8_whatever_the_locale() -> None:
+    """Reading and writing text names its encoding; what is opened without is opened as bytes."""
+    unnamed = []
+    for path in [*FILES, *MAINS]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            named = any(keyword.arg in ("encoding", None) for keyword in node.keywords)
+            texts = [ast.literal_eval(word) for word in node.args if isinstance(word, ast.Constant)]
+            as_bytes = any(isinstance(text, str) and "b" in text and len(text) <= 3 for text in texts)
+            opens = name == "open" or (name.endswith(".open") and texts and not as_bytes and len(str(texts[0])) <= 2)
+            if not named and (name.endswith((".read_text", ".write_text")) or (opens and not as_bytes)):
+                unnamed.append(f"{path}:{node.lineno}")
+    assert unnamed == []
 
 
 def test_nothing_needs_a_file_outside_the_project() -> None:
