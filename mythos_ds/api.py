@@ -206,7 +206,12 @@ def _trained_length(place: Path | None) -> int | None:
     if _is_model(place):
         from mythos_ds.weights.model_folder import read_metadata
 
-        return read_metadata(place).get("seq_len")
+        length = read_metadata(place).get("seq_len")
+        if length is not None and (type(length) is not int or length < 1):
+            raise ConfigError(
+                f"{place / 'config.json'}: facts.seq_len: {length!r} given; allowed: a whole number of 1 or more"
+            )
+        return length
     from mythos_ds.conversion.merge import metadata_of
 
     return int(metadata_of(_state(place))["seq_len"])

@@ -12,10 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Mutation:
-    """What was done. `key`: the last name of the place in a JSON value, "" elsewhere."""
+    """What was done. `key`: the last name of the place in a JSON value; None for bytes."""
 
     what: str
-    key: str = ""
+    key: str | None = None
 
 
 HUGE = (2**31, 2**63, 10**12, 10**18, 10**60, -1, -(2**63), 0, 1, 3, 999_983)
@@ -59,9 +59,7 @@ def mutated_json(content: Any, generator: random.Random, canary: str) -> tuple[b
         damaged, what = mutated_bytes(json.dumps(content).encode(), generator)
         return damaged, what
     content = copy.deepcopy(content)
-    places = list(_places(content))
-    parent, key = generator.choice(places)
-    name = str(key) if isinstance(parent, dict) else ""
+    parent, key, name = generator.choice(_places(content))
     way = generator.choice(["value", "value", "value", "value", "remove", "add", "twice", "digits", "deep"])
     if way == "remove":
         del parent[key]
@@ -81,14 +79,16 @@ def mutated_json(content: Any, generator: random.Random, canary: str) -> tuple[b
     return text.encode("utf-8", "surrogatepass"), Mutation(f"json {way}", name)
 
 
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    found: list[tuple[Any, Any]] = []
+def _places(value: Any, inside: str = "") -> list[tuple[Any, Any, str]]:
+    """(parent, key or index, last name) of everything inside a JSON value."""
+    found: list[tuple[Any, Any, str]] = []
     items = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
     )
     for key, item in items:
-        found.append((value, key))
-        found += _places(item)
+        name = key if isinstance(value, dict) else inside
+        found.append((value, key, name))
+        found += _places(item, name)
     return found
 
 
@@ -127,8 +127,8 @@ PLACES = ("missing", "folder", "pipe", "loop", "device", "dangling", "hole")
 
 
 def misplace(path: Path, generator: random.Random) -> Mutation:
-    """Something else where a file was: nothing, a folder, a named pipe, links, an endless device, a file of a size that
-    no disk has."""
+    """Something else where a file was: nothing, a folder, a named pipe, links, an endless device, a gigabyte of
+    nothing."""
     way = generator.choice(PLACES)
     if path.is_dir():
         shutil.rmtree(path)
@@ -146,7 +146,7 @@ def misplace(path: Path, generator: random.Random) -> Mutation:
         path.symlink_to("nowhere")
     elif way == "hole":
         with path.open("wb") as file:
-            file.truncate(1 << 36)
+            file.truncate(1 << 30)
     return Mutation(f"place {way}")
 
 

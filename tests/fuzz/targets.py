@@ -54,7 +54,7 @@ class Case:
     canary: Path
     whole: bool = False
     """Without damage: what the others are compared with."""
-    names: list[str] = field(default_factory=list)
+    names: list[str | None] = field(default_factory=list)
     """Any of these in a message tells where the fault is."""
 
     def damage(self, *files: str) -> Mutation:
@@ -120,7 +120,7 @@ def equal(whole: Any, found: Any, mutation: Mutation) -> bool:
 def only_the_key(whole: Any, found: Any, mutation: Mutation) -> bool:
     """The same but for what lies at the key that was damaged; a key that was given twice is refused."""
     differing = dict(set(leaves(whole)) ^ set(leaves(found)))
-    return all(mutation.key and mutation.key in path.split(".") for path in differing)
+    return all(mutation.key is not None and mutation.key in path.split(".") for path in differing)
 
 
 def anything(whole: Any, found: Any, mutation: Mutation) -> bool:
@@ -135,7 +135,7 @@ def _digest(*arrays: Any) -> str:
 def config(case: Case) -> tuple[Mutation, Any]:
     """A run's file."""
     mutation = case.damage("run.json")
-    case.names += [mutation.key] if mutation.key else []
+    case.names += [mutation.key]
     return mutation, _printed(case, str(case.root / "run.json"))
 
 
@@ -146,7 +146,7 @@ def deepspeed(case: Case) -> tuple[Mutation, Any]:
     section = json.dumps(DEEPSPEED).encode()
     if not case.whole:
         section, mutation = mutators.mutated_json(DEEPSPEED, case.generator, str(case.canary))
-        case.names += [mutation.key, "run.json"] if mutation.key else ["run.json"]
+        case.names += [mutation.key, "run.json"]
     text = json.dumps({**content, "deepspeed": "@HERE@"}).encode()
     path.write_bytes(text.replace(b'"@HERE@"', section))
     return mutation, _printed(case, str(path))
@@ -187,7 +187,8 @@ def start(case: Case) -> tuple[Mutation, Any]:
 def manifest(case: Case) -> tuple[Mutation, Any]:
     """What a run is, fixed at its first start."""
     mutation = case.damage("run/manifest.json")
-    case.names += [mutation.key] if mutation.key else []
+    case.names += [mutation.key]
+    case.names += ["when the run was started"]  # after the key and both values
     resolved = resolve(load_config("tiny", artefacts.run_config(case.root)).config, 1)
     stored = RunDirectory(case.root / "run").read_manifest()
     continued = continue_manifest(stored, new_manifest(resolved), 0)
@@ -341,7 +342,7 @@ def _job_words(case: Case) -> tuple[list[str], list[str]]:
     if generator.random() < 0.5:
         cluster[generator.choice(list(cluster))] = mutators.any_value(generator, canary)
     overrides += artefacts.cluster(cluster)
-    case.names += ["training", "data", "cluster", "override", "--"]
+    case.names += ["training", "data", "cluster", "override", "--", *(value for value in values if len(value) > 2)]
     return overrides, values
 
 
@@ -397,7 +398,8 @@ def kubernetes(case: Case) -> tuple[Mutation, Any]:
     parts = list(yaml.safe_load_all(out.read_text(encoding="utf-8")))
     assert [part["kind"] for part in parts] == ["Service", "Job"]
     (container,) = parts[1]["spec"]["template"]["spec"]["containers"]
-    assert container["args"][-len(overrides) :] == overrides, container["args"]
+    expanded = [word.replace("$$", "$") for word in container["args"]]  # as Kubernetes takes "$$(x)" for "$(x)"
+    assert expanded[-len(overrides) :] == overrides, expanded
     return Mutation("words"), sorted(container)
 
 
