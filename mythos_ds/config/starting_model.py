@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mythos_ds.config.built_in import BUILT_IN
+from mythos_ds.config.rules.check import check_model
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.io import read_json
@@ -97,11 +98,11 @@ def _own_section(path: Path) -> dict[str, Any] | None:
 def _check(section: dict[str, Any], file: Path, keys: tuple[str, ...]) -> None:
     """Raises ConfigError, naming the file, where the weights' own configuration is none: it is not the run's fault."""
     try:
-        ModelConfig.model_validate(section)
+        found = check_model(ModelConfig.model_validate(section))
     except ValidationError as error:
-        raise ConfigError(
-            [f"{file}: {'.'.join(map(str, (*keys, *item['loc'])))}: {item['msg']}" for item in error.errors()]
-        ) from None
+        found = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()]
+    if found:
+        raise ConfigError([f"{file}: {'.'.join((*keys, key))}: {message}" for key, message in found])
 
 
 def _json(file: Path) -> Any:

@@ -86,7 +86,7 @@ def _places(value: Any, inside: str = "") -> list[tuple[Any, Any, str]]:
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
     )
     for key, item in items:
-        name = key if isinstance(value, dict) else inside
+        name = str(key) if isinstance(value, dict) else inside
         found.append((value, key, name))
         found += _places(item, name)
     return found
@@ -127,7 +127,7 @@ PLACES = ("missing", "folder", "pipe", "loop", "device", "dangling", "hole")
 
 
 def misplace(path: Path, generator: random.Random) -> Mutation:
-    """Something else where a file was: nothing, a folder, a named pipe, links, an endless device, a gigabyte of
+    """Something else where a file was: nothing, a folder, a named pipe, links, an endless device, 128 MiB of
     nothing."""
     way = generator.choice(PLACES)
     if path.is_dir():
@@ -146,7 +146,7 @@ def misplace(path: Path, generator: random.Random) -> Mutation:
         path.symlink_to("nowhere")
     elif way == "hole":
         with path.open("wb") as file:
-            file.truncate(1 << 30)
+            file.truncate(1 << 27)
     return Mutation(f"place {way}")
 
 

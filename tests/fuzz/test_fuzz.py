@@ -110,4 +110,5 @@ def test_only_the_key_may_differ():
     assert only_the_key(whole, {**whole, "d": 4}, Mutation("json value", "d"))
     assert only_the_key(whole, {"a": {"b": 1, "c": []}, "d": 3}, Mutation("json value", "c"))
     assert not only_the_key(whole, {**whole, "d": 4}, Mutation("json value", "b"))
-    assert not only_the_key(whole, {**whole, "d": 4}, Mutation("bytes flip"))
+    assert only_the_key(whole, {**whole, "d": 4}, Mutation("bytes flip"))
+    assert not only_the_key(whole, {"a": {"b": 1}}, Mutation("bytes flip"))

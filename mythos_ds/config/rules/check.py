@@ -27,6 +27,15 @@ MUON_MAX_PARAMETERS = 10e9
 _MLA_NEEDED = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _MLA_ONLY = (*_MLA_NEEDED, "q_lora_rank")
 _GQA_ONLY = ("n_kv_heads", "head_dim", "attention_biases", "no_rope_layers")
+_BUILT = (
+    ("n_kv_heads", model_rules.kv_heads),
+    ("head_dim", model_rules.head_dim),
+    ("qk_rope_head_dim", model_rules.rope_dim),
+    ("n_experts_per_tok", model_rules.top_k),
+    ("n_expert_groups", model_rules.groups),
+    ("n_limited_groups", model_rules.limited_groups),
+    ("dim", model_rules.size),
+)
 _ADAM_ONLY = ("beta1", "beta2", "eps")
 
 
@@ -64,6 +73,14 @@ def check_partial(config: RunConfig) -> list[Problem]:
         problems += deepspeed_values.check_together(config)
     own = deepspeed_section.check(config.deepspeed) + deepspeed_values.check(config.deepspeed)
     return _first_of_each_key(problems + own)
+
+
+def check_model(model: ModelConfig) -> list[Problem]:
+    """(key, message) of every rule without which a model cannot be built, also one that is not to be trained."""
+    needed = [name for name in _MLA_NEEDED if model.attn_type == "mla" and getattr(model, name) is None]
+    problems = [(name, 'missing; required with attn_type "mla"') for name in needed]
+    found = ((key, rule(model)) for key, rule in _BUILT)
+    return problems + [(key, message) for key, message in found if message is not None]
 
 
 def _first_of_each_key(problems: list[Problem]) -> list[Problem]:
