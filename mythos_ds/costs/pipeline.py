@@ -226,7 +226,7 @@ def simulate(order: Order, visits: Visits, message_time: float = 0.0) -> Simulat
 def _needs(visits: Visits) -> tuple[list[list[tuple[int, int | None]]], ...]:
     """Of forwards and of backwards, by stage and visit: the number of that work, and of the work whose message it
     reads; None where it reads none."""
-    numbers = {}
+    numbers: dict[tuple[int, int], int] = {}
     for stage, own in enumerate(visits):
         for visit in range(len(own)):
             numbers[stage, visit] = 2 * len(numbers)

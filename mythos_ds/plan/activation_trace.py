@@ -119,7 +119,9 @@ class _EvenMoE(MoE):
 
     def _compute(self, experts: Experts, rows: Tensor) -> Tensor:
         n = experts.w1.shape[0]
-        w1, w2, w3 = experts.w1, experts.w2, experts.w3
+        w1: Tensor = experts.w1
+        w2: Tensor = experts.w2
+        w3: Tensor = experts.w3
         if self.fused and rows.dtype == torch.bfloat16:
             counts = torch.empty(n, dtype=torch.int64, device=rows.device)
             return grouped_swiglu(rows, counts, w1, w2, w3)
@@ -167,10 +169,10 @@ def trace(load: Workload) -> Trace:
     if load.grad_loops <= 3:
         return _run(load, load.grad_loops)
     two, three = _run(load, 2), _run(load, 3)
-    more = load.grad_loops - 3
+    loops = load.grad_loops - 3
     return Trace(
-        three.peak + more * (three.peak - two.peak),
-        three.without_weights + more * (three.without_weights - two.without_weights),
+        three.peak + loops * (three.peak - two.peak),
+        three.without_weights + loops * (three.without_weights - two.without_weights),
     )
 
 

@@ -38,7 +38,7 @@ def serve(pipe: Connection, folder: Path, work: Path, seed: int) -> None:
     os.dup2(null, 1)
     os.dup2(null, 2)
     while (job := pipe.recv()) is not None:
-        pipe.send(asdict(run_case(folder, work, *job, seed)))
+        pipe.send(asdict(run_case(folder, work, job[0], job[1], seed)))
 
 
 class Worker:

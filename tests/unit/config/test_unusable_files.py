@@ -4,6 +4,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mythos_ds.config import deepspeed_section, deepspeed_values
 from mythos_ds.config.json_values import MAX_BYTES
 from mythos_ds.config.loader import check_raw, find_config, load_config
 from mythos_ds.errors import ConfigError
+from tests.helpers.pretrain import environment
 from tests.helpers.time_limit import at_most
 
 SECRET = "hunter2hunter2"
@@ -89,10 +91,8 @@ def test_what_may_not_be_read_is_said_as_such(tmp_path, whole):
         f"os.setgid(65534); os.setuid(65534)\ntry: load_config({str(folder / 'run.json')!r})\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
-    from tests.helpers.pretrain import environment
-
     done = subprocess.run(
-        [os.sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False, timeout=60
     )
     assert done.stdout == f"ConfigError {folder / 'run.json'}: not readable (Permission denied)\n", done.stderr
 
