@@ -26,10 +26,16 @@ if [[ "$verb" == pretrain && "$processes" -gt 0 ]]; then
   # torchrun turns every failure into exit code 1; a wrong configuration is told before it starts.
   "$python" "${program[@]}" "$@" --dry-run --world-size "$((${NNODES:-1} * processes))" > /dev/null || exit $?
 fi
+port="${MASTER_PORT:-29400}"
+[[ "${NNODES:-1}" == 1 && -z "${MASTER_PORT:-}${MASTER_ADDR:-}$node" ]] && port=0 # any that is free
+if [[ "$port" != 0 && ( "${NNODES:-1}" == 1 || "$node" == 0 ) ]]; then
+  # This node listens. Where another program does, torchrun waits for minutes and does not say why.
+  "$python" -c 'import sys; from mythos_ds.ports import taken; sys.exit(taken(sys.argv[1]))' "$port" || exit 2
+fi
 if [[ -n "$node" ]]; then
-  meet=(--node_rank "$node" --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29400}")
+  meet=(--node_rank "$node" --master_addr "${MASTER_ADDR:-localhost}" --master_port "$port")
 else
-  meet=(--rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:-localhost}:${MASTER_PORT:-29400}" --rdzv_id "${RUN_ID:-mythos}")
+  meet=(--rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:-localhost}:$port" --rdzv_id "${RUN_ID:-mythos}")
 fi
 # torchrun passes SIGTERM on to its processes, and no other signal.
 supervise 'kill -TERM $child' "$python" -m torch.distributed.run \

@@ -10,9 +10,9 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from mythos_ds.errors import ParallelError
+from mythos_ds.ports import LAST_PORT
 
 DEFAULT_MASTER_PORT = 29500
-LAST_PORT = 2**16 - 1
 LOOPBACK = "127.0.0.1"
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 HELD = "MYTHOS_LISTENING_FD"
 """The variable by which a process that starts rank 0 hands on the socket that listens at the run's port."""
 ANY = 0
+LAST_PORT = 2**16 - 1
+OTHER_PORT = "give another by MASTER_PORT (deepspeed and torchrun: --master_port)"
+_DIGITS = 6
 _ALL_INTERFACES = "::"
 _BACKLOG = 4096
 _PROC = Path("/proc")
@@ -64,6 +67,22 @@ def holder(port: int) -> str | None:
         if _has_socket(pid, inode):
             return f"process {pid} ({_command(pid)})"
     return f"a process of user {user}"
+
+
+def taken(port: str) -> str | None:
+    """Why nobody can listen at a port as it was given, with who has it and one that is free; None where one can."""
+    if not (port.isascii() and port.isdecimal() and 0 < int(port[:_DIGITS]) <= LAST_PORT and len(port) < _DIGITS):
+        return f"port: given {port[:_SHOWN_CHARACTERS]!r}; allowed: 1 to {LAST_PORT}"
+    try:
+        listening(int(port)).close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return f"port {port}: nothing can listen there ({error.strerror}); allowed: above 1023"
+        with listening(ANY) as free:
+            nearest = port_of(free)
+        who = holder(int(port)) or "a process that this system does not name"
+        return f"port {port} is taken by {who}; {OTHER_PORT}; free now: {nearest}"
+    return None
 
 
 def _entries(port: int) -> Iterator[tuple[bool, str, str]]:

@@ -1,7 +1,6 @@
 """How the processes of a run find each other before torch.distributed starts: where they do not, one message says who
 is missing at which address, or who holds the port."""
 
-import errno
 import os
 import socket
 import threading
@@ -62,7 +61,8 @@ def listen(env: ProcessEnvironment) -> tuple[ProcessEnvironment, socket.socket]:
     try:
         listener = ports.handed_on(env.master_port) or ports.listening(ports.ANY if alone else env.master_port)
     except OSError as error:
-        raise ParallelError(_not_listening(env, error)) from None
+        why = ports.taken(str(env.master_port)) or error.strerror  # free again meanwhile
+        raise ParallelError(f"rank 0 cannot listen at {_at(env)}: {why}") from None
     env = replace(env, master_port=ports.port_of(listener))
     try:
         reach(env, SELF_S)
@@ -94,7 +94,7 @@ def reach(env: ProcessEnvironment, limit_s: float) -> None:
 def open_store(env: ProcessEnvironment, limit_s: float, listener: socket.socket | None) -> torch_distributed.TCPStore:
     """The calling process's end of rank 0's store. Raises ParallelError where what listens there is none."""
     opened: list[torch_distributed.TCPStore | Exception] = []
-    descriptor = {} if listener is None else {"master_listen_fd": listener.detach()}
+    descriptor = None if listener is None else listener.detach()
 
     def work() -> None:
         try:
@@ -106,7 +106,7 @@ def open_store(env: ProcessEnvironment, limit_s: float, listener: socket.socket 
                 timeout=timedelta(seconds=limit_s),
                 wait_for_workers=False,
                 multi_tenant=True,  # torch's own start then uses the server that listens already
-                **descriptor,
+                master_listen_fd=descriptor,
             )
             opened.append(store)
         except RuntimeError as error:
@@ -120,7 +120,7 @@ def open_store(env: ProcessEnvironment, limit_s: float, listener: socket.socket 
     if isinstance(found, Exception):
         raise ParallelError(
             f"rank {env.rank} of {env.world_size}: what listens at {_at(env)} is not rank 0 of this run "
-            f"({first_line(found)}); where another program has that port, {_OTHER_PORT}"
+            f"({first_line(found)}); where another program has that port, {ports.OTHER_PORT}"
         )
     return found
 
@@ -145,19 +145,6 @@ def _gather(env: ProcessEnvironment, store: torch_distributed.Store, limit_s: fl
             _logger.warning("waiting at %s for %s, up to %.0f s", _at(env), _names(missing), limit_s)
         time.sleep(_PAUSE_S)
     store.set(f"{_KEY}/all", "come")
-
-
-_OTHER_PORT = "give another by MASTER_PORT (deepspeed and torchrun: --master_port)"
-
-
-def _not_listening(env: ProcessEnvironment, error: OSError) -> str:
-    if error.errno != errno.EADDRINUSE:
-        return f"rank 0 cannot listen at {_at(env)} ({error.strerror}); {_OTHER_PORT}, above 1023"
-    with ports.listening(ports.ANY) as free:
-        nearest = ports.port_of(free)
-    who = ports.holder(env.master_port)
-    taken = f"taken by {who}" if who else "taken by a process that this system does not name"
-    return f"rank 0 cannot listen at {_at(env)}: the port is {taken}; {_OTHER_PORT}; free now: {nearest}"
 
 
 def _not_reached(env: ProcessEnvironment, error: Exception, limit_s: float, unknown: bool) -> str:

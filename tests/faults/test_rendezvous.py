@@ -65,7 +65,7 @@ def test_a_port_of_another_program_is_told_by_every_rank(kind):
             threading.Thread(target=_serve, args=(other, kind), daemon=True).start()
         port = ports.port_of(other)
         said = refusal(0, "127.0.0.1", port)
-        assert f"127.0.0.1:{port}: the port is taken by process {os.getpid()} (" in said
+        assert f"127.0.0.1:{port}: port {port} is taken by process {os.getpid()} (" in said
         assert "MASTER_PORT" in said
         if kind == "silent":
             assert f"127.0.0.1:{port} is not rank 0 of this run" in refusal(1, "127.0.0.1", port)
@@ -123,6 +123,21 @@ def test_a_run_at_a_taken_port_ends_with_one_message(tmp_path):
     assert "Traceback" not in first + second
     assert "error" not in second
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more", [{}, {"NODE_RANK": "0", "NNODES": "2"}])
+def test_torchrun_is_not_started_at_a_taken_port(tmp_path, more):
+    """It would wait for minutes, and not say why."""
+    with socket.create_server(("", 0)) as other:
+        variables = {**environment(), **more, "NPROC": "2", "PYTHON": sys.executable, "VERB": "preflight"}
+        variables["MASTER_PORT"] = str(ports.port_of(other))
+        command = ["bash", str(ROOT / "launch" / "torchrun.sh"), "--config", "tiny.json"]
+        done = subprocess.run(
+            command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"port {variables['MASTER_PORT']} is taken by process {os.getpid()} (")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_an_interactive_slurm_shell_is_told_in_seconds(tmp_path):

@@ -55,6 +55,24 @@ def test_a_free_port_has_no_holder():
     assert ports.holder(port) is None
 
 
+def test_a_taken_port_is_told_with_a_free_one():
+    with ports.listening(ports.ANY) as listener:
+        port = ports.port_of(listener)
+        said = ports.taken(str(port))
+        assert said is not None
+        assert said.startswith(f"port {port} is taken by process {os.getpid()} (")
+        assert ports.taken(said.rpartition(" ")[2]) is None
+    assert ports.taken(str(port)) is None
+
+
+@pytest.mark.parametrize("port", ["", "0", "65536", "-1", "x", "9" * 5000, "1 2", "٣", "29400.0"])
+def test_what_is_no_port_is_told(port):
+    said = ports.taken(port)
+    assert said is not None
+    assert said.endswith("allowed: 1 to 65535")
+    assert len(said) < 120
+
+
 def test_a_held_socket_is_handed_on_once():
     with ports.listening(ports.ANY) as listener:
         port = ports.port_of(listener)

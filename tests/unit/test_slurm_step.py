@@ -125,7 +125,8 @@ def test_others_are_not_looked_at(tmp_path, more):
 
 
 def test_without_proc_nothing_is_known(tmp_path):
-    assert not slurm_step.in_shell(*_environment("a node"), tmp_path)
+    environment, environ = _environment("a node")
+    assert not slurm_step.in_shell(environment, environ, tmp_path)
 
 
 def test_the_message_says_what_to_start_instead():

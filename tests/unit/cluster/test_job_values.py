@@ -98,7 +98,8 @@ def directives(text):
             if line and not line.startswith("#"):
                 break
             continue
-        words, word, quote, at, begun = [], "", "", len("#SBATCH"), False
+        words: list[str] = []
+        word, quote, at, begun = "", "", len("#SBATCH"), False
         while at < len(line):
             letter = line[at]
             if letter == "\\":

@@ -65,7 +65,8 @@ class Start:
 def test_every_step_is_there_once_after_any_restart(tmp_path, seed):
     pick = random.Random(seed)
     run = RunDirectory(tmp_path / "run")
-    checkpoints, starts = [], []
+    checkpoints: list[int] = []
+    starts: list[Start] = []
     for _ in range(pick.randint(1, 4)):
         # The newest checkpoint may be damaged: a start goes on from an older one.
         kept = checkpoints[: len(checkpoints) - pick.choice([0, 0, 1])]
