@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from mythos_ds.data.inputs import find_inputs
 from mythos_ds.data.json_rows import array_elements
 from mythos_ds.data.readers import ReadOptions, limited, read_rows
-from mythos_ds.data.rows import STOP_AFTER, BadRow, BadRows, LongText, whole_texts
+from mythos_ds.data.rows import STOP_AFTER, BadRow, BadRows, LongText, Row, whole_texts
 from mythos_ds.errors import DataError
 
 TEXTS = [
@@ -37,7 +38,13 @@ def zstd(content):
     return sink.getvalue().to_pybytes()
 
 
-COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
 
 
 def jsonl(texts, key="text"):
@@ -51,7 +58,7 @@ def table(texts, delimiter):
     return file.getvalue()
 
 
-FORMATS = {
+FORMATS: dict[str, Callable[[list[str]], str]] = {
     ".jsonl": jsonl,
     ".ndjson": lambda texts: jsonl(texts).replace("\n", "\r\n"),
     ".json": lambda texts: json.dumps([{"text": text, "more": [1, {"a": []}]} for text in texts]),
@@ -219,7 +226,7 @@ def test_arrays_are_cut_where_a_parser_cuts_them(seed):
     text = json.dumps(values, indent=generator.choice([None, 1]), ensure_ascii=False).encode()
     size = generator.randint(1, 40)
     blocks = [text[start : start + size] for start in range(0, len(text), size)]
-    assert [json.loads(element) for element in array_elements(blocks, 10_000)] == values
+    assert [json.loads(element or b"") for element in array_elements(blocks, 10_000)] == values
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
@@ -315,7 +322,7 @@ def test_a_long_text_file_is_read_in_pieces(tmp_path):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     [row] = rows_of(tmp_path / "a.txt")
     assert isinstance(row, LongText)
-    assert "".join(row.pieces) == text
+    assert "".join(map(str, row.pieces)) == text
     (tmp_path / "a.txt").write_bytes(text.encode() + b"x\xff\n")
     [row] = rows_of(tmp_path / "a.txt")
     assert str(list(row.pieces)[-1]) == (
@@ -405,5 +412,5 @@ def test_bad_rows_are_told_together(tmp_path):
 
 
 def test_limit_counts_documents():
-    rows = ["a", BadRow("x", "y"), "b", "c"]
+    rows: list[Row] = ["a", BadRow("x", "y"), "b", "c"]
     assert list(limited(iter(rows), 2)) == ["a", rows[1], "b"]

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -44,9 +45,14 @@ def content(folder, name="out"):
 
 def encoded(monkeypatch):
     """Counts the texts that are encoded from now on."""
-    seen = []
+    seen: list[str] = []
     whole = Encoder.encode
-    monkeypatch.setattr(Encoder, "encode", lambda self, batch: seen.extend(batch.texts) or whole(self, batch))
+
+    def encode(self, batch):
+        seen.extend(batch.texts)
+        return whole(self, batch)
+
+    monkeypatch.setattr(Encoder, "encode", encode)
     return seen
 
 
@@ -87,8 +93,8 @@ def rows_of(texts):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_long_document_is_one_document(tmp_path, tokenizer, small_parts, workers):
-    texts = [TEXTS[0], LongTextOf(TEXTS), TEXTS[1], LongTextOf(["short"]), LongTextOf(["", " \n"]), TEXTS[2]]
-    joined = ["".join(text.texts) if isinstance(text, LongTextOf) else text for text in texts]
+    texts: list[Any] = [TEXTS[0], LongTextOf(TEXTS), TEXTS[1], LongTextOf(["short"]), LongTextOf(["", " \n"]), TEXTS[2]]
+    joined: list[str] = ["".join(text.texts) if isinstance(text, LongTextOf) else text for text in texts]
     info = made(tmp_path, tokenizer, rows_of(texts), workers=workers, shuffle_seed=None)
     view = DatasetView(tmp_path / "out")
     assert [view.text(n, tokenizer) for n in range(len(view.lengths))] == [text for text in joined if text.strip()]

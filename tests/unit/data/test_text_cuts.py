@@ -77,7 +77,7 @@ def ids_in_pieces(tokenizer, text, *, block=700):
     pieces = list(in_pieces(tokenizer, blocks, "here"))
     if isinstance(pieces[-1], BadRow):
         return pieces[-1], len(pieces)
-    assert "".join(pieces) == text
+    assert "".join(map(str, pieces)) == text
     ids = tokenizer.encode(pieces[0])
     for piece in pieces[1:]:
         ids += tokenizer.encode_piece(piece)
