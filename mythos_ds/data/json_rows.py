@@ -66,6 +66,9 @@ def text_of(row: Any, key: str, where: str) -> Row:
         return row
     if not isinstance(row, dict):
         return BadRow(where, f"a JSON object is needed, {_kind(row)} given")
+    value = row.get(key)
+    if isinstance(value, str):
+        return long_or_whole(value, where)
     value, inside = row, ""
     for name in [key] if key in row or "." not in key else key.split("."):
         if not isinstance(value, dict):

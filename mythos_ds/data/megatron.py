@@ -27,31 +27,6 @@ SPLITS = ("train", "valid")
 _SURPLUS = 0.005  # extra samples of each blended dataset, megatron-core's default
 
 
-class TokenWriter:
-    """Writes documents to `prefix`.bin and `.idx`; two bytes per token where the vocabulary allows it."""
-
-    def __init__(self, prefix: Path, vocab_size: int):
-        indexed = _import_indexed()
-        self._prefix = str(prefix)
-        self._idx_path = indexed.get_idx_path(self._prefix)
-        self.dtype: type[np.generic] = indexed.DType.optimal_dtype(vocab_size)
-        self._builder = indexed.IndexedDatasetBuilder(indexed.get_bin_path(self._prefix), dtype=self.dtype)
-
-    def add(self, tokens: NDArray[Any], lengths: Sequence[int]) -> bytes:
-        """Append tokens, and end documents of these lengths, the last with the last token; none where a document goes
-        on. Returns the bytes that were written."""
-        content = tokens.astype(self.dtype).tobytes()
-        self._builder.data_file.write(content)
-        ends = self._builder.document_indices
-        ends.extend(range(ends[-1] + 1, ends[-1] + 1 + len(lengths)))
-        self._builder.sequence_lengths.extend(lengths)
-        return content
-
-    def close(self) -> None:
-        """Write the index."""
-        self._builder.finalize(self._idx_path)
-
-
 def open_tokens(prefix: Path) -> Any:
     """megatron-core's IndexedDataset over a pair: `[i]` is document i, `.sequence_lengths` the lengths."""
     read_header(prefix)

@@ -78,10 +78,9 @@ class PartStore:
         """The digest by which a part is found again."""
         digest = hashlib.sha256(self._salt.encode("utf-8"))
         for batch in batches:
-            for text in batch.texts:
-                content = text.encode("utf-8", "surrogatepass")
-                digest.update(f"{batch.starts}{batch.ends}{len(content)}:".encode())
-                digest.update(content)
+            sizes = " ".join(map(str, map(len, batch.texts)))
+            digest.update(f"{batch.starts} {batch.ends} {sizes}:".encode())
+            digest.update("".join(batch.texts).encode("utf-16-le", "surrogatepass"))
         return digest.hexdigest()
 
     def known(self, key: str) -> Part | None:

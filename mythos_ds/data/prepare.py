@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, write_info
 from mythos_ds.data.encoding import Batch, Encoded, EncoderPool, Result, encoder_pool
-from mythos_ds.data.megatron import TokenWriter
 from mythos_ds.data.parts import Part, PartStore
 from mythos_ds.data.rows import BadRow, BadRows, LongText, Row, long_or_whole
 from mythos_ds.data.text_cuts import PIECE_CHARACTERS, in_pieces
+from mythos_ds.data.token_files import TokenWriter
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.data.tokenizer_export import check_exportable
 from mythos_ds.errors import DataError
@@ -324,7 +324,7 @@ def _in_order(
     starts: NDArray[np.int64],
     lengths: NDArray[np.int64],
     several: dict[int, list[slice]],
-) -> Iterator[tuple[NDArray[np.int32], list[int]]]:
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
     """Tokens in the order of their documents, and the lengths of those that end with them: short documents together,
     long ones in blocks."""
     alone = lengths[order] > _BLOCK_TOKENS
@@ -336,13 +336,13 @@ def _in_order(
         if not alone[first]:
             sizes = lengths[numbers]
             begins = starts[numbers] - (np.cumsum(sizes) - sizes)
-            yield tokens[np.repeat(begins, sizes) + np.arange(sizes.sum())], sizes.tolist()
+            yield tokens[np.repeat(begins, sizes) + np.arange(sizes.sum())], sizes
             continue
         [number] = numbers.tolist()
         for stretch in several.get(number) or [slice(starts[number], starts[number] + lengths[number])]:
             for start in range(stretch.start, stretch.stop, _BLOCK_TOKENS):
-                yield tokens[start : min(start + _BLOCK_TOKENS, stretch.stop)], []
-        yield tokens[:0], [int(lengths[number])]
+                yield tokens[start : min(start + _BLOCK_TOKENS, stretch.stop)], lengths[:0]
+        yield tokens[:0], lengths[number : number + 1]
 
 
 def _publish(work: Path, prefix: Path, info: DatasetInfo, *, overwrite: bool) -> None:

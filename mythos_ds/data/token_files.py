@@ -17,12 +17,44 @@ from mythos_ds.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, type[np.generic]] = {4: np.int32, 8: np.uint16}
+_FOUR_BYTES, _TWO_BYTES = 4, 8
+_MOST_IN_TWO_BYTES = 65_500
+_DTYPES: dict[int, type[np.generic]] = {_FOUR_BYTES: np.int32, _TWO_BYTES: np.uint16}
 """Codes of the two types that are written; megatron-core knows others, which hold no ids."""
 _BLOCK_TOKENS = 1 << 20
 _SAMPLED_BLOCKS = 32
 _WHOLE_BYTES = 256 << 20
 _LENGTH_BYTES, _PLACE_BYTES = 4, 8
+
+
+class TokenWriter:
+    """Writes documents to `prefix`.bin and `.idx` as megatron-core does, without loading it (and torch); two bytes per
+    token where the vocabulary allows it."""
+
+    def __init__(self, prefix: Path, vocab_size: int):
+        self.code = _TWO_BYTES if vocab_size < _MOST_IN_TWO_BYTES else _FOUR_BYTES
+        bin_path, self._idx_path, _ = dataset_files(prefix)
+        self._file = bin_path.open("wb")
+        self._lengths: list[NDArray[np.int32]] = []
+
+    def add(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> bytes:
+        """Append tokens, and end documents of these lengths, the last with the last token; none where a document goes
+        on. Returns the bytes that were written."""
+        content = tokens.astype(_DTYPES[self.code]).tobytes()
+        self._file.write(content)
+        self._lengths.append(lengths.astype(np.int32))
+        return content
+
+    def close(self) -> None:
+        """Write the index."""
+        self._file.close()
+        lengths = np.concatenate(self._lengths)
+        places = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(_DTYPES[self.code]).itemsize
+        count = len(lengths)
+        with self._idx_path.open("wb") as file:
+            file.write(_HEADER.pack(_MAGIC, 1, self.code, count, count + 1))
+            for array in (lengths, places, np.arange(count + 1, dtype=np.int64)):
+                file.write(array.tobytes())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 from mythos_ds.data.dataset_info import dataset_files, read_info
 from mythos_ds.data.inspection import DatasetView, length_histogram, save_histogram
 from mythos_ds.data.prepare import prepare_dataset
+from mythos_ds.data.token_files import TokenWriter
 from mythos_ds.errors import DataError
 from tests.helpers.text_data import make_texts, make_tokenizer
 
@@ -92,6 +93,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from mythos_ds.data.prepare import prepare_dataset
+from mythos_ds.data.token_files import TokenWriter
 
 def documents():
     for _ in range(20_000):
@@ -172,3 +174,32 @@ def test_document_number_out_of_range_and_other_tokenizer(tmp_path, tokenizer):
         view.document(60)
     with pytest.raises(DataError, match="not the tokenizer"):
         view.text(0, make_tokenizer(tmp_path / "other", vocab_size=390))
+
+
+@pytest.mark.parametrize("vocab_size", [400, 65_499, 65_500, 100_000])
+def test_the_files_are_those_that_megatron_writes(tmp_path, vocab_size):
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    generator = np.random.Generator(np.random.Philox(vocab_size))
+    documents = [generator.integers(0, vocab_size, size) for size in (1, 5, 300, 7)]
+    own = TokenWriter(tmp_path / "own", vocab_size)
+    for document in documents:
+        own.add(document[:1], np.zeros(0, np.int64))
+        own.add(document[1:], np.array([len(document)]))
+    own.close()
+    theirs = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
+    for document in documents:
+        theirs.add_document(document, [len(document)])
+    theirs.finalize(str(tmp_path / "theirs.idx"))
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"own.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
+
+
+def test_preparing_loads_no_torch(tmp_path, tokenizer):
+    code = (
+        "import sys; from pathlib import Path; from mythos_ds.data.prepare import prepare_dataset; "
+        "prepare_dataset(['some text'], tokenizer_path=Path(sys.argv[1]), prefix=Path(sys.argv[2])); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tokenizer.path), str(tmp_path / "out")]
+    assert subprocess.run(command, check=False, timeout=120).returncode == 0
