@@ -17,12 +17,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mythos_ds.conversion.writing_options import add_break_lock
 from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import TokenDataset
 from mythos_ds.data.held_out import open_text
 from mythos_ds.data.tokenizer_files import copy_tokenizer
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
+from mythos_ds.output_lock import locked_output
 from mythos_ds.train.exit_gate import explained_share, train_exit_gate, with_exit_gate
 from mythos_ds.weights.built_in import find_model
 from mythos_ds.weights.model_folder import CONFIG, load_model, read_metadata, save_model
@@ -42,11 +44,18 @@ def parser() -> ArgumentParser:
     made.add_argument("--batch", type=int, default=8, help="sequences per step")
     made.add_argument("--data-dir", type=Path, default=Path("data"), help="where the built-in corpus is or will be")
     made.add_argument("--seed", type=int, default=0, help="of the order of the text")
+    add_break_lock(made)
     return made
 
 
 def work(arguments: Namespace) -> None:
     check(arguments)
+    with locked_output(arguments.output, "train-gate", break_lock=arguments.break_lock):
+        train(arguments)
+
+
+def train(arguments: Namespace) -> None:
+    """Train the gate and write the model."""
     arguments.model = find_model(arguments.model)
     model = with_exit_gate(load_model(arguments.model))
     n_loops = arguments.loops or max(model.config.max_loops, 2)
