@@ -348,7 +348,7 @@ def convert(
         raise ConfigError(f"{unknown[0]}: not an option of a conversion; allowed: {', '.join(CUT_FLAGS)}")
     folder = model_path(source)
     output = Path(destination)
-    refuse_input(output, [folder], "destination")
+    refuse_input(output, [folder], "destination", "the source")
     request = Request(from_format, to_format, folder, dtype, with_remote_code, allow_pickle, cut)
     route = plan_route(request)
     if folder.is_dir():

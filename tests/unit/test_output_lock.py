@@ -152,14 +152,24 @@ def test_one_of_several_takers_gets_a_stale_lock(tmp_path: Path, seed: int) -> N
     plant(target, first)
     if seed % 2:
         plant(target, replace(first, token="f" * 16), f"{LOCK}.{first.token}")
-    start = time.time() + 0.05
+    refused = tmp_path / "refused"
+    refused.mkdir()
+    start, end = time.time() + 0.05, time.time() + 60
 
     def taker() -> int:
         time.sleep(max(0.0, start - time.time()) + generator.random() * 0.001)
-        return take(target, 0.3)
+        try:
+            with locked_output(target, "convert"):
+                while len(list(refused.iterdir())) < 7 and time.time() < end:
+                    time.sleep(0.001)
+        except OutputError:
+            (refused / str(os.getpid())).touch()
+            return 2
+        return 0
 
     codes = [code_of(pid) for pid in [in_child(taker) for _ in range(8)]]
     assert sorted(codes) == [0] + [2] * 7
+    assert time.time() < end
     assert not list(target.iterdir())
 
 
