@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.errors import CheckpointError, OutputError
+from mythos_ds.errors import CheckpointError, OutputError, naming
 from mythos_ds.io import open_new, read_json, sync, temporary_path, write_atomic, writing_to
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.reader import SINGLE, TensorFolder, TensorSource
+from mythos_ds.weights.whole_model import check_whole
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 _FORMAT = 1
@@ -72,12 +73,15 @@ def load_model(folder: str | Path, adapt: Callable[[MythosModel], None] | None =
     """The model in evaluation mode, on the CPU; `adapt` makes it the variant that was saved. Raises CheckpointError
     where a file is missing, damaged or does not fit the configuration."""
     folder = Path(folder)
-    config = read_config(folder)
+    config, source = read_config(folder), TensorFolder(folder)
+    if adapt is None:  # before memory is taken for what the configuration says
+        with naming(folder):
+            check_whole(source.specs(), config)
     model = MythosModel(config)
     if adapt is not None:
         adapt(model)
     try:
-        return _filled(model, TensorFolder(folder))
+        return _filled(model, source)
     except RuntimeError as error:
         raise CheckpointError(f"{folder / SINGLE}: {error}") from None
 
