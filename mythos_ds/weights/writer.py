@@ -10,9 +10,10 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -132,9 +133,11 @@ def write_tensors(
         if file.name in done:
             report(file.nbytes)
     todo = [file for file in files if file.name not in done]
-    for file, record in _run(source, todo, folder, metadata, min(jobs, len(todo)), report):
-        write_json(_records(folder, stem) / f"{file.name}.json", asdict(record))
-        done[file.name] = record
+    # Closed whatever happens here: its workers must have ended before the lock goes.
+    with closing(_run(source, todo, folder, metadata, min(jobs, len(todo)), report)) as finished:
+        for file, record in finished:
+            write_json(_records(folder, stem) / f"{file.name}.json", asdict(record))
+            done[file.name] = record
     if len(files) > 1:
         write_json(folder / f"{stem}.safetensors.index.json", _index(files))
     records = {name: asdict(done[name]) for name in sorted(done)}
@@ -213,7 +216,7 @@ def _run(
     metadata: dict[str, str],
     jobs: int,
     report: Callable[[int], None],
-) -> Iterator[tuple[OutputFile, FileChecksum]]:
+) -> Generator[tuple[OutputFile, FileChecksum], None, None]:
     """Every file when it is in place. Workers write temporary files only: one that outlives a killed job must not
     publish anything into what the next job writes."""
     temporaries = {file.name: temporary_path(folder) for file in files}
@@ -230,9 +233,10 @@ def _run(
                 yield published(file, _write_file(source, file, folder, temporaries[file.name], metadata, report))
             return
         arguments = [(source, file, folder, temporaries[file.name], metadata) for file in files]
-        for number, record in _in_workers(_write_file, arguments, jobs):
-            report(files[number].nbytes)
-            yield published(files[number], record)
+        with closing(_in_workers(_write_file, arguments, jobs)) as results:
+            for number, record in results:
+                report(files[number].nbytes)
+                yield published(files[number], record)
     finally:
         for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
@@ -240,22 +244,22 @@ def _run(
 
 def _in_workers(
     work: Callable[..., FileChecksum], arguments: Sequence[tuple[Any, ...]], jobs: int
-) -> Iterator[tuple[int, FileChecksum]]:
+) -> Generator[tuple[int, FileChecksum], None, None]:
     """The results of calls in other processes, as they come, with their numbers."""
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start_worker) as pool:
         futures = {pool.submit(work, *each): number for number, each in enumerate(arguments)}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
-        except (KeyboardInterrupt, SystemExit):
-            for process in pool._processes.values():  # they would finish files of gigabytes first
-                process.terminate()
-            raise
         except BrokenProcessPool as error:
             raise OutputError(
                 f"a worker of --jobs {jobs} was ended by the system, as it does where memory is short; finished files "
                 "are kept: start again with fewer --jobs"
             ) from error
+        except BaseException:
+            for process in list(pool._processes.values()):  # they would finish files of gigabytes first
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -36,7 +36,7 @@ PAIRS = (
     ("prepare a", "prepare b"),
 )
 KILLS = {
-    "merge": ("merge fp32", "merge bf16", "merge one file"),
+    "merge": ("merge fp32", "merge bf16", "merge one file", "merge in workers"),
     "convert": ("convert hf", "convert fp8", "convert hf fp32"),
     "reshard": ("reshard", "reshard large"),
     "prepare": ("prepare a", "prepare b"),

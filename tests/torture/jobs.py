@@ -57,6 +57,7 @@ def make_jobs(folder: Path) -> dict[str, Job]:
     jobs = [
         Job("merge fp32", "merge", (run, "--tokenizer", tokenizer, *pieces)),
         Job("merge bf16", "merge", (run, "--tokenizer", tokenizer, *pieces, "--dtype", "bfloat16")),
+        Job("merge in workers", "merge", (run, "--tokenizer", tokenizer, *pieces, "--jobs", "2")),
         Job("merge one file", "merge", (run, "--tokenizer", tokenizer)),
         Job("convert hf", "convert", (*from_tiny, "hf", *pieces, "--with-remote-code")),
         Job("convert fp8", "convert", (*from_tiny, "hf", "--dtype", "fp8")),
