@@ -4,6 +4,7 @@
 Every layout loads it, as it loads the checkpoints of other layouts (`reshard`).
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ from mythos_ds.weights.model_folder import checked_config
 from mythos_ds.weights.reader import TensorFolder, TensorSource, elements
 from mythos_ds.weights.whole_model import check_whole
 from mythos_ds.weights.writer import MAX_FILE_BYTES, write_tensors
+
+_JOB = ".job.json"
+"""In a folder under construction: what it is to hold."""
 
 
 class StateTensors(TensorSource, Protocol):
@@ -83,7 +87,7 @@ def write_portable(
         return _named_latest(target)
     if target.exists():
         raise CheckpointError(f"{target}: exists; choose another output, or remove it")
-    real_folder(partial)
+    _begin(partial, tag, max_file_bytes)
     for kind, source in sources.items():
         write_tensors(source, partial, stem=kind, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
     for path in tag.glob("random_state_rank_*.json"):
@@ -92,12 +96,24 @@ def write_portable(
     kinds = [WEIGHTS, *sorted(set(sources) - {WEIGHTS})]
     write_json(partial / manifest.STATE, {**state, "layout": {PORTABLE: kinds, STEPS: steps}})
     remove_leftovers(partial, alone=True)
+    (partial / _JOB).unlink()
     records = {str(path.relative_to(partial)): manifest.digest(path) for path in manifest.data_files(partial)}
     content = {name: {"size": record.size, "crc32": record.crc32} for name, record in records.items()}
     write_json(partial / manifest.MANIFEST, {"format": 1, "files": content})
     sync(partial)
     partial.rename(target)
     return _named_latest(target)
+
+
+def _begin(partial: Path, tag: Path, max_file_bytes: int) -> None:
+    """Make the hidden folder ready: what a killed job for the same files left there is gone on with, all else goes."""
+    job = {"manifest": manifest.digest(tag / manifest.MANIFEST).crc32, "max_file_bytes": max_file_bytes}
+    real_folder(partial)
+    mark = partial / _JOB
+    if not mark.is_file() or read_json(mark) != job:
+        shutil.rmtree(partial)
+        partial.mkdir()
+        write_json(mark, job)
 
 
 def unfinished(directory: Path, tag: Path) -> bool:

@@ -179,7 +179,10 @@ def _start(folder: Path, job: str, names: set[str], stem: str) -> dict[str, File
         paths = [path for path in records.glob("*.json") if path.name != "job.json"]
         found = {path.name.removesuffix(".json"): read_json(path, FileChecksum) for path in paths}
     elif existing := sorted({*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{stem}*.index.json")}):
-        raise CheckpointError(f"{folder}: holds {existing[0].name} of something else; choose an empty folder")
+        half = (
+            " (of a job that has not finished: start that one again, or remove the folder)" if records.exists() else ""
+        )
+        raise CheckpointError(f"{folder}: holds {existing[0].name} of something else{half}; choose an empty folder")
     else:
         found = {}
     real_folder(records)

@@ -207,6 +207,19 @@ def test_a_killed_job_goes_on_and_nothing_is_left(torture: Torture, name: str) -
         assert trial.faults == [], trial.what
 
 
+def test_what_a_killed_reshard_left_is_not_taken_for_the_users(torture: Torture) -> None:
+    """Neither by one that cuts files elsewhere: it begins anew, and leaves nothing of the other."""
+    expected = torture.undisturbed("reshard large").files
+    changes = torture.undisturbed("reshard").changes
+    place = torture.scratch / "other"
+    for share in (0.05, 0.3, 0.6, 0.9):
+        place.mkdir()
+        torture.kill_at("reshard", place, int(share * changes))
+        assert torture.jobs["reshard large"].run(place) == 0
+        assert not differences(tree(place), expected)
+        shutil.rmtree(place)
+
+
 def test_a_reshard_that_was_killed_in_its_third_kind_goes_on(torture: Torture) -> None:
     known = torture.undisturbed("reshard")
     place = torture.scratch / "third"
