@@ -191,6 +191,7 @@ def test_a_job_that_finds_another_at_work_writes_nothing(
         ("convert hf", "convert fp8"),
         ("reshard", "reshard large"),
         ("average", "merge fp32"),
+        ("prepare a", "prepare b"),
     ],
     ids=" and ".join,
 )
@@ -199,7 +200,7 @@ def test_of_two_jobs_one_writes_and_one_is_refused(torture: Torture, pair: tuple
     assert trial.faults == [], trial.what
 
 
-@pytest.mark.parametrize("name", ["merge fp32", "convert hf", "reshard", "average"])
+@pytest.mark.parametrize("name", ["merge fp32", "convert hf", "reshard", "average", "prepare a"])
 def test_a_killed_job_goes_on_and_nothing_is_left(torture: Torture, name: str) -> None:
     for seed in range(2):
         trial = torture.kill(name, random.Random(seed))
