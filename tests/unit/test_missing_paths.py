@@ -12,7 +12,7 @@ from mythos_ds.conversion.merge import newest_tag
 from mythos_ds.conversion.starting_weights import foreign_section
 from mythos_ds.data.builtin import existing_builtin
 from mythos_ds.data.dataset_info import read_info
-from mythos_ds.data.readers import find_inputs
+from mythos_ds.data.inputs import find_inputs
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import MythosError
 from mythos_ds.io import read_bytes, where_searched
