@@ -2,13 +2,13 @@
 #   PYTHON=python3.12   the interpreter the environment is made from
 #   VENV=.venv          where it is made; VENV= (empty) uses PYTHON's own environment, for machines with torch in place
 #   TORCH=torch==2.13.0 what to install where torch is missing
+#   TEST_PROCESSES=2    files of tests that run at once; each may start up to four processes of its own
 #   ARGS="training.max_steps=100"   settings of the quickstart's training other than tiny.json's
 # Everything else is installed at the versions of requirements.lock, also where another one is in place.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PROCESSES ?= 2
-# Files of tests that run at once; each starts up to four processes of its own.
 TEST_PROCESSES ?= 2
 RUN_DIR ?= runs/quickstart
 
