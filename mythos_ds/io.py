@@ -203,6 +203,14 @@ def partial_path(target: Path) -> Path:
     return target.parent / f".{target.name}.partial-{signature()}-{secrets.token_hex(8)}"
 
 
+def remove_at_once(folder: Path, target: Path) -> None:
+    """Remove a hidden folder of ours beside `target`; one that is removed in part only is seen to be that."""
+    doomed = partial_path(target)
+    with suppress(FileNotFoundError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def remove_partials(target: Path) -> None:
     """Remove what dead processes of this host left of output under construction at `target`."""
     start = f".{target.name}.partial-"

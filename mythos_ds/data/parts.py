@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from mythos_ds.data.encoding import TOKEN_DTYPE, Batch, Encoded
 from mythos_ds.data.index_files import open_regular
 from mythos_ds.errors import DataError
-from mythos_ds.io import parse_json, real_folder
+from mythos_ds.io import parse_json, real_folder, remove_at_once
 
 _TOKENS, _JOURNAL = "tokens", "parts.jsonl"
 _FORMAT = 1
@@ -45,11 +44,16 @@ class Part:
     sha256: str
 
 
+def unfinished_folder(prefix: Path) -> Path:
+    """The hidden folder beside an output that is being prepared."""
+    return prefix.with_name(f".{prefix.name}.unfinished")
+
+
 class PartStore:
     """The hidden folder beside an output that keeps what is finished until the output is published."""
 
     def __init__(self, prefix: Path, tokenizer_sha256: str):
-        self.folder = prefix.with_name(f".{prefix.name}.unfinished")
+        self.folder, self._prefix = unfinished_folder(prefix), prefix
         self._salt = f"{_FORMAT}:{tokenizer_sha256}"
         real_folder(self.folder)
         self._parts: dict[str, Part] = {}
@@ -141,7 +145,7 @@ class PartStore:
 
     def remove(self) -> None:
         """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_at_once(self.folder, self._prefix)
 
 
 def _open_for_writing(path: Path) -> BinaryIO:

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, write_info
 from mythos_ds.data.encoding import Batch, Encoded, EncoderPool, Result, encoder_pool
-from mythos_ds.data.parts import Part, PartStore
+from mythos_ds.data.parts import Part, PartStore, unfinished_folder
 from mythos_ds.data.rows import BadRow, BadRows, LongText, Row, long_or_whole
 from mythos_ds.data.text_cuts import PIECE_CHARACTERS, in_pieces
 from mythos_ds.data.token_files import TokenWriter
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.data.tokenizer_export import check_exportable
 from mythos_ds.errors import DataError
-from mythos_ds.io import sync
+from mythos_ds.io import read_json, remove_at_once, remove_partials, sync, write_json
 from mythos_ds.log import get_logger
 from mythos_ds.output_lock import locked_output
 
@@ -32,6 +32,7 @@ _PART_CHARACTERS, _FEW_PARTS = 2_000_000, 64
 """Characters of each of the first parts; of those after them, so that they do not become too many, eight times more."""
 _BORDER = 64
 _BLOCK_TOKENS = 1 << 20
+_PUBLISHING = "publishing.json"
 _MOST_TOKENS = np.iinfo(np.int32).max  # the index counts a document's tokens in four bytes
 _TRIED_DOCUMENTS, _TRIED_CHARACTERS = 100, 2_000_000
 
@@ -128,6 +129,8 @@ def prepare_dataset(
     """
     tokenizer = Tokenizer.load(tokenizer_path)
     with locked_output(prefix, "prepare-data", folder=False, break_lock=break_lock):
+        remove_partials(prefix)
+        overwrite = overwrite or _half_published(prefix)
         _refuse_existing(prefix, overwrite)
         first, rows = _first_rows(documents)
         check_exportable(tokenizer, [row for row in first if isinstance(row, str)])
@@ -148,6 +151,21 @@ def prepare_dataset(
         finally:
             store.keep_or_remove()
     return info
+
+
+def _half_published(prefix: Path) -> bool:
+    """Whether what stands at the output's names was put there by a preparation that ended before the last of them. What
+    one left that ended just after it is removed."""
+    mark = unfinished_folder(prefix) / _PUBLISHING
+    targets = dataset_files(prefix)
+    if not mark.is_file():
+        return False
+    if targets[2].exists():
+        remove_at_once(mark.parent, prefix)
+        return False
+    sizes = read_json(mark, dict[str, int], DataError)
+    there = [path for path in targets[:2] if path.exists()]
+    return all(path.is_file() and path.stat().st_size == sizes.get(path.suffix[1:]) for path in there)
 
 
 def _refuse_existing(prefix: Path, overwrite: bool) -> None:
@@ -349,6 +367,7 @@ def _publish(work: Path, prefix: Path, info: DatasetInfo, *, overwrite: bool) ->
     """Move the pair to its final names; the sidecar, which makes it count, goes last."""
     _refuse_existing(prefix, overwrite)  # made meanwhile by something that knows no lock
     targets = dataset_files(prefix)
+    write_json(work / _PUBLISHING, {"bin": info.bin_bytes, "idx": info.idx_bytes})
     targets[2].unlink(missing_ok=True)
     for source, target in zip(dataset_files(work / "data")[:2], targets[:2], strict=True):
         sync(source)
