@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 
 from mythos_ds.errors import MythosError, RankError, ReportedElsewhere
+from mythos_ds.guard import user_message
 from mythos_ds.parallel.groups import ParallelGroups
 
 Result = TypeVar("Result")
@@ -27,7 +28,8 @@ def together(groups: ParallelGroups, action: Callable[[], Result]) -> Result:
     if lowest == groups.world_size:
         return result  # type: ignore[return-value]
     if lowest == groups.rank:
-        raise RankError(str(failure)) from failure
+        assert failure is not None
+        raise RankError(user_message(failure) or str(failure)) from failure
     raise ReportedElsewhere(f"rank {lowest} failed")
 
 
