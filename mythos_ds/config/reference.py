@@ -25,7 +25,8 @@ _DEEPSPEED = """
 ## deepspeed
 
 Goes to DeepSpeed as written, plus the derived keys; a key that is null is left out. DeepSpeed ignores a
-misspelt top-level key, so the keys are checked here.
+misspelt top-level key, so the keys are checked here, and the values of those that are left by type. Keys of
+loggers belong in the environment (`docs/security.md`).
 
 Not set here, because they are written elsewhere:
 
