@@ -78,7 +78,10 @@ def read_gpu(name: str) -> Gpu:
         return GPUS[name]
     if not name.endswith(".json"):
         raise ConfigError(f"--gpu: given {name}; allowed: {', '.join(GPUS)}, or a JSON file")
-    content = read_json(Path(name), dict[str, Any], ConfigError)
+    try:
+        content = read_json(Path(name), dict[str, Any], ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"--gpu: {error}") from None
     known = {field.name: field for field in fields(Gpu)}
     if unknown := sorted(set(content) - set(known)):
         raise ConfigError(f"--gpu: {name}: unknown {unknown[0]!r}; allowed: {', '.join(known)}")
