@@ -91,7 +91,9 @@ def _tried(artefacts: Path, root: Path, target: str, number: int, seed: int, who
 
 
 def _unplaced(message: str, case: Case) -> str | None:
-    known = [*case.names, str(case.root), str(case.root.parent), ": file name too long"]  # after a name of 300 letters
+    # After a name of 300 letters, the length that a setting exceeds, the name of a tensor.
+    said = (": file name too long", "the run's ", ": has values that are not finite")
+    known = [*case.names, str(case.root), str(case.root.parent), *said]
     placed = any(name and name in message for name in known)
     one = message.count("Traceback") == 0
     return None if placed and one else f"a message without file, line or key: {message[-600:]!r}; {case.names}"
