@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -69,6 +70,10 @@ def digest_of(path: Path) -> FileDigest:
     return FileDigest(size, digest.hexdigest())
 
 
+_HEADER_FAULTS = (ValueError, KeyError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError, TokenError)
+"""What numpy raises of a damaged header; TokenError of one that it takes for that of Python 2."""
+
+
 def load_array(path: Path, ndim: int) -> NDArray[np.integer[Any]]:
     """Map a .npy file of integers, from the very file that was checked: nothing in it is unpickled.
 
@@ -82,7 +87,7 @@ def load_array(path: Path, ndim: int) -> NDArray[np.integer[Any]]:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, fortran, dtype = read(file)
-        except (ValueError, KeyError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        except _HEADER_FAULTS as error:
             raise DataError(f"{path}: not an array of numbers ({error})") from error
         plain = dtype.kind in "iu" and dtype.isnative and not fortran and len(shape) == ndim
         if not plain or min(shape, default=0) < 0:

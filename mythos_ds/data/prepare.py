@@ -144,7 +144,8 @@ def prepare_dataset(
             bad.check(store.folder)
             if not found.count:
                 skipped = sum(part.skipped for part in found.parts)
-                raise DataError(f"no text to prepare: {skipped} documents read, all empty")
+                where = f"{', '.join(sources[:3])}: " if sources else ""
+                raise DataError(f"{where}no text to prepare: {skipped} documents read, all empty")
             info = _written(prefix, tokenizer, store, found, bad, shuffle_seed, sources)
             _publish(store.folder, prefix, info, overwrite=overwrite)
             store.remove()

@@ -135,7 +135,7 @@ class SentencePieceTokenizer(Tokenizer):
         pieces: SentencePieceProcessor = sentencepiece.SentencePieceProcessor()
         try:
             pieces.LoadFromSerializedProto(model)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: its own message of damage is no UTF-8 text
             raise DataError(
                 f"{path} is no sentencepiece model, tokenizer.json or tiktoken file; mythos-ds train-tokenizer makes "
                 "a sentencepiece model"

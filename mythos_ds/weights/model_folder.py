@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mythos_ds.config.rules.check import check_model
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import CheckpointError, OutputError, naming
 from mythos_ds.io import open_new, read_json, sync, temporary_path, write_atomic, writing_to
@@ -62,11 +63,14 @@ def checked_config(fields: dict[str, Any], where: str) -> ModelConfig:
     """The configuration of these fields; `where` names them in messages. Raises CheckpointError for one that there
     cannot be, and for a model that cannot be built of it."""
     try:
-        return ModelConfig.model_validate(fields)
+        config = ModelConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join((where, *map(str, first["loc"])))
         raise CheckpointError(f"{place}: {first['msg']}, given {first['input']!r}") from None
+    for key, message in check_model(config):
+        raise CheckpointError(f"{where}.{key}: {message}")
+    return config
 
 
 def load_model(folder: str | Path, adapt: Callable[[MythosModel], None] | None = None) -> MythosModel:
