@@ -37,12 +37,18 @@ def _measure(arguments: Namespace) -> None:
 
 
 def _line(found: Preparation, first: Preparation) -> str:
-    speed = found.text_bytes / found.seconds / 1e6
-    share = speed / (first.text_bytes / first.seconds / 1e6)
+    speed, share = _speed(found.text_bytes, found.seconds), found.seconds / found.text_bytes
+    cores, core_share = _speed(found.text_bytes, found.core_seconds), found.core_seconds / found.text_bytes
     return (
-        f"{found.name:<20} {found.documents:>10,} documents {speed:6.2f} MB/s {share:5.0%} of {first.name}"
-        f"  memory {found.reader_bytes / 1e6:.0f} MB here, {found.worker_bytes / 1e6:.0f} MB in a worker"
+        f"{found.name:<20} {found.documents:>10,} documents {speed:6.2f} MB/s"
+        f" ({first.seconds / first.text_bytes / share:.0%} of {first.name}), {cores:.2f} MB per second of a core"
+        f" ({first.core_seconds / first.text_bytes / core_share:.0%}), memory {found.reader_bytes / 1e6:.0f} MB in the"
+        f" reader, {found.worker_bytes / 1e6:.0f} MB in a worker"
     )
+
+
+def _speed(text_bytes: int, seconds: float) -> float:
+    return text_bytes / seconds / 1e6
 
 
 if __name__ == "__main__":

@@ -21,12 +21,14 @@ _SOURCE_BYTES = 20_000_000
 
 @dataclass(frozen=True)
 class Preparation:
-    """One measured preparation: text, seconds, and the most memory that this process and one of the others took."""
+    """One measured preparation: text, seconds on the clock and of all cores, and the most memory that the process which
+    reads and one of the others took."""
 
     name: str
     text_bytes: int
     documents: int
     seconds: float
+    core_seconds: float
     reader_bytes: int
     worker_bytes: int
 
@@ -102,8 +104,18 @@ def _measured(path: Path, tokenizer: Path, workers: int) -> Preparation:
     prefix = path.with_name(f"{path.name}-tokens")
     info = prepare_dataset(rows, tokenizer_path=tokenizer, prefix=prefix, workers=workers, overwrite=True)
     seconds = time.perf_counter() - start
-    here, others = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return Preparation(path.name, info.text_bytes, info.documents, seconds, here * 1024, others * 1024)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cores = sum(each.ru_utime + each.ru_stime for each in used)
+    worker = used[1].ru_maxrss * 1024
+    return Preparation(path.name, info.text_bytes, info.documents, seconds, cores, _peak_bytes(), worker)
+
+
+def _peak_bytes() -> int:
+    """The most memory of this process; what getrusage says of it begins with that of the process that started it."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
