@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -57,6 +58,7 @@ class PartStore:
         self._salt = f"{_FORMAT}:{tokenizer_sha256}"
         real_folder(self.folder)
         self._parts: dict[str, Part] = {}
+        self._mapped: mmap.mmap | None = None
         self._path, self._journal = self.folder / _TOKENS, self.folder / _JOURNAL
         self._read()
         self.found = len(self._parts)
@@ -131,7 +133,14 @@ class PartStore:
 
     def tokens(self) -> NDArray[np.int32]:
         """All that is in the file."""
-        return np.asarray(np.memmap(self._path, dtype=TOKEN_DTYPE, mode="r"))
+        with open_regular(self._path) as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._mapped, dtype=TOKEN_DTYPE)
+
+    def forget_read(self) -> None:
+        """Give back the memory of what was read of `tokens` so far."""
+        if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def lengths(self, part: Part) -> NDArray[np.int64]:
         """Tokens of each text of a part."""

@@ -33,6 +33,9 @@ _PART_CHARACTERS, _FEW_PARTS = 2_000_000, 64
 _BORDER = 64
 _BLOCK_TOKENS = 1 << 20
 _PUBLISHING = "publishing.json"
+
+
+_FORGET_AFTER = 16
 _MOST_TOKENS = np.iinfo(np.int32).max  # the index counts a document's tokens in four bytes
 _TRIED_DOCUMENTS, _TRIED_CHARACTERS = 100, 2_000_000
 
@@ -315,8 +318,10 @@ def _written(
     bin_path, idx_path, _ = dataset_files(store.folder / "data")
     writer = TokenWriter(store.folder / "data", tokenizer.vocab_size)
     digest = hashlib.sha256()
-    for tokens, ended in _in_order(store.tokens(), order, starts, lengths, several):
+    for number, (tokens, ended) in enumerate(_in_order(store.tokens(), order, starts, lengths, several)):
         digest.update(writer.add(tokens, ended))
+        if number % _FORGET_AFTER == 0:
+            store.forget_read()
     writer.close()
     digest.update(lengths[order].tobytes())
     return DatasetInfo(
