@@ -33,8 +33,6 @@ _PART_CHARACTERS, _FEW_PARTS = 2_000_000, 64
 _BORDER = 64
 _BLOCK_TOKENS = 1 << 20
 _PUBLISHING = "publishing.json"
-
-
 _FORGET_AFTER = 16
 _MOST_TOKENS = np.iinfo(np.int32).max  # the index counts a document's tokens in four bytes
 _TRIED_DOCUMENTS, _TRIED_CHARACTERS = 100, 2_000_000

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mythos_ds.errors import CheckpointError
+from mythos_ds.io import open_regular
 
 _executing = ContextVar("executing", default=False)
 
@@ -38,7 +39,8 @@ def safe_load(path: Path, *, mapped: bool = True, classes: Sequence[Any] = (), a
     """
     execute = _executing.get() if allow_pickle is None else allow_pickle
     try:
-        with torch.serialization.safe_globals(list(classes)):
+        # torch would wait for good where the file is a named pipe that nobody writes to.
+        with open_regular(path), torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=not execute)
     except pickle.UnpicklingError as error:
         if "unsupported operand" in str(error).lower():

@@ -1,5 +1,6 @@
 """Reading without executing: members of enums however Python pickles them, and nothing else that getattr could give."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,10 @@ def test_deepspeeds_classes_are_for_its_own_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing was executed"):
         safe_load(tmp_path / "file.pt")
     assert safe_load(tmp_path / "file.pt", allow_pickle=True)["zero_stage"] is ZeroStageEnum.weights
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "pipe.pt", tmp_path, tmp_path / "absent.pt"):
+        with pytest.raises(CheckpointError, match=path.name):
+            safe_load(path)
