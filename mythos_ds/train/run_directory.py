@@ -73,8 +73,15 @@ class RunDirectory:
         return handle
 
     def read_manifest(self) -> RunManifest:
-        """The stored manifest. Raises CheckpointError when it is missing or not readable."""
-        return RunManifest.of(read_json(self.manifest, dict[str, Any]), str(self.manifest))
+        """The stored manifest. Raises CheckpointError when it is missing, not readable or contradicts itself."""
+        content = read_json(self.manifest, dict[str, Any])
+        stored = RunManifest.of(content, str(self.manifest))
+        if content.get("total_steps") != stored.total_steps:
+            raise CheckpointError(
+                f"{self.manifest}: total_steps: given {content.get('total_steps')!r}, but phases end at step "
+                f"{stored.total_steps}; one of them was changed by hand or is damaged"
+            )
+        return stored
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """Replace the manifest atomically."""
