@@ -83,13 +83,14 @@ def _acquire(target: Path, folder: bool, record: LockRecord, break_lock: bool) -
         digest = hashlib.sha256(os.fsencode(place.name)).hexdigest()[:16]
         path = place / LOCK if folder else place.parent / f".mythos_ds-{digest}.lock"
         made: list[Path] = []
-        while True:
+        for _ in range(_TRIES):
             made = _make_folders(path.parent) or made
             with suppress(FileNotFoundError):  # another job has removed the folder that it had made
                 _take(path, record, target, break_lock)
                 return path, made
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead back to themselves
         raise OutputError(f"{target}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    raise OutputError(f"{target}: cannot be written ({path.parent} takes no files, or is removed again and again)")
 
 
 def _make_folders(folder: Path) -> list[Path]:

@@ -218,3 +218,13 @@ def test_what_dead_processes_left_is_removed_and_nothing_else(tmp_path: Path) ->
     assert set(tmp_path.iterdir()) == {*kept, elsewhere}
     assert take(tmp_path) == 0
     assert set(tmp_path.iterdir()) == set(kept)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="of Linux")
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_folder_that_takes_no_files_is_refused_at_once(folder: bool) -> None:
+    with (
+        pytest.raises(OutputError, match="cannot be written"),
+        locked_output(Path("/proc/self") if folder else Path("/proc/self/x"), "convert", folder=folder),
+    ):
+        pass
