@@ -134,6 +134,8 @@ def _read_jsonl(path: Path, options: ReadOptions) -> Iterator[Row]:
 
 def _damaged(path: Path, place: str, error: Exception) -> BadRow:
     said = str(error) or type(error).__name__
+    if isinstance(error, UnicodeError):
+        said += "; or give another --encoding (utf-16-le and -be are those without a mark at the start)"
     return BadRow(f"{path} {place}", "the file is damaged or cut short", said, damage=True)
 
 
@@ -274,6 +276,7 @@ def _read_table(path: Path, options: ReadOptions, file_format: Literal["csv", "t
             if options.key not in header:
                 shown = ", ".join(map(repr, header[:10])) or "none"
                 raise DataError(f"{path}: no column {options.key!r} in its first line; allowed for --key: {shown}")
+            _check_once(path, header, options.key)
             place = header.index(options.key)
             yield from _table_rows(path, reader, len(header), place, dropped)
         except csv.Error as error:
@@ -282,13 +285,19 @@ def _read_table(path: Path, options: ReadOptions, file_format: Literal["csv", "t
             yield _damaged(path, f"after line {reader.line_num}", error)
 
 
+def _check_once(path: Path, names: list[str], key: str) -> None:
+    if names.count(key) > 1:
+        raise DataError(f"{path}: {names.count(key)} columns {key!r}; allowed for --key: one that is there once")
+
+
 def _table_rows(path: Path, reader: Any, columns: int, place: int, dropped: list[BadRow]) -> Iterator[Row]:
     while True:
         where = f"{path} line {reader.line_num + 1}"
         try:
             row = next(reader, None)
         except csv.Error as error:
-            yield BadRow(where, "not a row of the table", str(error))
+            # A quote that nothing closes takes in all that follows it.
+            yield BadRow(where, "not a row of the table", str(error), damage="unexpected end" in str(error))
             continue
         finally:
             found, dropped[:] = list(dropped), []
@@ -332,6 +341,7 @@ def _check_column(path: Path, file: Any, key: str) -> None:
     if key not in names and key not in tops:
         some = ", ".join(map(repr, dict.fromkeys([*tops, *(name for name in names if ".list." not in name)])))
         raise DataError(f"{path}: no column {key!r}; allowed for --key: {some}")
+    _check_once(path, tops, key.split(".")[0] if key not in tops else key)
 
 
 def _rows_at_once(file: Any, group: int) -> int:

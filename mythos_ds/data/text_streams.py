@@ -16,7 +16,7 @@ from mythos_ds.errors import DataError
 
 BLOCK = 1 << 20
 MARK = codecs.BOM_UTF8
-DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
+DAMAGES = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError)
 """What reading a damaged file raises."""
 _XZ_MEMORY = 256 << 20
 _STARTS = {
@@ -30,6 +30,8 @@ _WIDE = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
+_OF_NAMES = ("idna", "punycode")
+"""Encodings of host names, which hold no text."""
 UTF_8 = "utf-8"
 
 
@@ -163,6 +165,8 @@ def checked_encoding(name: str) -> str:
     """The usual name of a text encoding. Raises DataError for one that Python does not know."""
     try:
         found = codecs.lookup(name)
+        if found.name in _OF_NAMES:
+            raise LookupError(name)
         "a\n".encode(name)
         codecs.getincrementaldecoder(name)
     except (LookupError, UnicodeError, ValueError, TypeError) as error:
