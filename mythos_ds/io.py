@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, whenever the process stops: text, JSON, folders."""
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from mythos_ds.process_identity import runs, signature
 _MARK = b"\xef\xbb\xbf"
 _MAX_BYTES = 1 << 28
 _SHOWN_CHARACTERS = 80
+_LONG_NAME_BYTES = 120
 _PARTIAL = re.compile(r"([0-9a-f]{8}-\d+-\d+)-[0-9a-f]{16}")
 _TEMPORARY = re.compile(r"\.mythos_ds-([0-9a-f]{8}-\d+-\d+)-[0-9a-f]{16}\.tmp")
 
@@ -200,7 +202,14 @@ def _shortened(value: Any) -> str:
 
 def partial_path(target: Path) -> Path:
     """A new hidden name beside `target`, on the same file system, for output under construction."""
-    return target.parent / f".{target.name}.partial-{signature()}-{secrets.token_hex(8)}"
+    return target.parent / f"{_partial_start(target)}{signature()}-{secrets.token_hex(8)}"
+
+
+def _partial_start(target: Path) -> str:
+    """How hidden names beside `target` begin; they fit where its own does."""
+    name = os.fsencode(target.name)
+    shown = target.name if len(name) <= _LONG_NAME_BYTES else hashlib.sha256(name).hexdigest()
+    return f".{shown}.partial-"
 
 
 def remove_at_once(folder: Path, target: Path) -> None:
@@ -213,7 +222,7 @@ def remove_at_once(folder: Path, target: Path) -> None:
 
 def remove_partials(target: Path) -> None:
     """Remove what dead processes of this host left of output under construction at `target`."""
-    start = f".{target.name}.partial-"
+    start = _partial_start(target)
     for path in target.parent.iterdir():
         found = _PARTIAL.fullmatch(path.name.removeprefix(start)) if path.name.startswith(start) else None
         if found and runs(found[1]) is False:

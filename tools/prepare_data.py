@@ -16,8 +16,7 @@ from mythos_ds.errors import DataError
 from mythos_ds.mains import counted_progress, run_tool, tool_parser
 
 EXAMPLE = """mythos-ds prepare-data docs.jsonl --tokenizer data/tokenizer.model --output data/docs
-  mythos-ds prepare-data --hf HuggingFaceFW/fineweb-edu --hf-config sample-10BT --max-documents 100000
-  \\
+  mythos-ds prepare-data --hf HuggingFaceFW/fineweb-edu --hf-config sample-10BT --max-documents 100000 \\
       --tokenizer data/tokenizer.model --output data/fineweb"""
 
 
@@ -77,7 +76,7 @@ def _add_source_arguments(parser: ArgumentParser) -> None:
 
 
 def _prepare(arguments: Namespace) -> None:
-    documents, sources = _documents(arguments)
+    documents, inputs, sources = _documents(arguments)
     with counted_progress("tokenising", arguments.max_documents) as update:
         info = prepare_dataset(
             limited(documents, arguments.max_documents),
@@ -87,6 +86,7 @@ def _prepare(arguments: Namespace) -> None:
             shuffle_seed=None if arguments.keep_order else arguments.shuffle_seed,
             overwrite=arguments.overwrite,
             sources=sources,
+            inputs=inputs,
             on_progress=update,
             skip_bad_rows=arguments.on_bad_row == "skip",
             break_lock=arguments.break_lock,
@@ -94,7 +94,7 @@ def _prepare(arguments: Namespace) -> None:
     sys.stdout.write(_report(arguments.output, info))
 
 
-def _documents(arguments: Namespace) -> tuple[Iterator[Row], list[str]]:
+def _documents(arguments: Namespace) -> tuple[Iterator[Row], list[Path], list[str]]:
     _check_numbers(arguments)
     if bool(arguments.inputs) == bool(arguments.hf):
         raise DataError("give either input files or --hf NAME")
@@ -106,7 +106,7 @@ def _documents(arguments: Namespace) -> tuple[Iterator[Row], list[str]]:
             key=arguments.key,
             streaming=not arguments.hf_download,
         )
-        return rows, [f"hf:{arguments.hf}/{arguments.hf_config or 'default'}/{arguments.hf_split}"]
+        return rows, [], [f"hf:{arguments.hf}/{arguments.hf_config or 'default'}/{arguments.hf_split}"]
     found = find_inputs(arguments.inputs)
     sys.stderr.write(found.report())
     options = ReadOptions(
@@ -116,7 +116,7 @@ def _documents(arguments: Namespace) -> tuple[Iterator[Row], list[str]]:
         encoding=checked_encoding(arguments.encoding),
         max_row_bytes=arguments.max_row_bytes,
     )
-    return read_rows(found.files, options), [path.name for path in found.files]
+    return read_rows(found.files, options), found.files, [path.name for path in found.files]
 
 
 def _check_numbers(arguments: Namespace) -> None:

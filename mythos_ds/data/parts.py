@@ -61,14 +61,15 @@ class PartStore:
         self._mapped: mmap.mmap | None = None
         self._path, self._journal = self.folder / _TOKENS, self.folder / _JOURNAL
         self._read()
+        if not self._parts:  # of what lies there nothing is written into
+            for path in (self._journal, self._path):
+                path.unlink(missing_ok=True)
         self.found = len(self._parts)
         self._end = max((part.at + part.tokens + part.lengths for part in self._parts.values()), default=0)
 
     def _read(self) -> None:
         """Parts of an earlier run whose tokens are whole; what follows the first that is not is written anew."""
         if not self._journal.is_file() or not self._path.is_file():
-            for path in (self._journal, self._path):
-                path.unlink(missing_ok=True)
             return
         with open_regular(self._journal) as file:
             while line := file.readline(_MAX_RECORD_BYTES):
@@ -125,7 +126,7 @@ class PartStore:
             skipped=sum(each.skipped for each in results),
             sha256=digest.hexdigest(),
         )
-        with self._journal.open("ab") as file:
+        with _open_for_writing(self._journal, os.O_APPEND) as file:
             file.write(json.dumps(asdict(part)).encode() + b"\n")
         self._parts[key] = part
         self._end += tokens + len(lengths)
@@ -147,9 +148,14 @@ class PartStore:
         content = np.frombuffer(self._content(part), dtype=TOKEN_DTYPE)
         return content[part.tokens :].astype(np.int64)
 
+    @property
+    def is_of_use(self) -> bool:
+        """Whether there is something that a later run can take."""
+        return any(part.tokens for part in self._parts.values())
+
     def keep_or_remove(self) -> None:
         """Remove the folder where nothing in it is of use to a later run."""
-        if not any(part.tokens for part in self._parts.values()):
+        if not self.is_of_use:
             self.remove()
 
     def remove(self) -> None:
@@ -157,5 +163,5 @@ class PartStore:
         remove_at_once(self.folder, self._prefix)
 
 
-def _open_for_writing(path: Path) -> BinaryIO:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644), "wb")
+def _open_for_writing(path: Path, more: int = 0) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | more, 0o644), "wb")

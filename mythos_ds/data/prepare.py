@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -110,6 +111,7 @@ def prepare_dataset(
     shuffle_seed: int | None = 0,
     overwrite: bool = False,
     sources: Sequence[str] = (),
+    inputs: Sequence[Path] = (),
     on_progress: ProgressCallback | None = None,
     skip_bad_rows: bool = False,
     break_lock: bool = False,
@@ -119,7 +121,8 @@ def prepare_dataset(
     The end-of-document id follows every document; empty documents are left out. shuffle_seed: documents are
     written in an order drawn from it, because train and validation are later cut at fixed places of that
     order; None keeps the order of the input. workers: processes; the result does not depend on it. Needs
-    about three times the space of the .bin while it runs, all of it beside the output.
+    about three times the space of the .bin while it runs, all of it beside the output. inputs: files that the
+    documents come from, which are never overwritten.
 
     skip_bad_rows: leave rows without a text out and count them; else they are told together, and nothing is
     published. A preparation that ends on the way leaves its finished parts in a hidden folder, `.NAME.unfinished`,
@@ -129,6 +132,7 @@ def prepare_dataset(
     OutputError while another process writes the same output.
     """
     tokenizer = Tokenizer.load(tokenizer_path)
+    _check_names(prefix, [*inputs, tokenizer.path])
     with locked_output(prefix, "prepare-data", folder=False, break_lock=break_lock):
         remove_partials(prefix)
         overwrite = overwrite or _half_published(prefix)
@@ -142,7 +146,7 @@ def prepare_dataset(
             bad = BadRows(skip=skip_bad_rows)
             with encoder_pool(tokenizer_path, workers) as pool:
                 found = _Encoding(pool, store, on_progress).run(_works(rows, tokenizer, bad))
-            bad.check(store.folder)
+            bad.check(store.folder if store.is_of_use else None)
             if not found.count:
                 skipped = sum(part.skipped for part in found.parts)
                 where = f"{', '.join(sources[:3])}: " if sources else ""
@@ -168,6 +172,17 @@ def _half_published(prefix: Path) -> bool:
     sizes = read_json(mark, dict[str, int], DataError)
     there = [path for path in targets[:2] if path.exists()]
     return all(path.is_file() and path.stat().st_size == sizes.get(path.suffix[1:]) for path in there)
+
+
+def _check_names(prefix: Path, sources: Iterable[Path]) -> None:
+    """Raises DataError where there is no name for files, and where one of them is what the text is made from."""
+    if prefix.name in ("", ".."):
+        raise DataError(f"--output {str(prefix)!r} given, which names no file; allowed: a path such as data/docs")
+    for target in dataset_files(prefix):
+        for source in sources:
+            with suppress(OSError, ValueError):  # what is not there is told by whoever reads it
+                if target.samefile(source):
+                    raise DataError(f"{target} would take the place of the input {source}; give another --output")
 
 
 def _refuse_existing(prefix: Path, overwrite: bool) -> None:

@@ -81,7 +81,7 @@ class BadRows:
         if row.damage and not self._damage:
             self._damage = str(row)
 
-    def check(self, kept: Path) -> None:
+    def check(self, kept: Path | None) -> None:
         """Raises DataError, with every row that was kept, where there are errors. kept: where finished parts are."""
         if not self.count or (self.skip and not self._damage):
             return
@@ -89,7 +89,8 @@ class BadRows:
             raise DataError(f"{self._damage}; --on-bad-row skip leaves out rows, not damaged files: mend or remove it")
         them = "it" if self.count == 1 else "them"
         skipped = "" if self._damage else f", or leave {them} out with --on-bad-row skip"
-        after = f"nothing published: mend {them}{skipped}; finished parts are in {kept}, and a rerun goes on from them"
+        parts = f"; finished parts are in {kept}, and a rerun goes on from them" if kept else ""
+        after = f"nothing published: mend {them}{skipped}{parts}"
         if self.count == 1:
             raise DataError(f"{self.examples[0]}; {after}")
         ended = ", after which reading ended" if self.full else ""

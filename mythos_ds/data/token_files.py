@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ class TokenWriter:
     def __init__(self, prefix: Path, vocab_size: int):
         self.code = _TWO_BYTES if vocab_size < _MOST_IN_TWO_BYTES else _FOUR_BYTES
         bin_path, self._idx_path, _ = dataset_files(prefix)
-        self._file = bin_path.open("wb")
+        self._file = _new(bin_path)
         self._lengths: list[NDArray[np.int32]] = []
 
     def add(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> bytes:
@@ -51,10 +51,16 @@ class TokenWriter:
         lengths = np.concatenate(self._lengths)
         places = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(_DTYPES[self.code]).itemsize
         count = len(lengths)
-        with self._idx_path.open("wb") as file:
+        with _new(self._idx_path) as file:
             file.write(_HEADER.pack(_MAGIC, 1, self.code, count, count + 1))
             for array in (lengths, places, np.arange(count + 1, dtype=np.int64)):
                 file.write(array.tobytes())
+
+
+def _new(path: Path) -> BinaryIO:
+    """A file in the place of whatever stood there, which is neither followed nor written into."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
 
 
 @dataclass(frozen=True)

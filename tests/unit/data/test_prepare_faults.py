@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,3 +267,55 @@ def test_memory_that_runs_out_here_is_one_message(tmp_path, tokenizer, monkeypat
     with pytest.raises(DataError, match="there was no more memory"):
         made(tmp_path, tokenizer, TEXTS)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["data.bin", "data.idx", "parts.jsonl", "tokens"])
+@pytest.mark.parametrize("make", [os.symlink, os.link])
+def test_planted_links_among_the_parts_are_not_written_through(tmp_path, tokenizer, name, make):
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"of another")
+    (tmp_path / ".out.unfinished").mkdir()
+    make(secret, tmp_path / ".out.unfinished" / name)
+    made(tmp_path, tokenizer, TEXTS)
+    assert secret.read_bytes() == b"of another"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json", "secret"]
+    assert not any(path.is_symlink() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx", ".json"])
+def test_what_the_text_is_made_from_is_never_replaced(tmp_path, tokenizer, ending):
+    given = tmp_path / f"out{ending}"
+    given.write_text('{"text": "a"}\n')
+    (tmp_path / "link").symlink_to(given)
+    for inputs in ([given], [tmp_path / "other", tmp_path / "link"]):
+        with pytest.raises(DataError, match=rf"out{ending} would take the place of the input"):
+            made(tmp_path, tokenizer, ["a"], inputs=inputs, overwrite=True)
+    assert given.read_text() == '{"text": "a"}\n'
+
+
+def test_the_tokenizer_is_never_replaced(tmp_path, tokenizer):
+    given = tmp_path / "out.json"
+    given.write_bytes(tokenizer.path.read_bytes())
+    with pytest.raises(DataError, match="would take the place of the input"):
+        prepare_dataset(["a"], tokenizer_path=given, prefix=tmp_path / "out", overwrite=True)
+    assert given.read_bytes() == tokenizer.path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", ".."])
+def test_an_output_without_a_name(tokenizer, name):
+    with pytest.raises(DataError, match="names no file"):
+        prepare_dataset(["a"], tokenizer_path=tokenizer.path, prefix=Path(name))
+
+
+def test_a_long_name_leaves_nothing_behind(tmp_path, tokenizer):
+    name = "é" * 120
+    made(tmp_path, tokenizer, ["a"], name)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".bin", ".idx", ".json"]
+
+
+def test_parts_are_spoken_of_only_where_there_are_some(tmp_path, tokenizer):
+    with pytest.raises(DataError) as caught:
+        made(tmp_path, tokenizer, [BadRow("a line 1", "not JSON")])
+    assert "finished parts" not in str(caught.value)
+    with pytest.raises(DataError, match="finished parts are in"):
+        made(tmp_path, tokenizer, ["a", BadRow("a line 1", "not JSON")])
