@@ -135,7 +135,12 @@ def cache_faults(folder: Path, *, full: bool) -> list[str]:
             complete = read_json(folder / COMPLETE, _Complete, DataError)
     except DataError as error:
         return [str(error)]
-    faults = []
+    named = {COMPLETE, *complete.files}
+    faults = [
+        f"{path.name}: not one of those that {COMPLETE} names"
+        for path in sorted(folder.iterdir())
+        if path.name not in named and not path.name.startswith(".")
+    ]
     for name in complete.files:
         written = complete.written.get(name)
         if written is None or Path(name).name != name:

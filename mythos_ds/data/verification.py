@@ -39,8 +39,8 @@ def _prefixes(path: Path) -> list[Path]:
 def _indexes(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
-    places = [path, *sorted(path.glob("*")), *sorted(path.glob("index/*"))]
-    return [folder for folder in places if (folder / COMPLETE).is_file() and not folder.name.startswith(".")]
+    marked = [folder for folder in (path, *sorted(path.glob("*"))) if (folder / COMPLETE).is_file()]
+    return [folder for folder in (*marked, *sorted(path.glob("index/*"))) if _visible(folder)]
 
 
 def _visible(folder: Path) -> bool:

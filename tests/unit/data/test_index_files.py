@@ -138,6 +138,28 @@ def test_a_forged_digest_does_not_let_a_pickle_in(kind, data, tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_files_that_the_mark_does_not_name_are_refused(named, data, tmp_path):
+    folder, tokenizer = data
+    cache, mark = prepare(folder, tokenizer), tmp_path / "executed"
+    content = json.loads((cache / "complete.json").read_text())
+    name = content["files"][0] if named else "planted.npy"
+    object_array(cache / name, mark)
+    if named:
+        (cache / "complete.json").write_text(json.dumps({**content, "files": [], "written": {}}))
+    for read in (prepare, build):
+        with pytest.raises(DataError, match=rf"{name}: not one of those that complete.json names"):
+            read(folder, tokenizer)
+    assert any(name in fault for faults in data_faults(folder, full=False).values() for fault in faults)
+    assert not mark.exists()
+
+
+def test_an_index_without_its_mark_is_no_whole_one(data):
+    folder, tokenizer = data
+    (prepare(folder, tokenizer) / "complete.json").unlink()
+    assert any("complete.json" in fault for faults in data_faults(folder, full=False).values() for fault in faults)
+
+
 def forge(cache):
     """Make the mark agree with what lies there."""
     content = json.loads((cache / "complete.json").read_text())
