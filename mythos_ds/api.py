@@ -86,11 +86,13 @@ def _is_model(place: Path) -> bool:
 
 
 def _opened(place: Path) -> "MythosModel":
-    """The model of a folder or of a verified checkpoint."""
+    """The model of a folder, whose files are compared with its checksums, or of a verified checkpoint."""
     if not _is_model(place):
         return _merged(place)
+    from mythos_ds.weights.checksums import require_whole
     from mythos_ds.weights.model_folder import load_model
 
+    require_whole(place)
     return load_model(place)
 
 

@@ -24,6 +24,7 @@ from mythos_ds.model.mythos import MythosModel
 from mythos_ds.monitor.throughput import gpu_name
 from mythos_ds.provenance import describe
 from mythos_ds.weights.built_in import model_path
+from mythos_ds.weights.checksums import require_whole
 from mythos_ds.weights.model_folder import load_model, model_of, read_metadata
 
 
@@ -76,6 +77,7 @@ def load(path: Path, openmythos: Path | None) -> MythosModel:
     if path.is_dir() or not path.exists():
         if openmythos is not None and path.is_dir():
             raise ConfigError("--openmythos-config: given with a model folder; allowed: with a state_dict file only")
+        require_whole(path)
         return load_model(path)
     if openmythos is None:
         raise ConfigError(f"--openmythos-config: missing; a state_dict file ({path}) needs its MythosConfig as JSON")

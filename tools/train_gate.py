@@ -27,6 +27,7 @@ from mythos_ds.mains import run_tool
 from mythos_ds.output_lock import locked_output
 from mythos_ds.train.exit_gate import explained_share, train_exit_gate, with_exit_gate
 from mythos_ds.weights.built_in import find_model
+from mythos_ds.weights.checksums import require_whole
 from mythos_ds.weights.model_folder import CONFIG, load_model, read_metadata, save_model
 
 _HELD_OUT_BATCHES = 8
@@ -57,6 +58,7 @@ def work(arguments: Namespace) -> None:
 def train(arguments: Namespace) -> None:
     """Train the gate and write the model."""
     arguments.model = find_model(arguments.model)
+    require_whole(arguments.model)
     model = with_exit_gate(load_model(arguments.model))
     n_loops = arguments.loops or max(model.config.max_loops, 2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,12 +2,14 @@
 
 import importlib
 import inspect
+import json
 import math
 import os
 import pkgutil
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ import torch
 import mythos_ds
 from mythos_ds.data.tokenizer import Tokenizer as PlainTokenizer
 from mythos_ds.errors import CheckpointError, ConfigError, MythosError
-from mythos_ds.weights.model_folder import load_model
+from mythos_ds.weights.checksums import seal
+from mythos_ds.weights.model_folder import load_model, save_model
+from mythos_ds.weights.writer import checksum
 from tests.helpers.paths import ROOT
 from tests.helpers.pretrain import SMALL, environment
 
@@ -214,6 +218,23 @@ def test_a_conversion_there_and_back(in_empty):
         mythos_ds.convert("hf", "hf", from_format="hf", to_format="mythos")
     with pytest.raises(ConfigError, match="layers: not an option of a conversion"):
         mythos_ds.convert("hf", "x", layers=3)
+
+
+def test_weights_that_are_not_those_that_were_written_are_refused(in_empty):
+    opened = mythos_ds.MythosModel.from_pretrained
+    save_model(opened("tiny"), "own", {})
+    opened("own")  # there are no checksums yet
+    written = asdict(checksum(Path("own/model.safetensors")))
+    content = {"format": 1, "job": "", "files": {"model.safetensors": written}}
+    Path("own/checksums.json").write_text(json.dumps(content))
+    seal(Path("own"), json.loads(Path("own/config.json").read_text()))
+    opened("own")
+    weights = bytearray(Path("own/model.safetensors").read_bytes())
+    weights[-100] ^= 1
+    Path("own/model.safetensors").write_bytes(weights)
+    for refused in (lambda: opened("own"), lambda: mythos_ds.generate("own", "a", tokenizer="tiny")):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: its content is not what was written"):
+            refused()
 
 
 def test_a_plan():
