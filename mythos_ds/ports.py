@@ -89,7 +89,7 @@ def _entries(port: int) -> Iterator[tuple[bool, str, str]]:
     """(whether it listens, inode, user id) of each socket at a port."""
     for table in _TABLES:
         try:
-            lines = (_PROC / table).read_text().splitlines()[1:]
+            lines = (_PROC / table).read_text(encoding="utf-8").splitlines()[1:]
         except OSError:
             continue
         for line in lines:

@@ -95,6 +95,6 @@ def _ancestors(proc: Path) -> Iterator[tuple[str, list[str], bool]]:
 
 def _status(process: Path) -> tuple[str, str, str]:
     """Name, parent and terminal of a process, from its `stat`: the name stands in brackets and may hold any letter."""
-    before, _, after = (process / "stat").read_text(errors="replace").rpartition(")")
+    before, _, after = (process / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
     fields = after.split()
     return before.partition("(")[2], fields[1], fields[4]

@@ -64,13 +64,13 @@ def model_section(
     """
     try:
         found = _own_section(path)
+        if found is None:
+            # Other formats take torch to read; conversion stands above this package, and this is the one call upward.
+            found = importlib.import_module("mythos_ds.conversion.starting_weights").foreign_section(
+                path, given, context=context, allow_pickle=allow_pickle
+            )
     except OSError as error:  # a name that no file can have, a folder that may not be read
         raise ConfigError(f"given {path}; not readable ({error.strerror})") from None
-    if found is None:
-        # Other formats take torch to read; conversion stands above this package, and this is the one call upward.
-        found = importlib.import_module("mythos_ds.conversion.starting_weights").foreign_section(
-            path, given, context=context, allow_pickle=allow_pickle
-        )
     defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
     lists = {name: list(value) for name, value in defaults.items() if isinstance(value, tuple)}
     return {**defaults, **lists, **found}

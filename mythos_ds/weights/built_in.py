@@ -1,5 +1,6 @@
 """Models by name: the one that is installed with the package, or a path. No torch."""
 
+import os
 import re
 from pathlib import Path
 
@@ -18,13 +19,13 @@ def model_path(source: str | Path) -> Path:
     """
     place = Path(source)
     refuse_hub_name(source)
-    return place if place.exists() or str(source) != BUILT_IN else _folder()
+    return place if os.path.exists(place) or str(source) != BUILT_IN else _folder()
 
 
 def find_model(source: str | Path) -> Path:
     """The folder that `source` names, as `model_path`. Raises CheckpointError where there is none."""
     place = Path(source)
-    if place.is_dir():
+    if os.path.isdir(place):
         return place
     if str(source) == BUILT_IN:
         return _folder()
@@ -39,7 +40,7 @@ def find_model(source: str | Path) -> Path:
 def refuse_hub_name(source: str | Path) -> None:
     """Raises CheckpointError for a name of the Hugging Face hub, such as org/model, where no path of that name is."""
     name, place = str(source), Path(source)
-    if not _HUB_NAME.fullmatch(name) or place.exists() or place.parent.exists() or place.suffix in _FILES:
+    if not _HUB_NAME.fullmatch(name) or os.path.exists(place) or os.path.exists(place.parent) or place.suffix in _FILES:
         return
     raise CheckpointError(
         f"{name}: no such folder{where_searched(name)}; allowed: a folder. If it is a name of the Hugging Face hub, "

@@ -77,7 +77,7 @@ def _spec(tmp_path: Path, **overrides: object) -> RunSpec:
 
 
 def test_a_run_that_stops_being_finite_is_a_result(tmp_path: Path) -> None:
-    spec = _spec(tmp_path, **{"training.lr": 1e30, "training.grad_clip": 0.0, "training.warmup_steps": 0})
+    spec = _spec(tmp_path, **{"training.lr": 1e6, "training.grad_clip": 0.0, "training.warmup_steps": 0})
     result = run_all({"x": spec}, tmp_path, jobs=1, limit_s=200)["x"]
     assert "step" in result["diverged"]
 

@@ -194,7 +194,7 @@ def test_a_gate_is_left_out(tmp_path):
         ({}, "has no config.json"),
         ({"config.json": "{}"}, "model_type None"),
         ({"config.json": '{"model_type": "gpt2"}'}, "model_type 'gpt2'"),
-        ({"config.json": "{"}, "not readable"),
+        ({"config.json": "{"}, "Invalid JSON"),
         ({"config.json": "[]"}, "has no config.json"),
         ({"config.json": '{"model": {"dim": "x"}}'}, "config.json: model.vocab_size: Field required"),
         ({"config.json": '{"model_type": "mythos", "rope_parameters": [1]}'}, "rope_parameters: given [1]"),
