@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mythos_ds.data.encoding import TOKEN_DTYPE, Batch, Encoded
 from mythos_ds.data.index_files import open_regular
 from mythos_ds.errors import DataError
-from mythos_ds.io import parse_json, real_folder, remove_at_once
+from mythos_ds.io import parse_json, real_folder, remove_at_once, writing_to
 
 _TOKENS, _JOURNAL = "tokens", "parts.jsonl"
 _FORMAT = 1
@@ -108,7 +108,7 @@ class PartStore:
         width = np.dtype(TOKEN_DTYPE).itemsize
         lengths = np.concatenate([each.lengths for each in results])
         digest = hashlib.sha256()
-        with _open_for_writing(self._path) as file:
+        with writing_to(self._path), _open_for_writing(self._path) as file:
             file.seek(self._end * width)
             for array in (*(each.tokens for each in results), lengths):
                 content = array.tobytes()
@@ -126,7 +126,7 @@ class PartStore:
             skipped=sum(each.skipped for each in results),
             sha256=digest.hexdigest(),
         )
-        with _open_for_writing(self._journal, os.O_APPEND) as file:
+        with writing_to(self._journal), _open_for_writing(self._journal, os.O_APPEND) as file:
             file.write(json.dumps(asdict(part)).encode() + b"\n")
         self._parts[key] = part
         self._end += tokens + len(lengths)

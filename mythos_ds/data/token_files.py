@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mythos_ds.data.dataset_info import DatasetInfo, dataset_files
 from mythos_ds.data.index_files import open_regular_or_link
 from mythos_ds.errors import DataError
+from mythos_ds.io import writing_to
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -33,25 +34,27 @@ class TokenWriter:
 
     def __init__(self, prefix: Path, vocab_size: int):
         self.code = _TWO_BYTES if vocab_size < _MOST_IN_TWO_BYTES else _FOUR_BYTES
-        bin_path, self._idx_path, _ = dataset_files(prefix)
-        self._file = _new(bin_path)
+        self._bin_path, self._idx_path, _ = dataset_files(prefix)
+        self._file = _new(self._bin_path)
         self._lengths: list[NDArray[np.int32]] = []
 
     def add(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> bytes:
         """Append tokens, and end documents of these lengths, the last with the last token; none where a document goes
         on. Returns the bytes that were written."""
         content = tokens.astype(_DTYPES[self.code]).tobytes()
-        self._file.write(content)
+        with writing_to(self._bin_path):
+            self._file.write(content)
         self._lengths.append(lengths.astype(np.int32))
         return content
 
     def close(self) -> None:
         """Write the index."""
-        self._file.close()
+        with writing_to(self._bin_path):
+            self._file.close()
         lengths = np.concatenate(self._lengths)
         places = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(_DTYPES[self.code]).itemsize
         count = len(lengths)
-        with _new(self._idx_path) as file:
+        with writing_to(self._idx_path), _new(self._idx_path) as file:
             file.write(_HEADER.pack(_MAGIC, 1, self.code, count, count + 1))
             for array in (lengths, places, np.arange(count + 1, dtype=np.int64)):
                 file.write(array.tobytes())

@@ -1,5 +1,7 @@
 """Preparations that end on the way, meet bad rows, or meet each other: nothing is published, and the next goes on."""
 
+import errno
+import io
 import json
 import os
 import random
@@ -10,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from mythos_ds.data import prepare, text_cuts
+from mythos_ds.data import parts, prepare, text_cuts, token_files
 from mythos_ds.data.dataset_info import dataset_files, read_info
 from mythos_ds.data.encoding import Encoder
 from mythos_ds.data.inspection import DatasetView
 from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.data.readers import ReadOptions, read_rows
 from mythos_ds.data.rows import STOP_AFTER, BadRow, LongText
-from mythos_ds.errors import DataError, MythosError
+from mythos_ds.errors import DataError, MythosError, OutputError
 from tests.helpers.text_data import make_texts, make_tokenizer
 
 TEXTS = make_texts(400)
@@ -319,3 +321,21 @@ def test_parts_are_spoken_of_only_where_there_are_some(tmp_path, tokenizer):
     assert "finished parts" not in str(caught.value)
     with pytest.raises(DataError, match="finished parts are in"):
         made(tmp_path, tokenizer, ["a", BadRow("a line 1", "not JSON")])
+
+
+@pytest.mark.parametrize("name", ["tokens", "parts.jsonl", "data.bin", "data.idx"])
+def test_a_full_disk_names_the_file_and_publishes_nothing(tmp_path, tokenizer, monkeypatch, name):
+    module, opener = (parts, "_open_for_writing") if name in ("tokens", "parts.jsonl") else (token_files, "_new")
+    whole = getattr(module, opener)
+
+    class Full(io.BytesIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as `write` raises it, without a name
+
+    monkeypatch.setattr(module, opener, lambda path, *more: Full() if path.name == name else whole(path, *more))
+    with pytest.raises(OutputError, match=rf"\.out\.unfinished/{name}: not written \(No space left on device"):
+        made(tmp_path, tokenizer, TEXTS)
+    assert not any(path.exists() for path in dataset_files(tmp_path / "out"))
+    monkeypatch.undo()
+    made(tmp_path, tokenizer, TEXTS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
