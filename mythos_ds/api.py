@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mythos_ds.train.callbacks import Callback as Callback
 
 CONTEXT_LENGTH = 1024
+_MOST_TOKENS, _HOTTEST = 1 << 30, 1e6
 """Tokens that are seen in generation where the model does not say how long its training's sequences were."""
 _CLASSES = {
     "RunConfig": "mythos_ds.config.schema",
@@ -138,9 +139,7 @@ def generate(
     Raises:
         MythosError: for a value that is not allowed, or a file that is missing.
     """
-    for name, value, least in (("loops", loops, 1), ("new_tokens", new_tokens, 1), ("temperature", temperature, 0)):
-        if value is not None and value < least:
-            raise ConfigError(f"{name}: given {value}; allowed: {least} or more; nearest: {least}")
+    check_generation(loops=loops, new_tokens=new_tokens, temperature=temperature, seed=seed)
     import torch
 
     from mythos_ds.data.chat import encode_chat
@@ -170,6 +169,23 @@ def generate(
             seed=seed,
         )
     return pieces.decode(continuation)
+
+
+def check_generation(prefix: str = "", **given: float | None) -> None:
+    """Raises ConfigError for a number that generation cannot take; None is what is not given. prefix: of the names."""
+    from mythos_ds.config.schema import LOOPS
+
+    allowed: dict[str, tuple[float, float]] = {
+        "loops": (1, LOOPS), "tokens": (1, _MOST_TOKENS), "new_tokens": (1, _MOST_TOKENS),
+        "temperature": (0, _HOTTEST), "seed": (-(1 << 63), (1 << 63) - 1),
+    }  # fmt: skip
+    for name, value in given.items():
+        least, most = allowed[name]
+        if value is None or least <= value <= most:
+            continue
+        if value < least:
+            raise ConfigError(f"{prefix}{name}: given {value}; allowed: {least} or more; nearest: {least}")
+        raise ConfigError(f"{prefix}{name}: given {value}; allowed: {least} to {most}; nearest: {most}")
 
 
 def _tokenizer(given: "Tokenizer | str | Path | None", place: Path | None) -> "Tokenizer":
@@ -237,6 +253,7 @@ def evaluate(
     counts = [model.config.mean_recurrence] if loops is None else sorted(set(loops))
     if not counts or counts[0] < 1:
         raise ConfigError(f"loops: given {loops}; allowed: whole numbers of 1 or more; nearest: [1]")
+    check_generation(loops=counts[-1])
     device, training = next(model.parameters()).device, model.training
     sums: dict[int, list[float]] = {count: [] for count in counts}
     predicted = 0

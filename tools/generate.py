@@ -10,9 +10,8 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from mythos_ds.api import generate
+from mythos_ds.api import check_generation, generate
 from mythos_ds.data.chat import Message, read_messages
-from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
 
 
@@ -29,10 +28,8 @@ def parser() -> ArgumentParser:
 
 
 def work(arguments: Namespace) -> None:
-    for name, least in (("loops", 1), ("tokens", 1), ("temperature", 0)):
-        given = getattr(arguments, name)
-        if given is not None and given < least:
-            raise ConfigError(f"--{name}: given {given}; allowed: {least} or more; nearest: {least}")
+    for name in ("loops", "tokens", "temperature", "seed"):
+        check_generation("--", **{name: getattr(arguments, name)})
     prompt: str | list[Message] = arguments.prompt
     if arguments.chat:
         path = Path(arguments.prompt)

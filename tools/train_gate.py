@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mythos_ds.config.schema import LOOPS
 from mythos_ds.conversion.writing_options import add_break_lock
 from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import TokenDataset
@@ -94,6 +95,8 @@ def check(arguments: Namespace) -> None:
         given, flag = getattr(arguments, name), "--" + name.replace("_", "-")
         if given is not None and given < least:
             raise ConfigError(f"{flag}: given {given}; allowed: {least} or more; nearest: {least}")
+    if arguments.loops is not None and arguments.loops > LOOPS:
+        raise ConfigError(f"--loops: given {arguments.loops}; allowed: at most {LOOPS}; nearest: {LOOPS}")
     if not (0 < arguments.lr < math.inf):
         raise ConfigError(f"--lr: given {arguments.lr}; allowed: above 0; nearest: 1e-3")
     if (arguments.output / CONFIG).exists():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.schema import LOOPS, RunConfig
 from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import build_datasets, prepare_index_cache
 from mythos_ds.data.validation import held_out
@@ -17,14 +17,18 @@ from mythos_ds.errors import ConfigError
 from mythos_ds.model.mythos import MythosModel
 
 _ROWS = 2
+_MOST_SEQUENCES = 1 << 20
 
 
 def held_out_sequences(config: RunConfig, count: int) -> list[Batch]:
     """The first `count` sequences of a run's held-out text, the same for every seed of training, as batches {tokens,
     targets, positions} int64 [rows, seq]. Raises ConfigError for fewer than 2, which have no spread, and for more than
     the text has: read twice, a sequence says nothing new of the spread."""
-    if count < 2:
-        raise ConfigError(f"sequences: given {count}; allowed: at least 2; nearest: 2")
+    if not 2 <= count <= _MOST_SEQUENCES:
+        nearest = min(max(count, 2), _MOST_SEQUENCES)
+        raise ConfigError(
+            f"sequences: given {count}; allowed: at least 2, at most {_MOST_SEQUENCES}; nearest: {nearest}"
+        )
     if not config.data.validates:
         raise ConfigError("data.validation: the run has no held-out text; give some: data.validation=PREFIX")
     count += count % _ROWS
@@ -55,6 +59,8 @@ def sequence_losses(
     counts = sorted(set(loops))
     if not counts or counts[0] < 1:
         raise ConfigError(f"loops: given {list(loops)}; allowed: whole numbers of 1 or more; nearest: 1")
+    if counts[-1] > LOOPS:
+        raise ConfigError(f"loops: given {list(loops)}; allowed: at most {LOOPS}; nearest: {LOOPS}")
     if model.recurrent.halting is not None:
         raise ConfigError(f"halting: the model's is {model.config.halting}; allowed: none")
     device = next(model.parameters()).device

@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+_COLDEST = 1e-6
+
 
 def generate(
     next_logits: Callable[[Tensor], Tensor],
@@ -42,7 +44,7 @@ def generate(
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
     """Draws one id from logits [vocab]."""
     logits = logits.float().cpu()
-    if temperature == 0:
+    if temperature < _COLDEST:  # one id has all of the probability; dividing by less overflows
         return int(logits.argmax())
     probabilities = torch.softmax(logits / temperature, dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))

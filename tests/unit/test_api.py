@@ -188,6 +188,7 @@ def test_generation_takes_a_model_or_its_source(in_empty):
     assert isinstance(tokenizer, PlainTokenizer)
     for own in (tokenizer, "tiny", TINY, TINY / "tokenizer.model"):
         assert mythos_ds.generate(model, "def main(", tokenizer=own, **options) == text
+    assert mythos_ds.generate(model, "def main(", tokenizer="tiny", **{**options, "temperature": 1e-320}) == text
     drawn = [mythos_ds.generate("tiny", "def main(", new_tokens=8, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -198,6 +199,11 @@ def test_generation_takes_a_model_or_its_source(in_empty):
         ({"loops": 0}, "loops: given 0; allowed: 1 or more; nearest: 1"),
         ({"new_tokens": 0}, "new_tokens: given 0"),
         ({"temperature": -1}, "temperature: given -1"),
+        ({"temperature": math.nan}, "temperature: given nan; allowed"),
+        ({"temperature": math.inf}, "temperature: given inf; allowed"),
+        ({"loops": 10**12}, "loops: given 1000000000000; allowed: 1 to 4096"),
+        ({"new_tokens": 10**30}, "new_tokens: given 1000"),
+        ({"seed": 10**30}, "seed: given 1000"),
         ({"tokenizer": None}, "tokenizer: not given"),
         ({"tokenizer": "nothing.model"}, "tokenizer nothing.model not found"),
     ],
