@@ -39,7 +39,7 @@ def check_writing(arguments: Namespace) -> None:
     """Raises ConfigError for values of these options that make no sense, or have no effect."""
     for name in ("jobs", "max_file_bytes", "bandwidth"):
         value = getattr(arguments, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')}: given {value:g}; allowed: more than 0; nearest: 1")
     if arguments.bandwidth is not None and not arguments.dry_run:
         raise ConfigError("--bandwidth: given without --dry-run; allowed: with it, for the time it prints")

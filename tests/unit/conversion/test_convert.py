@@ -127,6 +127,7 @@ def test_what_has_no_effect_or_does_not_fit_is_one_message(
         (("mythos", "hf", TINY, out, "--allow-pickle"), "--allow-pickle: given for"),
         (("hf", "mythos", llama, out, *cut, "--allow-pickle"), "whose weights are not pickled"),
         (("openmythos", "mythos", openmythos, out, "--bandwidth", 1), "--bandwidth: given without --dry-run"),
+        (("openmythos", "mythos", openmythos, out, "--dry-run", "--bandwidth", "nan"), "--bandwidth: given nan"),
         (("openmythos", "mythos", openmythos, out, "--data-dir", out), "--data-dir: given without --evaluate"),
         (("openmythos", "mythos", openmythos, out, "--evaluate"), "--evaluate: given with --to mythos"),
         (("openmythos", "mythos", openmythos, openmythos), "which is the input"),
