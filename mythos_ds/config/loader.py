@@ -169,8 +169,10 @@ def _plain(value: Any, source: str, at: str, problems: list[str], depth: int = 0
         for key, item in value:
             here = f"{at}.{key}" if at else key
             if key.startswith(COMMENT):
-                if is_secret(key, item):
-                    problems.append(f"{source}: {': '.join(told(here))}")
+                # Left out of the configuration, but not of the file's copy in the run's directory.
+                noted = _plain(item, source, here, problems, depth + 1)
+                found = [told(here)] if is_secret(key, noted) else secrets(noted, here)
+                problems += [f"{source}: {': '.join(problem)}" for problem in found]
                 continue
             if key in result:
                 problems.append(f"{source}: {here}: given twice; keep one")

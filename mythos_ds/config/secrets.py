@@ -5,7 +5,11 @@ from typing import Any
 
 from mythos_ds.config.error_messages import Problem
 
-_SECRET_KEY = re.compile(r"(api|access|private|secret|experiment|auth)_?key|token$|secret|passw|credential", re.I)
+_SECRET_KEY = re.compile(
+    r"(api|access|private|secret|experiment|auth|wandb|comet|hf|ssh|signing|encryption)_?key|token$|secret|passw|"
+    r"passphrase|(^|_)pwd$|bearer|credential",
+    re.I,
+)
 _NO_SECRETS = frozenset({"max_tokens", "sample_tokens"})
 _IN_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@")
 _LOOKS_LIKE_ONE = re.compile(
@@ -18,6 +22,8 @@ _HEAD = "a secret does not belong in a configuration, which is copied into the r
 
 def is_secret(key: str, value: Any) -> bool:
     """Whether a setting of that name holds a secret."""
+    if isinstance(value, list):
+        return any(is_secret(key, item) for item in value)
     return isinstance(value, str) and value != "" and bool(_SECRET_KEY.search(key)) and key not in _NO_SECRETS
 
 

@@ -166,6 +166,28 @@ def test_secrets_in_comments_are_refused_too(tmp_path, whole):
     assert "_wandb_api_key: a secret does not belong" in said(str(path))
 
 
+@pytest.mark.parametrize(
+    "comment",
+    [
+        {"_about": f"https://me:{SECRET}@host/x"},
+        {"_about": "hf_" + "Ab3" * 12},
+        {"_keys": {"wandb": {"apikey": SECRET}}},
+        {"_keys": [{"note": {"wandb_key": SECRET}}]},
+        {"_WANDB_API_KEY": [SECRET]},
+        {"_pwd": SECRET},
+    ],
+)
+@pytest.mark.parametrize("section", [None, "deepspeed", "model"])
+def test_secrets_deep_in_comments_are_refused_and_not_repeated(section, comment, tmp_path, whole):
+    """The run's directory has a copy of the file, comments and all."""
+    path, content = tmp_path / "run.json", json.loads(whole)
+    (content if section is None else content[section]).update(comment)
+    path.write_text(json.dumps(content))
+    found = said(str(path))
+    assert "a secret does not belong in a configuration" in found
+    assert SECRET not in found
+
+
 def test_keys_without_a_secret_stay_allowed():
     values = ["training.max_tokens=10000000", "monitor.sample_tokens=9", 'deepspeed.wandb={"project": "tokens"}']
     assert load_config("tiny", values)
