@@ -37,8 +37,16 @@ class DatasetInfo:
 
 
 def dataset_files(prefix: Path) -> tuple[Path, Path, Path]:
-    """Paths of tokens, index and sidecar."""
+    """Paths of tokens, index and sidecar. Raises DataError for a prefix that no file name can begin with."""
+    require_name(prefix)
     return tuple(prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx", ".json"))  # type: ignore[return-value]
+
+
+def require_name(prefix: Path) -> None:
+    """Raises DataError for a prefix such as "", "/" or "..", which is a folder and nothing in it."""
+    if prefix.name in ("", ".."):
+        nearest = prefix / "tokens"
+        raise DataError(f"{prefix}: a folder given; allowed: a prefix of files in a folder; nearest: {nearest}")
 
 
 def write_info(prefix: Path, info: DatasetInfo) -> None:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mythos_ds.data.dataset_info import require_name
 from mythos_ds.data.encoding import TOKEN_DTYPE, Batch, Encoded
 from mythos_ds.data.index_files import open_regular
 from mythos_ds.errors import DataError
@@ -46,7 +47,8 @@ class Part:
 
 
 def unfinished_folder(prefix: Path) -> Path:
-    """The hidden folder beside an output that is being prepared."""
+    """The hidden folder beside an output that is being prepared. Raises DataError for a prefix without a name."""
+    require_name(prefix)
     return prefix.with_name(f".{prefix.name}.unfinished")
 
 

@@ -5,14 +5,17 @@ import os
 import pickle
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mythos_ds.config.schema import DataConfig
 from mythos_ds.data.batches import BatchStream
+from mythos_ds.data.dataset_info import dataset_files
 from mythos_ds.data.datasets import build_datasets, prepare_index_cache
 from mythos_ds.data.index_files import digest_of
+from mythos_ds.data.parts import unfinished_folder
 from mythos_ds.data.verification import data_faults
 from mythos_ds.errors import DataError, RankError
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
@@ -279,6 +282,13 @@ def test_a_damaged_sidecar_is_named(text, data):
     (folder / "a.json").write_text(text)
     with pytest.raises(DataError, match=r"a\.json"):
         prepare(folder, tokenizer, "a")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "a/.."])
+@pytest.mark.parametrize("work", [dataset_files, unfinished_folder])
+def test_a_folder_is_no_prefix(work, name):
+    with pytest.raises(DataError, match="a folder given; allowed: a prefix"):
+        work(Path(name))
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx", "json"])
