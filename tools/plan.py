@@ -21,7 +21,7 @@ from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.errors import ConfigError
 from mythos_ds.hardware import Gpu
-from mythos_ds.io import write_atomic
+from mythos_ds.io import where_searched, write_atomic
 from mythos_ds.mains import run_tool
 from mythos_ds.plan.machine import machine
 
@@ -54,6 +54,8 @@ def work(arguments: Namespace) -> None:
     gpus, gpu = machine(config, arguments.gpus, arguments.gpu)
     if arguments.picture is not None and arguments.picture.suffix != ".png":
         raise ConfigError(f"--picture: given {arguments.picture}; allowed: a name that ends in .png")
+    for option, path in (("--picture", arguments.picture), ("--write", arguments.write)):
+        _require_file(option, path)
     tokens = read_tokens(arguments.tokens) if arguments.tokens else None
     if arguments.objective is None:
         resolve(config, gpus)
@@ -103,6 +105,14 @@ def read_tokens(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ConfigError(f"--tokens: given {text}; allowed: a number above 0 with {', '.join(_SUFFIXES)} or nothing")
     return value
+
+
+def _require_file(option: str, path: Path | None) -> None:
+    """Before minutes of planning: raises ConfigError for what no file can be written to."""
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{option}: given {path}, a folder; allowed: a file, such as {path / 'plan.json'}")
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"{option}: given {path}; its folder does not exist{where_searched(path)}")
 
 
 def write(path: Path, config: RunConfig, chosen: "Layout | None", gpus: int, gpu: Gpu, kind: str) -> None:

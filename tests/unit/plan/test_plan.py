@@ -24,6 +24,7 @@ from mythos_ds.plan.timing import checkpoint, costs, timing
 from mythos_ds.plan.traffic import node_limit, traffic
 from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
+from tests.helpers.time_limit import at_most
 from tests.helpers.toy_model import toy_model
 
 PLAN = load_main("tools/plan.py")
@@ -177,6 +178,21 @@ def test_the_command_writes_a_configuration_that_loads_and_a_picture(tmp_path, c
     for wrong in (stage_one, ["--tokens", "many"], ["--gpu", "h999"], ["--gpus", "0"]):
         code, refused = plan_main([*command[2:4], *wrong]), capsys.readouterr().err
         assert (code, refused.count("\n")) == (2, 1), refused
+
+
+@pytest.mark.parametrize("option", ["--write", "--picture"])
+def test_a_place_where_no_file_can_be_is_told_before_planning(option, tmp_path, capsys):
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    for place, said in ((folder, "a folder"), (tmp_path / "none" / "x.png", "its folder does not exist")):
+        with at_most(5.0, option):
+            code = plan_main(
+                ["--config", "tiny.json", "--gpu", "h100", "--gpus", "1", "--objective", "time", option, str(place)]
+            )
+        refused = capsys.readouterr().err
+        assert (code, refused.count("\n")) == (2, 1), refused
+        assert f"{option}: given {place}" in refused
+        assert said in refused
 
 
 def test_experts_copies_on_many_nodes_and_rings_in_one_travel_where_they_lie():
