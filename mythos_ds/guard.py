@@ -39,8 +39,9 @@ def guarded(prog: str, work: Callable[[], int], folder: Path | None = None) -> i
             code = work()
             sys.stdout.flush()
             return code
-        except SystemExit:
-            if _silenced_stdout():
+        except SystemExit as error:
+            # Rich ends the program itself where a console's reader has left.
+            if _silenced_stdout() or isinstance(error.__context__, BrokenPipeError):
                 return BROKEN_PIPE_EXIT_CODE
             raise
         except (Exception, KeyboardInterrupt) as error:

@@ -37,6 +37,13 @@ def ended(capsys, monkeypatch):
     return end
 
 
+def test_a_console_whose_reader_has_left_is_a_broken_pipe(ended):
+    """Rich ends the program with 1, from inside the handler of the broken pipe."""
+    leaving = SystemExit(1)
+    leaving.__context__ = BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert ended(leaving) == (guard.BROKEN_PIPE_EXIT_CODE, "")
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
