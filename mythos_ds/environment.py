@@ -118,7 +118,7 @@ def _from_torch(environ: Mapping[str, str]) -> ProcessEnvironment:
     rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
     local_rank = _integer(environ, "LOCAL_RANK", default=rank)
     local_size = _integer(environ, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size)
-    address = environ.get("MASTER_ADDR") or LOOPBACK
+    address = _master_address(environ, launcher, world_size, local_size)
     port = _integer(environ, "MASTER_PORT", default=DEFAULT_MASTER_PORT)
     return ProcessEnvironment(rank, world_size, local_rank, local_size, address, port, launcher)
 

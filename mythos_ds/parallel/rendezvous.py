@@ -81,7 +81,9 @@ def reach(env: ProcessEnvironment, limit_s: float) -> None:
             return
         except (OSError, UnicodeError) as error:
             waited = time.monotonic() - started
-            unknown = isinstance(error, (socket.gaierror, UnicodeError))
+            if isinstance(error, UnicodeError):  # no name server ever knows it
+                raise ParallelError(f"MASTER_ADDR: given {env.master_addr!r}, which is no host name") from None
+            unknown = isinstance(error, socket.gaierror)
             limit = min(limit_s, RESOLVE_S) if unknown else limit_s
             if waited >= limit:
                 raise ParallelError(_not_reached(env, error, limit, unknown)) from None

@@ -46,6 +46,12 @@ def test_a_name_that_nobody_knows_is_told(rank, address):
     assert f"MASTER_ADDR: given {address!r}" in refusal(rank, address, free_port())
 
 
+@pytest.mark.parametrize("address", ["..", "a..b", "x" * 300, "\udc80"])
+def test_what_is_no_name_at_all_is_told_at_once(address, monkeypatch):
+    monkeypatch.setattr(rendezvous, "SELF_S", 60.0)
+    assert "which is no host name" in refusal(0, address, free_port())
+
+
 def test_an_address_of_another_host_is_told_by_rank_0():
     said = refusal(0, NO_HOST, port := free_port())
     assert f"{NO_HOST!r}" in said
