@@ -38,6 +38,11 @@ _ARRAY = re.compile(
 )
 _KEY = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _PLAIN = re.compile(r"[\w.,:/@%+=-]*", re.ASCII)
+_MOST_CPUS = 1 << 16
+"""Slurm holds cores per task in 16 bits."""
+_MOST_FAILURES = 2**31 - 1
+"""Kubernetes holds backoffLimit in 32 bits."""
+_LONGEST_GRACE_S = 2_000_000
 _OWN = {
     "job-name": "--name",
     "nodes": "cluster.nodes",
@@ -160,8 +165,9 @@ class SlurmJob(Job):
             raise ConfigError(f"--time: given {_shown(self.time)}; allowed: {allowed}; nearest: 24:00:00")
         if not 0 < self.grace < limit:
             raise ConfigError(f"--grace: given {self.grace}; allowed: 1 to {limit - 1} s, below --time; nearest: 300")
-        if self.cpus < 1:
-            raise ConfigError(f"--cpus: given {self.cpus}; allowed: 1 or more; nearest: 1")
+        if not 1 <= self.cpus < _MOST_CPUS:
+            nearest = 1 if self.cpus < 1 else _MOST_CPUS - 1
+            raise ConfigError(f"--cpus: given {self.cpus}; allowed: 1 to {_MOST_CPUS - 1}; nearest: {nearest}")
         for option in ("partition", "account", "qos"):
             value = getattr(self, option)
             if value is not None and not _NAME.fullmatch(value):
@@ -175,6 +181,12 @@ class SlurmJob(Job):
         if match is None:
             allowed = "numbers and ranges such as 0-7, 1,3,5 or 0-30:10, with %n for n at once"
             raise ConfigError(f"--array: given {_shown(array)}; allowed: {allowed}")
+        backwards = [
+            part for part in re.findall(r"\d+-\d+", array) if int(part.split("-")[0]) > int(part.split("-")[1])
+        ]
+        if backwards:
+            first, last = backwards[0].split("-")
+            raise ConfigError(f"--array: given {array}; allowed: rising ranges; nearest: {last}-{first}")
         several = not re.fullmatch(r"\d+(%\d+)?", array) and match["at_once"] != "1"
         if several and _ARRAY_TASK not in (self.run_dir or ""):
             raise ConfigError(
@@ -219,7 +231,7 @@ class KubernetesJob(Job):
     """Failures of the run until the Job fails."""
 
     def _render(self, cluster: ClusterConfig) -> str:
-        self._check()
+        self._check(cluster.nodes)
         run_dir = default_run_directory(load_config(self.config, self.overrides))
         values = {
             "name": self.name,
@@ -240,7 +252,7 @@ class KubernetesJob(Job):
         text = (_templates() / "kubernetes.yaml").read_text(encoding="utf-8")
         return _fill(text, {name: _yaml(value) for name, value in values.items()})
 
-    def _check(self) -> None:
+    def _check(self, nodes: int) -> None:
         for option in ("image", "claim", "mount"):
             value = getattr(self, option)
             _require_text(f"--{option}", value)
@@ -249,10 +261,13 @@ class KubernetesJob(Job):
         if not self.mount.startswith("/"):
             nearest = _shown("/" + self.mount)
             raise ConfigError(f"--mount: given {_shown(self.mount)}; allowed: a path from the root; nearest: {nearest}")
-        if self.restarts < 0:
-            raise ConfigError(f"--restarts: given {self.restarts}; allowed: 0 or more; nearest: 0")
-        if self.grace <= SHUTDOWN_S:
-            raise ConfigError(f"--grace: given {self.grace}; allowed: more than {SHUTDOWN_S} s; nearest: 300")
+        most = _MOST_FAILURES // nodes
+        if not 0 <= self.restarts <= most:
+            nearest = 0 if self.restarts < 0 else most
+            raise ConfigError(f"--restarts: given {self.restarts}; allowed: 0 to {most}; nearest: {nearest}")
+        if not SHUTDOWN_S < self.grace <= _LONGEST_GRACE_S:
+            allowed = f"{SHUTDOWN_S + 1} to {_LONGEST_GRACE_S} s"
+            raise ConfigError(f"--grace: given {self.grace}; allowed: {allowed}; nearest: 300")
 
 
 def render_script(name: str) -> str:

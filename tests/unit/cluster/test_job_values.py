@@ -265,6 +265,21 @@ def test_keys_of_sbatch_are_checked(pair, message):
     assert message.removeprefix("--") in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("base", "option", "value"),
+    [
+        *[(SLURM, "--cpus", value) for value in (0, -1, 2**16, 10**30)],
+        *[(SLURM, "--grace", value) for value in (0, -1, 10**30)],
+        *[(SLURM, "--array", value) for value in ("7-0", "0-3,9-8%1", "1-0:2")],
+        *[(KUBERNETES, "--restarts", value) for value in (-1, 2**31, 10**30)],
+        *[(KUBERNETES, "--grace", value) for value in (0, 30, 10**30)],
+    ],
+)
+def test_numbers_that_no_scheduler_holds_are_refused(base, option, value):
+    with pytest.raises(ConfigError, match=rf"{option}: given {value}; allowed"):
+        render(*base, f"{option}={value}")
+
+
 def test_a_key_is_given_once_and_may_have_no_value():
     found = directives(render(*SLURM, "--sbatch", "exclusive", "--sbatch", "comment=", "--sbatch", "gres=gpu:h100:8"))
     assert {"--exclusive", "--comment=", "--gres=gpu:h100:8"} <= set(found)
