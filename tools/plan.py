@@ -52,10 +52,7 @@ def work(arguments: Namespace) -> None:
     if arguments.layouts < 1:
         raise ConfigError(f"--layouts: given {arguments.layouts}; allowed: 1 or more; nearest: 1")
     gpus, gpu = machine(config, arguments.gpus, arguments.gpu)
-    if arguments.picture is not None and arguments.picture.suffix != ".png":
-        raise ConfigError(f"--picture: given {arguments.picture}; allowed: a name that ends in .png")
-    for option, path in (("--picture", arguments.picture), ("--write", arguments.write)):
-        _require_file(option, path)
+    _require_files(arguments)
     tokens = read_tokens(arguments.tokens) if arguments.tokens else None
     if arguments.objective is None:
         resolve(config, gpus)
@@ -105,6 +102,13 @@ def read_tokens(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ConfigError(f"--tokens: given {text}; allowed: a number above 0 with {', '.join(_SUFFIXES)} or nothing")
     return value
+
+
+def _require_files(arguments: Namespace) -> None:
+    if arguments.picture is not None and arguments.picture.suffix != ".png":
+        raise ConfigError(f"--picture: given {arguments.picture}; allowed: a name that ends in .png")
+    for option, path in (("--picture", arguments.picture), ("--write", arguments.write)):
+        _require_file(option, path)
 
 
 def _require_file(option: str, path: Path | None) -> None:
