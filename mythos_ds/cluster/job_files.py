@@ -263,8 +263,8 @@ class KubernetesJob(Job):
             raise ConfigError(f"--mount: given {_shown(self.mount)}; allowed: a path from the root; nearest: {nearest}")
         most = _MOST_FAILURES // nodes
         if not 0 <= self.restarts <= most:
-            nearest = 0 if self.restarts < 0 else most
-            raise ConfigError(f"--restarts: given {self.restarts}; allowed: 0 to {most}; nearest: {nearest}")
+            bound = 0 if self.restarts < 0 else most
+            raise ConfigError(f"--restarts: given {self.restarts}; allowed: 0 to {most}; nearest: {bound}")
         if not SHUTDOWN_S < self.grace <= _LONGEST_GRACE_S:
             allowed = f"{SHUTDOWN_S + 1} to {_LONGEST_GRACE_S} s"
             raise ConfigError(f"--grace: given {self.grace}; allowed: {allowed}; nearest: 300")
