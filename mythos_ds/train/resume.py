@@ -79,8 +79,12 @@ def _checkpoint_at(groups: ParallelGroups, path: Path) -> Path:
 def _refuse_other(path: Path) -> None:
     """Raises CheckpointError where a path names nothing, a checkpoint under another name, or a model, which training
     starts from and does not go on with."""
-    if not os.path.lexists(path):
-        raise CheckpointError(f"--resume: given {looked_for(path)}; no such folder")
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: characters that no name can have
+        raise CheckpointError(f"--resume: given {looked_for(path)}; no such folder") from None
+    except OSError as error:
+        raise CheckpointError(f"--resume: given {looked_for(path)}; {str(error.strerror).lower()}") from None
     if not manifest.is_tag(path.name) and (path / manifest.STATE).is_file():
         name = manifest.tag_name(read_state(path).step)
         raise CheckpointError(f"--resume: given {path}, a checkpoint under another name; rename it to {name}")

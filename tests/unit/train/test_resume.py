@@ -1,6 +1,8 @@
 """A checkpoint that was copied alone goes on, or the message says what is missing."""
 
+import errno
 import json
+import os
 import random
 import shutil
 from dataclasses import asdict
@@ -15,7 +17,7 @@ from mythos_ds.checkpoint.training_state import TrainingState
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
 from mythos_ds.errors import CheckpointError, RankError
-from mythos_ds.train.resume import choose_checkpoint, manifest_for
+from mythos_ds.train.resume import _refuse_other, choose_checkpoint, manifest_for
 from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.train.run_manifest import RunManifest, continue_manifest, new_manifest, with_dataset, with_weights
 
@@ -146,6 +148,16 @@ def test_what_is_no_checkpoint_is_told(tmp_path, monkeypatch):
         with pytest.raises(RankError) as caught:
             choose_checkpoint(ALONE, new, given)
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP])
+def test_a_checkpoint_that_cannot_be_looked_at_is_not_said_to_be_missing(number, tmp_path, monkeypatch):
+    def refused(path, **_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "lstat", refused)
+    with pytest.raises(CheckpointError, match=rf"a; {os.strerror(number).lower()}"):
+        _refuse_other(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
