@@ -299,7 +299,8 @@ class _Encoding:
 
     def _keep(self, running: _Running) -> None:
         if running.known:
-            self._progress(running.known.lengths, running.known.tokens, running.known.text_bytes)
+            whole = running.known.starts and running.known.ends
+            self._progress(running.known.lengths if whole else 0, running.known.tokens, running.known.text_bytes)
             self._found.take(running.known)
         elif running.batches:
             self._found.take(self._store.add(running.key, running.batches, running.results))
