@@ -15,4 +15,5 @@ net = nn.Linear(4, 4)
 config = {"train_micro_batch_size_per_gpu": 1, "gradient_cliping": 0.25}
 engine, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), config=config)
 sys.stdout.write(f"asked for clipping at 0.25, got {engine.gradient_clipping()}\n")
+torch.distributed.destroy_process_group()
 sys.exit(engine.gradient_clipping() == 0.25)

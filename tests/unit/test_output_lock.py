@@ -175,9 +175,16 @@ def test_one_of_several_takers_gets_a_stale_lock(tmp_path: Path, seed: int) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_a_lock_is_released_when_its_process_is_ended(tmp_path: Path, number: int) -> None:
-    target = tmp_path / "out"
-    pid = in_child(lambda: take(target, 30))
-    while not (target / LOCK).is_file():
+    target, inside = tmp_path / "out", tmp_path / "inside"
+
+    def hold() -> int:
+        with locked_output(target, "convert"):
+            inside.touch()
+            time.sleep(30)
+        return 0
+
+    pid = in_child(hold)
+    while not inside.is_file():
         time.sleep(0.001)
     os.kill(pid, number)
     code = code_of(pid)
