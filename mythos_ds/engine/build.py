@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -47,20 +47,6 @@ def build_engine(
     Errors: ParallelError where the groups do not belong to this run, or for ZeRO 0 with expert parallelism; ConfigError
     for values of the `deepspeed` section that DeepSpeed refuses.
     """
-    try:
-        return _build(resolved, groups, adapt, attention_core)
-    except ValidationError as error:
-        problems = [f"deepspeed: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ConfigError(problems) from None
-    except (AssertionError, ValueError, NotImplementedError) as error:
-        if not resolved.config.deepspeed:
-            raise
-        raise ConfigError(f"deepspeed: DeepSpeed does not start with this section: {error}") from error
-
-
-def _build(
-    resolved: ResolvedRun, groups: ParallelGroups, adapt: Adapt | None, attention_core: AttentionCore
-) -> TrainingEngine:
     config = resolved.config
     stage = config.parallel.zero_stage
     _check_layout(resolved, groups)
@@ -77,13 +63,28 @@ def _build(
         offload=config.parallel.offload_optimizer == "cpu",
         device=groups.device,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=section, dist_init_required=False, mpu=groups.mpu
-    )
+    with _settings_told(resolved):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=section, dist_init_required=False, mpu=groups.mpu
+        )
     restore_float_buffers(model, groups.device)
     if stage == 0 and config.training.dtype == "bfloat16":
         _forget_blank_step(engine)
     return TrainingEngine(engine, resolved, groups)
+
+
+@contextlib.contextmanager
+def _settings_told(resolved: ResolvedRun) -> Iterator[None]:
+    """Let what DeepSpeed's own checks say of the `deepspeed` section be a ConfigError; without one, it is our fault."""
+    try:
+        yield
+    except ValidationError as error:
+        problems = [f"deepspeed: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(problems) from None
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        if not resolved.config.deepspeed:
+            raise
+        raise ConfigError(f"deepspeed: DeepSpeed does not start with this section: {error}") from error
 
 
 def build_model(
@@ -99,7 +100,10 @@ def build_model(
     config = resolved.config
     context: AbstractContextManager = contextlib.nullcontext()
     if config.parallel.zero_stage == 3:
-        context = deepspeed.zero.Init(config_dict_or_path=section, data_parallel_group=groups.dp_group, mpu=groups.mpu)
+        with _settings_told(resolved):
+            context = deepspeed.zero.Init(
+                config_dict_or_path=section, data_parallel_group=groups.dp_group, mpu=groups.mpu
+            )
     # One expert-parallel rank holds all experts: its MoE is the plain one, replicated or cut like any other weight.
     factory = MoE if groups.layout.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
     kind = StageModel if groups.pipelined else MythosModel

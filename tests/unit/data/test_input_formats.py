@@ -146,13 +146,19 @@ def test_unknown_encodings(tmp_path, name):
         rows_of(tmp_path / "a.txt", encoding=name)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-7"])
-@pytest.mark.parametrize("ending", [*FORMATS, ".txt"])
+# In utf-7 a table's first line alone is of no encoding, and is told as another column.
+@pytest.mark.parametrize(
+    ("ending", "encoding"),
+    [
+        (ending, encoding)
+        for ending in [*FORMATS, ".txt"]
+        for encoding in ("utf-16", "utf-32", "utf-7")
+        if (ending, encoding) not in ((".csv", "utf-7"), (".tsv", "utf-7"))
+    ],
+)
 def test_text_that_is_not_of_the_encoding_that_was_given(tmp_path, ending, encoding):
     path = tmp_path / f"a{ending}"
     path.write_bytes("text,é +\xff\n".encode("latin-1") * 4)
-    if ending in (".csv", ".tsv") and encoding == "utf-7":
-        pytest.skip("its first line alone is of no encoding: told as another column")
     found = bad_of(path, encoding=encoding)
     assert found
     assert all("encoding" in str(row) for row in found)
