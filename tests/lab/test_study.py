@@ -29,6 +29,7 @@ def _written(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_committed_figures_come_out_of_the_command(tmp_path: Path) -> None:
     result = _lab(tmp_path, "khop", "--scale", "smoke")
     assert result.returncode == 0, result.stderr
