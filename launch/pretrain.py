@@ -25,7 +25,7 @@ from mythos_ds.config.schema import PROCESSES
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.guard import DEBUG, guarded, user_message
-from mythos_ds.mains import add_debug, add_share
+from mythos_ds.mains import add_common, add_share
 from mythos_ds.resilience.failure import fail
 from mythos_ds.slurm_step import in_shell
 from mythos_ds.train.run_directory import another_layout_note, default_run_directory
@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, help="with --dry-run: processes to plan for")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     add_share(parser)
-    add_debug(parser)
+    add_common(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)
 

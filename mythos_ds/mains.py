@@ -1,9 +1,10 @@
 """What the mains of tools/ share: errors without traceback, and a progress display."""
 
 import os
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from mythos_ds.guard import DEBUG, files_of_the_group, guarded
 from mythos_ds.log import configure
@@ -18,7 +19,7 @@ def tool_parser(description: str, example: str) -> ArgumentParser:
 def run_tool(parser: ArgumentParser, work: Callable[[Namespace], None], argv: Sequence[str] | None) -> int:
     """Parse `argv`, run `work`, return the exit code: 2, with one message, for an error the user can mend; others are
     in guard.py."""
-    add_debug(parser)
+    add_common(parser)
 
     def run() -> int:
         arguments = _parsed(parser, argv)
@@ -40,9 +41,19 @@ def add_share(parser: ArgumentParser) -> None:
     )
 
 
-def add_debug(parser: ArgumentParser) -> None:
-    """The option that every main has."""
+def add_common(parser: ArgumentParser) -> None:
+    """What every main has: `--debug`, and no empty paths."""
     parser.add_argument("--debug", action="store_true", help="print the traceback of a fault of this program")
+    inner = [action.choices for action in parser._actions if isinstance(action, _SubParsersAction)]
+    for each in (parser, *(one for choices in inner for one in choices.values())):
+        each.register("type", Path, _path)
+
+
+def _path(given: str) -> Path:
+    """A path; to Path the empty one is the working folder, to a user who wrote "$FOLDER" it is a mistake."""
+    if not given:
+        raise ArgumentTypeError("given ''; allowed: a path, such as . for the working folder")
+    return Path(given)
 
 
 def _parsed(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:

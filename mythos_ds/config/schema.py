@@ -85,7 +85,7 @@ class ModelConfig(Section):
     qk_nope_head_dim: int | None = Field(None, ge=1, le=WIDTH, description="MLA only: head width without RoPE.")
     qk_rope_head_dim: int | None = Field(None, ge=2, le=WIDTH, description="MLA only: head width with RoPE.")
     v_head_dim: int | None = Field(None, ge=1, le=WIDTH, description="MLA only: value head width.")
-    rope_theta: float = Field(10000.0, gt=0, le=1e30)
+    rope_theta: float = Field(10000.0, ge=1, le=1e30)
     rope_interleaved: bool = Field(False, description="Rotate adjacent pairs instead of halves.")
     rope_scaling: RopeScaling | None = Field(None, description="GQA only: RoPE stretched to longer sequences.")
     no_rope_layers: tuple[Annotated[int, Strict()], ...] = Field(
@@ -127,7 +127,7 @@ class ModelConfig(Section):
     act_threshold: float = Field(0.99, gt=0, lt=1)
 
     tie_embeddings: bool = False
-    norm_eps: float = Field(1e-6, gt=0, le=1)
+    norm_eps: float = Field(1e-6, ge=1e-30, le=1)
     embedding_std: float = Field(0.02, gt=0, le=RATE)
     init_std: float | None = Field(None, gt=0, le=RATE, description="null = sqrt(2 / (5 dim)).")
 
@@ -210,7 +210,7 @@ class TrainingConfig(Section):
     )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0, le=RATE)
+    eps: float = Field(1e-8, ge=1e-30, le=RATE)
     weight_decay: float = Field(0.1, ge=0, le=RATE)
     muon_lr: float | None = Field(
         None,
@@ -280,7 +280,7 @@ class DataConfig(Section):
     )
     data_dir: str = Field("data", description="Folder for the built-in corpus and the index cache (shared storage).")
     document_mask: bool = Field(True, description="Attention and positions stay inside a document.")
-    num_workers: int = Field(0, ge=0, le=1024)
+    num_workers: int = Field(0, ge=0, le=128, description="Processes that read ahead, for each process of the run.")
 
     @property
     def own_validation(self) -> list[DatasetConfig]:

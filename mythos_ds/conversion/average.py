@@ -57,10 +57,20 @@ class SourceModel:
         if "quantization_config" in content:
             raise CheckpointError(f"{folder}: is quantised; allowed: models in fp32 or bf16 (average, then quantise)")
         mythos = "model" in content and "format" in content
-        config = content["model"] if mythos else {k: v for k, v in content.items() if k not in _NOT_CONFIGURATION}
+        config = _settled(folder) if mythos else {k: v for k, v in content.items() if k not in _NOT_CONFIGURATION}
         files = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
         tokenizer = hashlib.sha256(b"".join(read_bytes(file) for file in files)).hexdigest() if files else None
         return cls(folder, config, tokenizer, content.get("facts", {}) if mythos else None)
+
+
+def _settled(folder: Path) -> dict[str, Any]:
+    """A mythos model's configuration with what null stands for, so that a width that is written out is the same, and
+    without what only decides initial values."""
+    config = read_config(folder)
+    widths = {"n_kv_heads": config.resolved_kv_heads, "head_dim": config.resolved_head_dim}
+    own = {} if config.attn_type == "mla" else widths
+    values = config.model_dump(mode="json", exclude={"init_std", "embedding_std"})
+    return {**values, **own, "shared_expert_dim": config.resolved_shared_dim}
 
 
 class Mean:

@@ -32,7 +32,7 @@ def tokenizer_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = [path / name for name in _MODELS if (path / name).is_file()]
+    found = [path / name for name in _MODELS if _is_file(path / name)]
     both = [file for file in found if file.name == TOKENIZER_JSON or kind_of(file) == "sentencepiece"]
     return next(iter(both or found), path / SENTENCEPIECE)
 
@@ -142,6 +142,16 @@ def end_of_document(special: list[str], companions: Companions, ids: dict[str, i
     )
 
 
+def _is_file(path: Path) -> bool:
+    """Whether there is a file. Raises DataError for a device, a pipe or a link to nothing, which is not left out in
+    silence."""
+    if path.is_file():
+        return True
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise DataError(f"{path}: no regular file, and no link to one")
+    return False
+
+
 def _object(path: Path, *, lenient: bool = False) -> dict[str, Any]:
     """A JSON object, empty where the file is missing. Raises DataError for what is no JSON, unless `lenient`."""
     if not path.is_file():
@@ -184,7 +194,7 @@ def travelling(place: Path) -> Iterator[Path]:
     if place.is_dir():
         documents = (_CARD, _SOURCE_CARD)
         found += [path for path in sorted(folder.iterdir()) if path.name in documents or _DOCUMENTS.match(path.name)]
-    yield from (path for path in found if path.is_file() or path.is_dir())
+    yield from (path for path in found if path.is_dir() or _is_file(path))
 
 
 def copy_tokenizer(place: Path, output: Path) -> list[str]:

@@ -73,3 +73,19 @@ def test_mains_know_the_name_of_the_built_in_model(run, name, arguments, message
     code, _, printed = run(ROOT / "tools" / f"{name}.py", *arguments)
     assert code == 2
     assert message in printed
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (ROOT / "tools" / "merge_checkpoint.py", ["runs/x", "--output", ""]),
+        (ROOT / "tools" / "verify_checkpoint.py", [""]),
+        (ROOT / "tools" / "render_launch.py", ["slurm", "--config", "tiny.json", "--output", ""]),
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else "",
+)
+def test_an_empty_path_is_refused(run, tmp_path, path, words):
+    code, _, message = run(path, *words)
+    assert code == 2
+    assert "given ''; allowed: a path" in message
+    assert list(tmp_path.iterdir()) == []

@@ -84,6 +84,21 @@ def test_models_of_other_starts_are_refused_unless_forced(tmp_path: Path, capsys
     load_model(tmp_path / "out")
 
 
+def test_a_width_that_is_written_out_is_that_of_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grouped = {"attn_type": "gqa", "n_heads": 2, "kv_lora_rank": None, "q_lora_rank": None, "qk_nope_head_dim": None}
+    plain = CONFIG.model_copy(update={**grouped, "qk_rope_head_dim": None, "v_head_dim": None})
+    shared = {"n_shared_experts": 1, "init_std": 0.5}
+    written = plain.model_copy(update={"head_dim": plain.dim // 2, "n_kv_heads": 2})
+    folders = [_folder(tmp_path / name, 0, 1, config.model_copy(update=extra)) for name, config, extra in (
+        ("null", plain, {"n_shared_experts": 1}),
+        ("written", written, {**shared, "shared_expert_dim": plain.expert_dim}),
+        ("other", written, {**shared, "head_dim": 8}),
+    )]  # fmt: skip
+    assert _run(*folders[:2], "--output", tmp_path / "out") == 0
+    assert _run(folders[0], folders[2], "--output", tmp_path / "mixed") == 2
+    assert "has head_dim 8" in capsys.readouterr().err
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [_folder(tmp_path / f"m{i}", 0, i) for i in (1, 2)]
     assert _run(*folders, "--output", tmp_path / "out", "--dry-run") == 0
