@@ -2,11 +2,12 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from mythos_ds.config.schema import LOOPS, RunConfig
@@ -46,16 +47,31 @@ def held_out_sequences(config: RunConfig, count: int) -> list[Batch]:
     return list(islice(stream, count // _ROWS))
 
 
-@torch.inference_mode()
 def sequence_losses(
     model: MythosModel,
     batches: Sequence[Batch],
     loops: Sequence[int],
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[int, list[float]]:
-    """The mean loss (nats per token) of each sequence after each of `loops`. A sequence is looped once, up to the last
-    of them; `progress` takes the sequences done. Raises ConfigError for a loop count below 1, and for a model with ACT,
-    whose output is no state of one loop."""
+    """The mean loss (nats per token) of each sequence after each of `loops`. `progress` takes the sequences done.
+    Raises ConfigError, see `token_losses`."""
+    found: dict[int, list[float]] = {count: [] for count in sorted(set(loops))}
+    for count, losses in token_losses(model, batches, loops, progress):
+        found[count] += losses.mean(1).tolist()
+    return found
+
+
+@torch.inference_mode()
+def token_losses(
+    model: MythosModel,
+    batches: Sequence[Batch],
+    loops: Sequence[int],
+    progress: Callable[[int], object] = lambda done: None,
+) -> Iterator[tuple[int, Tensor]]:
+    """The losses (nats) of each batch after each of `loops`, as pairs of a loop count and float64 [rows, seq].
+
+    A sequence is looped once, up to the last of them; `progress` takes the sequences done. Raises ConfigError for a
+    loop count below 1, and for a model with ACT, whose output is no state of one loop."""
     counts = sorted(set(loops))
     if not counts or counts[0] < 1:
         raise ConfigError(f"loops: given {list(loops)}; allowed: whole numbers of 1 or more; nearest: 1")
@@ -64,19 +80,17 @@ def sequence_losses(
     if model.recurrent.halting is not None:
         raise ConfigError(f"halting: the model's is {model.config.halting}; allowed: none")
     device = next(model.parameters()).device
-    found: dict[int, list[float]] = {count: [] for count in counts}
     for batch in batches:
         tokens, targets, positions = (batch[name].to(device) for name in ("tokens", "targets", "positions"))
         e, context = model.encode(tokens, positions=positions)
         h, _ = model.start_loop(e, context=context)
         for loop in range(counts[-1]):
             h, _ = model.step_loop(h, e, loop=loop, context=context)
-            if loop + 1 in found:
+            if loop + 1 in counts:
                 logits = model.decode(h.to(e.dtype), context=context)
                 losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-                found[loop + 1] += losses.view(targets.shape).double().mean(1).tolist()
+                yield loop + 1, losses.view(targets.shape).double()
         progress(len(tokens))
-    return found
 
 
 def paired(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:

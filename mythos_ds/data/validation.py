@@ -37,8 +37,7 @@ def held_out(data: DataConfig, training: TrainingConfig, *, exact: bool = False)
     if not data.validates:
         return None
     own = data.own_validation
-    datasets = own or data.datasets or [DatasetConfig(prefix=str(BuiltinData.under(Path(data.data_dir)).prefix))]
-    prefixes = [Path(dataset.prefix) for dataset in datasets]
+    prefixes = [Path(dataset.prefix) for dataset in own] or _shared_prefixes(data)
     if not all(path.is_file() for prefix in prefixes for path in dataset_files(prefix)):
         return None
     infos = [read_info(prefix) for prefix in prefixes]
@@ -70,6 +69,21 @@ def validation_notes(data: DataConfig, training: TrainingConfig, *, exact: bool 
         f"{training.global_batch_size} x seq_len {training.seq_len} + 1), so each evaluation reads it up to {times} "
         f"times; enough: {fewer}, more text, or data.validation"
     ]
+
+
+def held_out_documents(data: DataConfig) -> list[tuple[Path, range]]:
+    """The datasets that have held-out text, and the numbers of its documents in each. Raises DataError for files that
+    are not there."""
+    if data.own_validation:
+        prefixes = [Path(dataset.prefix) for dataset in data.own_validation]
+        return [(prefix, range(read_info(prefix).documents)) for prefix in prefixes]
+    return [(prefix, _documents(read_info(prefix), data)) for prefix in _shared_prefixes(data)]
+
+
+def _shared_prefixes(data: DataConfig) -> list[Path]:
+    """Datasets of which a share is trained on."""
+    datasets = data.datasets or [DatasetConfig(prefix=str(BuiltinData.under(Path(data.data_dir)).prefix))]
+    return [Path(dataset.prefix) for dataset in datasets]
 
 
 def _documents(info: DatasetInfo, data: DataConfig) -> range:

@@ -59,7 +59,7 @@ LINES = {
     "train": 1_600,
     "conversion": 3_450,
     "plan": 1_850,
-    "analysis": 1_080,
+    "analysis": 1_200,
     "cluster": 1_560,
     "lab": 3_600,
     "bench": 900,

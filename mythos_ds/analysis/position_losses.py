@@ -1,0 +1,91 @@
+"""Held-out loss by position in a document: whether a model reads sequences as long as those it is given."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mythos_ds.analysis.loop_losses import paired, token_losses
+from mythos_ds.config.schema import RunConfig
+from mythos_ds.data.batches import Batch
+from mythos_ds.data.builtin import prepare_builtin
+from mythos_ds.data.inspection import DatasetView
+from mythos_ds.data.validation import held_out_documents
+from mythos_ds.errors import ConfigError
+from mythos_ds.model.mythos import MythosModel
+
+SHORTEST = 16
+_MOST = 1 << 20
+_NEAR = 1
+"""The part that the others are compared with: far enough in for a context, near enough for any model."""
+
+
+def long_documents(config: RunConfig, length: int, count: int) -> list[Batch]:
+    """The first `length` tokens of `count` held-out documents that are longer than that, each a batch {tokens, targets,
+    positions} int64 [1, length]; of more than `count` those that lie evenly apart. Raises ConfigError for fewer than 2,
+    and where there are not so many."""
+    if not SHORTEST <= length <= _MOST:
+        nearest = min(max(length, SHORTEST), _MOST)
+        raise ConfigError(f"--by-position: given {length}; allowed: {SHORTEST} to {_MOST:,} tokens; nearest: {nearest}")
+    if not config.data.validates:
+        raise ConfigError("data.validation: the run has no held-out text; give some: data.validation=PREFIX")
+    if config.data.corpus == "builtin":
+        prepare_builtin(Path(config.data.data_dir))
+    views = [(DatasetView(prefix), numbers) for prefix, numbers in held_out_documents(config.data)]
+    found = [(view, number) for view, numbers in views for number in numbers if view.lengths[number] > length]
+    if not 2 <= count <= len(found):
+        raise ConfigError(
+            f"--sequences: given {count}; the held-out text has {len(found)} documents of more than {length} tokens; "
+            f"allowed: 2 to that many, or more text by data.validation"
+        )
+    chosen = [found[place * len(found) // count] for place in range(count)]
+    positions = torch.arange(length)[None]
+    batches = []
+    for view, number in chosen:
+        ids = torch.from_numpy(view.document(number)[: length + 1].astype(np.int64))[None]
+        batches.append({"tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": positions})
+    return batches
+
+
+def position_parts(length: int) -> list[tuple[int, int]]:
+    """The parts of a document that are told apart: its first eighth, and what doubles from there."""
+    bounds = [0, length // 8, length // 4, length // 2, length]
+    return list(pairwise(bounds))
+
+
+def position_losses(
+    model: MythosModel,
+    batches: Sequence[Batch],
+    loops: Sequence[int],
+    progress: Callable[[int], object] = lambda done: None,
+) -> dict[int, list[list[float]]]:
+    """The mean loss (nats per token) of each part of `position_parts` in each document, by loop count. Raises
+    ConfigError, see `token_losses`."""
+    parts = position_parts(batches[0]["tokens"].shape[1])
+    found: dict[int, list[list[float]]] = {count: [] for count in sorted(set(loops))}
+    for count, losses in token_losses(model, batches, loops, progress):
+        found[count] += [[float(row[start:end].mean()) for start, end in parts] for row in losses]
+    return found
+
+
+def position_table(losses: Mapping[int, Sequence[Sequence[float]]], length: int) -> list[list[str]]:
+    """Rows of a table: positions, and for each loop count the loss there, and that less the one of the second part."""
+    rows = [["positions", *(text for n in losses for text in (f"{n} loops", "less the second part"))]]
+    parts = position_parts(length)
+    for index, (start, end) in enumerate(parts):
+        row = [f"{start:,} - {end - 1:,}"]
+        for own in losses.values():
+            here = [document[index] for document in own]
+            mean, error = paired(here, [document[_NEAR] for document in own])
+            row += [f"{math.fsum(here) / len(here):.4f}", "" if index == _NEAR else f"{mean:+.4f} ± {error:.4f}"]
+        rows.append(row)
+    return rows
+
+
+def positions_as_json(losses: Mapping[int, Sequence[Sequence[float]]], length: int) -> dict[str, Any]:
+    """What a file keeps of an evaluation by position."""
+    return {"parts": position_parts(length), "documents": {str(count): list(own) for count, own in losses.items()}}
