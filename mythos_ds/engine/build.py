@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import Tensor, nn
 from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 
@@ -56,7 +57,9 @@ def build_engine(
     if stage == 3 and not groups.pipelined:
         # The module that owns the loop: gathered once in forward and once in backward for any loop count. A leaf that
         # is called several times gets wrong gradients; prelude and coda layers run once, and as leaves save hooks.
-        set_z3_leaf_modules(model, [RecurrentBlock, DenseLayer])
+        leaves = set_z3_leaf_modules(model, [RecurrentBlock, DenseLayer])
+        for leaf in leaves if config.training.frozen else ():
+            leaf.register_forward_pre_hook(_with_gradient)
     optimizer = make_optimizer(
         parameter_groups(model.named_parameters(), config),
         config.training,
@@ -71,6 +74,17 @@ def build_engine(
     if stage == 0 and config.training.dtype == "bfloat16":
         _forget_blank_step(engine)
     return TrainingEngine(engine, resolved, groups)
+
+
+def _with_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Let one input of a module that trains have a gradient where none has, since all before it is frozen: by it ZeRO-3
+    learns that a leaf's backward is over. Without it the leaf's gradients are averaged before they are computed."""
+    tensors = [value for value in inputs if isinstance(value, Tensor) and value.is_floating_point()]
+    trains = any(parameter.requires_grad for parameter in module.parameters())
+    if not torch.is_grad_enabled() or not trains or not tensors or any(value.requires_grad for value in tensors):
+        return None
+    own = tensors[0].detach().requires_grad_()
+    return tuple(own if value is tensors[0] else value for value in inputs)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from typing import Any
 
 import deepspeed
@@ -166,9 +167,12 @@ def move_router_biases(biases: dict[str, Tensor], counts: dict[int, Tensor], rat
 
 
 @functools.cache
-def reference_run(optimizer: str, changes: str = "{}", per_sequence: bool = False) -> dict[str, Any]:
+def reference_run(
+    optimizer: str, changes: str = "{}", per_sequence: bool = False, frozen: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Losses, gradient norms, final weights and router buffers of the independent single-process reference; `changes`
-    are the case's to the model, as JSON. per_sequence: it runs each sequence alone, at its depth of DEPTHS."""
+    are the case's to the model, as JSON. per_sequence: it runs each sequence alone, at its depth of DEPTHS. frozen:
+    patterns of the names that are not trained."""
     resolved = resolve(toy_run({"ep": 1, "stage": 1, "optimizer": optimizer, "model": json.loads(changes)}, 1), 1)
     training, config = resolved.config.training, resolved.config.model
     model = MythosModel(config, seed=training.seed)
@@ -186,6 +190,7 @@ def reference_run(optimizer: str, changes: str = "{}", per_sequence: bool = Fals
         balance=training.balance_loss,
         z=training.z_loss,
         router_bias=biases,
+        frozen=lambda name: any(fnmatch(name, pattern) for pattern in frozen),
     )
     losses, norms = [], []
     for step, loops in enumerate(LOOPS):
@@ -223,7 +228,8 @@ def _layout(case: dict[str, Any]) -> dict[str, Any]:
             engine.eval_loss(held, 5)  # another depth in between must not disturb the next step
         weights = full_weights(engine, groups)
         biases = everywhere({name: buffer.clone() for name, buffer in engine.module.named_buffers()})
-    expected = reference_run(optimizer, json.dumps(case.get("model", {})), per_sequence)
+    frozen = tuple(case.get("training", {}).get("frozen", ()))
+    expected = reference_run(optimizer, json.dumps(case.get("model", {})), per_sequence, frozen)
     return {
         "loss": largest(abs(r.loss - x) / x for r, x in zip(results, expected["loss"], strict=True)),
         "norm": largest(abs(r.grad_norm - x) / x for r, x in zip(results, expected["norm"], strict=True)),

@@ -30,6 +30,22 @@ REPRESENTATIVE = {
     ],
 }
 
+BEFORE_THE_LOOP = ["embed.*", "prelude.*"]
+FROZEN = [
+    {"ep": 2, "stage": 3, "checkpointing": "loop", "optimizer": "sgd", "training": {"frozen": BEFORE_THE_LOOP}},
+    {"ep": 1, "stage": 3, "checkpointing": "none", "optimizer": "sgd", "training": {"frozen": ["embed.*"]}},
+    {"ep": 1, "stage": 3, "checkpointing": "loop", "optimizer": "adamw", "training": {"frozen": ["embed.*", "lm_*"]}},
+    {"ep": 2, "stage": 1, "checkpointing": "loop", "optimizer": "sgd", "training": {"frozen": BEFORE_THE_LOOP}},
+]
+"""What needs no gradient comes first, and ZeRO-3 learns from gradients of inputs that a module's backward is over."""
+MORE_FROZEN = [
+    {"ep": ep, "stage": stage, "checkpointing": checkpointing, "optimizer": optimizer, "training": {"frozen": frozen}}
+    for ep, stage in ((1, 0), (1, 2), (1, 3), (2, 2), (2, 3))
+    for checkpointing, optimizer in (("loop", "sgd"), ("none", "adamw"))
+    for frozen in (["embed.*", "prelude.*", "recurrent.layers.0.attn.*"], ["coda.*", "lm_head.*"], ["recurrent.*"])
+    if ep == 1 or frozen != ["recurrent.*"]  # experts that several ranks hold cannot be frozen
+]
+
 
 def every_layout(world_size: int) -> list[dict]:
     """(EP) x (ZeRO; 0 only with EP 1) x (recompute) x (optimizer) on this many processes."""
@@ -58,6 +74,11 @@ def check_parity(cases: list[dict], world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_representative_layouts(world_size):
     check_parity(REPRESENTATIVE[world_size], world_size)
+
+
+@pytest.mark.parametrize("cases", [FROZEN, pytest.param(MORE_FROZEN, marks=pytest.mark.slow)], ids=["some", "more"])
+def test_parts_that_are_frozen(cases):
+    check_parity(cases, 2)
 
 
 @pytest.mark.slow

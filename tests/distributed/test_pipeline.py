@@ -29,6 +29,7 @@ REPRESENTATIVE = [
     {**RING, "checkpointing": "loop", "optimizer": "sgd", **POST},
     {**FOUR_STAGES, "optimizer": "adamw"},
     {**RING, "checkpointing": "loop", "optimizer": "sgd", "model": DENSE},
+    {**RING, "checkpointing": "loop", "optimizer": "sgd", "training": {"frozen": ["embed.*", "prelude.*"]}},
     {**LITERAL, "optimizer": "sgd", **TIED},
 ]
 THOROUGH: dict[int, list[dict[str, Any]]] = {
@@ -47,6 +48,7 @@ THOROUGH: dict[int, list[dict[str, Any]]] = {
         {**RING, "model": {"prelude_norm": False, "loop_embedding": "none", "lora_rank": 0}},
         {**RING, "model": {"injection": "post", "prelude_norm": False, "initial_state": "embedding"}},
         {**RING, "ep": 1},
+        {**RING, "training": {"frozen": ["coda.*", "lm_head.*", "recurrent.layers.0.attn.*"]}},
         FOUR_STAGES,
         LITERAL,
         {**LITERAL, "ep": 1},

@@ -240,8 +240,9 @@ class ReferenceTrainer:
         z: float = 0.0,
         ponder: float = 0.0,
         router_bias: Params | None = None,
+        frozen: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        self.params = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
+        self.params = {name: value.detach().clone().requires_grad_(not frozen(name)) for name, value in params.items()}
         self.config = config
         self.router_bias = router_bias
         self.counts: dict[int, Tensor] = {}
@@ -251,6 +252,7 @@ class ReferenceTrainer:
         groups = [
             {"params": [value], "name": name, "weight_decay": weight_decay if decays(name) else 0.0}
             for name, value in self.params.items()
+            if value.requires_grad
         ]
         if optimizer == "adamw":
             self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
