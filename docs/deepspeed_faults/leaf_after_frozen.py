@@ -1,5 +1,5 @@
-"""ZeRO-3 averages a leaf's gradients before they are computed where no input of the leaf has a gradient, as behind frozen
-layers: its backward hook then fires with the gradient of the leaf's output. The step is one with zeros.
+"""ZeRO-3 averages a leaf's gradients before they are computed where no input of the leaf has a gradient, as behind
+frozen layers: its backward hook then fires with the gradient of the leaf's output.
 
 torchrun --nproc_per_node 1 leaf_after_frozen.py
 """
@@ -23,20 +23,24 @@ class Leaf(nn.Module):
         self.inner = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x)
+        made: torch.Tensor = self.inner(x)
+        return made
 
 
 def moved(*, frozen: bool) -> float:
     """How far one step of SGD moves the leaf's matrix."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 4), Leaf())
-    net[0].requires_grad_(not frozen)
+    leaf = Leaf()
+    net = nn.Sequential(nn.Linear(4, 4).requires_grad_(not frozen), leaf)
     set_z3_leaf_modules(net, [Leaf])
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+    }
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    config["zero_allow_untested_optimizer"] = True
     engine, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.SGD(trained, lr=0.1), config=config)
-    weight = net[1].inner.weight
+    weight = leaf.inner.weight
     with deepspeed.zero.GatheredParameters([weight]):
         before = weight.detach().clone()
     engine.backward(engine(torch.ones(1, 4)).square().sum())

@@ -10,9 +10,9 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
 from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from mythos_ds.config.error_messages import did_you_mean
 from mythos_ds.config.resolve import ResolvedRun

@@ -53,7 +53,7 @@ LINES = {
     "monitor": 370,
     "resilience": 120,
     "parallel": 1_230,
-    "engine": 770,
+    "engine": 820,
     "checkpoint": 1_750,
     "inference": 190,
     "train": 1_600,
