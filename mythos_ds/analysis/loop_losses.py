@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from mythos_ds.config.schema import LOOPS, RunConfig
+from mythos_ds.config.schema import IGNORED_LABEL, LOOPS, RunConfig
 from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import build_datasets, prepare_index_cache
 from mythos_ds.data.validation import held_out
@@ -53,9 +53,10 @@ def sequence_losses(
     loops: Sequence[int],
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[int, list[float]]:
-    """The mean loss (nats per token) of each sequence after each of `loops`. A sequence is looped once, up to the last
-    of them; `progress` takes the sequences done. Raises ConfigError for a loop count below 1, and for a model with ACT,
-    whose output is no state of one loop."""
+    """The mean loss (nats per token) of each sequence after each of `loops`: of conversations over the tokens that
+    count, times those of the sequence over those of a mean sequence, so that the mean over sequences is that over
+    tokens. A sequence is looped once, up to the last of them; `progress` takes the sequences done. Raises ConfigError
+    for a loop count below 1, and for a model with ACT, whose output is no state of one loop."""
     counts = sorted(set(loops))
     if not counts or counts[0] < 1:
         raise ConfigError(f"loops: given {list(loops)}; allowed: whole numbers of 1 or more; nearest: 1")
@@ -65,6 +66,7 @@ def sequence_losses(
         raise ConfigError(f"halting: the model's is {model.config.halting}; allowed: none")
     device = next(model.parameters()).device
     found: dict[int, list[float]] = {count: [] for count in counts}
+    per_sequence = _targets_per_sequence(batches)
     for batch in batches:
         tokens, targets, positions = (batch[name].to(device) for name in ("tokens", "targets", "positions"))
         e, context = model.encode(tokens, positions=positions)
@@ -74,9 +76,17 @@ def sequence_losses(
             if loop + 1 in found:
                 logits = model.decode(h.to(e.dtype), context=context)
                 losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-                found[loop + 1] += losses.view(targets.shape).double().mean(1).tolist()
+                found[loop + 1] += (losses.view(targets.shape).double().sum(1) / per_sequence).tolist()
         progress(len(tokens))
     return found
+
+
+def _targets_per_sequence(batches: Sequence[Batch]) -> float:
+    """How many targets of a sequence count, in the mean. Raises ConfigError where none does."""
+    counted = sum(int((batch["targets"] != IGNORED_LABEL).sum()) for batch in batches)
+    if not counted:
+        raise ConfigError("data: no token of the held-out text counts in the loss; allowed: conversations with answers")
+    return counted / sum(len(batch["targets"]) for batch in batches)
 
 
 def paired(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:

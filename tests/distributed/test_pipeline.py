@@ -30,6 +30,8 @@ REPRESENTATIVE = [
     {**FOUR_STAGES, "optimizer": "adamw"},
     {**RING, "checkpointing": "loop", "optimizer": "sgd", "model": DENSE},
     {**LITERAL, "optimizer": "sgd", **TIED},
+    {**RING, "checkpointing": "loop", "optimizer": "sgd", "masked": True},
+    {**LITERAL, "optimizer": "sgd", "masked": True},
 ]
 THOROUGH: dict[int, list[dict[str, Any]]] = {
     2: [{"ep": 1, "stage": 3, "pp": 2}, {"ep": 1, "stage": 3, "pp": 2, "model": {"coda_layers": 0}}],
@@ -71,7 +73,7 @@ def test_every_pipeline(world_size):
         for checkpointing in ("loop", "none")
         for optimizer in ("adamw", "sgd")
     ]
-    check_parity(cases, world_size)
+    check_parity([*cases, *({**case, "masked": True, "optimizer": "sgd"} for case in THOROUGH[world_size])], world_size)
 
 
 @pytest.fixture(scope="module")
