@@ -3,7 +3,7 @@
     mythos-ds evaluate runs/looped --config looped.json --loops 1 2 4 8
     mythos-ds evaluate looped --config looped.json --sequences 32 --json losses.json
 
-The text and the length of its sequences are those of the run file, the same for every model, seed and loop count. The
+The text and the length of its sequences are those of the run file (of its last training stage, or --stage), the same for every model, seed and loop count. The
 model (a folder, a run, a checkpoint or tiny) runs in one process, in fp32.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from mythos_ds.analysis.loop_losses import as_json, held_out_sequences, loss_table, sequence_losses
 from mythos_ds.api import open_model
 from mythos_ds.config.loader import load_config
+from mythos_ds.config.training_stages import index_of
 from mythos_ds.errors import ConfigError
 from mythos_ds.formatting import markdown_table
 from mythos_ds.io import write_atomic
@@ -27,6 +28,7 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("model", help="a model folder, a run, a checkpoint, or tiny")
     made.add_argument("--config", required=True, help="the run file or preset whose held-out text is read")
+    made.add_argument("--stage", metavar="NAME", help="the training stage whose held-out text it is; default: the last")
     made.add_argument("--loops", type=int, nargs="+", help="default: 1, T, 2T and 4T for the mean of training T")
     made.add_argument("--sequences", type=int, default=16, help="of the run's seq_len (default %(default)s)")
     made.add_argument("--json", type=Path, help="write the loss of every sequence to this file")
@@ -35,7 +37,9 @@ def parser() -> ArgumentParser:
 
 
 def work(arguments: Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides).config
+    loaded = load_config(arguments.config, arguments.overrides)
+    number = -1 if arguments.stage is None else index_of(arguments.stage, loaded.stages, loaded.path)
+    config = loaded.stages[number].config
     model = open_model(arguments.model).float()
     if model.config.vocab_size < config.model.vocab_size:
         raise ConfigError(
