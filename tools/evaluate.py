@@ -3,8 +3,9 @@
     mythos-ds evaluate runs/looped --config looped.json --loops 1 2 4 8
     mythos-ds evaluate looped --config looped.json --sequences 32 --json losses.json
 
-The text and the length of its sequences are those of the run file (of its last training stage, or --stage), the same for every model, seed and loop count. The
-model (a folder, a run, a checkpoint or tiny) runs in one process, in fp32.
+The text and the length of its sequences are those of the run file (of its last training stage, or of --stage), the
+same for every model, seed and loop count. The model (a folder, a run, a checkpoint or tiny) runs in one process, in
+fp32.
 """
 
 import json
