@@ -13,9 +13,11 @@ from mythos_ds.analysis.loop_losses import paired, token_losses
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.data.batches import Batch
 from mythos_ds.data.builtin import prepare_builtin
+from mythos_ds.data.datasets import check_vocabulary, data_sources
 from mythos_ds.data.inspection import DatasetView
+from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.data.validation import held_out_documents
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import ConfigError, DataError
 from mythos_ds.model.mythos import MythosModel
 
 SHORTEST = 16
@@ -27,7 +29,7 @@ _NEAR = 1
 def long_documents(config: RunConfig, length: int, count: int) -> list[Batch]:
     """The first `length` tokens of `count` held-out documents that are longer than that, each a batch {tokens, targets,
     positions} int64 [1, length]; of more than `count` those that lie evenly apart. Raises ConfigError for fewer than 2,
-    and where there are not so many."""
+    and where there are not so many, DataError for data of another tokenizer, or damaged."""
     if not SHORTEST <= length <= _MOST:
         nearest = min(max(length, SHORTEST), _MOST)
         raise ConfigError(f"--by-position: given {length}; allowed: {SHORTEST} to {_MOST:,} tokens; nearest: {nearest}")
@@ -35,7 +37,10 @@ def long_documents(config: RunConfig, length: int, count: int) -> list[Batch]:
         raise ConfigError("data.validation: the run has no held-out text; give some: data.validation=PREFIX")
     if config.data.corpus == "builtin":
         prepare_builtin(Path(config.data.data_dir))
+    tokenizer, vocab_size = Tokenizer.load(data_sources(config.data)[1]), config.model.vocab_size
     views = [(DatasetView(prefix), numbers) for prefix, numbers in held_out_documents(config.data)]
+    for view, _ in views:
+        check_vocabulary(view.prefix, view.info, tokenizer, vocab_size)
     found = [(view, number) for view, numbers in views for number in numbers if view.lengths[number] > length]
     if not 2 <= count <= len(found):
         raise ConfigError(
@@ -47,6 +52,11 @@ def long_documents(config: RunConfig, length: int, count: int) -> list[Batch]:
     batches = []
     for view, number in chosen:
         ids = torch.from_numpy(view.document(number)[: length + 1].astype(np.int64))[None]
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            raise DataError(
+                f"{view.prefix}: document {number} holds ids outside of 0 .. {vocab_size - 1}; the files are damaged: "
+                "mythos-ds verify PREFIX --full names the place"
+            )
         batches.append({"tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": positions})
     return batches
 

@@ -17,6 +17,7 @@ from mythos_ds.conversion.dense_source import FAMILIES
 from mythos_ds.conversion.huggingface import mythos_source
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS
 from mythos_ds.conversion.retrofit import check_dense
+from mythos_ds.data.tokenizer_files import is_regular
 from mythos_ds.errors import CheckpointError, naming
 from mythos_ds.io import copy_file, read_bytes, read_json
 from mythos_ds.weights.checksums import seal
@@ -58,7 +59,7 @@ class SourceModel:
             raise CheckpointError(f"{folder}: is quantised; allowed: models in fp32 or bf16 (average, then quantise)")
         mythos = "model" in content and "format" in content
         config = _settled(folder) if mythos else {k: v for k, v in content.items() if k not in _NOT_CONFIGURATION}
-        files = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
+        files = [folder / name for name in _TOKENIZERS if is_regular(folder / name)]
         tokenizer = hashlib.sha256(b"".join(read_bytes(file) for file in files)).hexdigest() if files else None
         return cls(folder, config, tokenizer, content.get("facts", {}) if mythos else None)
 

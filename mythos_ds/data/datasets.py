@@ -179,14 +179,14 @@ class _Request:
         seed: int,
         vocab_size: int,
     ) -> "_Request":
-        prefixes, tokenizer_path = _sources(data)
+        prefixes, tokenizer_path = data_sources(data)
         tokenizer = Tokenizer.load(tokenizer_path)
         components = [_Component(prefix, weight, read_info(prefix)) for prefix, weight in prefixes]
         held_out = [
             _Component(Path(one.prefix), one.weight, read_info(Path(one.prefix))) for one in data.own_validation
         ]
         for component in (*components, *held_out):
-            _check_vocabulary(component, tokenizer, vocab_size)
+            check_vocabulary(component.prefix, component.info, tokenizer, vocab_size)
         plan = megatron.packing_plan(tokenizer, seq_len=seq_len, seed=seed, split=data.used_split)
         samples = {"train": train_samples, "valid": valid_samples if data.validates else 0}
         return cls(components, tokenizer, plan, samples, data.document_mask, Path(data.data_dir), held_out)
@@ -315,8 +315,8 @@ def _named(components: list[_Component]) -> dict[str, Any]:
     return {"content": [one.info.content_sha256 for one in components], "weights": _weights_of(components)}
 
 
-def _sources(data: DataConfig) -> tuple[list[tuple[Path, float]], Path]:
-    """Prefixes with weights, and the tokenizer."""
+def data_sources(data: DataConfig) -> tuple[list[tuple[Path, float]], Path]:
+    """The prefixes of a run's datasets with their weights, and its tokenizer. Raises DataError for none."""
     if data.corpus == "builtin":
         builtin = existing_builtin(Path(data.data_dir))
         return [(builtin.prefix, 1.0)], builtin.tokenizer
@@ -325,8 +325,8 @@ def _sources(data: DataConfig) -> tuple[list[tuple[Path, float]], Path]:
     return [(Path(dataset.prefix), dataset.weight) for dataset in data.datasets], Path(data.tokenizer)
 
 
-def _check_vocabulary(component: _Component, tokenizer: Tokenizer, vocab_size: int) -> None:
-    info, prefix = component.info, component.prefix
+def check_vocabulary(prefix: Path, info: DatasetInfo, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises DataError where a dataset is not of this tokenizer, or has more ids than a model has rows."""
     if info.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
             f"{prefix} was made with another tokenizer "

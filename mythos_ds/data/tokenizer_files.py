@@ -32,7 +32,7 @@ def tokenizer_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = [path / name for name in _MODELS if _is_file(path / name)]
+    found = [path / name for name in _MODELS if is_regular(path / name)]
     both = [file for file in found if file.name == TOKENIZER_JSON or kind_of(file) == "sentencepiece"]
     return next(iter(both or found), path / SENTENCEPIECE)
 
@@ -142,7 +142,7 @@ def end_of_document(special: list[str], companions: Companions, ids: dict[str, i
     )
 
 
-def _is_file(path: Path) -> bool:
+def is_regular(path: Path) -> bool:
     """Whether there is a file. Raises DataError for a device, a pipe or a link to nothing, which is not left out in
     silence."""
     if path.is_file():
@@ -194,7 +194,7 @@ def travelling(place: Path) -> Iterator[Path]:
     if place.is_dir():
         documents = (_CARD, _SOURCE_CARD)
         found += [path for path in sorted(folder.iterdir()) if path.name in documents or _DOCUMENTS.match(path.name)]
-    yield from (path for path in found if path.is_dir() or _is_file(path))
+    yield from (path for path in found if path.is_dir() or is_regular(path))
 
 
 def copy_tokenizer(place: Path, output: Path) -> list[str]:

@@ -70,7 +70,7 @@ def test_files_of_a_model_folder(tmp_path: Path, capsys: Capture, kind: str) -> 
         assert set(codes) <= {0, 1, 2}, name
         assert "Traceback" not in said.err, name
         if name == "tokenizer.model" and kind in ("pipe", "dangling link", "link to itself", "endless device"):
-            assert codes[0] == 2, "no export without the tokenizer that the folder seems to have"
+            assert codes[:2] == [2, 2], "nothing is written without the tokenizer that the folder seems to have"
         if codes[0] == 2:
             assert name in said.err, f"{name}: {said.err}"
             assert not output.exists(), name

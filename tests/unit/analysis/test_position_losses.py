@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -11,8 +12,8 @@ from mythos_ds.analysis.position_losses import long_documents, position_losses, 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.data.inspection import DatasetView
-from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.errors import ConfigError
+from mythos_ds.data.tokenizer import Tokenizer, train_tokenizer
+from mythos_ds.errors import ConfigError, DataError
 from mythos_ds.mains import run_tool
 from mythos_ds.weights.model_folder import load_model
 from tests.helpers.mains import load_main
@@ -63,6 +64,19 @@ def test_text_of_its_own_is_held_out_whole(folder: Path) -> None:
         long_documents(config, LENGTH, 7)
 
 
+def test_data_of_another_tokenizer_or_with_other_ids_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.model"
+    train_tokenizer(make_texts(200), other, vocab_size=300)
+    with pytest.raises(DataError, match="another tokenizer"):
+        long_documents(_config(folder, tokenizer=str(other)), LENGTH, 3)
+    # Of a large file only samples are compared when it is opened.
+    monkeypatch.setattr(DatasetView, "document", lambda view, number: np.full(view.lengths[number], 65535, np.uint16))
+    with pytest.raises(DataError, match=r"document \d+ holds ids outside of 0 .. 4095"):
+        long_documents(_config(folder), LENGTH, 3)
+
+
 def test_a_part_has_the_mean_loss_of_its_tokens(folder: Path) -> None:
     model = load_model(TINY)
     batches = long_documents(_config(folder), LENGTH, 3)
@@ -99,6 +113,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--by-position", "100000"), "has 0 documents of more than 100000 tokens"),
         (("--by-position", "32", "--sequences", "1"), "allowed: 2 to"),
         (("--by-position", "32", 'data.validation="none"'), "no held-out text"),
+        (("--by-position", "32", "model.vocab_size=100"), "allowed: at least"),
     ],
 )
 def test_bad_input_is_one_message(
