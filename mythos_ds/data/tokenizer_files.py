@@ -194,7 +194,10 @@ def travelling(place: Path) -> Iterator[Path]:
     if place.is_dir():
         documents = (_CARD, _SOURCE_CARD)
         found += [path for path in sorted(folder.iterdir()) if path.name in documents or _DOCUMENTS.match(path.name)]
-    yield from (path for path in found if path.is_dir() or is_regular(path))
+    for path in found:
+        # A tokenizer is not left out in silence; what only stands beside it may be.
+        if path.is_dir() or (is_regular(path) if path.name in _MODELS else path.is_file()):
+            yield path
 
 
 def copy_tokenizer(place: Path, output: Path) -> list[str]:

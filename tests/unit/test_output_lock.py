@@ -178,6 +178,9 @@ def test_a_lock_is_released_when_its_process_is_ended(tmp_path: Path, number: in
     target, inside = tmp_path / "out", tmp_path / "inside"
 
     def hold() -> int:
+        # A shell that starts the tests in the background has them ignore these.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with locked_output(target, "convert"):
             inside.touch()
             time.sleep(30)
