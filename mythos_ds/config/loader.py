@@ -12,31 +12,44 @@ from typing import Any
 from pydantic import ValidationError
 
 from mythos_ds.config import json_values
-from mythos_ds.config.error_messages import did_you_mean, explain, section_type
+from mythos_ds.config.error_messages import Problem, did_you_mean, explain, section_type
 from mythos_ds.config.rules import check
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.config.secrets import is_secret, secrets, told
 from mythos_ds.config.starting_model import complete_model
+from mythos_ds.config.training_stages import (
+    NAME,
+    STAGES,
+    TrainingStage,
+    drop_alternatives,
+    entry_at,
+    stage_problems,
+    unfold,
+)
 from mythos_ds.errors import ConfigError
 from mythos_ds.io import where_searched
 
 COMMENT = "_"
 SCHEMA_KEY = "$schema"
 SCHEMA_FILE = "schema.json"
-# An override of one of these replaces the other one when that comes from the file.
-_ALTERNATIVES = (
-    ("training.max_steps", "training.max_tokens"),
-    ("data.corpus", "data.datasets"),
-)
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A checked configuration, where it came from, and the file's text as it was read."""
+    """A checked configuration, where it came from, and the file's text as it was read.
 
-    config: RunConfig
+    `stages`: the settings of each training stage, in order; one without a name where the file lists none. `config`: those
+    of the first.
+    """
+
+    stages: tuple[TrainingStage, ...]
     path: Path
     text: str
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings of the first training stage."""
+        return self.stages[0].config
 
 
 def load_config(name: str, overrides: Sequence[str] = (), *, allow_pickle: bool = False) -> LoadedConfig:
@@ -79,15 +92,15 @@ def check_raw(raw: dict[str, Any], overrides: Sequence[str], path: Path) -> Load
 
 def _checked(
     raw: dict[str, Any], overrides: Sequence[str], path: Path, problems: list[str], allow_pickle: bool = False
-) -> RunConfig:
-    """The configuration of `raw` with overrides, or ConfigError with `problems` and every other one."""
+) -> tuple[TrainingStage, ...]:
+    """The stages of `raw` with overrides, or ConfigError with `problems` and every other one."""
     overridden = apply_overrides(raw, overrides, problems)
     unusable = json_values.unusable(raw) or secrets(raw)
-    config, found = (None, unusable) if unusable else _validated(raw, allow_pickle)
+    stages, found = ((), unusable) if unusable else _staged(raw, allow_pickle)
     problems += [f"{_source(key, path, overridden)}: {key}: {message}" for key, message in found]
-    if problems or config is None:
+    if problems:
         raise ConfigError(problems)
-    return config
+    return stages
 
 
 def find_config(name: str) -> Path:
@@ -184,24 +197,40 @@ def _plain(value: Any, source: str, at: str, problems: list[str], depth: int = 0
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> set[str]:
-    """Writes `section.key=value` into `raw`; returns the key paths written. Bad ones go to `problems`."""
+    """Writes `section.key=value`, and `stages.NAME.section.key=value` of a stage by name or number, into `raw`; returns
+    the key paths written. Bad ones go to `problems`."""
     written: set[str] = set()
+    named: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        parts = key.strip().split(".")
+        parts, target, before = key.strip().split("."), raw, ""
+        if parts[0] == STAGES and len(parts) > 1:
+            entry = entry_at(raw, parts[1])
+            if entry is None:
+                problems.append(f"override {override!r}: no stage {parts[1]!r}; allowed: the name or number of a stage")
+                continue
+            (index, target), parts = entry, parts[2:]
+            before = f"{STAGES}[{index}]."
         if not equals or not all(parts) or len(parts) < 2:
             problems.append(f"override {override!r}: allowed: section.key=value, such as training.lr=0.001")
             continue
-        if _write(raw, parts, _override_value(text, problems)):
-            written.add(".".join(parts))
+        hidden = entry_at(raw, "0") if not before else None
+        if hidden is not None and parts[1] in (_section(hidden[1], parts[0]) or {}):
+            name = hidden[1].get(NAME)
+            problems.append(f"override {override!r}: stage {name!r} sets this; write {STAGES}.{name}.{key.strip()}=")
+        elif _write(target, parts, _override_value(text, problems)):
+            written.add(before + ".".join(parts))
+            named.setdefault(before, (target, {}))[1].setdefault(parts[0], {})[parts[1]] = None
         else:
             problems.append(f"override {override!r}: '{'.'.join(parts[:-1])}' is a value, not a section")
-    for pair in _ALTERNATIVES:
-        for chosen, other in (pair, pair[::-1]):
-            section, field = other.split(".")
-            if chosen in written and other not in written and isinstance(raw.get(section), dict):
-                raw[section].pop(field, None)
+    for target, given in named.values():
+        drop_alternatives(target, given)
     return written
+
+
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any] | None:
+    found = raw.get(name)
+    return found if isinstance(found, dict) else None
 
 
 def _override_value(text: str, problems: list[str]) -> Any:
@@ -225,9 +254,30 @@ def _write(raw: dict[str, Any], parts: list[str], value: Any) -> bool:
     return True
 
 
-def _validated(raw: dict[str, Any], allow_pickle: bool = False) -> tuple[RunConfig | None, list[tuple[str, str]]]:
-    """The configuration, and (key path, message) of each problem with single values and with combinations."""
+def _staged(raw: dict[str, Any], allow_pickle: bool = False) -> tuple[tuple[TrainingStage, ...], list[Problem]]:
+    """The training stages, and (key path, message) of each problem with single values and with combinations. One that a
+    stage has inherited is told once."""
     contradictions = complete_model(raw, allow_pickle=allow_pickle)
+    if STAGES not in raw:
+        config, problems = _validated(raw, contradictions)
+        return (() if config is None else (TrainingStage(None, config),)), problems
+    entries, problems = unfold(raw)
+    stages: list[TrainingStage] = []
+    told: list[Problem] = []
+    for number, entry in enumerate(entries):
+        config, found = _validated(entry.sections, [] if number else contradictions)
+        own = stage_problems(entry, entries[number - 1] if number else None)
+        named = [(entry.key(key), message) for key, message in found if (key, message) not in told]
+        known = {key for key, _ in problems + own}
+        problems += own + [(key, message) for key, message in named if key not in known]
+        told = found
+        if config is not None:
+            stages.append(TrainingStage(entry.name, config))
+    return tuple(stages), problems
+
+
+def _validated(raw: dict[str, Any], contradictions: list[Problem]) -> tuple[RunConfig | None, list[Problem]]:
+    """The configuration of one stage's sections, and what is wrong with them beside `contradictions`."""
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:

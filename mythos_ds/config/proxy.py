@@ -136,6 +136,7 @@ def _training_changes(config: RunConfig, world_size: int, pp_size: PipelineSize)
         "seq_len": SEQ_LEN,
         "micro_batch_size": rows,
         "global_batch_size": rows * holders * accumulation,
+        "global_batch_ramp": None,
         "max_steps": steps,
         "max_tokens": None,
         "init_from": None,  # weights of the whole size do not fit

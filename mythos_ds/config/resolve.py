@@ -1,14 +1,17 @@
 """Derives everything that follows from a run's file and the number of processes. Pure; no torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mythos_ds.config import deepspeed_section
+from mythos_ds.config.batch_ramp import BatchSchedule
 from mythos_ds.config.divisors import divisors
 from mythos_ds.config.layout import RankLayout, Stage, expert_stage_size, rows_per_micro_batch, stages_of
 from mythos_ds.config.rules import check
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.training_stages import STAGES, TrainingStage, as_file
 from mythos_ds.errors import ConfigError
 
 BIAS_RATE = 1e-3
@@ -19,7 +22,7 @@ class ResolvedRun:
     """A run whose every number is known.
 
     Attributes:
-        tokens_per_step: tokens of one optimizer step over all processes.
+        tokens_per_step: tokens of one optimizer step over all processes, once a batch ramp has ended.
         mean_backprop_depth: the last loops of a step that carry gradient.
         router_bias_rate: u_b, the step of the selection bias per optimizer step.
         gradient_accumulation_steps: micro-batches of an optimizer step.
@@ -37,6 +40,16 @@ class ResolvedRun:
     router_bias_rate: float
     deepspeed: dict[str, Any]
     stages: tuple[Stage, ...]
+
+    @property
+    def total_samples(self) -> int:
+        """Sequences of all optimizer steps."""
+        return BatchSchedule.of(self.config.training).samples(self.max_steps)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all optimizer steps."""
+        return self.total_samples * self.config.training.seq_len
 
     def layout(self, rank: int) -> RankLayout:
         """The place of a rank."""
@@ -73,6 +86,48 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
         deepspeed=deepspeed_section.build(config, accumulation),
         stages=stages_of(config, world_size),
     )
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A training stage whose every number is known. `name`: None where the file lists no stages."""
+
+    name: str | None
+    run: ResolvedRun
+
+
+def resolve_stages(stages: Sequence[TrainingStage], world_size: int) -> tuple[ResolvedStage, ...]:
+    """The training stages on `world_size` processes.
+
+    Raises:
+        ConfigError: as `resolve`, with the problems of all stages; one that a stage has inherited is told once.
+    """
+    resolved: list[ResolvedStage] = []
+    problems: list[str] = []
+    told: list[str] = []
+    for index, stage in enumerate(stages):
+        try:
+            resolved.append(ResolvedStage(stage.name, resolve(stage.config, world_size)))
+            found: list[str] = []
+        except ConfigError as error:
+            found = error.problems
+        before = f"{STAGES}[{index}]." if index else ""
+        problems += [before + problem for problem in found if problem not in told]
+        told = found
+    if problems:
+        raise ConfigError(problems)
+    return tuple(resolved)
+
+
+def whole_file(stages: Sequence[ResolvedStage]) -> dict[str, Any]:
+    """The configuration of all stages with every default, and under `_derived` what followed from it, by stage where
+    there are several; loads as a file does."""
+    if stages[0].name is None:
+        return stages[0].run.as_dict()
+    dicts = [stage.run.as_dict() for stage in stages]
+    derived = {str(stage.name): content.pop("_derived") for stage, content in zip(stages, dicts, strict=True)}
+    content = as_file([(stage.name, content) for stage, content in zip(stages, dicts, strict=True)])
+    return {**content, "_derived": derived}
 
 
 def expert_parallel_size(config: RunConfig, world_size: int) -> int:

@@ -178,12 +178,25 @@ class ParallelConfig(Section):
     timeout_s: int = Field(1800, ge=10, le=SECONDS, description="Seconds a collective may wait before the run fails.")
 
 
+class BatchRamp(Section):
+    """A global batch that grows, as Megatron-LM's `--rampup-batch-size START INCREMENT SAMPLES`."""
+
+    start: int = Field(ge=1, le=IDS, description="Sequences of the first optimizer step.")
+    increment: int = Field(ge=1, le=IDS, description="By how much the batch grows at a time, up to global_batch_size.")
+    samples: int = Field(ge=1, le=10**18, description="Sequences over which it grows.")
+
+
 class TrainingConfig(Section):
     """Length, batch, optimizer and depth of training."""
 
     seq_len: int = Field(ge=2, le=TOKENS)
     micro_batch_size: int = Field(ge=1, le=IDS, description="Sequences per process and micro-batch.")
     global_batch_size: int = Field(ge=1, le=IDS, description="Sequences per optimizer step over all processes.")
+    global_batch_ramp: BatchRamp | None = Field(
+        None,
+        description="{start, increment, samples}: the batch grows from `start` by `increment` up to global_batch_size "
+        "over the first `samples` sequences; null = no ramp.",
+    )
     max_steps: int | None = Field(None, ge=1, le=STEPS)
     max_tokens: int | None = Field(None, ge=1, le=10**18)
     seed: int = Field(0, ge=0, le=2**31)

@@ -3,7 +3,7 @@
 import json
 
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.config.schema import RunConfig, TrainingConfig
+from mythos_ds.config.schema import BatchRamp, RunConfig, TrainingConfig
 from mythos_ds.config.starting_model import is_here
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
@@ -29,7 +29,7 @@ def dry_run_report(resolved: ResolvedRun, held_out: str | None = None) -> str:
 def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
     config, ep_size, world = resolved.config, resolved.ep_size, resolved.world_size
     training, model, zero = config.training, config.model, config.parallel.zero_stage
-    tokens = resolved.max_steps * resolved.tokens_per_step
+    tokens, ramp = resolved.total_tokens, training.global_batch_ramp
     matrix_lr = training.lr * training.lr_reference_dim / model.dim
     accumulation = resolved.gradient_accumulation_steps
     pipelined = len(resolved.stages) > 1
@@ -42,6 +42,7 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
         *(_pipeline(resolved) if pipelined else ()),
         ("experts", f"{model.n_experts // ep_size} of {model.n_experts} per process and layer"),
         ("batch", f"{training.global_batch_size} sequences = {split} = {resolved.tokens_per_step:,} tokens"),
+        *([("batch ramp", _ramp(ramp))] if ramp else ()),
         ("length", f"{resolved.max_steps:,} steps = {number_text(tokens)} tokens, sequences of {training.seq_len}"),
         (
             "optimizer",
@@ -68,6 +69,10 @@ def _validation(config: RunConfig, held_out: str | None) -> str:
 
 def _weights(source: str) -> str:
     return f"from {source}" if is_here(source) else f"from {source}, which is not here and was not looked at"
+
+
+def _ramp(ramp: BatchRamp) -> str:
+    return f"from {ramp.start} sequences by {ramp.increment} over the first {ramp.samples:,}"
 
 
 def _depth_law(training: TrainingConfig) -> str:
@@ -116,7 +121,7 @@ def _size(resolved: ResolvedRun) -> list[tuple[str, str]]:
     model, counts = config.model, count_parameters(config.model)
     mean = expected_flops_per_token(config, resolved.mean_backprop_depth)
     full = flops_per_token(model, context=config.training.seq_len, n_loops=model.max_loops)
-    tokens = resolved.max_steps * resolved.tokens_per_step
+    tokens = resolved.total_tokens
     depths = (model.mean_recurrence, model.max_loops)
     cache = [f"{number_text(cache_bytes_per_token(model, loops))}B at {loops} loops" for loops in depths]
     return [

@@ -43,7 +43,7 @@ def recipe_row(name: str, config: RunConfig) -> list[str]:
     """How a preset is meant to be trained."""
     training, model, cluster = config.training, config.model, config.cluster
     run = resolve(config, planned_world_size(config))
-    tokens = run.max_steps * run.tokens_per_step
+    tokens = run.total_tokens
     cost = expected_flops_per_token(config, run.mean_backprop_depth).training * tokens
     place = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}" if cluster else "any machine"
     peak = f"{training.lr * training.lr_reference_dim / model.dim:.2g}"

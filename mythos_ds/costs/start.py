@@ -19,7 +19,7 @@ def require_room(resolved: ResolvedRun, memory_bytes: float, local_processes: in
     here = f"; this machine has {byte_text(memory_bytes)}"
     problems = []
     lengths = {
-        "training.max_steps": ("samples of the run", resolved.max_steps * training.global_batch_size),
+        "training.max_steps": ("samples of the run", resolved.total_samples),
         "training.eval_batches": ("samples of an evaluation", training.eval_batches * training.global_batch_size),
     }
     for key, (what, samples) in lengths.items():

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mythos_ds.config.batch_ramp import BatchSchedule
 from mythos_ds.config.rules.check import steps_of
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.hardware import Gpu
@@ -54,4 +55,4 @@ def plan_config(
 def tokens_of(config: RunConfig) -> int:
     """Tokens of the configured run."""
     training = config.training
-    return steps_of(training) * training.global_batch_size * training.seq_len
+    return BatchSchedule.of(training).samples(steps_of(training)) * training.seq_len

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mythos_ds.config import deepspeed_section, deepspeed_values
+from mythos_ds.config.batch_ramp import MAX_SIZES, BatchSchedule
 from mythos_ds.config.depth_distribution import deep_shares, depth_pmf
 from mythos_ds.config.divisors import divisors, nearest_divisors
 from mythos_ds.config.error_messages import Problem
@@ -107,6 +108,8 @@ def check_world(config: RunConfig, world_size: int) -> list[Problem]:
         return problems + pipeline_rules.world_problems(config, world_size)
     if (message := _batch_problem(config.training, world_size)) is not None:
         problems.append(("training.global_batch_size", message))
+    elif (message := _ramp_unit(config.training, config.training.micro_batch_size * world_size)) is not None:
+        problems.append(("training.global_batch_ramp", message))
     if (message := _ep_world_problem(config, world_size)) is not None:
         problems.append(("parallel.ep_size", message))
     return problems
@@ -242,7 +245,7 @@ def steps_of(training: TrainingConfig) -> int:
     """Optimizer steps of the run; 0 where the length is not given."""
     if training.max_steps is not None:
         return training.max_steps
-    return -(-(training.max_tokens or 0) // (training.global_batch_size * training.seq_len))
+    return BatchSchedule.of(training).steps(-(-(training.max_tokens or 0) // training.seq_len))
 
 
 def _warmup(training: TrainingConfig) -> str | None:
@@ -257,6 +260,39 @@ def _curriculum(training: TrainingConfig) -> str | None:
     if steps == 0 or training.depth_curriculum_steps <= steps:
         return None
     return f"{training.depth_curriculum_steps} given; allowed: at most the run's {steps} steps; nearest: {steps}"
+
+
+def _ramp(training: TrainingConfig) -> str | None:
+    ramp, size = training.global_batch_ramp, training.global_batch_size
+    if ramp is None:
+        return None
+    if ramp.start >= size:
+        return f"start {ramp.start} given; allowed: less than global_batch_size = {size}"
+    if (size - ramp.start) % ramp.increment:
+        return (
+            f"increment {ramp.increment} given; allowed: divisors of global_batch_size - start = {size - ramp.start}; "
+            f"nearest: {nearest_divisors(ramp.increment, size - ramp.start)}"
+        )
+    sizes = (size - ramp.start) // ramp.increment
+    return None if sizes <= MAX_SIZES else f"{sizes:,} increments; allowed: at most {MAX_SIZES:,}"
+
+
+def _ramp_unit(training: TrainingConfig, unit: int) -> str | None:
+    """Every size must give each process whole micro-batches."""
+    ramp, size = training.global_batch_ramp, training.global_batch_size
+    if ramp is None:
+        return None
+    what = f"allowed: multiples of micro_batch_size x processes = {unit}"
+    if ramp.start % unit:
+        below = ramp.start // unit * unit
+        nearest = [str(start) for start in (below, below + unit) if 0 < start < size]
+        return f"start {ramp.start} given; {what}" + (f"; nearest: {' or '.join(nearest)}" if nearest else "")
+    if ramp.increment % unit:
+        fitting = [number * unit for number in divisors((size - ramp.start) // unit)]
+        below = [number for number in fitting if number < ramp.increment][-1:]
+        nearest = [str(number) for number in (*below, *[each for each in fitting if each > ramp.increment][:1])]
+        return f"increment {ramp.increment} given; {what}; nearest: {' or '.join(nearest)}"
+    return None
 
 
 def _depth_per(config: RunConfig) -> str | None:
@@ -414,6 +450,7 @@ RULES: tuple[Rule, ...] = (
     *_no_effect(("act_threshold",), "model", 'with halting "none"', lambda c: c.model.halting == "none"),
     _training("max_steps", _length),
     _training("micro_batch_size", _micro_batch),
+    _training("global_batch_ramp", _ramp),
     *_no_effect(("decay_fraction",), "training", 'unless schedule is "wsd"', lambda c: c.training.schedule != "wsd"),
     *_no_effect(("min_lr_ratio",), "training", 'with schedule "constant"', lambda c: c.training.schedule == "constant"),
     *_no_effect(_ADAM_ONLY, "training", 'with optimizer "sgd"', lambda c: c.training.optimizer == "sgd"),

@@ -2,6 +2,7 @@
 
 import math
 
+from mythos_ds.config.batch_ramp import BatchSchedule
 from mythos_ds.config.divisors import nearest_divisors
 from mythos_ds.config.error_messages import Problem
 from mythos_ds.config.layout import expert_stage_size, is_pipelined, rows_per_micro_batch, stage_sizes
@@ -143,13 +144,23 @@ def batch_problem(config: RunConfig, world_size: int) -> Problem | None:
     )
 
 
+def ramp_problem(config: RunConfig, world_size: int) -> Problem | None:
+    """Every size of a batch ramp as `batch_problem` has it."""
+    for size in BatchSchedule.of(config.training).sizes():
+        training = config.training.model_copy(update={"global_batch_size": size})
+        found = batch_problem(config.model_copy(update={"training": training}), world_size)
+        if found is not None:
+            return "training.global_batch_ramp", f"its batch of {found[1]}"
+    return None
+
+
 def world_problems(config: RunConfig, world_size: int) -> list[Problem]:
     """Everything that does not fit `world_size` processes; one cause is named once."""
     if not is_pipelined(config.parallel) or not _is_sound(config):
         return []
     if (layout := layout_problem(config, world_size)) is not None:
         return [layout]
-    batch = row_problem(config, world_size) or batch_problem(config, world_size)
+    batch = row_problem(config, world_size) or batch_problem(config, world_size) or ramp_problem(config, world_size)
     experts = expert_problem(config, world_size)
     nodes = None if experts else node_problem(config, world_size)
     return [problem for problem in (experts, nodes, batch) if problem is not None]
