@@ -13,15 +13,18 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mythos_ds.cluster.local_processes import run_processes
+from mythos_ds.config.error_messages import did_you_mean
 from mythos_ds.config.loader import LoadedConfig, load_config
 from mythos_ds.config.proxy import make_proxy
-from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
+from mythos_ds.config.resolve import ResolvedRun, ResolvedStage, planned_world_size, resolve_stages, whole_file
 from mythos_ds.config.schema import PROCESSES
+from mythos_ds.config.training_stages import TrainingStage, is_name
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.guard import DEBUG, guarded, user_message
@@ -39,6 +42,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a path, or a preset such as tiny or 1t.json")
     parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>; docs/launch.md")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to go on from")
+    parser.add_argument(
+        "--stage", metavar="NAME", help="with --resume PATH and a new --run-dir: begin this training stage there"
+    )
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
@@ -132,12 +138,12 @@ def loaded_config(arguments: argparse.Namespace) -> LoadedConfig:
 def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: list[str]) -> None:
     loaded = loaded_config(arguments)
     first = environment.rank == 0
-    resolved, changes = plan(arguments, loaded, environment)
+    stages, changes = plan(arguments, loaded, environment)
     if first and changes:
         print("\n".join(changes), flush=True)
     if arguments.print_config or arguments.dry_run:
         if first:
-            print(describe(arguments, resolved))
+            print(describe(arguments, stages))
         return
     # Imports torch and DeepSpeed, which a dry run and a wrong configuration need not wait for.
     from mythos_ds.train.run import RunRequest, train
@@ -149,9 +155,17 @@ def run(arguments: argparse.Namespace, environment: ProcessEnvironment, argv: li
         if first and note and arguments.resume == "auto" and not arguments.proxy:
             print(note, flush=True)
     request = RunRequest(
-        resolved, loaded.text, run_dir, arguments.resume, tuple(argv), arguments.allow_pickle, arguments.share
+        stages,
+        loaded.text,
+        run_dir,
+        arguments.resume,
+        tuple(argv),
+        arguments.allow_pickle,
+        arguments.share,
+        arguments.stage,
+        str(loaded.path),
     )
-    train(request, environment, open_weights=opener(resolved, arguments.allow_pickle))
+    train(request, environment, open_weights=opener(stages[0].run, arguments.allow_pickle))
 
 
 def opener(resolved: ResolvedRun, allow_pickle: bool) -> "OpenWeights | None":
@@ -165,8 +179,10 @@ def opener(resolved: ResolvedRun, allow_pickle: bool) -> "OpenWeights | None":
 
 def plan(
     arguments: argparse.Namespace, loaded: LoadedConfig, environment: ProcessEnvironment
-) -> tuple[ResolvedRun, list[str]]:
+) -> tuple[tuple[ResolvedStage, ...], list[str]]:
+    """The training stages from `--stage` on, and what a proxy changes of them."""
     config = loaded.config
+    stages = loaded.stages if arguments.stage is None else stages_from(arguments.stage, loaded)
     changes: list[str] = []
     world_size = environment.world_size
     asked = arguments.world_size if arguments.processes is None else arguments.processes
@@ -175,13 +191,37 @@ def plan(
     elif is_plan(arguments) and environment.launcher == "python":
         world_size = 1 if arguments.proxy else planned_world_size(config)
     if arguments.proxy:
-        config, changes = make_proxy(config, world_size)
-    return resolve(config, world_size), changes
+        proxies = [(stage.name, *make_proxy(stage.config, world_size)) for stage in stages]
+        stages = tuple(TrainingStage(name, small) for name, small, _ in proxies)
+        changes = list(dict.fromkeys(line for _, _, lines in proxies for line in lines))
+    return resolve_stages(stages, world_size), changes
 
 
-def describe(arguments: argparse.Namespace, resolved: ResolvedRun) -> str:
+def stages_from(name: str, loaded: LoadedConfig) -> tuple[TrainingStage, ...]:
+    """The stage that `--stage` names, and those after it; the whole file is it where it lists none. ConfigError."""
+    if not is_name(name):
+        raise ConfigError(f"--stage: given {name!r}; allowed: letters, digits, '.', '_', '-', beginning with a letter")
+    names = [stage.name for stage in loaded.stages]
+    if names == [None]:
+        return (TrainingStage(name, loaded.config),)
+    if name not in names:
+        hint = did_you_mean(name, [str(each) for each in names])
+        raise ConfigError(f"--stage: given {name!r}; {loaded.path} lists {', '.join(map(str, names))}{hint}")
+    return loaded.stages[names.index(name) :]
+
+
+def describe(arguments: argparse.Namespace, stages: Sequence[ResolvedStage]) -> str:
     if arguments.print_config:
-        return json.dumps(resolved.as_dict(), indent=2)
+        return json.dumps(whole_file(stages), indent=2)
+    reports = [report(stage.run) for stage in stages]
+    if stages[0].name is None:
+        return reports[0]
+    heads = [f"training stage {number} of {len(stages)}: {stage.name}" for number, stage in enumerate(stages, 1)]
+    return "\n\n".join(f"{head}\n{text}" for head, text in zip(heads, reports, strict=True))
+
+
+def report(resolved: ResolvedRun) -> str:
+    """What a dry run says of a training stage."""
     from mythos_ds.costs.dry_run import dry_run_report
     from mythos_ds.data.validation import held_out, validation_notes
 

@@ -308,19 +308,22 @@ def pretrain(
     Raises:
         MythosError: for what a user can mend. Another error ends the process, as other ranks would wait for it.
     """
-    from mythos_ds.config.resolve import resolve
+    from mythos_ds.config.resolve import resolve_stages
     from mythos_ds.environment import ProcessEnvironment
     from mythos_ds.train.run_directory import default_run_directory
 
     loaded = _loaded(config, overrides)
     environment = ProcessEnvironment.detect(os.environ)
-    resolved = resolve(loaded.config, environment.world_size)
+    stages = resolve_stages(loaded.stages, environment.world_size)
     if run_dir is None and not isinstance(config, (str, Path)):
         raise ConfigError("run_dir: not given; needed for a configuration made in Python")
     folder = default_run_directory(loaded) if run_dir is None else Path(run_dir)
     from mythos_ds.train.run import RunRequest, train
 
-    request = RunRequest(resolved, loaded.text, folder, str(resume), ("mythos_ds.pretrain",), share=share)
+    argv = ("mythos_ds.pretrain", *overrides)
+    request = RunRequest(
+        stages, loaded.text, folder, str(resume), argv, share=share, config_file=str(loaded.path)
+    )
     from mythos_ds.conversion.starting_weights import open_starting_weights
 
     train(request, environment, open_weights=open_starting_weights, callbacks=callbacks)

@@ -26,7 +26,7 @@ def _prepare(arguments: Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides).config
     resolved = resolve(config, planned_world_size(config))
-    needed = dataset_arguments(resolved, new_manifest(resolved).phases, 0)
+    needed = dataset_arguments(resolved, new_manifest(resolved), 0)
     prepare_index_cache(config.data, **needed)
     sys.stdout.write(f"index ready for {needed['train_samples']:,} training samples in {config.data.data_dir}\n")
 

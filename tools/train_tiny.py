@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import resolve
+from mythos_ds.config.resolve import ResolvedStage, resolve
 from mythos_ds.data.tokenizer_files import copy_tokenizer
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError
@@ -53,7 +53,9 @@ def work(arguments: Namespace) -> None:
     loaded = load_config("tiny", overrides)
     resolved = resolve(loaded.config, 1)
 
-    request = RunRequest(resolved, loaded.text, arguments.run_dir, "auto", tuple(sys.argv[1:]))
+    request = RunRequest(
+        (ResolvedStage(None, resolved),), loaded.text, arguments.run_dir, "auto", tuple(sys.argv[1:])
+    )
     train(request, environment, callbacks=[Release(arguments)])
 
 

@@ -9,6 +9,7 @@ from mythos_ds.checkpoint.deepspeed_io import torch_files
 from mythos_ds.checkpoint.reshard import load_resharded
 from mythos_ds.checkpoint.save import layout_of, random_state_file, shards_of
 from mythos_ds.checkpoint.training_state import TrainingState, read_state
+from mythos_ds.engine.optimizer import keeping_settings
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import CheckpointError, RankError, ReportedElsewhere
 from mythos_ds.log import get_logger
@@ -58,9 +59,12 @@ def load_checkpoint(
     same = {"pp_size": 1, **state.layout} == layout
     if not same:
         _logger.info("%s was written by the layout %s; resharding to %s", tag.name, state.layout, layout)
+    if changed := _changed(state, engine):
+        same = False
+        _logger.info("%s is of another training stage: %s", tag.name, ", ".join(changed))
     if not allow_pickle:
         together(groups, lambda: _require_safe(tag, groups))
-    with executing_pickles(allow_pickle):
+    with executing_pickles(allow_pickle), keeping_settings(engine.deepspeed.optimizer):
         if same:
             _load_shards(engine, groups, tag, state.step)
         else:
@@ -68,6 +72,19 @@ def load_checkpoint(
     together(groups, lambda: _restore_random_states(tag, groups, state))
     _logger.info("resumed from %s", tag)
     return state
+
+
+def _changed(state: TrainingState, engine: TrainingEngine) -> list[str]:
+    """Settings that DeepSpeed's files depend on, where a training stage has others than the one before it."""
+    config = engine.resolved.config
+    before, now = state.config["training"], config.training
+    values = {
+        "dtype": (before.get("dtype", now.dtype), now.dtype),
+        "frozen": (before.get("frozen") or [], now.frozen),
+        "injection_lr": (before.get("injection_lr") is not None, now.injection_lr is not None),
+        "max_loops": (state.config["model"].get("max_loops"), config.model.max_loops),
+    }
+    return [f"{name} {old} -> {new}" for name, (old, new) in values.items() if old != new]
 
 
 def _require_safe(tag: Path, groups: ParallelGroups) -> None:

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from mythos_ds.checkpoint.deepspeed_format import STEP, WEIGHTS
 from mythos_ds.checkpoint.portable import StateTensors, open_state
+from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import CheckpointError
+from mythos_ds.log import get_logger
 from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.weights.reader import TensorSource, TensorSpec, elements
 from mythos_ds.weights.whole_model import check_whole
 
+_MUON_STATE = "momentum_buffer"
+_logger = get_logger(__name__)
 _PARTITIONED = "fp32_partitioned_groups_flat"
 """What only DeepSpeed's ZeRO-3 optimizer has."""
 
@@ -39,16 +43,58 @@ class _Part:
 
 def load_resharded(engine: TrainingEngine, groups: ParallelGroups, tag: Path, step: int) -> None:
     """Fill a freshly built engine with weights, optimizer state, buffers and counters of `tag`, saved after `step`
-    steps. Raises CheckpointError where the checkpoint is of another model or another optimizer."""
+    steps. Parameters that were frozen begin with moments of zero and the others' number of updates.
+
+    Raises CheckpointError where the checkpoint is of another model or another optimizer.
+    """
     tensors, updates = open_state(tag)
     weights = tensors.pop(WEIGHTS)
-    check_whole(weights.specs(), engine.resolved.config.model)
+    model = engine.resolved.config.model
+    loops = read_state(tag).config["model"].get("max_loops", model.max_loops)
+    check_whole(weights.specs(), model.model_copy(update={"max_loops": loops}))
     _check_names(str(tag), engine.module, weights)
-    _place(engine, groups, weights, tensors, updates)
+    _place(engine, groups, weights, _with_new(engine, tensors, groups), updates)
     deepspeed = engine.deepspeed
     deepspeed.global_steps = step
     deepspeed.global_samples = step * deepspeed.train_batch_size()
     deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
+
+
+def _with_new(
+    engine: TrainingEngine, states: dict[str, StateTensors], groups: ParallelGroups
+) -> dict[str, StateTensors]:
+    """The optimizer's states, with zeros for the parameters that are trained now and were frozen before."""
+    trained = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    new = [(name, parameter) for name, parameter in trained if all(name not in s.specs() for s in states.values())]
+    if not states or not new:
+        return states
+    if groups.rank == 0:
+        _logger.info("%d parameters that were frozen begin with moments of zero: %s ...", len(new), new[0][0])
+    muon = engine.resolved.config.training.optimizer == "muon"
+    begun = dict(states)
+    for kind in states:
+        own = {name for name, p in new if not muon or getattr(p, "use_muon", False) == (kind == _MUON_STATE)}
+        begun[kind] = _Begun(states[kind], own)
+    return begun
+
+
+class _Begun:
+    """States of one kind, with zeros for parameters that had none."""
+
+    def __init__(self, source: StateTensors, new: set[str]):
+        self.source, self.new = source, new
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor; of the new ones the shape is not known."""
+        return {**self.source.specs(), **{name: TensorSpec(torch.float32, ()) for name in self.new}}
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor that was there before."""
+        return self.source.read(name, rows)
+
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements start:stop of the flattened tensor."""
+        return torch.zeros(stop - start) if name in self.new else self.source.elements(name, start, stop)
 
 
 def load_weights(engine: TrainingEngine, groups: ParallelGroups, source: TensorSource, name: str) -> None:
@@ -110,7 +156,9 @@ def _place(
                 _fill_frozen(name, parameter, base, weights, zero)
         for name, buffer in module.named_buffers():
             if name in weights.specs():
-                buffer.copy_(weights.read(name))
+                value = weights.read(name)
+                rows = min(len(value), len(buffer))  # tables of loops have as many as the run's max_loops
+                buffer.zero_()[:rows] = value[:rows]
         parameters = dict(module.named_parameters())
         for part in _parts(zero, module):
             _fill(part, parameters[part.name], groups, zero, weights, states, updates)

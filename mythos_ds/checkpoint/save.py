@@ -94,7 +94,10 @@ class CheckpointWriter:
             )
         notes = {random_state_file(groups.rank): random_state.capture(groups.device)}
         if groups.rank == 0:
-            notes[manifest.STATE] = asdict(state)
+            content = asdict(state)
+            if state.consumed_tokens is None:
+                del content["consumed_tokens"]
+            notes[manifest.STATE] = content
         self._phases.extend(
             (
                 ("written", lambda: _write(partial, groups.rank, pending, notes)),

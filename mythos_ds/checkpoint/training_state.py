@@ -21,7 +21,7 @@ class TrainingState:
     """What a checkpoint holds beside the engine's tensors (weights, optimizer state and router buffers).
 
     `layout` are the facts that must be equal for DeepSpeed's files to fit; `consumed_samples` counts sequences;
-    `first_validation_loss` is that of the untrained model, in nats per token; `init_from` says what weights the run
+    `first_validation_loss` is that before the training stage's first step, in nats per token; `init_from` says what weights the run
     started from (name, kind, SHA-256), None where they were random.
     """
 
@@ -33,6 +33,8 @@ class TrainingState:
     init_from: dict[str, Any] | None = None
     run: dict[str, Any] | None = None
     """What the run's manifest said at the save, so that a checkpoint goes on without it; None in older ones."""
+    consumed_tokens: int | None = None
+    """Of all training stages; None, and not written, where the run has had one only."""
 
 
 @dataclass(frozen=True)

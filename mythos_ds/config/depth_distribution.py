@@ -2,11 +2,26 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 _NODES = 241
 _WIDTH = 6.0
 _BY_LOOPS = 128
+
+
+@dataclass(frozen=True)
+class StageStart:
+    """Where a training stage began: optimizer steps and sequences of the run before it, and the mean loop count that a
+    curriculum grows from."""
+
+    step: int = 0
+    sample: int = 0
+    mean_recurrence: int = 1
+
+
+FRESH = StageStart()
+"""Where a run begins."""
 
 
 def depth_pmf(distribution: str, mean: float, sigma: float, max_loops: int) -> tuple[float, ...]:
@@ -30,10 +45,10 @@ def depth_pmf(distribution: str, mean: float, sigma: float, max_loops: int) -> t
     return _clipped(raw, max_loops)
 
 
-def growing_mean(step: int, mean: int, curriculum_steps: int) -> float:
-    """The distribution's mean at optimizer step `step` (from 0): from 1 linearly to `mean` at step `curriculum_steps`,
-    then held (retrofitted recurrence, arXiv 2511.07384)."""
-    return mean if step >= curriculum_steps else 1.0 + (mean - 1) * step / curriculum_steps
+def growing_mean(step: int, mean: int, curriculum_steps: int, first: int = 1) -> float:
+    """The distribution's mean at optimizer step `step` (from 0): from `first` linearly to `mean` at step
+    `curriculum_steps`, then held (retrofitted recurrence, arXiv 2511.07384)."""
+    return mean if step >= curriculum_steps else float(first) + (mean - first) * step / curriculum_steps
 
 
 def largest_of(pmf: Sequence[float], draws: int) -> tuple[float, ...]:

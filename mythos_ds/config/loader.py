@@ -267,7 +267,7 @@ def _staged(raw: dict[str, Any], allow_pickle: bool = False) -> tuple[tuple[Trai
     for number, entry in enumerate(entries):
         config, found = _validated(entry.sections, [] if number else contradictions)
         own = stage_problems(entry, entries[number - 1] if number else None)
-        named = [(entry.key(key), message) for key, message in found if (key, message) not in told]
+        named = [entry.told(key, message) for key, message in found if (key, message) not in told]
         known = {key for key, _ in problems + own}
         problems += own + [(key, message) for key, message in named if key not in known]
         told = found

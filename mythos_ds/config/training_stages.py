@@ -1,6 +1,7 @@
 """The training stages of a run's file: a list of entries, each with what differs from the stage before it. No torch.
 
-The first stage starts from the file's own sections. Lengths and batch ramps belong to one stage and are not inherited.
+The first stage starts from the file's own sections. Lengths and batch ramps belong to one stage and are not inherited;
+null brings a default back.
 """
 
 import copy
@@ -46,6 +47,12 @@ class StageEntry:
     name: str
     given: dict[str, Any]
     sections: dict[str, Any]
+
+    def told(self, key: str, message: str) -> Problem:
+        """A problem of the stage's sections with its place."""
+        if self.index and not _is_given(self.given, key):
+            message = message.replace("remove it", "write null for it in this stage")
+        return self.key(key), message
 
     def key(self, key: str) -> str:
         """The path of a setting: in the entry, or in the file's own sections where the first entry leaves it there."""
@@ -137,7 +144,8 @@ def _merged(sections: dict[str, Any], given: dict[str, Any], *, first: bool) -> 
         if not isinstance(own, dict) or not isinstance(inherited, dict | None):
             merged[section] = own
             continue
-        merged[section] = {**(inherited or {}), **copy.deepcopy(own)}
+        whole = {**(inherited or {}), **copy.deepcopy(own)}
+        merged[section] = {key: value for key, value in whole.items() if value is not None}
     drop_alternatives(merged, given)
     return merged
 

@@ -5,7 +5,8 @@ embeddings and vectors do not (Yang et al. 2022, table 8; Everett et al. 2024). 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,6 +113,16 @@ def make_optimizer(
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     # One kernel per flat partition; torch's default on CUDA would allocate temporaries of the whole partition.
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+
+
+@contextmanager
+def keeping_settings(optimizer: Any) -> Iterator[None]:
+    """Let every group keep its settings of now (weight decay, betas, factor on the rate), while a checkpoint is loaded
+    that holds those of its own start; `optimizer` may be a DeepSpeed wrapper."""
+    held = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, held, strict=True):
+        group.update(settings)
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
+from mythos_ds.config.batch_ramp import BatchSchedule
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.data.batches import Batch
 from mythos_ds.engine.optimizer import set_learning_rate
@@ -54,6 +55,7 @@ class TrainingEngine:
         self._step: PlainStep | PipelinedStep = (
             PipelinedStep(engine, resolved, groups) if groups.pipelined else PlainStep(engine, groups)
         )
+        self._micro_batches = resolved.gradient_accumulation_steps
         self._aux = AuxLoss(
             balance=training.balance_loss,
             z=training.z_loss,
@@ -61,6 +63,10 @@ class TrainingEngine:
             # The loss is divided by the number of micro-batches, but these gradients do not pass through the loss.
             scale=1.0 / resolved.gradient_accumulation_steps,
         )
+
+    def close(self) -> None:
+        """Let go of what DeepSpeed holds beyond the engine's own life, so that another one can follow."""
+        self.deepspeed.destroy()
 
     @property
     def module(self) -> MythosModel:
@@ -85,8 +91,7 @@ class TrainingEngine:
         NumericsError on every rank where the loss or the gradient norm is not finite, with the weights as they were for
         the loss; ValueError for a wrong batch count, and for depths outside of 1 .. n_loops or with a pipeline.
         """
-        if len(batches) != self.resolved.gradient_accumulation_steps:
-            raise ValueError(f"{len(batches)} micro-batches, but {self.resolved.gradient_accumulation_steps} per step")
+        self._accumulate(len(batches))
         for depths in (batch["depths"] for batch in batches if "depths" in batch):
             if self.groups.pipelined or depths.min() < 1 or depths.max() > n_loops:
                 raise ValueError(f"depths {depths.tolist()} with {n_loops} loops; allowed: 1 .. n_loops, no pipeline")
@@ -133,6 +138,25 @@ class TrainingEngine:
         batch = {"tokens": tokens} if positions is None else {"tokens": tokens, "positions": positions}
         with self._evaluating():
             return self._step.logits(self._on_device(batch), n_loops)
+
+    def _accumulate(self, micro_batches: int) -> None:
+        """Divide losses by the number of micro-batches of this step. Raises ValueError for one that no step has."""
+        if micro_batches == self._micro_batches:
+            return
+        per_step = self.resolved.gradient_accumulation_steps
+        training = self.resolved.config.training
+        sizes = BatchSchedule.of(training).sizes()
+        if micro_batches not in [per_step * size // training.global_batch_size for size in sizes]:
+            raise ValueError(f"{micro_batches} micro-batches, but {per_step} per step")
+        self._micro_batches = micro_batches
+        self._aux = replace(self._aux, scale=1.0 / micro_batches)
+        if not self.groups.pipelined:  # which divides by itself
+            engine = self.deepspeed
+            unit = engine.train_micro_batch_size_per_gpu() * engine.dp_world_size
+            engine.set_train_batch_size(unit * micro_batches)
+            engine.micro_steps = 0  # DeepSpeed steps at multiples of the new number
+            if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+                engine.optimizer.gradient_accumulation_steps = micro_batches
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.groups.device, non_blocking=True) for name, tensor in batch.items()}

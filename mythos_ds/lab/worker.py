@@ -49,7 +49,7 @@ class Worker(Callback):
 
     def run(self, environment: ProcessEnvironment) -> None:
         """Train to the end and write the result; a run whose numbers stop being finite is a result too."""
-        request = RunRequest(self.resolved, self.spec.to_json(), self.folder / "run", "auto", ())
+        request = RunRequest.of(self.resolved, self.spec.to_json(), self.folder / "run")
         try:
             train(request, environment, open_data=self.open_data, adapt=self.adapt(), callbacks=[self])
         except NumericsError as error:

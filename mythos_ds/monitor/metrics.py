@@ -48,6 +48,12 @@ class MetricsWriter:
         self._file.close()
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What the whole lines of a metrics file say, each with its step."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [values for line in lines if (values := _values_of(line)) is not None]
+
+
 def _finite(value: Value) -> float | list[float | None] | None:
     if isinstance(value, list):
         return [each if math.isfinite(each) else None for each in value]

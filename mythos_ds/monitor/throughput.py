@@ -54,8 +54,8 @@ class Throughput:
     _flops: float = 0.0
     _seconds: float = 0.0
 
-    def add(self, n_loops: int, seconds: float) -> None:
-        """Count one optimizer step of `n_loops` loops that took `seconds`."""
+    def add(self, n_loops: int, seconds: float, sequences: int) -> None:
+        """Count one optimizer step of `n_loops` loops over `sequences` that took `seconds`."""
         config = self.resolved.config
         cost = flops_per_token(
             config.model,
@@ -63,8 +63,9 @@ class Throughput:
             n_loops=n_loops,
             n_grad_loops=self.resolved.mean_backprop_depth,
         )
-        self._tokens += self.resolved.tokens_per_step
-        self._flops += self.resolved.tokens_per_step * cost.training
+        tokens = sequences * config.training.seq_len
+        self._tokens += tokens
+        self._flops += tokens * cost.training
         self._seconds += seconds
 
     def read(self) -> dict[str, float]:

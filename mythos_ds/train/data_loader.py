@@ -1,4 +1,4 @@
-"""The batches of every optimizer step, from the datasets of the phases that the run manifest names."""
+"""The batches of every optimizer step, from the datasets of the phases that the run manifest names of its training stage."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -12,7 +12,7 @@ from mythos_ds.data.validation import validation_notes
 from mythos_ds.log import get_logger
 from mythos_ds.parallel.collective import on_rank_zero, together
 from mythos_ds.parallel.groups import ParallelGroups
-from mythos_ds.train.run_manifest import Phase, RunManifest
+from mythos_ds.train.run_manifest import RunManifest
 
 _PROMPT_TOKENS = 16
 
@@ -62,7 +62,7 @@ class TextLoader:
     def open(cls, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> "TextLoader":
         """Open the datasets needed from `step` on; rank 0 builds their index files first. Raises DataError."""
         needed = sorted({0, *range(manifest.phase_index(step), len(manifest.phases))})
-        requests = {index: dataset_arguments(resolved, manifest.phases, index) for index in needed}
+        requests = {index: dataset_arguments(resolved, manifest, index) for index in needed}
         data = resolved.config.data
 
         def prepare() -> None:
@@ -83,10 +83,12 @@ class TextLoader:
         for index, phase in enumerate(self._manifest.phases):
             if step >= phase.end_step:
                 continue
-            start_sample = (step - phase.start_step) * self._training.global_batch_size
+            batches, start = self._manifest.batches, self._manifest.start_step
+            start_sample = batches.samples(step - start) - batches.samples(phase.start_step - start)
             micro_batches = self._stream(self._datasets[index].train, start_sample)
             while step < phase.end_step:
-                yield list(islice(micro_batches, self._accumulation))
+                count = self._accumulation * batches.at(step - start) // self._training.global_batch_size
+                yield list(islice(micro_batches, count))
                 step += 1
 
     def validation(self) -> Iterator[list[Batch]]:
@@ -113,12 +115,13 @@ class TextLoader:
         )
 
 
-def dataset_arguments(resolved: ResolvedRun, phases: tuple[Phase, ...], index: int) -> dict[str, int]:
+def dataset_arguments(resolved: ResolvedRun, manifest: RunManifest, index: int) -> dict[str, int]:
     """What `prepare_index_cache` and `build_datasets` need to know of phase `index`."""
-    training, phase = resolved.config.training, phases[index]
+    training, phase = resolved.config.training, manifest.phases[index]
+    first, last = (manifest.batches.samples(step - manifest.start_step) for step in (phase.start_step, phase.end_step))
     return {
         "seq_len": training.seq_len,
-        "train_samples": (phase.end_step - phase.start_step) * training.global_batch_size,
+        "train_samples": last - first,
         # The first phase's held-out part serves all phases, so that validation losses compare.
         "valid_samples": training.eval_batches * training.global_batch_size if index == 0 else 0,
         "seed": phase.seed,

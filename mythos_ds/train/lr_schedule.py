@@ -4,6 +4,9 @@ A run that is extended has more than one planned length. The rate then follows t
 the whole run (a decay that already happened is undone), reached by a linear ramp of `warmup_steps` from the rate
 at which the run stood: the re-warming and re-decaying of Ibrahim et al., "Simple and Scalable Strategies to
 Continually Pre-train Large Language Models", arXiv 2403.08763. Extending a wsd run before its decay changes nothing.
+
+A training stage has a schedule over its own length, in which steps count from its start. Its warm-up begins at the rate
+at which the stage before it ended, in the first stage at zero; without warm-up it begins at its own rate.
 """
 
 import math
@@ -39,17 +42,24 @@ def schedule_factor(step: int, total_steps: int, training: TrainingConfig) -> fl
     return 1.0 - (1.0 - floor) * math.sqrt(progress)
 
 
-def learning_rate(step: int, training: TrainingConfig, lengths: Sequence[PlannedLength]) -> float:
-    """Peak-width learning rate of optimizer step `step`, see the module's docstring for extended runs.
+def learning_rate(
+    step: int, training: TrainingConfig, lengths: Sequence[PlannedLength], start_lr: float = 0.0
+) -> float:
+    """Peak-width learning rate of optimizer step `step` of a training stage, see the module's docstring for extended
+    runs and for stages.
 
-    `lengths` is in order of `from_step` and starts at step 0. The engine scales the rate by width.
+    `lengths` is in order of `from_step` and starts at step 0. start_lr: the rate that the warm-up begins at. The engine
+    scales the rate by width.
     """
     active = [length for length in lengths if length.from_step <= step]
     current = active[-1]
-    target = training.lr * schedule_factor(step, current.total_steps, training)
+    factor = schedule_factor(step, current.total_steps, training)
+    target = training.lr * factor
+    if start_lr and step < training.warmup_steps:
+        target = start_lr + (training.lr - start_lr) * factor
     if len(active) == 1 or training.warmup_steps == 0:
         return target
-    before = learning_rate(max(0, current.from_step - 1), training, active[:-1])
+    before = learning_rate(max(0, current.from_step - 1), training, active[:-1], start_lr)
     ramp = min(1.0, (step - current.from_step + 1) / training.warmup_steps)
     return before + (target - before) * ramp
 

@@ -1,14 +1,30 @@
 """Where the numbers of a run go: metrics.jsonl (the record), TensorBoard (a view of it) and the progress line."""
 
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from mythos_ds.config.schema import MonitorConfig
-from mythos_ds.monitor.metrics import MetricsWriter
+from mythos_ds.monitor.metrics import MetricsWriter, read_lines
 from mythos_ds.monitor.progress import ProgressLine
 from mythos_ds.monitor.tensorboard import TensorBoardWriter
 from mythos_ds.train.run_directory import RunDirectory
 
 Values = dict[str, float | list[float]]
+LOSS, FIRST_LOSS = "validation/loss_at_", "validation/first_loss_at_"
+"""Names of losses on held-out text, before the loop count."""
+
+
+def validation_history(metrics: Path, start_step: int, end_step: int) -> list[dict[str, Any]]:
+    """{"step", "losses": {loop count: nats per token}} of every evaluation that a file of metrics has of a training stage
+    between two steps; [] without the file."""
+    found: dict[int, dict[str, float]] = {}
+    for values in read_lines(metrics) if metrics.is_file() else ():
+        step = values["step"]
+        if start_step < step <= end_step or step == start_step == 0:
+            losses = {name.removeprefix(LOSS): loss for name, loss in values.items() if name.startswith(LOSS)}
+            found.setdefault(step, {}).update(losses)
+    return [{"step": step, "losses": losses} for step, losses in sorted(found.items()) if losses]
 
 
 class MetricsLogger:
@@ -49,9 +65,11 @@ class MetricsLogger:
         """Move the progress line; called after every step."""
         self._progress.update(step, loss=loss, n_loops=n_loops)
 
-    def evaluation(self, step: int, losses: dict[int, float]) -> None:
-        """Validation losses by loop count; nothing without validation."""
-        self._write(step, {f"validation/loss_at_{n_loops}": loss for n_loops, loss in losses.items()})
+    def evaluation(self, step: int, losses: dict[int, float], *, first: bool = False) -> None:
+        """Validation losses by loop count; nothing without validation. first: those of a later training stage's own text
+        before its first step, at which the stage before has ended."""
+        name = FIRST_LOSS if first else LOSS
+        self._write(step, {f"{name}{n_loops}": loss for n_loops, loss in losses.items()})
 
     def checkpoint(self, step: int, seconds: dict[str, float]) -> None:
         """How long the save took that has come to its end, if one has."""

@@ -1,18 +1,22 @@
 """Where a start begins: afresh, from the run directory's newest checkpoint, or from another run's."""
 
 import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints
 from mythos_ds.checkpoint.training_state import read_state
+from mythos_ds.config.resolve import ResolvedStage
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import looked_for
 from mythos_ds.log import get_logger
 from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.train.run_changes import FIRST, RunNames, check_former, continue_manifest
 from mythos_ds.train.run_directory import RunDirectory
-from mythos_ds.train.run_manifest import RunManifest, continue_manifest
+from mythos_ds.train.run_manifest import RunManifest, planned_stages, staged_manifest
 from mythos_ds.weights.model_folder import CONFIG
 
 _logger = get_logger(__name__)
@@ -21,14 +25,19 @@ AUTO = "auto"
 NO_RESUME = "never"
 
 
-def choose_checkpoint(groups: ParallelGroups, run: RunDirectory, resume: str) -> Path | None:
+def choose_checkpoint(
+    groups: ParallelGroups, run: RunDirectory, resume: str, new_stage: str | None = None
+) -> Path | None:
     """The checkpoint to go on from, verified on all ranks; None for a fresh start.
 
-    resume: "auto" (the newest complete one of `run`), "never", or a path to a checkpoint or a run. Raises
-    CheckpointError on every rank for a path without a complete checkpoint, or a start that would leave `run` with
-    checkpoints of two histories.
+    resume: "auto" (the newest complete one of `run`), "never", or a path to a checkpoint or a run; new_stage: the training
+    stage that begins there, unless `run` has a checkpoint of it already, which is then the one. Raises CheckpointError on
+    every rank for a path without a complete checkpoint, or a start that would leave `run` with checkpoints of two
+    histories.
     """
     existing = list_checkpoints(groups, run.checkpoints)
+    if new_stage is not None and existing and together(groups, lambda: _has_stage(existing[0], new_stage)):
+        resume = AUTO
     if resume == NO_RESUME:
         together(groups, lambda: _require_empty(run, existing, "--resume never"))
         return None
@@ -41,15 +50,79 @@ def choose_checkpoint(groups: ParallelGroups, run: RunDirectory, resume: str) ->
     return tag
 
 
-def manifest_for(run: RunDirectory, tag: Path | None, wanted: RunManifest) -> RunManifest:
-    """The manifest this start follows: `wanted` afresh, else the stored one, extended when `wanted` is longer."""
+@dataclass(frozen=True)
+class Start:
+    """Where a start begins: the stage, by its place in the request; the manifest to follow; the checkpoint, None afresh.
+    `ended`: the stage is complete and has been evaluated, so that the next one is due."""
+
+    index: int
+    manifest: RunManifest
+    tag: Path | None
+    ended: bool = False
+
+
+def where_to_start(
+    tag: Path | None, stages: Sequence[ResolvedStage], names: RunNames, new_stage: str | None = None
+) -> Start:
+    """The place of a checkpoint in the stages that are asked for, the first of which is `new_stage` where that is given.
+
+    Raises CheckpointError where the settings of a stage that has begun are not those of the run.
+    """
     if tag is None:
-        return wanted
-    return continue_manifest(_stored_manifest(tag.resolve()), wanted, manifest.tag_step(tag))
+        if new_stage is not None:
+            raise CheckpointError(f"--stage {new_stage}: there is no checkpoint to go on from; give --resume RUN as well")
+        return Start(0, staged_manifest(stages), None)
+    step, stored = manifest.tag_step(tag), stored_manifest(tag)
+    found = stored.back_at(step)
+    ended = len(found.former_stages) < len(stored.former_stages)
+    known = [*(former.name for former in found.former_stages), found.stage]
+    if new_stage is not None and new_stage not in known:
+        return Start(-1, found, tag, ended=True)
+    index = _place(known, stages, new_stage, names)
+    for number, former in enumerate(found.former_stages[-index:] if index else ()):
+        check_former(former, stages[number], number, names)
+    here = continue_manifest(found, stages[index], step, names)
+    here = replace(here, stages_ahead=planned_stages(stages[index + 1 :]))
+    ended = ended and index + 1 < len(stages) and here.total_steps == step
+    return Start(index, here, tag, ended)
 
 
-def _stored_manifest(tag: Path) -> RunManifest:
-    """That of the checkpoint's run, or what the checkpoint says of it where it was copied alone."""
+def _place(known: list[str | None], stages: Sequence[ResolvedStage], new_stage: str | None, names: RunNames) -> int:
+    """Which of the stages that are asked for the run is in, the last of those it has known."""
+    asked = [stage.name for stage in stages]
+    if asked == [None]:
+        return 0
+    behind = known.index(new_stage) if new_stage is not None else 0
+    for number, name in enumerate(known[behind:]):
+        if number >= len(asked) or (name is not None and name != asked[number]):
+            listed = ", ".join(str(each) for each in asked)
+            had = ", ".join(each or FIRST for each in known)
+            raise CheckpointError(
+                f"{names.config_file}: stages: {listed} given; {names.run} has trained {had}: stages that have begun keep "
+                "their names and their order, and new ones come after them (docs/stages.md)"
+            )
+    return len(known) - behind - 1
+
+
+def _has_stage(tag: Path, name: str) -> bool:
+    stored = stored_manifest(tag)
+    return name in (stored.stage, *(former.name for former in stored.former_stages))
+
+
+def names_of(tag: Path | None, config_file: str, overrides: Iterable[str]) -> RunNames:
+    """What messages call a start from a checkpoint."""
+    given = frozenset(override.partition("=")[0].strip() for override in overrides if "=" in override)
+    if tag is None:
+        return RunNames(config_file, given, "this run", "the run's directory")
+    origin = RunDirectory(tag.parent.parent)
+    if tag.parent == origin.checkpoints and origin.configuration.is_file():
+        return RunNames(config_file, given, str(origin.root), str(origin.configuration))
+    return RunNames(config_file, given, str(tag), str(tag / manifest.STATE))
+
+
+def stored_manifest(tag: Path) -> RunManifest:
+    """The manifest of the checkpoint's run, or what the checkpoint says of it where it was copied alone."""
+    tag = tag.resolve()
     origin = RunDirectory(tag.parent.parent)
     if tag.parent == origin.checkpoints and origin.manifest.exists():
         return origin.read_manifest()

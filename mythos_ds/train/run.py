@@ -1,19 +1,23 @@
 """One training run in one process of many: groups, checkpoint, data, engine, training, report."""
 
 import contextlib
+import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from mythos_ds import log
 from mythos_ds.checkpoint import manifest as files
 from mythos_ds.checkpoint.load import load_checkpoint
 from mythos_ds.checkpoint.reshard import load_weights
-from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.checkpoint.training_state import read_state
+from mythos_ds.config.resolve import ResolvedRun, ResolvedStage
 from mythos_ds.costs.start import require_room
 from mythos_ds.engine.build import Adapt, build_engine
 from mythos_ds.engine.training_engine import TrainingEngine
@@ -27,9 +31,11 @@ from mythos_ds.resilience.failure import abort
 from mythos_ds.resilience.signals import StopSignals
 from mythos_ds.train.callbacks import Callback
 from mythos_ds.train.data_loader import DataLoader, TextLoader
-from mythos_ds.train.resume import choose_checkpoint, manifest_for
-from mythos_ds.train.run_directory import RunDirectory
-from mythos_ds.train.run_manifest import RunManifest, new_manifest, with_dataset, with_weights
+from mythos_ds.train.metrics_logger import validation_history
+from mythos_ds.train.resume import choose_checkpoint, names_of, where_to_start
+from mythos_ds.train.run_changes import RunNames, StageEnd, begin_stage, with_dataset
+from mythos_ds.train.run_directory import RunDirectory, copy_metrics
+from mythos_ds.train.run_manifest import RunManifest, planned_stages, with_weights
 from mythos_ds.train.summary import RunSummary, show_summary
 from mythos_ds.train.trainer import Progress, Trainer
 from mythos_ds.weights.model_folder import CONFIG
@@ -40,17 +46,25 @@ _logger = log.get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a command line asks for. `resume`: "auto", "never" or a path; `source_text`: the file as it was read;
-    `allow_pickle`: execute what a checkpoint's files contain; `share`: files for all whom the umask lets read them, not
-    for the owner's group at most."""
+    """What a command line asks for. `stages`: the training stages, in order; `source_text`: the file as it was read, of
+    the name `config_file`; `resume`: "auto", "never" or a path; `allow_pickle`: execute what a checkpoint's files contain;
+    `share`: files for all whom the umask lets read them, not for the owner's group at most; `new_stage`: the name of the
+    first of `stages`, where it begins at the checkpoint that `resume` names."""
 
-    resolved: ResolvedRun
+    stages: tuple[ResolvedStage, ...]
     source_text: str
     run_dir: Path
     resume: str
     argv: tuple[str, ...]
     allow_pickle: bool = False
     share: bool = False
+    new_stage: str | None = None
+    config_file: str = "this configuration"
+
+    @classmethod
+    def of(cls, resolved: ResolvedRun, source_text: str, run_dir: Path) -> "RunRequest":
+        """A run of one training stage, which resumes by itself."""
+        return cls((ResolvedStage(None, resolved),), source_text, run_dir, "auto", ())
 
 
 OpenWeights = Callable[[ResolvedRun, int], StartingWeights]
@@ -77,12 +91,12 @@ def train(
     log.configure(environment.rank)
     # DeepSpeed calls collectives by names that newer torch versions announce to rename: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    resolved = request.resolved
+    resolved = request.stages[0].run
     # Before the signals: a process that waits for others in here is ended by SIGTERM, not asked to stop after a step.
     groups = init_parallel(environment, resolved.ep_size, resolved.stages, timeout_s=resolved.config.parallel.timeout_s)
     with StopSignals() as stop, files_of_the_group(everyone=request.share):
         try:
-            together(groups, lambda: _require_room(resolved, environment, groups))
+            together(groups, lambda: _require_room(request.stages, environment, groups))
             summary = _train(request, groups, stop, open_data, open_weights, adapt, callbacks)
         except MythosError:
             groups.close()
@@ -102,35 +116,118 @@ def _train(
     adapt: Adapt | None,
     callbacks: Sequence[Callback],
 ) -> RunSummary:
-    resolved, run = request.resolved, RunDirectory(request.run_dir)
+    """One training stage after the other, each with an engine of its own; all but the first load the checkpoint that the
+    one before left, whether they follow it in this process or not."""
+    stages, run = request.stages, RunDirectory(request.run_dir)
     claimed = together(groups, lambda: run.lock() if groups.rank == 0 else None)
-    tag = choose_checkpoint(groups, run, request.resume)
-    manifest = together(groups, lambda: manifest_for(run, tag, new_manifest(resolved)))
+    tag = choose_checkpoint(groups, run, request.resume, request.new_stage)
+    names = names_of(tag, request.config_file, request.argv)
+    start = together(groups, lambda: where_to_start(tag, stages, names, request.new_stage))
+    index, manifest, ended = start.index, start.manifest, start.ended
+    starts = True
+    while True:
+        if ended and tag is not None:
+            index, ended = index + 1, False
+            manifest = _begun(groups, run, tag, manifest, request, index, names)
+        part = _StageRun(request, stages[index], manifest, tag, names, starts)
+        summary, manifest = _train_stage(part, groups, run, stop, open_data, open_weights, adapt, callbacks)
+        _free_memory(groups)
+        more = summary.finished and index + 1 < len(stages)
+        if groups.rank == 0:
+            show_summary(Console(), summary, run, stages[index].run.config.model.mean_recurrence, stages[index].name)
+        if not more or groups.any(stop.requested):
+            break
+        tag, ended, starts = run.checkpoints / files.tag_name(summary.step), True, False
+        names = names_of(tag, request.config_file, request.argv)
+    if claimed is not None:
+        claimed.close()
+    return replace(summary, finished=summary.finished and not more)
+
+
+@dataclass(frozen=True)
+class _StageRun:
+    """What a training stage is in this start."""
+
+    request: RunRequest
+    stage: ResolvedStage
+    manifest: RunManifest
+    tag: Path | None
+    names: RunNames
+    starts: bool
+    """Whether this start begins with it."""
+
+
+def _train_stage(
+    part: _StageRun,
+    groups: ParallelGroups,
+    run: RunDirectory,
+    stop: StopSignals,
+    open_data: OpenData,
+    open_weights: OpenWeights | None,
+    adapt: Adapt | None,
+    callbacks: Sequence[Callback],
+) -> tuple[RunSummary, RunManifest]:
+    """Train a stage from its checkpoint, or afresh, to its end; the manifest with what was opened."""
+    request, resolved, manifest, tag = part.request, part.stage.run, part.manifest, part.tag
     step = 0 if tag is None else files.tag_step(tag)
     weights = _starting_weights(resolved, groups, open_weights) if tag is None else None
     if weights is not None:
         manifest = with_weights(manifest, weights.identity)
     data = open_data(resolved, manifest, groups, step)
-    manifest = together(groups, lambda: with_dataset(manifest, data.identity))
-    on_rank_zero(groups, lambda: _record(request, run, manifest, step))
+    manifest = together(groups, lambda: with_dataset(manifest, data.identity, resolved.config, part.names))
+    on_rank_zero(groups, lambda: _record(part, run, manifest, step, groups.world_size))
     engine = build_engine(resolved, groups, adapt)
     progress = Progress()
     if weights is not None:
         _start_from(weights, engine, groups)
     if tag is not None:
         state = load_checkpoint(engine, groups, tag, allow_pickle=request.allow_pickle)
-        progress = Progress(state.step, state.first_validation_loss)
+        progress = Progress(state.step, state.first_validation_loss if step > manifest.start_step else None)
     summary = Trainer(resolved, groups, engine, data, run, manifest, progress, callbacks).train(stop)
-    if groups.rank == 0:
-        show_summary(Console(), summary, run, resolved.config.model.mean_recurrence)
-    if claimed is not None:
-        claimed.close()
-    return summary
+    engine.close()
+    return summary, manifest
 
 
-def _require_room(resolved: ResolvedRun, environment: ProcessEnvironment, groups: ParallelGroups) -> None:
+def _begun(
+    groups: ParallelGroups,
+    run: RunDirectory,
+    tag: Path,
+    manifest: RunManifest,
+    request: RunRequest,
+    index: int,
+    names: RunNames,
+) -> RunManifest:
+    """The manifest of stage `index`, which begins at the checkpoint `tag`, where the stage of `manifest` ended."""
+    step = files.tag_step(tag)
+    origin = RunDirectory(tag.parent.parent)
+    if origin.root.resolve() != run.root.resolve():
+        on_rank_zero(groups, lambda: copy_metrics(origin, run))
+    found: list[list[dict[str, Any]]] = []
+    on_rank_zero(groups, lambda: found.append(validation_history(run.metrics, manifest.start_step, step)))
+    history = groups.from_rank_zero(found[0] if found else None)
+
+    def begun() -> RunManifest:
+        state = read_state(tag)
+        end = StageEnd(step, state.config["training"], state.first_validation_loss, history)
+        begun = begin_stage(manifest, end, request.stages[index], names)
+        return replace(begun, stages_ahead=planned_stages(request.stages[index + 1 :]))
+
+    return together(groups, begun)
+
+
+def _free_memory(groups: ParallelGroups) -> None:
+    """An engine is made of cycles: without this it would live beside the next stage's."""
+    gc.collect()
+    if groups.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _require_room(
+    stages: Sequence[ResolvedStage], environment: ProcessEnvironment, groups: ParallelGroups
+) -> None:
     on_cpu = groups.device.type == "cpu"
-    require_room(resolved, host_memory_bytes(), environment.local_world_size, on_cpu=on_cpu)
+    for stage in stages:
+        require_room(stage.run, host_memory_bytes(), environment.local_world_size, on_cpu=on_cpu)
 
 
 def _starting_weights(
@@ -177,6 +274,8 @@ def _start_from(weights: StartingWeights, engine: TrainingEngine, groups: Parall
         _logger.info("starting from the weights of %s, read in %.1f s", name, time.monotonic() - started)
 
 
-def _record(request: RunRequest, run: RunDirectory, manifest: RunManifest, step: int) -> None:
+def _record(part: _StageRun, run: RunDirectory, manifest: RunManifest, step: int, world_size: int) -> None:
     run.write_manifest(manifest)
-    run.record_start(request.resolved, request.source_text, step, request.argv)
+    run.record_configuration(part.request.stages, part.request.source_text)
+    if part.starts:
+        run.record_start(step, world_size, part.request.argv)

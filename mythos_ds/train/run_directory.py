@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mythos_ds.config.loader import LoadedConfig, parse_json
-from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.config.resolve import ResolvedStage, whole_file
 from mythos_ds.config.schema import ParallelConfig
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import looked_for, read_json, write_atomic
@@ -44,6 +44,12 @@ def another_layout_note(loaded: LoadedConfig, run_dir: Path) -> str | None:
     return f"{run_dir}: another layout than the file's is a run of its own; to go on from {own} give --resume {own}"
 
 
+def copy_metrics(source: "RunDirectory", target: "RunDirectory") -> None:
+    """Begin the metrics of a run that has no checkpoint yet with those of the run it goes on from."""
+    if source.metrics.is_file():
+        write_atomic(target.metrics, source.metrics.read_text(encoding="utf-8", errors="replace"))
+
+
 class RunDirectory:
     """Paths and small JSON files of one run. Only rank 0 writes."""
 
@@ -53,6 +59,7 @@ class RunDirectory:
         self.metrics = root / "metrics.jsonl"
         self.tensorboard = root / "tensorboard"
         self.manifest = root / "manifest.json"
+        self.configuration = root / "config.resolved.json"
 
     def lock(self) -> TextIO:
         """Claims the directory while the returned file is open. Raises CheckpointError where another run holds it."""
@@ -76,10 +83,10 @@ class RunDirectory:
         """The stored manifest. Raises CheckpointError when it is missing, not readable or contradicts itself."""
         content = read_json(self.manifest, dict[str, Any])
         stored = RunManifest.of(content, str(self.manifest))
-        if content.get("total_steps") != stored.total_steps:
+        if content.get("total_steps") != stored.planned_steps:
             raise CheckpointError(
                 f"{self.manifest}: total_steps: given {content.get('total_steps')!r}, but phases end at step "
-                f"{stored.total_steps}; one of them was changed by hand or is damaged"
+                f"{stored.planned_steps}; one of them was changed by hand or is damaged"
             )
         return stored
 
@@ -87,21 +94,24 @@ class RunDirectory:
         """Replace the manifest atomically."""
         content = {
             "format": MANIFEST_FORMAT,
-            "total_steps": manifest.total_steps,
-            "tokens": manifest.total_steps * manifest.pinned["global_batch_size"] * manifest.pinned["seq_len"],
+            "total_steps": manifest.planned_steps,
+            "tokens": manifest.planned_tokens,
             **manifest.as_dict(),
         }
         write_atomic(self.manifest, json.dumps(content, indent=2) + "\n")
 
-    def record_start(self, resolved: ResolvedRun, source_text: str, step: int, argv: Sequence[str]) -> None:
-        """Keep the resolved configuration and its text, and append this start to `starts.jsonl`."""
+    def record_configuration(self, stages: Sequence[ResolvedStage], source_text: str) -> None:
+        """Keep the resolved configuration and its text."""
         self.root.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.root / "config.resolved.json", json.dumps(resolved.as_dict(), indent=2) + "\n")
+        write_atomic(self.configuration, json.dumps(whole_file(stages), indent=2) + "\n")
         write_atomic(self.root / "config.source.json", source_text)
+
+    def record_start(self, step: int, world_size: int, argv: Sequence[str]) -> None:
+        """Append this start to `starts.jsonl`."""
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "step": step,
-            "world_size": resolved.world_size,
+            "world_size": world_size,
             "argv": list(argv),
             "git_commit": git_commit(),
             "versions": package_versions(),

@@ -21,8 +21,12 @@ class RunSummary:
     samples: list[tuple[str, str]]
 
 
-def show_summary(console: Console, summary: RunSummary, run: RunDirectory, mean_recurrence: int) -> None:
-    """Print a run's summary to `console`."""
+def show_summary(
+    console: Console, summary: RunSummary, run: RunDirectory, mean_recurrence: int, stage: str | None = None
+) -> None:
+    """Print the summary of a run, or of its training stage `stage`, to `console`."""
+    if stage is not None:
+        console.rule(f"stage {stage}")
     if not summary.finished:
         console.print(f"stopped after step {summary.step}; the same command goes on from there")
     if summary.losses:

@@ -37,14 +37,14 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: completed optimizer steps and the validation loss before the first one."""
+    """Where a run stands: completed optimizer steps, and the validation loss before the first one of its training stage."""
 
     step: int = 0
     first_loss: float | None = None
 
 
 class Trainer:
-    """Trains an engine from `progress` to the end of the manifest, or until a stop is asked for.
+    """Trains an engine from `progress` to the end of the manifest's training stage, or until a stop is asked for.
 
     `callbacks.py` says when the callbacks are called.
     """
@@ -64,7 +64,7 @@ class Trainer:
         self.resolved, self.config, self.groups, self.engine = resolved, config, groups, engine
         self.data, self.run, self.manifest = data, run, manifest
         self.step, self.first_loss = progress.step, progress.first_loss
-        self.sampler = DepthSampler.of(config)
+        self.sampler = DepthSampler.of(config, manifest.start)
         peak = peak_flops(groups.device, _DTYPES[config.training.dtype])
         self.throughput = Throughput(resolved, peak)
         self.saved_step = progress.step if progress.step else -1
@@ -83,7 +83,7 @@ class Trainer:
         mean = self.config.model.mean_recurrence
         with MetricsLogger(self.run, self.config.monitor, self.groups.rank == 0, self.step, total) as metrics:
             if self.first_loss is None:
-                self.first_loss = self._evaluate(metrics, [mean]).get(mean)
+                self.first_loss = self._evaluate(metrics, [mean], first=self.manifest.start_step > 0).get(mean)
             for batches in self.data.steps(self.step):
                 if self._stop_asked(stop):
                     break
@@ -110,7 +110,8 @@ class Trainer:
         n_loops = max(depths) if depths else self.sampler.loops_at(self.step)
         if depths:
             batches = with_depths(batches, depths, self.groups.layout)
-        lr = learning_rate(self.step, self.config.training, self.manifest.lengths)
+        own_step = self.step - self.manifest.start_step
+        lr = learning_rate(own_step, self.config.training, self.manifest.lengths, self.manifest.start_lr)
         logged = self._is_logged(self.step + 1)
         self.state = replace(self.state, n_loops=n_loops, lr=lr, loss=None, grad_norm=None)
         self.callbacks.before_step(self.state)
@@ -131,7 +132,7 @@ class Trainer:
             raise NumericsError(f"step {self.step + 1}: {error}\n{advice}") from error
         self.step += 1
         self.state = replace(self.state, step=self.step, grad_norm=result.grad_norm)
-        self.throughput.add(n_loops, time.perf_counter() - started)
+        self.throughput.add(n_loops, time.perf_counter() - started, self.manifest.batches.at(own_step))
         metrics.progress(self.step, result.loss, n_loops)
         if logged:
             metrics.step(
@@ -141,6 +142,7 @@ class Trainer:
                     "grad_norm": result.grad_norm,
                     "lr": lr,
                     "n_loops": n_loops,
+                    "tokens": self.manifest.tokens_at(self.step),
                     **({"mean_depth": sum(depths) / len(depths)} if depths else {}),
                     **self.throughput.read(),
                     "peak_memory_bytes": peak_memory_bytes(),
@@ -169,7 +171,10 @@ class Trainer:
         }
 
     def _is_logged(self, step: int) -> bool:
-        return step % self.config.monitor.log_interval == 0 or step in (1, self.manifest.total_steps)
+        return step % self.config.monitor.log_interval == 0 or step in (
+            self.manifest.start_step + 1,
+            self.manifest.total_steps,
+        )
 
     def _after_step(self, metrics: MetricsLogger, total: int) -> None:
         """Periodic evaluation and checkpoint; the end of the run has its own."""
@@ -183,9 +188,9 @@ class Trainer:
             self._evaluate(metrics, depth_counts(self.config.model.mean_recurrence))
             metrics.samples(self.step, self._samples())
 
-    def _evaluate(self, metrics: MetricsLogger, loop_counts: list[int]) -> dict[int, float]:
+    def _evaluate(self, metrics: MetricsLogger, loop_counts: list[int], *, first: bool = False) -> dict[int, float]:
         losses = losses_at(self.engine, self.data.validation, loop_counts)
-        metrics.evaluation(self.step, losses)
+        metrics.evaluation(self.step, losses, first=first)
         return losses
 
     def _samples(self) -> list[tuple[str, str]]:
@@ -222,12 +227,13 @@ class Trainer:
             return
         state = TrainingState(
             step=self.step,
-            consumed_samples=self.step * self.config.training.global_batch_size,
+            consumed_samples=self.manifest.samples_at(self.step),
             first_validation_loss=self.first_loss,
             layout=layout_of(self.resolved),
             config=self.config.model_dump(mode="json"),
             init_from=self.manifest.starting_weights,
             run=self.manifest.as_dict(),
+            consumed_tokens=self.manifest.tokens_at(self.step) if self.manifest.former_stages else None,
         )
         self.writer.save(state)
         self.saved_step = self.step

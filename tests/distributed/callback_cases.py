@@ -67,7 +67,7 @@ def run(folder: str, overrides: list[str], with_callbacks: bool) -> dict[str, An
     """Trains and says what was called; `error` where the run ended with one."""
     environment = ProcessEnvironment.detect(os.environ)
     loaded = load_config("tiny.json", overrides)
-    request = RunRequest(resolve(loaded.config, environment.world_size), loaded.text, Path(folder), "auto", ())
+    request = RunRequest.of(resolve(loaded.config, environment.world_size), loaded.text, Path(folder))
     notes, other = Notes(), Notes()
     error, summary = "", None
     try:

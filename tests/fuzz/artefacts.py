@@ -8,7 +8,7 @@ from typing import Any
 
 from mythos_ds.checkpoint import manifest
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import resolve
+from mythos_ds.config.resolve import ResolvedStage, resolve
 from mythos_ds.data.datasets import prepare_index_cache
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.train.run_directory import RunDirectory
@@ -61,7 +61,8 @@ def build(root: Path) -> None:
     run = RunDirectory(root / "run")
     run.root.mkdir()
     run.write_manifest(new_manifest(resolved))
-    run.record_start(resolved, loaded.text, 0, ["pretrain"])
+    run.record_configuration([ResolvedStage(None, resolved)], loaded.text)
+    run.record_start(0, 1, ["pretrain"])
     lines = [json.dumps({"text": text}) for text in make_texts(12, longest=20)]
     (root / "input.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (root / "hostfile").write_text("gpu1 slots=8\ngpu2 slots=8\n# a comment\n", encoding="utf-8")

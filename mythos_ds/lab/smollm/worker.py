@@ -47,7 +47,7 @@ class RetrofitWorker(Worker):
         config = self.complete(self.start_model(source, shared), self.tokens(source, shared), shared)
         if self.task["train"]:
             self.resolved = resolve(config, 1)
-            request = RunRequest(self.resolved, config.model_dump_json(), self.folder / "run", "auto", ())
+            request = RunRequest.of(self.resolved, config.model_dump_json(), self.folder / "run")
             self.started, before = time.perf_counter(), time.process_time()
             train(request, environment, open_weights=open_starting_weights, callbacks=[self])
             self.core_seconds = time.process_time() - before

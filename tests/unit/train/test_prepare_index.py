@@ -17,7 +17,7 @@ main = load_main("tools/prepare_index.py").main
 def test_the_index_is_the_one_a_run_reads(tmp_path, capsys):
     overrides = [*SMALL, *small_data(tmp_path), "training.max_steps=5"]
     resolved = resolve(load_config("tiny.json", overrides).config, 2)
-    arguments = dataset_arguments(resolved, new_manifest(resolved).phases, 0)
+    arguments = dataset_arguments(resolved, new_manifest(resolved), 0)
     with pytest.raises(DataError, match="no index"):
         build_datasets(resolved.config.data, **arguments)
     assert main(["--config", "tiny.json", *overrides]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import resolve
+from mythos_ds.config.resolve import ResolvedStage, resolve
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import write_atomic
 from mythos_ds.provenance import package_versions
@@ -161,8 +161,9 @@ def test_damaged_manifest_is_a_user_error(tmp_path):
 
 def test_start_records_config_versions_and_source(tmp_path):
     run, loaded = RunDirectory(tmp_path / "run"), load_config("tiny")
-    run.record_start(resolve(loaded.config, 2), loaded.text, 0, ["--config", "tiny"])
-    run.record_start(resolve(loaded.config, 2), loaded.text, 7, ["--config", "tiny"])
+    run.record_configuration([ResolvedStage(None, resolve(loaded.config, 2))], loaded.text)
+    run.record_start(0, 2, ["--config", "tiny"])
+    run.record_start(7, 2, ["--config", "tiny"])
     resolved = json.loads((run.root / "config.resolved.json").read_text())
     assert resolved["model"]["dim"] == 128
     assert resolved["_derived"]["ep_size"] == 2
