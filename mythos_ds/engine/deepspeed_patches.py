@@ -1,9 +1,11 @@
-"""What the pipeline changes inside DeepSpeed, all of it, with the versions it was checked on.
+"""What this stack changes inside DeepSpeed, all of it, with the versions it was checked on. For the pipeline:
 
 1. ZeRO-3's gradient norm (`DeepSpeedZeroOptimizer_Stage3._get_norm_groups`) knows the calling process's stage only. Its
    replacement on the one optimizer object adds all stages up, so that every stage clips and skips alike.
 2. ZeRO-3's module hooks are removed from the one model object. They gather and release weights around every submodule,
    and before every forward compare the order of modules over *all* ranks, which hold different modules here.
+
+For a run of several training stages, each with an engine of its own: what ZeRO-3 keeps of a model whose engine is gone.
 
 tests/distributed/test_pipeline_guards.py shows what goes wrong without them.
 """
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 from deepspeed import __version__ as deepspeed_version
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor
 
 from mythos_ds.errors import ParallelError
@@ -64,6 +68,16 @@ class DuplicateNorm:
 def remove_module_hooks(optimizer: Any) -> None:
     """Leaves gathering and releasing weights to the caller."""
     optimizer.parameter_offload.destroy()
+
+
+def forget_models() -> None:
+    """Empty what ZeRO-3 keeps of models beyond their engine: the stack of modules whose forward was the last, and the
+    cache of a coordinator's method. The weights of every former engine would stay in memory otherwise."""
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def _dotted(version: tuple[int, ...]) -> str:
