@@ -5,6 +5,7 @@ from typing import Any
 from mythos_ds.config.deepspeed_section import DERIVED_KEYS, UNSUPPORTED_KEYS
 from mythos_ds.config.error_messages import allowed_values, show
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.training_stages import FIXED_TRAINING_KEYS, MODEL_KEYS, NAME, SECTIONS, STAGES, may_change
 
 _INTRODUCTION = """# Configuration
 
@@ -19,6 +20,22 @@ the default back. `training.max_steps` given there replaces `max_tokens` of the 
 replaces `data.datasets`, and the other way round.
 
 `ds_configs/schema.json` completes keys in an editor: write `"$schema": "schema.json"`.
+"""
+
+_STAGES = """
+## stages
+
+A list of training stages that follow each other in one run ([stages](stages.md)): `{{"name": "long", "training":
+{{...}}, ...}}`. Each starts with the settings of the one before it, the first with the file's sections, and its entries
+override them; null brings a default back. Its own, and not inherited, are `max_steps` or `max_tokens`, which every stage
+after the first must give, and `global_batch_ramp`.
+
+* `model`: {model}; `max_loops` without LoRA only.
+* `training`: all but {fixed}.
+* `data`, `checkpoint`, `monitor`: everything.
+
+On the command line: `stages.NAME.training.lr=0.001`, by name or number; `training.lr=0.001` changes the file's own
+section and what inherits it.
 """
 
 _DEEPSPEED = """
@@ -40,7 +57,21 @@ def json_schema() -> dict[str, Any]:
         if node.get("type") == "object":
             node["patternProperties"] = {"^_": {}}
     schema["properties"]["$schema"] = {"type": "string"}
+    schema["properties"][STAGES] = {"type": "array", "minItems": 1, "items": _stage_schema(schema)}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _stage_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """An entry of the list of training stages: its sections without what it may leave out or not change."""
+    entry: dict[str, Any] = {NAME: {"type": "string"}}
+    for section in SECTIONS:
+        definition = schema["$defs"][_reference(schema["properties"][section])]
+        fields = {key: field for key, field in definition["properties"].items() if may_change(section, key)}
+        nullable = {key: {"anyOf": [field, {"type": "null"}]} for key, field in fields.items()}
+        entry[section] = {"type": "object", "properties": nullable, "additionalProperties": False,
+                          "patternProperties": {"^_": {}}}  # fmt: skip
+    return {"type": "object", "properties": entry, "required": [NAME], "additionalProperties": False,
+            "patternProperties": {"^_": {}}}  # fmt: skip
 
 
 def reference_page() -> str:
@@ -50,6 +81,8 @@ def reference_page() -> str:
     for section, node in schema["properties"].items():
         if section != "deepspeed":
             parts.append(_section(schema, section, node))
+    parts.append(_STAGES.format(model=", ".join(f"`{key}`" for key in MODEL_KEYS),
+                                fixed=", ".join(f"`{key}`" for key in FIXED_TRAINING_KEYS)))  # fmt: skip
     parts.append(_DEEPSPEED)
     parts += [f"* `{key}`: {instead}\n" for key, instead in DERIVED_KEYS.items()]
     parts.append("\nRefused:\n\n")

@@ -193,6 +193,11 @@ def _key_problems(given: dict[str, Any], index: int) -> list[Problem]:
     return problems
 
 
+def may_change(section: str, key: str) -> bool:
+    """Whether a stage may give this setting."""
+    return _fixed(section, key) is None
+
+
 def _fixed(section: str, key: str) -> str | None:
     if section == "model" and key in ModelConfig.model_fields and key not in MODEL_KEYS:
         return f"given in a stage; the weights depend on it; allowed: {', '.join(MODEL_KEYS)}"

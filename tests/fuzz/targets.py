@@ -23,12 +23,13 @@ import yaml
 
 from mythos_ds.cluster.hostfile import read_hostfile
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import resolve
+from mythos_ds.config.resolve import ResolvedStage, resolve
 from mythos_ds.data.datasets import build_datasets, prepare_index_cache
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.mains import run_tool
 from mythos_ds.train.run_directory import RunDirectory
-from mythos_ds.train.run_manifest import continue_manifest, new_manifest
+from mythos_ds.train.resume import names_of
+from mythos_ds.train.run_changes import continue_manifest
 from tests.fuzz import artefacts, mutators
 from tests.fuzz.mutators import Mutation
 from tests.helpers.mains import load_main
@@ -196,7 +197,7 @@ def manifest(case: Case) -> tuple[Mutation, Any]:
     case.names += ["when the run was started"]  # after the key and both values
     resolved = resolve(load_config("tiny", artefacts.run_config(case.root)).config, 1)
     stored = RunDirectory(case.root / "run").read_manifest()
-    continued = continue_manifest(stored, new_manifest(resolved), 0)
+    continued = continue_manifest(stored, ResolvedStage(None, resolved), 0, names_of(None, "tiny.json", []))
     return mutation, {"phases": [phase.start_step for phase in continued.phases], "total": continued.total_steps}
 
 

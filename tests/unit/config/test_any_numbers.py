@@ -29,6 +29,7 @@ BASES: dict[str, tuple[list[str], int]] = {
     "cluster": (["cluster.gpu=h200", "cluster.nodes=2", "cluster.gpus_per_node=2", "training.global_batch_size=64"], 4),
     "deepest": (["model.max_loops=4096", "model.mean_recurrence=1000", "training.depth_curriculum_steps=100",
                  "training.depth_per=sequence"], 1),
+    "ramped": (["training.micro_batch_size=1", 'training.global_batch_ramp={"start":2,"increment":2,"samples":20}'], 1),
     "scaled": (["model.rope_scaling.rope_type=yarn", "model.rope_scaling.factor=8",
                 "model.rope_scaling.original_max_position_embeddings=64", "model.n_expert_groups=2",
                 "model.n_limited_groups=1"], 1),
@@ -99,6 +100,7 @@ def test_the_schema_was_walked():
 def test_any_number_is_planned_or_refused_by_its_key(key):
     for value in VALUES:
         base = "cluster" if key.startswith("cluster") else "scaled" if "rope_scaling" in key else "tiny"
+        base = "ramped" if "ramp" in key else base
         said = outcome(base, [f"{key}={value}"])
         named = key.rpartition(".")[2] in said or "the run's" in said or "processes" in said
         # Of a length that other settings exceed, and of a cluster, what follows from it is named.

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mythos_ds.config.depth_distribution import depth_pmf, growing_mean, largest_of, mean_depth
+from mythos_ds.config.batch_ramp import BatchSchedule
+from mythos_ds.config.depth_distribution import StageStart, depth_pmf, growing_mean, largest_of, mean_depth
 from mythos_ds.config.loader import load_config
+from mythos_ds.config.schema import BatchRamp
 from mythos_ds.costs.flops import expected_flops_per_token, mean_training_depth
 from mythos_ds.train.depth_sampler import DepthSampler
 
@@ -79,15 +81,20 @@ def test_the_mean_grows_to_that_of_the_rest(distribution: str) -> None:
     assert drawn[:500].mean() == pytest.approx(2.75, abs=0.4)  # a count below 1 is drawn as 1
     assert drawn[500:].mean() == pytest.approx(6.25, abs=0.4)
     assert [growing_mean(step, 8, 1000) for step in (0, 500, 1000, 2000)] == [1, 4.5, 8, 8]
+    assert [growing_mean(step, 8, 1000, 4) for step in (0, 500, 1000)] == [4, 6, 8]
 
 
 def test_each_sequence_draws_its_own_from_the_distribution() -> None:
-    sampler = DepthSampler("poisson", 4, 0.5, 16, 5, 0, 64)
+    sampler = DepthSampler("poisson", 4, 0.5, 16, 5, 0, BatchSchedule(64))
     drawn = [sampler.depths_at(step) for step in range(300)]
     assert [sampler.loops_at(step) for step in range(300)] == [max(depths) for depths in drawn]
     # By the number of the sample, not by the batch: a batch twice as large has the same ones.
-    twice = DepthSampler("poisson", 4, 0.5, 16, 5, 0, 128)
+    twice = DepthSampler("poisson", 4, 0.5, 16, 5, 0, BatchSchedule(128))
     assert twice.depths_at(7) == drawn[14] + drawn[15]
+    # In a later stage and on a ramp they go on by the number of the sample, too.
+    ramp = BatchSchedule(128, BatchRamp(start=64, increment=64, samples=128))
+    later = DepthSampler("poisson", 4, 0.5, 16, 5, 0, ramp, StageStart(step=7, sample=7 * 64))
+    assert [later.depths_at(step) for step in (7, 8, 9)] == [drawn[7], drawn[8], drawn[9] + drawn[10]]
     pmf = depth_pmf("poisson", 4, 0.5, 16)
     share = np.bincount(np.array(drawn).ravel(), minlength=17)[1:] / (300 * 64)
     assert np.abs(share - pmf).max() < 0.015

@@ -15,11 +15,13 @@ import torch
 from mythos_ds.checkpoint import manifest as files
 from mythos_ds.checkpoint.training_state import TrainingState
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import resolve
+from mythos_ds.config.resolve import ResolvedStage, resolve
 from mythos_ds.errors import CheckpointError, RankError
-from mythos_ds.train.resume import _refuse_other, choose_checkpoint, manifest_for
+from mythos_ds.train import run_changes
+from mythos_ds.train.resume import _refuse_other, choose_checkpoint, names_of, where_to_start
+from mythos_ds.train.run_changes import continue_manifest
 from mythos_ds.train.run_directory import RunDirectory
-from mythos_ds.train.run_manifest import RunManifest, continue_manifest, new_manifest, with_dataset, with_weights
+from mythos_ds.train.run_manifest import RunManifest, new_manifest, with_weights
 
 ALONE: Any = SimpleNamespace(
     rank=0,
@@ -32,8 +34,23 @@ DATA = {"content": ["0f"], "tokenizer": "abc", "validation": {"content": ["1a"],
 WEIGHTS = {"name": "base", "kind": "model", "sha256": "77"}
 
 
+NAMES = names_of(None, "tiny.json", [])
+
+
 def planned(*overrides):
     return new_manifest(_resolved(*overrides))
+
+
+def asked(*overrides):
+    return ResolvedStage(None, _resolved(*overrides))
+
+
+def with_dataset(manifest, identity):
+    return run_changes.with_dataset(manifest, identity, _resolved().config, NAMES)
+
+
+def manifest_for(tag, *overrides):
+    return where_to_start(tag, [asked(*overrides)], names_of(tag, "tiny.json", overrides)).manifest
 
 
 def _resolved(*overrides):
@@ -67,9 +84,9 @@ def grown(seed):
     if pick.random() < 0.5:
         manifest = with_weights(manifest, WEIGHTS)
     for _ in range(pick.randint(0, 3)):
-        longer = planned(f"training.max_steps={manifest.total_steps + pick.randint(1, 9)}")
+        longer = asked(f"training.max_steps={manifest.total_steps + pick.randint(1, 9)}")
         manifest = continue_manifest(
-            manifest, longer, pick.randint(manifest.phases[-1].start_step + 1, manifest.total_steps)
+            manifest, longer, pick.randint(manifest.phases[-1].start_step + 1, manifest.total_steps), NAMES
         )
     return manifest, pick.randint(manifest.phases[-1].start_step + 1, manifest.total_steps)
 
@@ -78,19 +95,19 @@ def grown(seed):
 def test_alone_it_says_what_its_run_said(tmp_path, seed):
     manifest, step = grown(seed)
     run, tag = made_run(tmp_path / "run", manifest, step)
-    wanted = planned(f"training.max_steps={manifest.total_steps + seed % 2 * 5}")
-    expected = manifest_for(run, tag, wanted)
+    wanted = f"training.max_steps={manifest.total_steps + seed % 2 * 5}"
+    expected = manifest_for(tag, wanted)
     copies = [tmp_path / "backup" / tag.name, tmp_path / "other" / "checkpoints" / tag.name, tmp_path / tag.name]
     for copy in copies:
         shutil.copytree(tag, copy)
         assert choose_checkpoint(ALONE, RunDirectory(tmp_path / "new"), str(copy)) == copy
-        assert manifest_for(RunDirectory(tmp_path / "new"), copy, wanted) == expected
+        assert manifest_for(copy, wanted) == expected
     (tmp_path / "manifest.json").write_text("{}")  # of something else, two folders above a copy
-    assert manifest_for(RunDirectory(tmp_path / "new"), copies[0], wanted) == expected
+    assert manifest_for(copies[0], wanted) == expected
     moved = shutil.copytree(run.root, tmp_path / "moved")
     assert choose_checkpoint(ALONE, RunDirectory(moved), "auto") == moved / "checkpoints" / tag.name
     (moved / "manifest.json").unlink()
-    assert manifest_for(RunDirectory(moved), moved / "checkpoints" / tag.name, wanted) == expected
+    assert manifest_for(moved / "checkpoints" / tag.name, wanted) == expected
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -99,21 +116,21 @@ def test_an_older_checkpoint_says_what_its_configuration_says(tmp_path, weights)
     whole = with_weights(whole, WEIGHTS) if weights else whole
     _, tag = made_run(tmp_path / "run", whole, 4, older=True)
     copy = shutil.copytree(tag, tmp_path / "backup" / tag.name)
-    found = manifest_for(RunDirectory(tmp_path / "new"), copy, planned("training.max_steps=10"))
+    found = manifest_for(copy, "training.max_steps=10")
     assert found.phases == whole.phases
-    assert found.pinned == {name: value for name, value in whole.pinned.items() if name != "dataset"}
+    assert found.pinned == {name: value for name, value in whole.pinned.items() if name not in ("dataset", "data_files")}
     with pytest.raises(CheckpointError, match="seq_len"):
-        manifest_for(RunDirectory(tmp_path / "new"), copy, planned("training.max_steps=10", "training.seq_len=8"))
+        manifest_for(copy, "training.max_steps=10", "training.seq_len=8")
     with pytest.raises(CheckpointError, match="training length"):
-        manifest_for(RunDirectory(tmp_path / "new"), copy, planned("training.max_steps=5"))
+        manifest_for(copy, "training.max_steps=5")
 
 
 def test_alone_it_refuses_other_data(tmp_path):
     manifest, step = grown(3)
     _, tag = made_run(tmp_path / "run", manifest, step)
     copy = shutil.copytree(tag, tmp_path / "backup" / tag.name)
-    found = manifest_for(RunDirectory(tmp_path / "new"), copy, planned(f"training.max_steps={manifest.total_steps}"))
-    with pytest.raises(CheckpointError, match=r"dataset\.content"):
+    found = manifest_for(copy, f"training.max_steps={manifest.total_steps}")
+    with pytest.raises(CheckpointError, match=r"data\.datasets"):
         with_dataset(found, {**DATA, "content": ["other"]})
 
 

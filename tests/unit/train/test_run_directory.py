@@ -13,20 +13,29 @@ from mythos_ds.io import write_atomic
 from mythos_ds.provenance import package_versions
 from mythos_ds.train.lr_schedule import PlannedLength
 from mythos_ds.train.run_directory import RunDirectory, another_layout_note, default_run_directory
-from mythos_ds.train.run_manifest import Phase, continue_manifest, new_manifest, with_dataset
+from mythos_ds.train import run_changes
+from mythos_ds.train.run_changes import RunNames, continue_manifest
+from mythos_ds.train.run_manifest import Phase, new_manifest
 
 IDENTITY = {"content": ["0f"], "tokenizer": "abc"}
+
+
+NAMES = RunNames("tiny.json", frozenset(), "runs/tiny", "runs/tiny/config.resolved.json")
 
 
 def planned(*overrides):
     """What the configuration of a start asks for, before its data is opened."""
     config = load_config("tiny", ["training.warmup_steps=2", *overrides]).config
-    return new_manifest(resolve(config, 2))
+    return ResolvedStage(None, resolve(config, 2))
+
+
+def with_dataset(manifest, identity):
+    return run_changes.with_dataset(manifest, identity, planned().run.config, NAMES)
 
 
 def manifest(*overrides):
     """A stored manifest."""
-    return with_dataset(planned(*overrides), IDENTITY)
+    return with_dataset(new_manifest(planned(*overrides).run), IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +88,7 @@ def test_a_fresh_start_in_another_layout_says_where_the_run_is(tmp_path, monkeyp
 
 def test_manifest_survives_the_file(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    written = continue_manifest(manifest("training.max_steps=20"), planned("training.max_steps=30"), 12)
+    written = continue_manifest(manifest("training.max_steps=20"), planned("training.max_steps=30"), 12, NAMES)
     run.write_manifest(written)
     assert run.read_manifest() == written
     content = json.loads(run.manifest.read_text())
@@ -88,13 +97,13 @@ def test_manifest_survives_the_file(tmp_path):
 
 def test_same_length_keeps_the_phases():
     first = manifest("training.max_steps=20")
-    assert continue_manifest(first, planned("training.max_steps=20"), 7) == first
+    assert continue_manifest(first, planned("training.max_steps=20"), 7, NAMES) == first
 
 
 def test_a_longer_run_appends_a_phase_with_its_own_seed():
     first = manifest("training.max_steps=20", "training.seed=5")
-    longer = continue_manifest(first, planned("training.max_steps=50", "training.seed=5"), 20)
-    longest = continue_manifest(longer, planned("training.max_steps=60", "training.seed=5"), 33)
+    longer = continue_manifest(first, planned("training.max_steps=50", "training.seed=5"), 20, NAMES)
+    longest = continue_manifest(longer, planned("training.max_steps=60", "training.seed=5"), 33, NAMES)
     assert longest.phases == (Phase(0, 20, 5), Phase(20, 50, 6, decided_at=20), Phase(50, 60, 7, decided_at=33))
     assert [longest.phase_index(step) for step in (0, 19, 20, 49, 50, 59, 60)] == [0, 0, 1, 1, 2, 2, 2]
     assert longest.lengths == [PlannedLength(0, 20), PlannedLength(20, 50), PlannedLength(33, 60)]
@@ -102,8 +111,8 @@ def test_a_longer_run_appends_a_phase_with_its_own_seed():
 
 def test_an_extension_that_never_began_is_undone():
     first = manifest("training.max_steps=20")
-    longer = continue_manifest(first, planned("training.max_steps=100000"), 20)
-    assert continue_manifest(longer, planned("training.max_steps=20"), 20) == first
+    longer = continue_manifest(first, planned("training.max_steps=100000"), 20, NAMES)
+    assert continue_manifest(longer, planned("training.max_steps=20"), 20, NAMES) == first
 
 
 def test_one_run_holds_a_directory(tmp_path):
@@ -117,15 +126,20 @@ def test_one_run_holds_a_directory(tmp_path):
 
 def test_a_shorter_run_is_refused():
     with pytest.raises(CheckpointError, match="10 steps now, 20 when the run was started"):
-        continue_manifest(manifest("training.max_steps=20"), planned("training.max_steps=10"), 5)
+        continue_manifest(manifest("training.max_steps=20"), planned("training.max_steps=10"), 5, NAMES)
 
 
 def test_every_difference_is_named_at_once():
     changed = planned("training.seq_len=128", "model.ffn_dim=256", "training.seed=9")
     with pytest.raises(CheckpointError) as caught:
-        continue_manifest(manifest(), changed, 5)
+        continue_manifest(manifest(), changed, 5, NAMES)
     message = str(caught.value)
-    for line in ("seq_len: 128 now, 256", "model.ffn_dim: 256 now, 384", "seed: 9 now, 0"):
+    for line in (
+        "training.seq_len: 128 in tiny.json now, 256 in runs/tiny/config.resolved.json when the run was started",
+        "model.ffn_dim: 256 in tiny.json now, 384 in",
+        "training.seed: 9 in tiny.json now, 0 in",
+        "no training stage may change all of these",
+    ):
         assert line in message
 
 
@@ -136,20 +150,20 @@ def test_a_key_that_was_added_since_means_its_default():
     for key in ("no_rope_layers", "attention_biases", "norm_placement", "qk_norm_span", "rope_scaling"):
         del model[key]
     old = replace(first, pinned={**first.pinned, "model": model})
-    assert continue_manifest(old, planned(), 5).pinned == old.pinned
-    with pytest.raises(CheckpointError, match=r"model\.norm_placement: 'after' now, 'before' when"):
-        continue_manifest(old, planned("model.norm_placement=after"), 5)
+    assert continue_manifest(old, planned(), 5, NAMES).pinned == old.pinned
+    with pytest.raises(CheckpointError, match=r'model\.norm_placement: "after" in tiny.json now, "before" in'):
+        continue_manifest(old, planned("model.norm_placement=after"), 5, NAMES)
 
 
 def test_another_dataset_is_refused():
     assert with_dataset(manifest(), IDENTITY) == manifest()
-    with pytest.raises(CheckpointError, match=r"dataset\.tokenizer: 'other' now, 'abc' when the run was started"):
+    with pytest.raises(CheckpointError, match=r'data\.tokenizer: "other" now, "abc" when the run was started'):
         with_dataset(manifest(), {**IDENTITY, "tokenizer": "other"})
 
 
 def test_settings_that_do_not_change_what_is_learnt_are_free():
     changed = planned("training.lr=0.001", "monitor.log_interval=1", "training.micro_batch_size=2")
-    assert continue_manifest(manifest(), changed, 5) == manifest()
+    assert continue_manifest(manifest(), changed, 5, NAMES) == manifest()
 
 
 def test_damaged_manifest_is_a_user_error(tmp_path):
