@@ -14,7 +14,15 @@ import torch.distributed as torch_distributed
 from torch import Tensor
 
 from mythos_ds.config.resolve import resolve
-from mythos_ds.config.schema import DataConfig, DatasetConfig, ParallelConfig, RunConfig, TrainingConfig
+from mythos_ds.config.schema import (
+    BatchRamp,
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from mythos_ds.engine.build import build_engine
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
@@ -45,6 +53,12 @@ DEPTHS = ((3, 1, 2, 2, 1, 1, 3, 2), (1,) * 8, (1, 4, 2, 1, 1, 3, 2, 2), (2, 1, 1
 """Where each sequence of the global batch has its own T: those of each step, which runs as many loops as LOOPS says."""
 
 
+RAMP = {"start": 4, "increment": 2, "samples": 10}
+RAMPED = (4, 4, 6, 8)
+"""Sequences of each step of a batch that grows: whole micro-batches of the four that the last step has."""
+RAMP_ACCUMULATION = 4
+
+
 def numel(parameters: Iterable[Tensor]) -> int:
     """Numbers in parameters that ZeRO-3 cut: all of each, not this rank's part."""
     return sum(vars(parameter)["ds_numel"] for parameter in parameters)
@@ -59,6 +73,7 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
     """The run of a case: ep, stage, and optionally pp, checkpointing, optimizer, dtype, accumulation, offload,
     training, deepspeed, model."""
     pp_size, accumulation = case.get("pp", 1), case.get("accumulation", ACCUMULATION)
+    accumulation = RAMP_ACCUMULATION if case.get("ramp") else accumulation
     holders = world_size // pp_size if isinstance(pp_size, int) else pp_size[1]
     optimizer = {"optimizer": "sgd"} if case.get("optimizer") == "sgd" else {"optimizer": "adamw", "eps": 1e-6}
     losses = {"grad_clip": 0.3, "balance_loss": 1e-2, "z_loss": 1e-3, "router_bias_rate": 1e-2}
@@ -80,6 +95,7 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
             lr=1e-2,
             lr_reference_dim=16,
             dtype=case.get("dtype", "float32"),
+            global_batch_ramp=BatchRamp(**RAMP) if case.get("ramp") else None,
             **{**optimizer, **losses, **case.get("training", {})},
         ),
         data=DataConfig(datasets=[DatasetConfig(prefix="unused")], tokenizer="unused"),
@@ -168,19 +184,45 @@ def move_router_biases(biases: dict[str, Tensor], counts: dict[int, Tensor], rat
 
 @functools.cache
 def reference_run(
-    optimizer: str, changes: str = "{}", per_sequence: bool = False, frozen: tuple[str, ...] = ()
+    optimizer: str,
+    changes: str = "{}",
+    per_sequence: bool = False,
+    ramp: bool = False,
+    frozen: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Losses, gradient norms, final weights and router buffers of the independent single-process reference; `changes`
-    are the case's to the model, as JSON. per_sequence: it runs each sequence alone, at its depth of DEPTHS. frozen:
-    patterns of the names that are not trained."""
+    are the case's to the model, as JSON. per_sequence: it runs each sequence alone, at its depth of DEPTHS; ramp: its
+    steps have as many sequences as RAMPED says; frozen: patterns of the names that are not trained."""
     resolved = resolve(toy_run({"ep": 1, "stage": 1, "optimizer": optimizer, "model": json.loads(changes)}, 1), 1)
     training, config = resolved.config.training, resolved.config.model
     model = MythosModel(config, seed=training.seed)
     biases = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    trainer = ReferenceTrainer(
-        dict(model.named_parameters()),
+    trainer = reference_trainer(dict(model.named_parameters()), biases, config, training, frozen)
+    losses, norms = [], []
+    for step, loops in enumerate(LOOPS):
+        parts = GLOBAL_BATCH if per_sequence else RAMP_ACCUMULATION if ramp else ACCUMULATION
+        own = list(DEPTHS[step]) if per_sequence else loops
+        batches = global_batches(step, parts)[: RAMPED[step] * parts // GLOBAL_BATCH if ramp else None]
+        loss, norm = trainer.step(batches, own, GRAD_LOOPS, LEARNING_RATE[optimizer])
+        move_router_biases(biases, trainer.counts, resolved.router_bias_rate)
+        losses.append(loss)
+        norms.append(norm)
+    weights = {name: value.detach() for name, value in trainer.params.items()}
+    return {"loss": losses, "norm": norms, "weights": weights, "biases": biases}
+
+
+def reference_trainer(
+    weights: dict[str, Tensor],
+    biases: dict[str, Tensor],
+    config: ModelConfig,
+    training: TrainingConfig,
+    frozen: tuple[str, ...] = (),
+) -> ReferenceTrainer:
+    """The reference with a case's settings."""
+    return ReferenceTrainer(
+        weights,
         config,
-        optimizer=optimizer,
+        optimizer=training.optimizer,
         betas=(training.beta1, training.beta2),
         eps=training.eps,
         weight_decay=training.weight_decay,
@@ -192,16 +234,6 @@ def reference_run(
         router_bias=biases,
         frozen=lambda name: any(fnmatch(name, pattern) for pattern in frozen),
     )
-    losses, norms = [], []
-    for step, loops in enumerate(LOOPS):
-        parts = GLOBAL_BATCH if per_sequence else ACCUMULATION
-        own = list(DEPTHS[step]) if per_sequence else loops
-        loss, norm = trainer.step(global_batches(step, parts), own, GRAD_LOOPS, LEARNING_RATE[optimizer])
-        move_router_biases(biases, trainer.counts, resolved.router_bias_rate)
-        losses.append(loss)
-        norms.append(norm)
-    weights = {name: value.detach() for name, value in trainer.params.items()}
-    return {"loss": losses, "norm": norms, "weights": weights, "biases": biases}
 
 
 def largest(values: Iterable[float]) -> float:
@@ -216,11 +248,14 @@ def layouts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _layout(case: dict[str, Any]) -> dict[str, Any]:
     optimizer, accumulation = case["optimizer"], case.get("accumulation", ACCUMULATION)
-    per_sequence = case.get("per_sequence", False)
+    per_sequence, ramp = case.get("per_sequence", False), case.get("ramp", False)
+    accumulation = RAMP_ACCUMULATION if ramp else accumulation
     with opened(case) as (engine, groups):
         results = []
         for step, loops in enumerate(LOOPS):
             batches = own_batches(step, accumulation, groups)
+            if ramp:
+                batches = batches[: RAMPED[step] * accumulation // GLOBAL_BATCH]
             held, lr = batches[:1], LEARNING_RATE[optimizer]
             if per_sequence:
                 batches = with_depths(batches, DEPTHS[step], groups.layout)
@@ -229,7 +264,7 @@ def _layout(case: dict[str, Any]) -> dict[str, Any]:
         weights = full_weights(engine, groups)
         biases = everywhere({name: buffer.clone() for name, buffer in engine.module.named_buffers()})
     frozen = tuple(case.get("training", {}).get("frozen", ()))
-    expected = reference_run(optimizer, json.dumps(case.get("model", {})), per_sequence, frozen)
+    expected = reference_run(optimizer, json.dumps(case.get("model", {})), per_sequence, ramp, frozen)
     return {
         "loss": largest(abs(r.loss - x) / x for r, x in zip(results, expected["loss"], strict=True)),
         "norm": largest(abs(r.grad_norm - x) / x for r, x in zip(results, expected["norm"], strict=True)),
