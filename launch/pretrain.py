@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mythos_ds.cluster.local_processes import run_processes
-from mythos_ds.config.error_messages import did_you_mean
 from mythos_ds.config.loader import LoadedConfig, load_config
 from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.resolve import ResolvedRun, ResolvedStage, planned_world_size, resolve_stages, whole_file
 from mythos_ds.config.schema import PROCESSES
-from mythos_ds.config.training_stages import TrainingStage, is_name
+from mythos_ds.config.training_stages import TrainingStage, stages_from
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.guard import DEBUG, guarded, user_message
@@ -182,7 +181,7 @@ def plan(
 ) -> tuple[tuple[ResolvedStage, ...], list[str]]:
     """The training stages from `--stage` on, and what a proxy changes of them."""
     config = loaded.config
-    stages = loaded.stages if arguments.stage is None else stages_from(arguments.stage, loaded)
+    stages = stages_from(loaded.stages, arguments.stage, str(loaded.path))
     changes: list[str] = []
     world_size = environment.world_size
     asked = arguments.world_size if arguments.processes is None else arguments.processes
@@ -195,19 +194,6 @@ def plan(
         stages = tuple(TrainingStage(name, small) for name, small, _ in proxies)
         changes = list(dict.fromkeys(line for _, _, lines in proxies for line in lines))
     return resolve_stages(stages, world_size), changes
-
-
-def stages_from(name: str, loaded: LoadedConfig) -> tuple[TrainingStage, ...]:
-    """The stage that `--stage` names, and those after it; the whole file is it where it lists none. ConfigError."""
-    if not is_name(name):
-        raise ConfigError(f"--stage: given {name!r}; allowed: letters, digits, '.', '_', '-', beginning with a letter")
-    names = [stage.name for stage in loaded.stages]
-    if names == [None]:
-        return (TrainingStage(name, loaded.config),)
-    if name not in names:
-        hint = did_you_mean(name, [str(each) for each in names])
-        raise ConfigError(f"--stage: given {name!r}; {loaded.path} lists {', '.join(map(str, names))}{hint}")
-    return loaded.stages[names.index(name) :]
 
 
 def describe(arguments: argparse.Namespace, stages: Sequence[ResolvedStage]) -> str:

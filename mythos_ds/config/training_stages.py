@@ -6,11 +6,13 @@ null brings a default back.
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mythos_ds.config.error_messages import Problem, did_you_mean, show
 from mythos_ds.config.schema import ModelConfig, RunConfig, TrainingConfig
+from mythos_ds.errors import ConfigError
 
 STAGES = "stages"
 NAME = "name"
@@ -59,6 +61,22 @@ class StageEntry:
         if self.index == 0 and not _is_given(self.given, key):
             return key
         return f"{STAGES}[{self.index}].{key}"
+
+
+def stages_from(stages: Sequence[TrainingStage], name: str | None, source: str) -> tuple[TrainingStage, ...]:
+    """The stages of a file from the one called `name` on, all of them for None; the file's settings under that name where
+    it lists none. Raises ConfigError for a name that it does not list, or that no stage can have."""
+    names = [stage.name for stage in stages]
+    if name is None:
+        return tuple(stages)
+    if not _is_name(name):
+        raise ConfigError(f"--stage: given {name!r}; allowed: letters, digits, '.', '_', '-', beginning with a letter")
+    if names == [None]:
+        return (TrainingStage(name, stages[0].config),)
+    if name not in names:
+        hint = did_you_mean(name, [str(each) for each in names])
+        raise ConfigError(f"--stage: given {name!r}; {source} lists {', '.join(map(str, names))}{hint}")
+    return tuple(stages[names.index(name) :])
 
 
 def unfold(raw: dict[str, Any]) -> tuple[list[StageEntry], list[Problem]]:
@@ -169,12 +187,12 @@ def _name_problems(given: dict[str, Any], index: int, before: list[str]) -> list
     key, name = f"{STAGES}[{index}].{NAME}", given.get(NAME)
     if name is None:
         return [(key, "missing; required: a word that names the stage")]
-    if not is_name(name):
+    if not _is_name(name):
         return [(key, f"{show(name)} given; allowed: letters, digits, '.', '_' and '-', beginning with a letter")]
     return [(key, f"{show(name)} names two stages; give each its own")] if name in before else []
 
 
-def is_name(name: Any) -> bool:
+def _is_name(name: Any) -> bool:
     """Whether a stage can be called so."""
     return isinstance(name, str) and len(name) <= 100 and _NAME.fullmatch(name) is not None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve_stages
+from mythos_ds.config.training_stages import stages_from
 from mythos_ds.data.batches import Batch
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import MythosError
@@ -107,7 +108,7 @@ def _start(
     environment = ProcessEnvironment.detect(os.environ)
     loaded = load_config(config, overrides)
     request = RunRequest(
-        resolve_stages(loaded.stages, environment.world_size),
+        resolve_stages(stages_from(loaded.stages, stage, config), environment.world_size),
         loaded.text,
         Path(folder),
         resume,
