@@ -321,9 +321,7 @@ def pretrain(
     from mythos_ds.train.run import RunRequest, train
 
     argv = ("mythos_ds.pretrain", *overrides)
-    request = RunRequest(
-        stages, loaded.text, folder, str(resume), argv, share=share, config_file=str(loaded.path)
-    )
+    request = RunRequest(stages, loaded.text, folder, str(resume), argv, share=share, config_file=str(loaded.path))
     from mythos_ds.conversion.starting_weights import open_starting_weights
 
     train(request, environment, open_weights=open_starting_weights, callbacks=callbacks)

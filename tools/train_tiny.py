@@ -53,9 +53,7 @@ def work(arguments: Namespace) -> None:
     loaded = load_config("tiny", overrides)
     resolved = resolve(loaded.config, 1)
 
-    request = RunRequest(
-        (ResolvedStage(None, resolved),), loaded.text, arguments.run_dir, "auto", tuple(sys.argv[1:])
-    )
+    request = RunRequest((ResolvedStage(None, resolved),), loaded.text, arguments.run_dir, "auto", tuple(sys.argv[1:]))
     train(request, environment, callbacks=[Release(arguments)])
 
 

@@ -21,8 +21,8 @@ class TrainingState:
     """What a checkpoint holds beside the engine's tensors (weights, optimizer state and router buffers).
 
     `layout` are the facts that must be equal for DeepSpeed's files to fit; `consumed_samples` counts sequences;
-    `first_validation_loss` is that before the training stage's first step, in nats per token; `init_from` says what weights the run
-    started from (name, kind, SHA-256), None where they were random.
+    `first_validation_loss` is that before the training stage's first step, in nats per token; `init_from` says what
+    weights the run started from (name, kind, SHA-256), None where they were random.
     """
 
     step: int

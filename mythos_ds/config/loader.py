@@ -38,8 +38,7 @@ SCHEMA_FILE = "schema.json"
 class LoadedConfig:
     """A checked configuration, where it came from, and the file's text as it was read.
 
-    `stages`: the settings of each training stage, in order; one without a name where the file lists none. `config`: those
-    of the first.
+    `stages`: the settings of each training stage, in order; one without a name where the file lists none.
     """
 
     stages: tuple[TrainingStage, ...]

@@ -26,9 +26,9 @@ _STAGES = """
 ## stages
 
 A list of training stages that follow each other in one run ([stages](stages.md)): `{{"name": "long", "training":
-{{...}}, ...}}`. Each starts with the settings of the one before it, the first with the file's sections, and its entries
-override them; null brings a default back. Its own, and not inherited, are `max_steps` or `max_tokens`, which every stage
-after the first must give, and `global_batch_ramp`.
+{{...}}, ...}}`. Each starts with the settings of the one before it, the first with the file's sections, and its
+entries override them; null brings a default back. Its own, and not inherited, are `max_steps` or `max_tokens`, which
+every stage after the first must give, and `global_batch_ramp`. Allowed in a stage:
 
 * `model`: {model}; `max_loops` without LoRA only.
 * `training`: all but {fixed}.

@@ -8,6 +8,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from mythos_ds.config.error_messages import Problem, did_you_mean, show
@@ -64,8 +65,8 @@ class StageEntry:
 
 
 def stages_from(stages: Sequence[TrainingStage], name: str | None, source: str) -> tuple[TrainingStage, ...]:
-    """The stages of a file from the one called `name` on, all of them for None; the file's settings under that name where
-    it lists none. Raises ConfigError for a name that it does not list, or that no stage can have."""
+    """The stages of a file from the one called `name` on, all of them for None; the file's settings under that name
+    where it lists none. Raises ConfigError for a name that it does not list, or that no stage can have."""
     names = [stage.name for stage in stages]
     if name is None:
         return tuple(stages)
@@ -83,7 +84,9 @@ def unfold(raw: dict[str, Any]) -> tuple[list[StageEntry], list[Problem]]:
     """The entries of a file's list, and (key path, message) of each that is none."""
     listed = raw[STAGES]
     if not isinstance(listed, list) or not listed:
-        return [], [(STAGES, f"{show(listed)} given; allowed: a list of at least one {{{NAME}, {', '.join(SECTIONS)}}}")]
+        return [], [
+            (STAGES, f"{show(listed)} given; allowed: a list of at least one {{{NAME}, {', '.join(SECTIONS)}}}")
+        ]
     entries: list[StageEntry] = []
     problems: list[Problem] = []
     sections = {key: value for key, value in raw.items() if key != STAGES}
@@ -116,7 +119,9 @@ def loops_problem(before: Any, now: Any) -> str | None:
     old, new = before.get("max_loops"), now.get("max_loops")
     if old == new:
         return None
-    return f"{new} given; allowed: {old}, as before: the depth-wise LoRA (lora_rank {now['lora_rank']}) has a row per loop"
+    return (
+        f"{new} given; allowed: {old}, as before: the depth-wise LoRA (lora_rank {now['lora_rank']}) has a row per loop"
+    )
 
 
 def entry_at(raw: dict[str, Any], place: str) -> tuple[int, dict[str, Any]] | None:
@@ -134,7 +139,7 @@ def as_file(stages: list[tuple[str | None, dict[str, Any]]]) -> dict[str, Any]:
     if name is None:
         return first
     entries: list[dict[str, Any]] = [{NAME: name}]
-    for (_, before), (own, now) in zip(stages, stages[1:], strict=False):
+    for (_, before), (own, now) in pairwise(stages):
         entry: dict[str, Any] = {NAME: own}
         inherited = _merged(before, {}, first=False)
         for section in SECTIONS:

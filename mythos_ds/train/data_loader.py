@@ -1,4 +1,4 @@
-"""The batches of every optimizer step, from the datasets of the phases that the run manifest names of its training stage."""
+"""The batches of every optimizer step, from the datasets of a training stage's phases, which the run manifest names."""
 
 from collections.abc import Iterator
 from itertools import islice

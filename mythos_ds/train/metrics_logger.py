@@ -16,8 +16,8 @@ LOSS, FIRST_LOSS = "validation/loss_at_", "validation/first_loss_at_"
 
 
 def validation_history(metrics: Path, start_step: int, end_step: int) -> list[dict[str, Any]]:
-    """{"step", "losses": {loop count: nats per token}} of every evaluation that a file of metrics has of a training stage
-    between two steps; [] without the file."""
+    """{"step", "losses": {loop count: nats per token}} of every evaluation that a file of metrics has of a training
+    stage between two steps; [] without the file."""
     found: dict[int, dict[str, float]] = {}
     for values in read_lines(metrics) if metrics.is_file() else ():
         step = values["step"]
@@ -66,8 +66,8 @@ class MetricsLogger:
         self._progress.update(step, loss=loss, n_loops=n_loops)
 
     def evaluation(self, step: int, losses: dict[int, float], *, first: bool = False) -> None:
-        """Validation losses by loop count; nothing without validation. first: those of a later training stage's own text
-        before its first step, at which the stage before has ended."""
+        """Validation losses by loop count; nothing without validation. first: those of a later training stage's own
+        text before its first step, at which the stage before has ended."""
         name = FIRST_LOSS if first else LOSS
         self._write(step, {f"{name}{n_loops}": loss for n_loops, loss in losses.items()})
 

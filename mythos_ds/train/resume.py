@@ -30,10 +30,10 @@ def choose_checkpoint(
 ) -> Path | None:
     """The checkpoint to go on from, verified on all ranks; None for a fresh start.
 
-    resume: "auto" (the newest complete one of `run`), "never", or a path to a checkpoint or a run; new_stage: the training
-    stage that begins there, unless `run` has a checkpoint of it already, which is then the one. Raises CheckpointError on
-    every rank for a path without a complete checkpoint, or a start that would leave `run` with checkpoints of two
-    histories.
+    resume: "auto" (the newest complete one of `run`), "never", or a path to a checkpoint or a run; new_stage: the
+    training stage that begins there, unless `run` has a checkpoint of it already, which is then the one. Raises
+    CheckpointError on every rank for a path without a complete checkpoint, or a start that would leave `run` with
+    checkpoints of two histories.
     """
     existing = list_checkpoints(groups, run.checkpoints)
     if new_stage is not None and existing and together(groups, lambda: _has_stage(existing[0], new_stage)):
@@ -52,39 +52,40 @@ def choose_checkpoint(
 
 @dataclass(frozen=True)
 class Start:
-    """Where a start begins: the stage, by its place in the request; the manifest to follow; the checkpoint, None afresh.
-    `ended`: the stage is complete and has been evaluated, so that the next one is due."""
+    """Where a start begins: the stage, by its place in the request, and the manifest to follow. `ended`: the stage is
+    complete and has been evaluated, so that the next one is due; the place of a stage that was not asked for is -1."""
 
     index: int
     manifest: RunManifest
-    tag: Path | None
     ended: bool = False
 
 
 def where_to_start(
     tag: Path | None, stages: Sequence[ResolvedStage], names: RunNames, new_stage: str | None = None
 ) -> Start:
-    """The place of a checkpoint in the stages that are asked for, the first of which is `new_stage` where that is given.
+    """The place of a checkpoint in the stages that are asked for, of which `new_stage`, if given, is the first.
 
     Raises CheckpointError where the settings of a stage that has begun are not those of the run.
     """
     if tag is None:
         if new_stage is not None:
-            raise CheckpointError(f"--stage {new_stage}: there is no checkpoint to go on from; give --resume RUN as well")
-        return Start(0, staged_manifest(stages), None)
+            raise CheckpointError(
+                f"--stage {new_stage}: there is no checkpoint to go on from; give --resume RUN as well"
+            )
+        return Start(0, staged_manifest(stages))
     step, stored = manifest.tag_step(tag), stored_manifest(tag)
     found = stored.back_at(step)
     ended = len(found.former_stages) < len(stored.former_stages)
     known = [*(former.name for former in found.former_stages), found.stage]
     if new_stage is not None and new_stage not in known:
-        return Start(-1, found, tag, ended=True)
+        return Start(-1, found, ended=True)
     index = _place(known, stages, new_stage, names)
     for number, former in enumerate(found.former_stages[-index:] if index else ()):
         check_former(former, stages[number], number, names)
     here = continue_manifest(found, stages[index], step, names)
     here = replace(here, stages_ahead=planned_stages(stages[index + 1 :]))
     ended = ended and index + 1 < len(stages) and here.total_steps == step
-    return Start(index, here, tag, ended)
+    return Start(index, here, ended)
 
 
 def _place(known: list[str | None], stages: Sequence[ResolvedStage], new_stage: str | None, names: RunNames) -> int:
@@ -98,8 +99,8 @@ def _place(known: list[str | None], stages: Sequence[ResolvedStage], new_stage: 
             listed = ", ".join(str(each) for each in asked)
             had = ", ".join(each or FIRST for each in known)
             raise CheckpointError(
-                f"{names.config_file}: stages: {listed} given; {names.run} has trained {had}: stages that have begun keep "
-                "their names and their order, and new ones come after them (docs/stages.md)"
+                f"{names.config_file}: stages: {listed} given; {names.run} has trained {had}: stages that have begun "
+                "keep their names and their order, and new ones come after them (docs/stages.md)"
             )
     return len(known) - behind - 1
 

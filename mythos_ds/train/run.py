@@ -47,9 +47,9 @@ _logger = log.get_logger(__name__)
 @dataclass(frozen=True)
 class RunRequest:
     """What a command line asks for. `stages`: the training stages, in order; `source_text`: the file as it was read, of
-    the name `config_file`; `resume`: "auto", "never" or a path; `allow_pickle`: execute what a checkpoint's files contain;
-    `share`: files for all whom the umask lets read them, not for the owner's group at most; `new_stage`: the name of the
-    first of `stages`, where it begins at the checkpoint that `resume` names."""
+    the name `config_file`; `resume`: "auto", "never" or a path; `allow_pickle`: execute what a checkpoint's files
+    contain; `share`: files for all whom the umask lets read them, not for the owner's group at most; `new_stage`: the
+    name of the first of `stages`, where it begins at the checkpoint that `resume` names."""
 
     stages: tuple[ResolvedStage, ...]
     source_text: str
@@ -116,8 +116,8 @@ def _train(
     adapt: Adapt | None,
     callbacks: Sequence[Callback],
 ) -> RunSummary:
-    """One training stage after the other, each with an engine of its own; all but the first load the checkpoint that the
-    one before left, whether they follow it in this process or not."""
+    """One training stage after the other, each with an engine of its own; all but the first load the checkpoint that
+    the one before left, whether they follow it in this process or not."""
     stages, run = request.stages, RunDirectory(request.run_dir)
     claimed = together(groups, lambda: run.lock() if groups.rank == 0 else None)
     tag = choose_checkpoint(groups, run, request.resume, request.new_stage)
@@ -222,9 +222,7 @@ def _free_memory(groups: ParallelGroups) -> None:
         torch.cuda.empty_cache()
 
 
-def _require_room(
-    stages: Sequence[ResolvedStage], environment: ProcessEnvironment, groups: ParallelGroups
-) -> None:
+def _require_room(stages: Sequence[ResolvedStage], environment: ProcessEnvironment, groups: ParallelGroups) -> None:
     on_cpu = groups.device.type == "cpu"
     for stage in stages:
         require_room(stage.run, host_memory_bytes(), environment.local_world_size, on_cpu=on_cpu)

@@ -47,7 +47,7 @@ class RunNames:
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs: its key, its value now and the pinned one, and what has it now and had it then."""
+    """A setting that differs: its key, its value now and the pinned one; of data, texts that say so."""
 
     key: str
     now: Any
@@ -217,7 +217,7 @@ def _refuse(found: list[Change], config: RunConfig, names: RunNames) -> None:
             field = field.partition(".")[0]
             entry.setdefault(section, {})[field] = sections.get(section, {}).get(field)
         lines += [
-            "to go on with these as a new training stage (docs/stages.md), either change the settings back and list it,",
+            "to go on with these as a new training stage (docs/stages.md), either change the settings back and list",
             f'  "stages": [{{"name": "{FIRST}"}}, {json.dumps(entry)}]',
             f"or keep them and add --resume {names.run} --run-dir NEW --stage NAME; "
             "the stage then has this length of its own",

@@ -175,9 +175,7 @@ class RunManifest:
     def batches(self) -> BatchSchedule:
         """The global batch of each step of the stage."""
         ramp = self.pinned.get(RAMP)
-        return BatchSchedule(
-            self.pinned["global_batch_size"], None if ramp is None else BatchRamp.model_validate(ramp)
-        )
+        return BatchSchedule(self.pinned["global_batch_size"], None if ramp is None else BatchRamp.model_validate(ramp))
 
     @property
     def starting_weights(self) -> dict[str, Any] | None:

@@ -37,7 +37,7 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: completed optimizer steps, and the validation loss before the first one of its training stage."""
+    """Where a run stands: completed optimizer steps, and the validation loss before its training stage's first one."""
 
     step: int = 0
     first_loss: float | None = None

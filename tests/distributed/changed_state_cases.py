@@ -1,5 +1,5 @@
-"""What runs inside the processes of test_changed_states.py: a checkpoint goes on under settings that DeepSpeed's files depend
-on, against plain torch that starts from the tensors in the files."""
+"""What runs inside the processes of test_changed_states.py: a checkpoint goes on under settings that DeepSpeed's files
+depend on, against plain torch that starts from the tensors in the files."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mythos_ds.checkpoint.load import load_checkpoint
 from mythos_ds.checkpoint.portable import open_state
 from mythos_ds.checkpoint.save import CheckpointWriter, TrainingState, layout_of
 from mythos_ds.config.schema import CheckpointConfig
-from mythos_ds.engine.training_engine import TrainingEngine, StepResult
+from mythos_ds.engine.training_engine import StepResult, TrainingEngine
 from mythos_ds.model.parameter_roles import is_frozen
 from mythos_ds.parallel.groups import ParallelGroups
 from tests.distributed.cases import (
@@ -98,11 +98,15 @@ def _reference(
             for kind in ("exp_avg", "exp_avg_sq")
         }
         trainer._optimizer.state[value] = {"step": torch.tensor(updates), **moments}
-    expected = [_step(trainer, biases, step, engine.resolved.router_bias_rate) for step in range(BEFORE, BEFORE + AFTER)]
+    expected = [
+        _step(trainer, biases, step, engine.resolved.router_bias_rate) for step in range(BEFORE, BEFORE + AFTER)
+    ]
     return {
         "loss": largest(abs(r.loss / loss - 1) for r, (loss, _) in zip(results, expected, strict=True)),
         "norm": largest(abs(r.grad_norm / norm - 1) for r, (_, norm) in zip(results, expected, strict=True)),
-        "weight": largest((weights[name] - value.detach()).abs().max().item() for name, value in trainer.params.items()),
+        "weight": largest(
+            (weights[name] - value.detach()).abs().max().item() for name, value in trainer.params.items()
+        ),
         "buffer": largest((buffers[name] - value).abs().max().item() for name, value in biases.items()),
         "moved": largest((weights[name] - source.read(name)).abs().max().item() for name in names),
     }

@@ -1,5 +1,5 @@
-"""What runs inside the processes of test_stages.py: one run of several training stages, ended at chosen places and started
-again in the same processes, with notes of what it read and held."""
+"""What runs inside the processes of test_stages.py: one run of several training stages, ended at chosen places and
+started again in the same processes, with notes of what it read and held."""
 
 import gc
 import hashlib
@@ -65,7 +65,7 @@ class NotedLoader(TextLoader):
 
 
 def work(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each run: {folder, config, overrides, ends}; `ends` are the places where its starts end, the last goes to its end."""
+    """Each run: {folder, config, overrides, ends}; `ends` are the places where its starts end; a last goes through."""
     ParallelGroups.close = lambda self: None  # type: ignore[method-assign]  # the next start takes the same groups
     return [_run(**run) for run in runs]
 

@@ -1,5 +1,5 @@
-"""A training stage with another dtype, other frozen parameters or loops: weights and moments travel by name, and Adam goes on
-as plain torch does from the same tensors."""
+"""A training stage with another dtype, other frozen parameters or loops: weights and moments travel by name, and Adam
+goes on as plain torch does from the same tensors."""
 
 from pathlib import Path
 from typing import Any

@@ -27,9 +27,9 @@ from mythos_ds.config.resolve import ResolvedStage, resolve
 from mythos_ds.data.datasets import build_datasets, prepare_index_cache
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.mains import run_tool
-from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.train.resume import names_of
 from mythos_ds.train.run_changes import continue_manifest
+from mythos_ds.train.run_directory import RunDirectory
 from tests.fuzz import artefacts, mutators
 from tests.fuzz.mutators import Mutation
 from tests.helpers.mains import load_main

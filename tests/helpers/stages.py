@@ -54,7 +54,8 @@ def three_stages(folder: Path, **training: Any) -> Path:
                              "decay_fraction": None},
                 "data": {
                     "datasets": [
-                        {"prefix": str(folder / "first"), "weight": 1.0}, {"prefix": str(folder / "second"), "weight": 3.0}
+                        {"prefix": str(folder / "first"), "weight": 1.0},
+                        {"prefix": str(folder / "second"), "weight": 3.0},
                     ]
                 },
             },

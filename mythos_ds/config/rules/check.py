@@ -289,8 +289,8 @@ def _ramp_unit(training: TrainingConfig, unit: int) -> str | None:
         return f"start {ramp.start} given; {what}" + (f"; nearest: {' or '.join(nearest)}" if nearest else "")
     if ramp.increment % unit:
         fitting = [number * unit for number in divisors((size - ramp.start) // unit)]
-        below = [number for number in fitting if number < ramp.increment][-1:]
-        nearest = [str(number) for number in (*below, *[each for each in fitting if each > ramp.increment][:1])]
+        smaller = [number for number in fitting if number < ramp.increment][-1:]
+        nearest = [str(number) for number in (*smaller, *[each for each in fitting if each > ramp.increment][:1])]
         return f"increment {ramp.increment} given; {what}; nearest: {' or '.join(nearest)}"
     return None
 

@@ -118,7 +118,9 @@ def test_an_older_checkpoint_says_what_its_configuration_says(tmp_path, weights)
     copy = shutil.copytree(tag, tmp_path / "backup" / tag.name)
     found = manifest_for(copy, "training.max_steps=10")
     assert found.phases == whole.phases
-    assert found.pinned == {name: value for name, value in whole.pinned.items() if name not in ("dataset", "data_files")}
+    assert found.pinned == {
+        name: value for name, value in whole.pinned.items() if name not in ("dataset", "data_files")
+    }
     with pytest.raises(CheckpointError, match="seq_len"):
         manifest_for(copy, "training.max_steps=10", "training.seq_len=8")
     with pytest.raises(CheckpointError, match="training length"):

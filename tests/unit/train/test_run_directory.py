@@ -11,10 +11,10 @@ from mythos_ds.config.resolve import ResolvedStage, resolve
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import write_atomic
 from mythos_ds.provenance import package_versions
-from mythos_ds.train.lr_schedule import PlannedLength
-from mythos_ds.train.run_directory import RunDirectory, another_layout_note, default_run_directory
 from mythos_ds.train import run_changes
+from mythos_ds.train.lr_schedule import PlannedLength
 from mythos_ds.train.run_changes import RunNames, continue_manifest
+from mythos_ds.train.run_directory import RunDirectory, another_layout_note, default_run_directory
 from mythos_ds.train.run_manifest import Phase, new_manifest
 
 IDENTITY = {"content": ["0f"], "tokenizer": "abc"}
