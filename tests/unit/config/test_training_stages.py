@@ -99,7 +99,8 @@ def test_every_problem_of_every_stage_is_told_with_its_place(tmp_path):
 def test_an_inherited_setting_without_effect_is_told_how_to_go(tmp_path):
     stage = {"name": "anneal", "training": {"max_steps": 5, "schedule": "constant"}}
     found = problems(
-        file(tmp_path, {"name": "base"}, stage, training={"schedule": "wsd", "decay_fraction": 0.5}), "training.warmup_steps=0"
+        file(tmp_path, {"name": "base"}, stage, training={"schedule": "wsd", "decay_fraction": 0.5}),
+        "training.warmup_steps=0",
     )
     assert "stages[1].training.decay_fraction: has no effect" in found[0]
     assert found[0].endswith("write null for it in this stage")

@@ -71,3 +71,23 @@ def test_extension_of_a_finished_run_warms_up_from_where_it_ended():
     assert steps == pytest.approx([0.049] * 10)
     assert rates[110:160] == [0.5] * 50
     assert rates[199] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
+def test_a_stage_warms_up_from_the_rate_before_it(schedule):
+    """Over its own length: after the warm-up it is the schedule of a run of that length."""
+    config, lengths = training(schedule=schedule), [PlannedLength(0, 100)]
+    rates = [learning_rate(step, config, lengths, start_lr=0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 + 0.4 * (step + 1) / 10 for step in range(10)])
+    assert rates[10:] == [learning_rate(step, config, lengths) for step in range(10, 100)]
+    plain = training(schedule=schedule, warmup_steps=0)
+    assert learning_rate(0, plain, lengths, start_lr=0.1) == learning_rate(0, plain, lengths)
+
+
+def test_a_stage_that_is_extended_in_its_warm_up_goes_on_from_there():
+    config = training(schedule="constant")
+    lengths = [PlannedLength(0, 8), PlannedLength(8, 40)]
+    stood = learning_rate(7, config, lengths, start_lr=0.1)
+    assert stood == pytest.approx(0.1 + 0.4 * 0.8)
+    assert stood < learning_rate(8, config, lengths, start_lr=0.1) < 0.5
+    assert learning_rate(39, config, lengths, start_lr=0.1) == 0.5
