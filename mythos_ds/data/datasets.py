@@ -111,6 +111,13 @@ def build_datasets(
     return TokenDatasets(train, valid, request.tokenizer, request.identity())
 
 
+def check_sources(data: DataConfig, vocab_size: int) -> None:
+    """Raises DataError where the configured text and tokenizer are not here or do not fit; reads no text and writes
+    nothing. The built-in corpus is made when it is needed."""
+    if data.corpus is None:
+        _Request.resolve(data, 2, 0, 0, 0, vocab_size)
+
+
 def prepare_index_cache(
     data: DataConfig, *, seq_len: int, train_samples: int, valid_samples: int, seed: int, vocab_size: int
 ) -> Path:

@@ -136,8 +136,16 @@ def build_model(
 
 
 def freeze(model: MythosModel, resolved: ResolvedRun, groups: ParallelGroups) -> None:
-    """Takes the gradient from the parameters that `training.frozen` names. Raises ConfigError on every rank for a
-    pattern that names none of the whole model's, and where nothing is left to train."""
+    """Takes the gradient from the parameters that `training.frozen` names. Raises as `check_frozen` does."""
+    check_frozen(resolved, groups)
+    for name, parameter in model.named_parameters():
+        if is_frozen(name, resolved.config.training.frozen):
+            parameter.requires_grad_(False)
+
+
+def check_frozen(resolved: ResolvedRun, groups: ParallelGroups) -> None:
+    """Raises ConfigError on every rank for a pattern of `training.frozen` that names none of the whole model's
+    parameters, and where nothing is left to train."""
     patterns = resolved.config.training.frozen
     if not patterns:
         return
@@ -159,9 +167,6 @@ def freeze(model: MythosModel, resolved: ResolvedRun, groups: ParallelGroups) ->
         )
     if problems:
         raise ConfigError(problems)
-    for name, parameter in model.named_parameters():
-        if is_frozen(name, patterns):
-            parameter.requires_grad_(False)
 
 
 def _idle_stages(resolved: ResolvedRun) -> list[str]:

@@ -10,8 +10,8 @@ optimizer step:
    the loss or the gradient norm is not finite; the run then ends with NumericsError.
 
 `on_save` is called once a checkpoint is complete on disk: with `checkpoint.asynchronous` between two later steps, else
-before the next one. `on_end` is called last, when the run is complete or was asked to stop, not after an error. A run of
-several training stages has another engine in each, and calls `on_end` at the end of each.
+before the next one. `on_end` is called last, when the run is complete or was asked to stop, not after an error. A run
+of several training stages has another engine in each, and calls `on_end` at the end of each.
 
 An exception in a callback ends the run as any other: a MythosError with its message and exit code 2, others with a
 traceback.

@@ -19,10 +19,11 @@ from mythos_ds.checkpoint.reshard import load_weights
 from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.resolve import ResolvedRun, ResolvedStage
 from mythos_ds.costs.start import require_room
-from mythos_ds.engine.build import Adapt, build_engine
+from mythos_ds.data.datasets import check_sources
+from mythos_ds.engine.build import Adapt, build_engine, check_frozen
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
-from mythos_ds.errors import CheckpointError, ConfigError, MythosError
+from mythos_ds.errors import CheckpointError, ConfigError, DataError, MythosError
 from mythos_ds.guard import files_of_the_group
 from mythos_ds.hardware import host_memory_bytes
 from mythos_ds.parallel.collective import on_rank_zero, together
@@ -124,6 +125,7 @@ def _train(
     names = names_of(tag, request.config_file, request.argv)
     start = together(groups, lambda: where_to_start(tag, stages, names, request.new_stage))
     index, manifest, ended = start.index, start.manifest, start.ended
+    _check_ahead(stages[index + 1 :], groups)
     starts = True
     while True:
         if ended and tag is not None:
@@ -200,7 +202,7 @@ def _begun(
     """The manifest of stage `index`, which begins at the checkpoint `tag`, where the stage of `manifest` ended."""
     step = files.tag_step(tag)
     origin = RunDirectory(tag.parent.parent)
-    if origin.root.resolve() != run.root.resolve():
+    if tag.parent == origin.checkpoints and origin.root.resolve() != run.root.resolve():
         on_rank_zero(groups, lambda: copy_metrics(origin, run))
     found: list[list[dict[str, Any]]] = []
     on_rank_zero(groups, lambda: found.append(validation_history(run.metrics, manifest.start_step, step)))
@@ -220,6 +222,18 @@ def _free_memory(groups: ParallelGroups) -> None:
     gc.collect()
     if groups.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _check_ahead(stages: Sequence[ResolvedStage], groups: ParallelGroups) -> None:
+    """Say at once what would end the run at the start of a later stage: frozen parameters that there are not are an
+    error; data that is not here is told, as it may still be under way."""
+    for stage in stages:
+        check_frozen(stage.run, groups)
+        try:
+            if groups.rank == 0:
+                check_sources(stage.run.config.data, stage.run.config.model.vocab_size)
+        except DataError as error:
+            _logger.warning("stage %s cannot begin yet: %s", stage.name, error)
 
 
 def _require_room(stages: Sequence[ResolvedStage], environment: ProcessEnvironment, groups: ParallelGroups) -> None:

@@ -44,6 +44,10 @@ def _wider(content: dict[str, Any]) -> None:
     content["model"]["ffn_dim"] = 64
 
 
+def _frozen(content: dict[str, Any]) -> None:
+    content["stages"][2]["training"]["frozen"] = ["preludes.*"]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     """One process; `old` is a run without stages, from which the others go on."""
@@ -51,7 +55,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     three = three_stages(root)
     files = {
         change.__name__: str(changed(three, change.__name__, change))
-        for change in (_only_base, _only_long, _two, _other_base, _renamed, _wider)
+        for change in (_only_base, _only_long, _two, _other_base, _renamed, _wider, _frozen)
     }
     old, new = str(root / "old"), str(root / "new")
     second = [f'data.datasets=[{{"prefix": "{root / "second"}"}}]']
@@ -65,6 +69,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
         "again": staged,
         "without a checkpoint": {**staged, "folder": str(root / "none"), "resume": "auto"},
         "wider": {**staged, "config": files["_wider"], "folder": str(root / "wider")},
+        "frozen": {"folder": str(root / "frozen"), "config": files["_frozen"]},
         "appended": {"folder": old, "config": files["_two"]},
         "behind": {"folder": old, "config": files["_other_base"]},
         "renamed": {"folder": old, "config": files["_renamed"]},
@@ -126,6 +131,12 @@ def test_what_no_stage_may_do_is_told(found):
     assert message.startswith(f"stage 'long' cannot go on from {root / 'old'}:")
     assert "model.ffn_dim: 64 in" in message
     assert "seq_len" not in message
+
+
+def test_a_pattern_of_a_later_stage_is_told_at_the_start(found):
+    root, results = found
+    assert "'preludes.*' given; no parameter has such a name; did you mean 'prelude" in results["frozen"]["error"]
+    assert not (root / "frozen" / "metrics.jsonl").exists()
 
 
 def test_a_stage_that_is_behind_cannot_change(found):

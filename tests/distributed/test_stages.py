@@ -15,7 +15,7 @@ from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.train.run_manifest import RunManifest
 from tests.distributed.test_resume import checkpoint_tensors, steps_of
 from tests.helpers.distributed import run_distributed
-from tests.helpers.pretrain import metrics
+from tests.helpers.pretrain import Pretrain, metrics, run_pretrain
 from tests.helpers.stages import STEPS, three_stages
 
 WORK = "tests.distributed.stage_cases:work"
@@ -133,6 +133,29 @@ def test_metrics_go_on_over_the_stages(few):
         (4, "validation/first_loss_at_3"),
         (8, "validation/first_loss_at_3"),
     ]
+
+
+@pytest.mark.slow
+def test_killed_in_each_stage_and_at_each_boundary_it_goes_on_bitwise(tmp_path):
+    """SIGKILL of real processes, some time after a line of the metrics or a checkpoint is there."""
+    config = three_stages(tmp_path)
+    commands = {name: ["--config", str(config), "--run-dir", str(tmp_path / name)] for name in ("whole", "cut")}
+    run_pretrain(commands["whole"], nprocs=2, folder=tmp_path / "a").check()
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    for number, (step, saved) in enumerate([(3, False), (4, True), (6, False), (8, True), (10, False)]):
+        with Pretrain(commands["cut"], nprocs=2, folder=tmp_path / f"b{number}") as run:
+            run.wait_until(
+                lambda step=step, saved=saved: (
+                    (checkpoints / f"step_{step:08d}").is_dir()
+                    if saved
+                    else any(line["step"] >= step and "loss" in line for line in metrics(tmp_path / "cut"))
+                ),
+                240,
+            )
+            run.kill()
+    run_pretrain(commands["cut"], nprocs=2, folder=tmp_path / "c").check()
+    assert len((tmp_path / "cut" / "starts.jsonl").read_text().splitlines()) == 6
+    _require_equal(tmp_path)
 
 
 @pytest.mark.slow

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from mythos_ds.config.schema import DataConfig
-from mythos_ds.data.datasets import TokenDatasets, build_datasets, document_positions, prepare_index_cache
+from mythos_ds.data.datasets import (
+    TokenDatasets,
+    build_datasets,
+    check_sources,
+    document_positions,
+    prepare_index_cache,
+)
 from mythos_ds.errors import DataError
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
 
@@ -257,3 +263,16 @@ def digest_of(dataset):
 def test_megatron_is_imported_late():
     code = "import sys, mythos_ds.data.datasets, mythos_ds.data.batches; sys.exit('megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_sources_are_looked_at_without_an_index(tmp_path):
+    """What a later training stage will read is told when the run starts."""
+    workshop = Workshop(tmp_path)
+    vocab_size = workshop.tokenizer.vocab_size
+    check_sources(workshop.config(tmp_path / "cache", ("a", 1.0), ("b", 2.0)), vocab_size)
+    check_sources(DataConfig(corpus="builtin", data_dir=str(tmp_path / "none")), vocab_size)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(DataError, match="missing"):
+        check_sources(workshop.config(tmp_path, ("missing", 1.0)), vocab_size)
+    with pytest.raises(DataError, match="vocab_size"):
+        check_sources(workshop.config(tmp_path), vocab_size - 1)
