@@ -33,7 +33,11 @@ REPRESENTATIVE = [
     {**LITERAL, "optimizer": "sgd", **TIED},
 ]
 THOROUGH: dict[int, list[dict[str, Any]]] = {
-    2: [{"ep": 1, "stage": 3, "pp": 2}, {"ep": 1, "stage": 3, "pp": 2, "model": {"coda_layers": 0}}],
+    2: [
+        {"ep": 1, "stage": 3, "pp": 2},
+        {"ep": 1, "stage": 3, "pp": 2, "ramp": True},
+        {"ep": 1, "stage": 3, "pp": 2, "model": {"coda_layers": 0}},
+    ],
     3: [
         {"ep": 1, "stage": 3, "pp": 3, "accumulation": 4, "model": {"recurrent_layers": 3}},
         {"ep": 1, "stage": 3, "pp": 3, "accumulation": 8, "model": {"recurrent_layers": 3, "tie_embeddings": True}},
