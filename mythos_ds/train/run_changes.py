@@ -2,6 +2,7 @@
 message says what differs and how to make it a stage. No torch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +77,6 @@ def continue_manifest(manifest: RunManifest, stage: ResolvedStage, step: int, na
     naming every pinned value that differs, or a length below the pinned one.
     """
     wanted, manifest = new_manifest(stage.run), manifest.back_at(step)
-    _refuse(changes(manifest, wanted), stage.run.config, names)
     problems = _other_weights(manifest, wanted)
     length, planned = wanted.total_steps, manifest.total_steps - manifest.start_step
     if length < planned:
@@ -84,8 +84,7 @@ def continue_manifest(manifest: RunManifest, stage: ResolvedStage, step: int, na
             f"training length: {length} steps now, {planned} when the run was started; "
             "the sample order depends on the length: keep it, or raise it to train on"
         )
-    if problems:
-        raise CheckpointError("\n".join(["this run directory belongs to another run:", *problems]))
+    _refuse(changes(manifest, wanted), stage.run.config, names, problems)
     named = replace(manifest, stage=manifest.stage or stage.name)
     return named if length == planned else longer(named, manifest.start_step + length, step)
 
@@ -203,11 +202,12 @@ def _named(files: Any) -> str:
     return ", ".join(files) if isinstance(files, list) else str(files)
 
 
-def _refuse(found: list[Change], config: RunConfig, names: RunNames) -> None:
-    if not found:
+def _refuse(found: list[Change], config: RunConfig, names: RunNames, problems: Sequence[str] = ()) -> None:
+    """Raises CheckpointError with what has changed and the ways out, and with other `problems`."""
+    if not found and not problems:
         return
-    lines = [f"{names.run} was started with other settings:", *(change.line(names) for change in found)]
-    if all(change.may_be_staged for change in found):
+    lines = [f"{names.run} was started with other settings:", *(change.line(names) for change in found), *problems]
+    if found and all(change.may_be_staged for change in found):
         entry: dict[str, Any] = {"name": "NAME"}
         sections = config.model_dump(mode="json", exclude_unset=True)
         length = "max_steps" if config.training.max_steps is not None else "max_tokens"
@@ -223,7 +223,7 @@ def _refuse(found: list[Change], config: RunConfig, names: RunNames) -> None:
             "the stage then has this length of its own",
             "else undo the change, or give another --run-dir",
         ]
-    else:
+    elif found:
         lines.append("no training stage may change all of these: undo the change, or give another --run-dir")
     raise CheckpointError("\n".join(lines))
 

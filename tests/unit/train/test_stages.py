@@ -162,6 +162,16 @@ def test_an_unfinished_stage_is_cut_where_the_next_begins():
     assert (former.end_step, former.samples, begun.start_step) == (6, 48, 6)
 
 
+def test_a_change_with_another_length_still_says_how_to_make_it_a_stage(tmp_path):
+    tag = checkpoint(tmp_path, staged_manifest([stage(None, "training.max_steps=10")]), 10)
+    with pytest.raises(CheckpointError) as caught:
+        where_to_start(tag, [stage(None, "training.max_steps=3", "training.seq_len=512")], NAMES)
+    message = str(caught.value)
+    assert "training.seq_len: 512 in run.json now, 256 in" in message
+    assert "training length: 3 steps now, 10 when the run was started" in message
+    assert '"training": {"max_steps": 3, "seq_len": 512}}' in message
+
+
 def test_what_a_stage_cannot_change():
     other = stage("wide", "training.max_steps=5", "model.ffn_dim=256", "training.seed=7", "training.optimizer=sgd",
                   "training.beta1=null", "training.beta2=null")  # fmt: skip
