@@ -1,5 +1,6 @@
 """A file of three training stages, ended anywhere and started again, is bitwise the run that went through."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -141,16 +142,15 @@ def test_killed_in_each_stage_and_at_each_boundary_it_goes_on_bitwise(tmp_path):
     commands = {name: ["--config", str(config), "--run-dir", str(tmp_path / name)] for name in ("whole", "cut")}
     run_pretrain(commands["whole"], nprocs=2, folder=tmp_path / "a").check()
     checkpoints = tmp_path / "cut" / "checkpoints"
-    for number, (step, saved) in enumerate([(3, False), (4, True), (6, False), (8, True), (10, False)]):
+
+    def has_come_to(step: int, saved: bool) -> bool:
+        if saved:
+            return (checkpoints / f"step_{step:08d}").is_dir()
+        return any(line["step"] >= step and "loss" in line for line in metrics(tmp_path / "cut"))
+
+    for number, place in enumerate([(3, False), (4, True), (6, False), (8, True), (10, False)]):
         with Pretrain(commands["cut"], nprocs=2, folder=tmp_path / f"b{number}") as run:
-            run.wait_until(
-                lambda step=step, saved=saved: (
-                    (checkpoints / f"step_{step:08d}").is_dir()
-                    if saved
-                    else any(line["step"] >= step and "loss" in line for line in metrics(tmp_path / "cut"))
-                ),
-                240,
-            )
+            run.wait_until(functools.partial(has_come_to, *place), 240)
             run.kill()
     run_pretrain(commands["cut"], nprocs=2, folder=tmp_path / "c").check()
     assert len((tmp_path / "cut" / "starts.jsonl").read_text().splitlines()) == 6

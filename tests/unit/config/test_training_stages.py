@@ -15,7 +15,7 @@ from tests.helpers.mains import load_main
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 
 
-def file(folder: Path, *stages: dict[str, Any], **sections: Any) -> str:
+def file(folder: Path, *stages: Any, **sections: Any) -> str:
     """A run's file: tiny with a list of stages; sections: what differs from tiny."""
     content = json.loads(load_config("tiny").text)
     for section, changes in sections.items():
