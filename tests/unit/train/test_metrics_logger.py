@@ -5,6 +5,7 @@ import random
 from collections import Counter
 
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 from mythos_ds.config.schema import MonitorConfig
 from mythos_ds.monitor.tensorboard import truncate_events
@@ -12,6 +13,12 @@ from mythos_ds.train.metrics_logger import MetricsLogger
 from mythos_ds.train.run_directory import RunDirectory
 
 TOTAL, LOG, SAVE, EVALUATE = 12, 2, 3, 4
+
+
+@pytest.fixture(autouse=True)
+def names_that_sort(monkeypatch):
+    """Event files of one second are told apart by a counter of the process, whose number of digits may not change."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1_000_000))
 
 
 class Killed(Exception):
