@@ -27,11 +27,9 @@ ALTERNATIVES = (
 )
 """Settings of which one, given later, replaces the other one that was there."""
 _OWN = ("max_steps", "max_tokens", "global_batch_ramp")
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
-_ANOTHER_RUN = "it is the same in all stages of a file; another one: a file of its own with --resume OLD --run-dir NEW"
-_OUTSIDE = {
-    section: f"{_ANOTHER_RUN} --stage NAME" for section in ("parallel", "cluster", "deepspeed")
-}  # fmt: skip
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_NAMES = "letters, digits, '_' and '-', beginning with a letter"
+_OUTSIDE = ("parallel", "cluster", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def stages_from(stages: Sequence[TrainingStage], name: str | None, source: str) 
     if name is None:
         return tuple(stages)
     if not _is_name(name):
-        raise ConfigError(f"--stage: given {name!r}; allowed: letters, digits, '.', '_', '-', beginning with a letter")
+        raise ConfigError(f"--stage: given {name!r}; allowed: {_NAMES}")
     if names == [None]:
         return (TrainingStage(name, stages[0].config),)
     if name not in names:
@@ -193,7 +191,7 @@ def _name_problems(given: dict[str, Any], index: int, before: list[str]) -> list
     if name is None:
         return [(key, "missing; required: a word that names the stage")]
     if not _is_name(name):
-        return [(key, f"{show(name)} given; allowed: letters, digits, '.', '_' and '-', beginning with a letter")]
+        return [(key, f"{show(name)} given; allowed: {_NAMES}")]
     return [(key, f"{show(name)} names two stages; give each its own")] if name in before else []
 
 
@@ -207,7 +205,8 @@ def _key_problems(given: dict[str, Any], index: int) -> list[Problem]:
     for section, inside in given.items():
         at = f"{STAGES}[{index}].{section}"
         if section in _OUTSIDE:
-            problems.append((at, f"given in a stage; {_OUTSIDE[section]}"))
+            way = "a file of its own with --resume OLD --run-dir NEW --stage NAME"
+            problems.append((at, f"given in a stage; it is the same in all stages of a file; another one: {way}"))
         elif section not in (NAME, *SECTIONS):
             hint = did_you_mean(section, [NAME, *SECTIONS]) or f"; allowed here: {NAME}, {', '.join(SECTIONS)}"
             problems.append((at, f"unknown key{hint}"))
