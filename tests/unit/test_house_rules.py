@@ -53,7 +53,7 @@ LINES = {
     "monitor": 370,
     "resilience": 120,
     "parallel": 1_230,
-    "engine": 830,
+    "engine": 850,
     "checkpoint": 1_770,
     "inference": 190,
     "train": 2_100,
