@@ -391,7 +391,7 @@ def plan_run(
     Args:
         gpus: how many; those of the configuration's cluster where None, as is the next.
         gpu: h100, h200, b200, mi300x or a JSON file.
-        tokens: of the run; the configuration's where None.
+        tokens: of the run; the configuration's where None. Not with training stages, which have lengths of their own.
 
     Raises:
         ConfigError: where the layout does not fit the GPUs' number, or neither is known.
@@ -399,4 +399,4 @@ def plan_run(
     from mythos_ds.plan.run_plan import plan_config
 
     loaded = _loaded(config, overrides)
-    return plan_config(loaded.path.stem, loaded.config, gpus, gpu, tokens)
+    return plan_config(loaded.path.stem, loaded.stages, gpus, gpu, tokens)

@@ -7,25 +7,29 @@
     mythos-ds plan --config 1t.json --json parallel.ep_size=512
 
 Memory comes from the model's own code, run without data on the meta device; docs/calibration.md says how close that is.
+Of a file with training stages, what each needs and what they cost together; a layout must fit all of them.
 Times are bounds from data-sheet rates, not measurements. --gpu also takes a JSON file with the fields of a GPU.
 """
 
 import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import resolve
-from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.resolve import resolve_stages
+from mythos_ds.config.training_stages import STAGES, TrainingStage, given_file
 from mythos_ds.errors import ConfigError
 from mythos_ds.hardware import Gpu
 from mythos_ds.io import where_searched, write_atomic
 from mythos_ds.mains import run_tool
-from mythos_ds.plan.machine import machine
+from mythos_ds.plan.machine import machine, require_own_length
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mythos_ds.plan.layouts import Layout
 
 _SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -36,7 +40,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--config", required=True)
     made.add_argument("--gpus", type=int, help="default: those of the configuration's cluster")
     made.add_argument("--gpu", help="h100, h200, b200, mi300x or a JSON file; default: the cluster's")
-    made.add_argument("--tokens", help="of the run, such as 10T; default: the configuration's")
+    made.add_argument("--tokens", help="of the run, such as 10T; default: the configuration's; not with training stages")
     made.add_argument("--objective", choices=("time", "memory"), help="also rank layouts, by this")
     made.add_argument("--layouts", type=int, default=4, help="how many to rank (with --objective)")
     made.add_argument("--compare", action="store_true", help="set it beside a dense and a plain MoE model")
@@ -48,48 +52,66 @@ def parser() -> ArgumentParser:
 
 
 def work(arguments: Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides).config
+    stages = load_config(arguments.config, arguments.overrides).stages
+    configs = [stage.config for stage in stages]
     if arguments.layouts < 1:
         raise ConfigError(f"--layouts: given {arguments.layouts}; allowed: 1 or more; nearest: 1")
-    gpus, gpu = machine(config, arguments.gpus, arguments.gpu)
+    gpus, gpu = machine(configs[0], arguments.gpus, arguments.gpu)
     _require_files(arguments)
     tokens = read_tokens(arguments.tokens) if arguments.tokens else None
+    require_own_length("--tokens", arguments.tokens, stages)
     if arguments.objective is None:
-        resolve(config, gpus)
+        resolve_stages(stages, gpus)
     # Torch, which wrong arguments need not wait for.
     from rich.console import Console
 
-    from mythos_ds.plan.compare import comparison, print_comparison
     from mythos_ds.plan.layouts import examine, ranked
-    from mythos_ds.plan.report import draw, print_plan
+    from mythos_ds.plan.report import draw, print_run
     from mythos_ds.plan.run_plan import plan_numbers
 
-    others: list[Layout] = []
+    others: list[tuple[Layout, ...]] = []
     if arguments.objective is not None:
         with Console(stderr=True).status("looking at layouts"):
-            others = ranked(config, gpus, gpu, arguments.objective, most=arguments.layouts)
+            others = ranked(configs, gpus, gpu, arguments.objective, most=arguments.layouts)
     try:
-        layout = examine(config, gpus, gpu, {})
+        layouts = tuple(examine(config, gpus, gpu, {}) for config in configs)
     except ConfigError:
         if not others:
             raise
-        layout = others[0]  # the file's own layout is for another number of GPUs
-    numbers, remedy = plan_numbers(layout, config, gpus, gpu, tokens, others)
+        layouts = others[0]  # the file's own layout is for another number of GPUs
+    numbers, remedy = plan_numbers(layouts, stages, gpu, tokens, others)
     if arguments.compare:
-        numbers["comparison"] = comparison(layout.resolved)
+        add_comparison(numbers, layouts)
     if arguments.json:
         sys.stdout.write(json.dumps(numbers, indent=1) + "\n")
     else:
         console = Console()
-        print_plan(console, arguments.config, numbers)
+        print_run(console, arguments.config, numbers)
         if arguments.compare:
-            print_comparison(console, numbers["comparison"])
+            print_comparisons(console, numbers)
     if arguments.picture is not None:
         draw(arguments.config, numbers, arguments.picture)
     if arguments.write is not None:
-        kind = arguments.gpu if arguments.gpu or config.cluster is None else config.cluster.gpu
-        best = others[0] if others else layout if layout.fits(gpu) else remedy
-        write(arguments.write, config, best, gpus, gpu, kind)
+        kind = arguments.gpu if arguments.gpu or configs[0].cluster is None else configs[0].cluster.gpu
+        best = others[0] if others else layouts if numbers["fits"] else remedy
+        write(arguments.write, stages, best, gpus, gpu, kind)
+
+
+def add_comparison(numbers: dict[str, Any], layouts: "Sequence[Layout]") -> None:
+    """Sets the run beside other models, in each training stage at its own length and depth."""
+    from mythos_ds.plan.compare import comparison
+
+    for part, layout in zip(numbers.get("stages", [numbers]), layouts, strict=True):
+        part["comparison"] = comparison(layout.resolved)
+
+
+def print_comparisons(console: "Console", numbers: dict[str, Any]) -> None:
+    from mythos_ds.plan.compare import print_comparison
+
+    for part in numbers.get("stages", [numbers]):
+        if "name" in part:
+            console.print(f"\ntraining stage {part['name']}:")
+        print_comparison(console, part["comparison"])
 
 
 def read_tokens(text: str) -> float:
@@ -119,17 +141,32 @@ def _require_file(option: str, path: Path | None) -> None:
         raise ConfigError(f"{option}: given {path}; its folder does not exist{where_searched(path)}")
 
 
-def write(path: Path, config: RunConfig, chosen: "Layout | None", gpus: int, gpu: Gpu, kind: str) -> None:
+def write(
+    path: Path,
+    stages: Sequence[TrainingStage],
+    chosen: "Sequence[Layout] | None",
+    gpus: int,
+    gpu: Gpu,
+    kind: str,
+) -> None:
     """The configuration with the best layout of those that were looked at. Raises ConfigError where none fits."""
     if chosen is None:
         raise ConfigError(f"--write: nothing that was looked at fits {gpus} {gpu.name}; give --objective")
     from mythos_ds.plan.layouts import with_changes
 
-    made = with_changes(config, chosen.changes).model_dump(mode="json", exclude_unset=True)
+    made = given_file(
+        [
+            TrainingStage(stage.name, with_changes(stage.config, layout.changes))
+            for stage, layout in zip(stages, chosen, strict=True)
+        ]
+    )
+    listed = made.pop(STAGES, None)
     made.pop("cluster", None)
     per_node = min(gpus, gpu.gpus_per_node)
     if gpus % per_node == 0:
         made["cluster"] = {"gpu": kind, "nodes": gpus // per_node, "gpus_per_node": per_node}
+    if listed is not None:
+        made[STAGES] = listed
     write_atomic(path, json.dumps(made, indent=2) + "\n")
 
 

@@ -151,6 +151,22 @@ def as_file(stages: list[tuple[str | None, dict[str, Any]]]) -> dict[str, Any]:
     return {**first, STAGES: entries}
 
 
+def given_file(stages: Sequence[TrainingStage]) -> dict[str, Any]:
+    """The stages as one file, of JSON values, with the settings that were given, and no others."""
+    contents: list[tuple[str | None, dict[str, Any]]] = []
+    for stage in stages:
+        given = stage.config.model_dump(mode="json", exclude_unset=True)
+        before, whole = contents[-1][1] if contents else {}, stage.config.model_dump(mode="json")
+        for section in SECTIONS:
+            own = given.get(section)
+            if own is None or not before.get(section):
+                continue
+            # What this stage brings back to its default would else be inherited.
+            own |= {key: whole[section][key] for key in before[section] if key not in own}
+        contents.append((stage.name, given))
+    return as_file(contents)
+
+
 def _merged(sections: dict[str, Any], given: dict[str, Any], *, first: bool) -> dict[str, Any]:
     merged = copy.deepcopy(sections)
     training = merged.get("training")

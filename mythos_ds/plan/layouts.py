@@ -1,6 +1,6 @@
 """Other layouts of the same training: which fit, how fast they are, and the first change that makes a run fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import gcd
@@ -14,6 +14,8 @@ from mythos_ds.hardware import Gpu
 from mythos_ds.plan.memory import Memory, memory
 from mythos_ds.plan.timing import Timing, timing
 
+COMMON = "parallel."
+"""What settings begin with that all training stages share."""
 _MOST_STAGES = 4
 """Longer rings multiply what is kept for backwards; docs/parallelism.md."""
 
@@ -95,6 +97,28 @@ def first_remedy(config: RunConfig, gpus: int, gpu: Gpu) -> Layout | None:
     return None
 
 
+def remedied(configs: Sequence[RunConfig], gpus: int, gpu: Gpu) -> tuple[Layout, ...] | None:
+    """The layouts of all training stages with `first_remedy` of each that does not fit; what it changes of `parallel` it
+    changes in all. None where that is not enough."""
+    common: dict[str, Any] = {}
+    own: list[dict[str, Any]] = []
+    for config in configs:
+        changed = with_changes(config, common)
+        found = examine(changed, gpus, gpu, {})
+        remedy = found if found.fits(gpu) else first_remedy(changed, gpus, gpu)
+        if remedy is None:
+            return None
+        common |= {key: value for key, value in remedy.changes.items() if key.startswith(COMMON)}
+        own.append({key: value for key, value in remedy.changes.items() if not key.startswith(COMMON)})
+        if len(configs) == 1:
+            return (remedy,)
+    layouts = [
+        _examined(config, gpus, gpu, {**common, **changes}) for config, changes in zip(configs, own, strict=True)
+    ]
+    fitting = [layout for layout in layouts if layout is not None and layout.fits(gpu)]
+    return tuple(fitting) if len(fitting) == len(configs) else None
+
+
 def _examined(config: RunConfig, gpus: int, gpu: Gpu, changes: dict[str, Any]) -> Layout | None:
     try:
         return examine(config, gpus, gpu, changes)
@@ -124,37 +148,65 @@ def _savers(config: RunConfig) -> list[dict[str, Any]]:
     return [{}, offload, {**offload, "training.mean_backprop_depth": -(-depth // 2)}]
 
 
-def ranked(config: RunConfig, gpus: int, gpu: Gpu, objective: str, *, most: int) -> list[Layout]:
-    """The best layouts that fit: by time of a step as built, or by memory. Times come first, as they are quick to find;
-    memory is looked at in that order until `most` layouts fit. A layout that has no room is not tried with more."""
-    for saver in _savers(config):
+def ranked(
+    configs: Sequence[RunConfig], gpus: int, gpu: Gpu, objective: str, *, most: int
+) -> list[tuple[Layout, ...]]:
+    """The best layouts that fit every training stage, as one `Layout` of each: by time of the run as built, or by memory
+    of its fullest stage. Times come first, as they are quick to find; memory is looked at in that order until `most`
+    layouts fit. A layout that has no room is not tried with more."""
+    for number in range(len(_savers(configs[0]))):
         timed = []
-        for changes in candidates(config, gpus, gpu):
-            if objective == "memory" and changes["parallel.activation_checkpointing"] == "none":
+        for candidate in candidates(configs[0], gpus, gpu):
+            of_stages = _in_all_stages(configs, candidate, number)
+            if objective == "memory" and of_stages[0]["parallel.activation_checkpointing"] == "none":
                 continue
             try:
-                resolved = resolve(with_changes(config, {**changes, **saver}), gpus)
+                runs = [resolve(with_changes(c, changes), gpus) for c, changes in zip(configs, of_stages, strict=True)]
             except ConfigError:
                 continue
-            timed.append((timing(resolved, gpu), resolved, {**changes, **saver}))
-        timed.sort(key=lambda entry: entry[0].serial_s / entry[0].tokens_per_step)
-        found: list[Layout] = []
-        too_large: list[dict[str, Any]] = []
-        for step, resolved, changes in timed:
-            if any(_asks_more(changes, other) for other in too_large):
-                continue
-            layout = Layout(changes, resolved, memory(resolved), step)
-            if layout.fits(gpu):
-                found.append(layout)
-            else:
-                too_large.append(changes)
+            timed.append(([timing(run, gpu) for run in runs], runs, of_stages))
+        timed.sort(key=lambda entry: _mean_seconds(entry[0], entry[1]))
+        found: list[tuple[Layout, ...]] = []
+        too_large: list[tuple[int, dict[str, Any]]] = []
+        for steps, runs, of_stages in timed:
+            layouts: list[Layout] = []
+            for index, (step, run, changes) in enumerate(zip(steps, runs, of_stages, strict=True)):
+                if any(at == index and _asks_more(changes, other) for at, other in too_large):
+                    break
+                layout = Layout(changes, run, memory(run), step)
+                if not layout.fits(gpu):
+                    too_large.append((index, changes))
+                    break
+                layouts.append(layout)
+            if len(layouts) == len(configs):
+                found.append(tuple(layouts))
             if len(found) == most and objective == "time":
                 break
         if found:
             break
     if objective == "memory":
-        found.sort(key=lambda layout: layout.memory.total)
+        found.sort(key=lambda layouts: max(layout.memory.total for layout in layouts))
     return found[:most]
+
+
+def _in_all_stages(configs: Sequence[RunConfig], changes: dict[str, Any], saver: int) -> tuple[dict[str, Any], ...]:
+    """A candidate of the first training stage, with saver number `saver`, for each of them: the same `parallel`, and the
+    same factor on its own micro-batch."""
+    rows = "training.micro_batch_size"
+    made = []
+    for config in configs:
+        scaled = config.training.micro_batch_size * changes[rows] // configs[0].training.micro_batch_size
+        made.append({**changes, rows: max(1, scaled), **_savers(config)[saver]})
+    return tuple(made)
+
+
+def _mean_seconds(steps: Sequence[Timing], runs: Sequence[ResolvedRun]) -> float:
+    """Seconds per token of all stages as built."""
+    tokens = [run.total_tokens for run in runs]
+    shares = [count / sum(tokens) for count in tokens]
+    return sum(
+        step.serial_s / step.tokens_per_step * share for step, share in zip(steps, shares, strict=True)
+    )
 
 
 def _asks_more(changes: dict[str, Any], other: dict[str, Any]) -> bool:

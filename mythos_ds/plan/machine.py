@@ -1,8 +1,10 @@
 """The GPUs that a plan is for. No torch: wrong arguments need not wait for it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mythos_ds.config.schema import PROCESSES, RunConfig
+from mythos_ds.config.training_stages import STAGES, TrainingStage
 from mythos_ds.errors import ConfigError
 from mythos_ds.hardware import GPUS, Gpu, read_gpu
 
@@ -20,3 +22,10 @@ def machine(config: RunConfig, gpus: int | None, gpu: str | None) -> tuple[int, 
     if cluster is not None and found.name in GPUS:
         found = replace(found, gpus_per_node=cluster.gpus_per_node)
     return count, found
+
+
+def require_own_length(option: str, tokens: object, stages: Sequence[TrainingStage]) -> None:
+    """Raises ConfigError for tokens of the run where each of its training stages has a length of its own."""
+    if tokens is not None and stages[0].name is not None:
+        key = f"{STAGES}.{stages[0].name}.training.max_tokens"
+        raise ConfigError(f"{option}: given {tokens}; the file lists training stages; write {key}=...")

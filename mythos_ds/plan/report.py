@@ -9,7 +9,7 @@ from rich.table import Table
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
-from mythos_ds.formatting import byte_text
+from mythos_ds.formatting import byte_text, number_text
 from mythos_ds.hardware import Gpu
 from mythos_ds.plan.layouts import Layout
 from mythos_ds.plan.timing import checkpoint, costs, serving
@@ -108,17 +108,43 @@ def _kernel_share(layout: Layout) -> float:
     return done / (step.compute_s * step.peak_flops)
 
 
+def print_run(console: Console, name: str, numbers: dict[str, Any]) -> None:
+    """The plan of a run for people; of training stages first what they come to together, then each."""
+    if "stages" not in numbers:
+        print_plan(console, name, numbers)
+        return
+    parts, limit = numbers["stages"], numbers["memory_limit_bytes"]
+    fits = numbers["fits"]
+    too_large = [part["name"] for part in parts if not part["fits"]]
+    verdict = "[green]fits[/green]" if fits else f"[red]does not fit[/red] in {', '.join(too_large)}"
+    console.print(f"[bold]{name}[/bold] on {numbers['gpus']:,} {numbers['gpu']}, {len(parts)} training stages: {verdict}: "
+                  f"at most {byte_text(numbers['memory_total_bytes'])} of {byte_text(limit)} per GPU, "
+                  f"in {numbers['binding_stage']}", highlight=False)  # fmt: skip
+    if not fits:
+        _print_remedy(console, numbers)
+    console.print(_stage_table(numbers))
+    for number, part in enumerate(parts, 1):
+        console.print()
+        print_plan(console, f"training stage {number} of {len(parts)}: {part['name']}", part)
+    if numbers["layouts"]:
+        console.print(_run_layout_table(numbers))
+
+
+def _print_remedy(console: Console, numbers: dict[str, Any]) -> None:
+    console.print(f"  binds: {numbers['binding']}", highlight=False)
+    change = numbers["remedy"]
+    text = " ".join(f"{key}={value}" for key, value in change.items()) if change else "no single change is enough"
+    console.print(f"  first change that makes it fit: {text}", highlight=False)
+
+
 def print_plan(console: Console, name: str, numbers: dict[str, Any]) -> None:
-    """The plan for people."""
+    """The plan of one training stage, or of a run without, for people."""
     fits, total, limit = numbers["fits"], numbers["memory_total_bytes"], numbers["memory_limit_bytes"]
     verdict = "[green]fits[/green]" if fits else "[red]does not fit[/red]"
     console.print(f"[bold]{name}[/bold] on {numbers['gpus']:,} {numbers['gpu']}: {verdict}: "
                   f"{byte_text(total)} of {byte_text(limit)} per GPU", highlight=False)  # fmt: skip
-    if not fits:
-        console.print(f"  binds: {numbers['binding']}", highlight=False)
-        change = numbers["remedy"]
-        text = " ".join(f"{key}={value}" for key, value in change.items()) if change else "no single change is enough"
-        console.print(f"  first change that makes it fit: {text}", highlight=False)
+    if not fits and "remedy" in numbers:
+        _print_remedy(console, numbers)
     counted, cost = numbers["parameters"], numbers["flops"]
     console.print(
         f"parameters {counted['total']:,}, active {counted['active']:,} ({counted['active_share']:.1%}); "
@@ -146,8 +172,31 @@ def print_plan(console: Console, name: str, numbers: dict[str, Any]) -> None:
             f"node it would be {reach['once_per_node']:.3g}, limited to {reach['limit']} nodes {reach['limited']:.3g}",
             highlight=False,
         )
-    if numbers["layouts"]:
+    if numbers.get("layouts"):
         console.print(_layout_table(numbers))
+
+
+def _stage_table(numbers: dict[str, Any]) -> Table:
+    """Memory and length of each training stage, and the days and dollars of each and of all."""
+    labels = [cost["at"] for cost in numbers["costs"]]
+    made = _table("Training stages", "stage", "memory", "sequence", "steps", "tokens", *(f"days, {at}" for at in labels), "dollars")
+    for part in (*numbers["stages"], {**numbers, "name": "all"}):
+        found = {cost["at"]: cost for cost in part["costs"]}
+        days = (f"{found[at]['days']:,.1f}" for at in labels)
+        length = str(part["seq_len"]) if "seq_len" in part else ""
+        size = byte_text(part["memory_total_bytes"]) + ("" if part["fits"] else " does not fit")
+        cells = (size, length, f"{part['steps']:,}", number_text(part["tokens"]))
+        made.add_row(part["name"], *cells, *days, f"{found[labels[0]]['dollars']:,.0f}")
+    made.caption = f"dollars at the {labels[0]}"
+    return made
+
+
+def _run_layout_table(numbers: dict[str, Any]) -> Table:
+    made = _table("Layouts that fit every training stage", "changes", "memory", "days as built")
+    for other in numbers["layouts"]:
+        changes = " ".join(f"{key}={value}" for key, value in other["changes"].items())
+        made.add_row(changes, byte_text(other["memory_total_bytes"]), f"{other['days_as_built']:,.1f}")
+    return made
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -178,7 +227,7 @@ def _step_table(numbers: dict[str, Any]) -> Table:
 
 
 def _cost_table(numbers: dict[str, Any]) -> Table:
-    made = _table("Cost of the run", "at", "tokens/s", "days", "days per trillion tokens", "dollars")
+    made = _table("Cost of the training stage" if "name" in numbers else "Cost of the run", "at", "tokens/s", "days", "days per trillion tokens", "dollars")
     for cost in numbers["costs"]:
         cells = (f"{cost['tokens_per_s']:,.0f}", f"{cost['days']:,.1f}", f"{cost['days_per_trillion_tokens']:,.1f}")
         made.add_row(f"{cost['at']} ({cost['mfu']:.0%})", *cells, f"{cost['dollars']:,.0f}")
@@ -198,21 +247,37 @@ def draw(name: str, numbers: dict[str, Any], path: Path) -> None:
     """Memory as a stack against the device's, and the step as a bar of what takes time."""
     from matplotlib.figure import Figure
 
+    stages = numbers.get("stages", [numbers])
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    bottom = 0.0
-    for item, size in numbers["memory_bytes"].items():
-        left.bar([0], [size / 1e9], bottom=bottom, width=0.5, label=item)
-        bottom += size / 1e9
+    names: list[str] = []
+
+    def look(part: str) -> dict[str, str]:
+        """One colour for a part, and one line of the legend."""
+        label = "" if part in names else part
+        names.append(part)
+        return {"color": f"C{list(dict.fromkeys(names)).index(part) % 10}", "label": label}
+
+    for number, stage in enumerate(stages):
+        bottom = 0.0
+        for item, size in stage["memory_bytes"].items():
+            left.bar([number], [size / 1e9], bottom=bottom, width=0.5, **look(item))
+            bottom += size / 1e9
     left.axhline(numbers["memory_limit_bytes"] / 1e9, color="black", linestyle="--", label="device")
-    left.set(xlim=(-0.5, 2.2), xticks=[], ylabel="GB per GPU", title=f"{name}: memory")
+    shown = [stage["name"] for stage in stages if "name" in stage]
+    left.set(xlim=(-0.5, len(stages) + 1.2), ylabel="GB per GPU", title=f"{name}: memory")
+    left.set_xticks(range(len(shown)), shown)
     left.legend(fontsize="x-small", loc="upper right")
-    start = 0.0
-    parts = {"computation": numbers["compute_s"], **{t["name"]: t["seconds"] for t in numbers["transfers"]}}
-    for part, seconds in parts.items():
-        right.barh([0], [seconds], left=start, height=0.4, label=part)
-        start += seconds
-    right.axvline(numbers["step_bound_s"], color="black", linestyle="--", label="all hidden")
-    right.set(ylim=(-0.5, 1.5), yticks=[], xlabel="seconds per step", title="a mean step, nothing hidden")
+    names.clear()
+    for number, stage in enumerate(stages):
+        start = 0.0
+        parts = {"computation": stage["compute_s"], **{t["name"]: t["seconds"] for t in stage["transfers"]}}
+        for part, seconds in parts.items():
+            right.barh([number], [seconds], left=start, height=0.4, **look(part))
+            start += seconds
+        hidden = "" if number else "all hidden"
+        right.vlines(stage["step_bound_s"], number - 0.4, number + 0.4, color="black", linestyle="--", label=hidden)
+    right.set(ylim=(-0.5, len(stages) + 0.5), xlabel="seconds per step", title="a mean step, nothing hidden")
+    right.set_yticks(range(len(shown)), shown)
     right.legend(fontsize="x-small", loc="upper left")
     figure.savefig(path, dpi=110)

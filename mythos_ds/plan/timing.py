@@ -1,7 +1,9 @@
 """How long a step takes at best, what holds it up, and what a run costs."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
+from typing import Any
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, mean_training_depth
@@ -154,6 +156,17 @@ def costs(found: Timing, gpus: int, gpu: Gpu, tokens: float) -> tuple[Cost, ...]
         days = tokens / rate / 86400
         made.append(Cost(label, mfu, rate, days, 1e12 / rate / 86400, days * 24 * gpus * gpu.price_per_hour))
     return tuple(made)
+
+
+def run_costs(stages: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The sum over training stages of their costs as the plan says them; at a target, of those whose bounds allow it."""
+    made = []
+    for first in stages[0]:
+        same = [cost for stage in stages for cost in stage if cost["at"] == first["at"]]
+        if len(same) == len(stages):
+            sums = {name: sum(cost[name] for cost in same) for name in ("days", "dollars")}
+            made.append({"at": first["at"], **sums})
+    return made
 
 
 @dataclass(frozen=True)

@@ -249,12 +249,12 @@ def test_layouts_are_tried_with_less_where_none_fits(monkeypatch):
     one = {"training.micro_batch_size": rows, "parallel.activation_checkpointing": "loop"}
     monkeypatch.setattr(layouts, "candidates", lambda *_: [one])
     least = examine(config, 64, gpu, one)
-    assert ranked(config, 64, gpu, "time", most=1)[0].changes == one
+    assert ranked([config], 64, gpu, "time", most=1)[0][0].changes == one
     small = replace(gpu, memory_bytes=least.memory.total - 1)
-    (found,) = ranked(config, 64, small, "time", most=1)
+    ((found,),) = ranked([config], 64, small, "time", most=1)
     assert found.changes == {**one, "parallel.offload_optimizer": "cpu"}
     smaller = replace(gpu, memory_bytes=found.memory.total - 1)
-    (last,) = ranked(config, 64, smaller, "time", most=1)
+    ((last,),) = ranked([config], 64, smaller, "time", most=1)
     assert set(last.changes) == {*found.changes, "training.mean_backprop_depth"}
 
 
