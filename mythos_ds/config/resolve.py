@@ -7,6 +7,7 @@ from typing import Any
 
 from mythos_ds.config import deepspeed_section
 from mythos_ds.config.batch_ramp import BatchSchedule
+from mythos_ds.config.depth_distribution import FRESH, StageStart
 from mythos_ds.config.divisors import divisors
 from mythos_ds.config.layout import RankLayout, Stage, expert_stage_size, rows_per_micro_batch, stages_of
 from mythos_ds.config.rules import check
@@ -117,6 +118,16 @@ def resolve_stages(stages: Sequence[TrainingStage], world_size: int) -> tuple[Re
     if problems:
         raise ConfigError(problems)
     return tuple(resolved)
+
+
+def starts_of(stages: Sequence[ResolvedStage]) -> list[StageStart]:
+    """Where each of the training stages of a run begins."""
+    made = [FRESH]
+    for stage in stages[:-1]:
+        before, run = made[-1], stage.run
+        mean = run.config.model.mean_recurrence
+        made.append(StageStart(before.step + run.max_steps, before.sample + run.total_samples, mean))
+    return made
 
 
 def whole_file(stages: Sequence[ResolvedStage]) -> dict[str, Any]:

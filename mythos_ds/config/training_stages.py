@@ -202,6 +202,16 @@ def _is_given(given: dict[str, Any], key: str) -> bool:
     return (section in given and not field) or (isinstance(inside, dict) and re.split(r"[.\[]", field)[0] in inside)
 
 
+def index_of(name: str, stages: Sequence[TrainingStage], file: object) -> int:
+    """The number of the stage that the option --stage names. Raises ConfigError where the file has none of that name."""
+    names = [stage.name for stage in stages]
+    if name in names:
+        return names.index(name)
+    listed = ", ".join(each for each in names if each is not None) or "no training stages"
+    hint = did_you_mean(name, [each for each in names if each is not None])
+    raise ConfigError(f"--stage: given {name!r}; {file} lists {listed}{hint}")
+
+
 def _name_problems(given: dict[str, Any], index: int, before: list[str]) -> list[Problem]:
     key, name = f"{STAGES}[{index}].{NAME}", given.get(NAME)
     if name is None:

@@ -5,12 +5,14 @@ cannot start without its peers.
 """
 
 import functools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import prod
 from typing import Any
 
 import torch
 
+from mythos_ds.config.batch_ramp import BatchSchedule
+from mythos_ds.config.depth_distribution import FRESH, StageStart
 from mythos_ds.config.layout import Stage
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.schedule import actions_of, ring_visits
@@ -26,19 +28,24 @@ from mythos_ds.plan.traffic import traffic
 from mythos_ds.train.depth_sampler import DepthSampler
 
 
-def rehearse(resolved: ResolvedRun, rank: int, gpus_per_node: int, step: int = 0) -> dict[str, Any]:
-    """What `rank` holds, computes and sends in optimizer step `step`. Ends the process group that it pretended.
+def rehearse(
+    resolved: ResolvedRun, rank: int, gpus_per_node: int, step: int = 0, start: StageStart = FRESH
+) -> dict[str, Any]:
+    """What `rank` holds, computes and sends in optimizer step `step` of the run, which is one of the training stage that
+    began at `start`. Ends the process group that it pretended.
 
     Raises ParallelError where its modules differ from what the planner counts.
     """
     groups = pretend(resolved, rank, gpus_per_node)
     try:
-        return _describe(resolved, groups, gpus_per_node, step)
+        return _describe(resolved, groups, gpus_per_node, step, start)
     finally:
         groups.close()
 
 
-def _describe(resolved: ResolvedRun, groups: ParallelGroups, gpus_per_node: int, step: int) -> dict[str, Any]:
+def _describe(
+    resolved: ResolvedRun, groups: ParallelGroups, gpus_per_node: int, step: int, start: StageStart
+) -> dict[str, Any]:
     config, layout, stage = resolved.config, groups.layout, resolved.stages[groups.layout.stage]
     factory = MoE if layout.ep_size == 1 else functools.partial(ExpertParallelMoE, groups=groups)
     with torch.device("meta"):
@@ -46,8 +53,11 @@ def _describe(resolved: ResolvedRun, groups: ParallelGroups, gpus_per_node: int,
     held = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     _compare(held, resolved, stage, layout.ep_size)
     experts, ranks = layout.expert_range(config.model.n_experts), layout.ranks_of(layout.stage)
-    n_loops = DepthSampler.of(config).loops_at(step)
-    first = step * config.training.global_batch_size
+    n_loops = DepthSampler.of(config, start).loops_at(step)
+    batches, own = BatchSchedule.of(config.training), step - start.step
+    first, count = start.sample + batches.samples(own), batches.at(own)
+    micro_batches = resolved.gradient_accumulation_steps * count // config.training.global_batch_size
+    of_step = replace(resolved, gradient_accumulation_steps=micro_batches)
     return {
         "rank": groups.rank,
         "node": groups.rank // gpus_per_node,
@@ -63,11 +73,11 @@ def _describe(resolved: ResolvedRun, groups: ParallelGroups, gpus_per_node: int,
         "step": step,
         "n_loops": n_loops,
         "n_grad_loops": min(n_loops, resolved.mean_backprop_depth),
-        "micro_batches": resolved.gradient_accumulation_steps,
+        "micro_batches": micro_batches,
         "rows_per_micro_batch": stage.rows,
-        "samples_of_the_step": [first, first + config.training.global_batch_size - 1],
-        "actions": _actions(resolved, groups, n_loops),
-        "traffic_bytes": asdict(traffic(resolved, n_loops, layout.stage)),
+        "samples_of_the_step": [first, first + count - 1],
+        "actions": _actions(of_step, groups, n_loops),
+        "traffic_bytes": asdict(traffic(of_step, n_loops, layout.stage)),
     }
 
 
