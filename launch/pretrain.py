@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from mythos_ds.cluster.local_processes import run_processes
 from mythos_ds.config.loader import LoadedConfig, load_config
-from mythos_ds.config.proxy import make_proxy
+from mythos_ds.config.proxy import make_proxies
 from mythos_ds.config.resolve import ResolvedRun, ResolvedStage, planned_world_size, resolve_stages, whole_file
 from mythos_ds.config.schema import PROCESSES
 from mythos_ds.config.training_stages import TrainingStage, stages_from
@@ -190,9 +190,7 @@ def plan(
     elif is_plan(arguments) and environment.launcher == "python":
         world_size = 1 if arguments.proxy else planned_world_size(config)
     if arguments.proxy:
-        proxies = [(stage.name, *make_proxy(stage.config, world_size)) for stage in stages]
-        stages = tuple(TrainingStage(name, small) for name, small, _ in proxies)
-        changes = list(dict.fromkeys(line for _, _, lines in proxies for line in lines))
+        stages, changes = make_proxies(stages, world_size, loaded.stages)
     return resolve_stages(stages, world_size), changes
 
 

@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> "RunConfig":
-    """A checked configuration: of a file, or of a preset such as "tiny" or "1t".
+    """A checked configuration: of a file, or of a preset such as "tiny" or "1t"; of training stages the first one's.
 
     overrides: `section.key=value`, as on the command line. Raises ConfigError with every problem found.
     """

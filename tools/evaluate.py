@@ -4,9 +4,10 @@
     mythos-ds evaluate looped --config looped.json --sequences 32 --json losses.json
     mythos-ds evaluate runs/long --config long.json --by-position 2048
 
-The text and the length of its sequences are those of the run file, the same for every model, seed and loop count. The
-model (a folder, a run, a checkpoint or tiny) runs in one process, in fp32. --by-position tells the loss by position in
-held-out documents longer than that, whatever the length the model was trained with.
+The text and the length of its sequences are those of the run file (of its last training stage, or of --stage), the
+same for every model, seed and loop count. The model (a folder, a run, a checkpoint or tiny) runs in one process, in
+fp32. --by-position tells the loss by position in held-out documents longer than that, whatever the length the model
+was trained with.
 """
 
 import json
@@ -20,6 +21,7 @@ from mythos_ds.analysis.position_losses import long_documents, position_losses, 
 from mythos_ds.api import open_model
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.training_stages import index_of
 from mythos_ds.errors import ConfigError
 from mythos_ds.formatting import markdown_table
 from mythos_ds.io import write_atomic
@@ -32,6 +34,7 @@ def parser() -> ArgumentParser:
     made = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     made.add_argument("model", help="a model folder, a run, a checkpoint, or tiny")
     made.add_argument("--config", required=True, help="the run file or preset whose held-out text is read")
+    made.add_argument("--stage", metavar="NAME", help="the training stage whose held-out text it is; default: the last")
     made.add_argument(
         "--loops", type=int, nargs="+", help="default: 1, T, 2T and 4T for the mean of training T; by position T"
     )
@@ -45,7 +48,9 @@ def parser() -> ArgumentParser:
 
 
 def work(arguments: Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides).config
+    loaded = load_config(arguments.config, arguments.overrides)
+    number = -1 if arguments.stage is None else index_of(arguments.stage, loaded.stages, loaded.path)
+    config = loaded.stages[number].config
     model = open_model(arguments.model).float()
     if model.config.vocab_size < config.model.vocab_size:
         raise ConfigError(

@@ -1,4 +1,5 @@
-"""Builds the sample index of a run before it starts, on one machine, into data.data_dir (shared storage).
+"""Builds the sample index of a run, for all its training stages, before it starts, on one machine, into data.data_dir
+(shared storage).
 
 A run builds it itself where it is missing, while its other processes wait; for trillions of tokens that is too long.
 """
@@ -8,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import planned_world_size, resolve
+from mythos_ds.config.resolve import planned_world_size, resolve_stages
 from mythos_ds.mains import run_tool, tool_parser
 
 
@@ -22,13 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(arguments: Namespace) -> None:
     from mythos_ds.data.datasets import prepare_index_cache
     from mythos_ds.train.data_loader import dataset_arguments
-    from mythos_ds.train.run_manifest import new_manifest
+    from mythos_ds.train.run_changes import planned_manifests
 
-    config = load_config(arguments.config, arguments.overrides).config
-    resolved = resolve(config, planned_world_size(config))
-    needed = dataset_arguments(resolved, new_manifest(resolved), 0)
-    prepare_index_cache(config.data, **needed)
-    sys.stdout.write(f"index ready for {needed['train_samples']:,} training samples in {config.data.data_dir}\n")
+    loaded = load_config(arguments.config, arguments.overrides)
+    stages = resolve_stages(loaded.stages, planned_world_size(loaded.config))
+    for stage, manifest in zip(stages, planned_manifests(stages), strict=True):
+        data = stage.run.config.data
+        needed = dataset_arguments(stage.run, manifest, 0)
+        prepare_index_cache(data, **needed)
+        whose = "" if stage.name is None else f" of stage {stage.name}"
+        sys.stdout.write(f"index ready for {needed['train_samples']:,} training samples{whose} in {data.data_dir}\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import planned_world_size, resolve
+from mythos_ds.config.resolve import planned_world_size, resolve_stages
 from mythos_ds.config.schema import ClusterConfig
 from mythos_ds.errors import ConfigError
 from mythos_ds.train.run_directory import default_run_directory
@@ -98,10 +98,11 @@ class Job(ABC):
         """The file for a cluster."""
 
     def _cluster(self) -> ClusterConfig:
-        config = load_config(self.config, self.overrides).config
+        loaded = load_config(self.config, self.overrides)
+        config = loaded.config
         if config.cluster is None:
             raise ConfigError('cluster: missing; needed: {"gpu": "h100", "nodes": 16, "gpus_per_node": 8} or the like')
-        resolve(config, planned_world_size(config))
+        resolve_stages(loaded.stages, planned_world_size(config))
         return config.cluster
 
     def _arguments(self, default_run_dir: str | None = None) -> list[str]:

@@ -1,18 +1,24 @@
 """The proxy of a run: the same structure at laptop size, so that every preset can be executed."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from mythos_ds.config.batch_ramp import BatchSchedule
 from mythos_ds.config.divisors import largest_divisor
 from mythos_ds.config.layout import PipelineSize, expert_stage_size
-from mythos_ds.config.rules.check import BUILTIN_VOCABULARY
-from mythos_ds.config.schema import DatasetConfig, ModelConfig, RunConfig
+from mythos_ds.config.rules.check import BUILTIN_VOCABULARY, steps_of
+from mythos_ds.config.schema import BatchRamp, DatasetConfig, ModelConfig, RunConfig, TrainingConfig
+from mythos_ds.config.training_stages import STAGES, TrainingStage
 
 DIM = 64
+MAX_SEQ_LEN = 1024
+"""A step of longer sequences takes minutes."""
 EXPERTS = 32
 SEQ_LEN = 64
 HEADS = 4
 STEPS = 20
+"""Of the whole run."""
 _MLA_WIDTHS = {
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
@@ -24,19 +30,38 @@ _LORA_RANK = 4
 _ACCUMULATION = 2
 
 
-def make_proxy(config: RunConfig, world_size: int) -> tuple[RunConfig, list[str]]:
+def make_proxies(
+    stages: Sequence[TrainingStage], world_size: int, file: Sequence[TrainingStage]
+) -> tuple[tuple[TrainingStage, ...], list[str]]:
+    """`make_proxy` of some of the training stages of a file, all of which take about STEPS steps together; one line per
+    changed setting, which names the stage where that differs from the one before it."""
+    made: list[TrainingStage] = []
+    told: list[str] = []
+    for stage in stages:
+        small, lines = make_proxy(stage.config, world_size, file[0].config.training.seq_len, STEPS // len(file) or 1)
+        made.append(TrainingStage(stage.name, small))
+        prefix = f"proxy: {STAGES}.{stage.name}." if len(made) > 1 else "proxy: "
+        told += [line.replace("proxy: ", prefix, 1) for line in lines if line not in told]
+    return tuple(made), told
+
+
+def make_proxy(
+    config: RunConfig, world_size: int, first_seq_len: int | None = None, steps: int = STEPS
+) -> tuple[RunConfig, list[str]]:
     """A small run of the same structure on the processes at hand, and one printable line per changed setting.
 
     Kept: recurrent layers, max_loops and the depth distribution, attention type, top-k, shared experts, the
     ratio expert_dim / dim, ZeRO stage, injection, optimizer. Changed: widths, expert count, sequence length,
-    data, length; degrees of parallelism that do not fit the processes.
+    data, length; degrees of parallelism that do not fit the processes. A training stage keeps the ratio of its sequences
+    to `first_seq_len`, those of the run's first stage (None: it is the first), up to MAX_SEQ_LEN.
     """
+    share = SEQ_LEN / (first_seq_len or config.training.seq_len)
     sections = config.model_dump(exclude_unset=True)
     pp_size = _pipeline(config, world_size)
     changes: dict[str, dict[str, Any]] = {
-        "model": _model_changes(config, pp_size),
+        "model": _model_changes(config, pp_size, share),
         "parallel": _parallel_changes(config, world_size, pp_size),
-        "training": _training_changes(config, world_size, pp_size),
+        "training": _training_changes(config, world_size, pp_size, share, steps),
         "data": {"corpus": "builtin", "datasets": None, "tokenizer": None},
         "checkpoint": {"interval": 0},
         "monitor": {"log_interval": 1, "sample_tokens": 8},
@@ -68,7 +93,7 @@ def _pipeline(config: RunConfig, world_size: int) -> PipelineSize:
     return largest_divisor(fitting, asked)
 
 
-def _model_changes(config: RunConfig, pp_size: PipelineSize) -> dict[str, Any]:
+def _model_changes(config: RunConfig, pp_size: PipelineSize, share: float) -> dict[str, Any]:
     model = config.model
     layers = pp_size if isinstance(pp_size, int) else 1
     changes: dict[str, Any] = {
@@ -83,6 +108,9 @@ def _model_changes(config: RunConfig, pp_size: PipelineSize) -> dict[str, Any]:
         "expert_dim": _scaled(model.expert_dim, model.dim),
         "lora_rank": min(model.lora_rank, _LORA_RANK),
     }
+    if model.rope_scaling is not None and model.rope_scaling.original_max_position_embeddings is not None:
+        original = max(1, round(model.rope_scaling.original_max_position_embeddings * share))
+        changes["rope_scaling"] = model.rope_scaling.model_copy(update={"original_max_position_embeddings": original})
     if model.no_rope_layers:
         changes["no_rope_layers"] = _without_rope(model, layers, changes["coda_layers"])
     if model.shared_expert_dim is not None:
@@ -120,9 +148,11 @@ def _parallel_changes(config: RunConfig, world_size: int, pp_size: PipelineSize)
     return {"pp_size": pp_size, "ep_size": largest_divisor(fitting, ep_size)}
 
 
-def _training_changes(config: RunConfig, world_size: int, pp_size: PipelineSize) -> dict[str, Any]:
+def _training_changes(
+    config: RunConfig, world_size: int, pp_size: PipelineSize, share: float, steps: int
+) -> dict[str, Any]:
     training, holders = config.training, expert_stage_size(pp_size, world_size)
-    steps = min(training.max_steps or STEPS, STEPS)
+    steps = min(training.max_steps or steps, steps)
     rows = 1
     if isinstance(pp_size, list):
         accumulation = len(pp_size)
@@ -132,11 +162,15 @@ def _training_changes(config: RunConfig, world_size: int, pp_size: PipelineSize)
     else:
         unit = training.micro_batch_size * world_size
         accumulation = min(_ACCUMULATION, max(1, training.global_batch_size // unit))
+    ramp = None
+    if training.global_batch_ramp is not None:
+        accumulation = 1 if pp_size == 1 else accumulation
+        ramp = _ramp(training, training.global_batch_ramp.samples, rows * holders * accumulation, steps)
     return {
-        "seq_len": SEQ_LEN,
+        "seq_len": min(MAX_SEQ_LEN, max(2, round(training.seq_len * share))),
         "micro_batch_size": rows,
-        "global_batch_size": rows * holders * accumulation,
-        "global_batch_ramp": None,
+        "global_batch_size": rows * holders * accumulation * (2 if ramp else 1),
+        "global_batch_ramp": ramp,
         "max_steps": steps,
         "max_tokens": None,
         "init_from": None,  # weights of the whole size do not fit
@@ -147,3 +181,10 @@ def _training_changes(config: RunConfig, world_size: int, pp_size: PipelineSize)
         "eval_interval": 0,
         "eval_batches": 1,
     }
+
+
+def _ramp(training: TrainingConfig, samples: int, start: int, steps: int) -> BatchRamp:
+    """From `start` to twice as many sequences, over the share of a run of `steps` that `samples` are of the whole one."""
+    whole = BatchSchedule.of(training).samples(steps_of(training))
+    share = min(1.0, samples / max(1, whole))
+    return BatchRamp(start=start, increment=start, samples=max(1, round(share * steps * start)))

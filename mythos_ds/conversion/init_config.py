@@ -19,7 +19,8 @@ from mythos_ds.weights.model_folder import CONFIG
 def init_config(
     weights: Path, like: LoadedConfig, overrides: Sequence[str] = (), *, data: Sequence[Path] = ()
 ) -> tuple[LoadedConfig, list[str]]:
-    """A run that starts from `weights` and trains as `like` does, whole, and what there is to say of it.
+    """A run that starts from `weights` and trains as `like` does, or its first training stage, and what there is to say
+    of it.
 
     Its model section is the weights' own, with every key. data: prefixes of prepared data, in place of those of `like`;
     they are read with the weights' tokenizer. Raises ConfigError with every problem of the run, and for weights that
@@ -40,7 +41,10 @@ def init_config(
         section["datasets"] = [{"prefix": str(prefix)} for prefix in data]
     if section.get("datasets") and tokenizer is not None:
         section["tokenizer"] = str(tokenizer.path)
-    return check_raw(raw, overrides, like.path), _notes(raw, weights, tokenizer)
+    notes = _notes(raw, weights, tokenizer)
+    if (first := like.stages[0].name) is not None:
+        notes.append(f"{like.path.name}: of its training stages the first, {first}, is taken; write the others anew")
+    return check_raw(raw, overrides, like.path), notes
 
 
 def _tokenizer(weights: Path) -> Tokenizer | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mythos_ds.checkpoint.manifest import list_tags
 from mythos_ds.cluster.preflight.report import Check, places
-from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.config.resolve import ResolvedRun, ResolvedStage
 from mythos_ds.config.schema import DataConfig
 from mythos_ds.config.starting_model import is_here
 from mythos_ds.costs.params import checkpoint_disk_bytes
@@ -34,15 +34,17 @@ MARKER_WAIT_S = 5.0
 CLOCK_LIMIT_S = 1.0
 
 
-def config_hash(resolved: ResolvedRun) -> str:
+def config_hash(stages: Sequence[ResolvedStage]) -> str:
     """A name of the configuration's content, whatever its file looks like."""
-    text = json.dumps(resolved.config.model_dump(mode="json"), sort_keys=True)
+    content = [(stage.name, stage.run.config.model_dump(mode="json")) for stage in stages]
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def folders(run_dir: Path, data: DataConfig) -> dict[str, Path]:
-    """The folders that all processes must share."""
-    return {"run directory": run_dir, "index cache": Path(data.data_dir)}
+def folders(run_dir: Path, stages: Sequence[ResolvedStage]) -> list[tuple[str, Path]]:
+    """The folders that all processes must share, with their names."""
+    caches = dict.fromkeys(Path(stage.run.config.data.data_dir) for stage in stages)
+    return [("run directory", run_dir), *(("index cache", cache) for cache in caches)]
 
 
 class Markers:
@@ -51,13 +53,13 @@ class Markers:
     A context manager: removes the files, and the folders that it made.
     """
 
-    def __init__(self, run_dir: Path, data: DataConfig, token: str):
+    def __init__(self, run_dir: Path, stages: Sequence[ResolvedStage], token: str):
         self.problems: list[str] = []
-        self._folders, self._token = folders(run_dir, data), token
+        self._folders, self._token = folders(run_dir, stages), token
         self._made: list[Path] = []
 
     def __enter__(self) -> "Markers":
-        for name, folder in self._folders.items():
+        for name, folder in self._folders:
             try:
                 self._make(folder)
                 marker = folder / marker_name(self._token)
@@ -67,7 +69,7 @@ class Markers:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for folder in self._folders.values():
+        for _, folder in self._folders:
             with contextlib.suppress(OSError):
                 (folder / marker_name(self._token)).unlink()
         for folder in reversed(self._made):
@@ -85,23 +87,23 @@ def marker_name(token: str) -> str:
     return f".preflight-{token}"
 
 
-def gather(resolved: ResolvedRun, run_dir: Path, token: str | None, *, write: bool) -> HostFacts:
+def gather(stages: Sequence[ResolvedStage], run_dir: Path, token: str | None, *, write: bool) -> HostFacts:
     """The calling process's facts.
 
     token: that of the markers to look for; None where they could not be made. write: also measure the run directory's
     write speed (one process a host).
     """
-    config = resolved.config
+    training = stages[0].run.config.training
     facts: HostFacts = {
         "host": socket.gethostname(),
         "time": time.time(),
         "python": sys.executable,
         "versions": {**package_versions(), "commit": git_commit()},
-        "config": config_hash(resolved),
-        "data": [*_data_problems(config.data), *_weights_problems(config.training.init_from, run_dir)],
+        "config": config_hash(stages),
+        "data": [*_stages_data_problems(stages), *_weights_problems(training.init_from, run_dir)],
         "shared": [
             f"{name} {folder}: not shared, a file made by the first process is not seen here"
-            for name, folder in folders(run_dir, config.data).items()
+            for name, folder in folders(run_dir, stages)
             if token is not None and not _appears(folder / marker_name(token))
         ],
     }
@@ -110,6 +112,15 @@ def gather(resolved: ResolvedRun, run_dir: Path, token: str | None, *, write: bo
     if write:
         facts |= _write_speed(run_dir)
     return facts
+
+
+def _stages_data_problems(stages: Sequence[ResolvedStage]) -> list[str]:
+    """`_data_problems` of every training stage, told of the first that has them."""
+    told: dict[str, str | None] = {}
+    for stage in stages:
+        for problem in _data_problems(stage.run.config.data):
+            told.setdefault(problem, stage.name)
+    return [problem if name is None else f"stage {name}: {problem}" for problem, name in told.items()]
 
 
 def _data_problems(data: DataConfig) -> list[str]:
@@ -169,15 +180,15 @@ def _reason(error: OSError) -> str:
     return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
 
 
-def verdicts(everybody: Sequence[HostFacts], resolved: ResolvedRun) -> list[Check]:
+def verdicts(everybody: Sequence[HostFacts], stages: Sequence[ResolvedStage]) -> list[Check]:
     """Checks of all processes' facts, the first of which is the one that the others are compared with."""
     return [
         *_versions(everybody),
         _equal("configuration", "config", everybody),
         _problems("data", everybody, "data", "every dataset and the tokenizer are there"),
         _problems("shared folders", everybody, "shared", "run directory and index cache are the same storage"),
-        _disk_space(everybody, resolved),
-        _write(everybody, resolved),
+        _disk_space(everybody, stages),
+        _write(everybody, stages[0].run),
     ]
 
 
@@ -210,10 +221,10 @@ def _problems(name: str, everybody: Sequence[HostFacts], key: str, fine: str) ->
     return Check(name, False, places(found)) if found else Check(name, True, fine)
 
 
-def _disk_space(everybody: Sequence[HostFacts], resolved: ResolvedRun) -> Check:
-    """A new checkpoint is written before the oldest is removed."""
-    keep = resolved.config.checkpoint.keep
-    need = checkpoint_disk_bytes(resolved.config) * (keep + 1)
+def _disk_space(everybody: Sequence[HostFacts], stages: Sequence[ResolvedStage]) -> Check:
+    """A new checkpoint is written before the oldest is removed; the stage counts that keeps most."""
+    keep = max(stage.run.config.checkpoint.keep for stage in stages)
+    need = checkpoint_disk_bytes(stages[0].run.config) * (keep + 1)
     known = [facts for facts in everybody if "free_bytes" in facts]
     if not known:
         return Check("disk space", False, "the run directory does not exist and cannot be made")

@@ -13,7 +13,7 @@ from mythos_ds.cluster.preflight import host_facts
 from mythos_ds.cluster.preflight.report import Check, passed, places
 from mythos_ds.cluster.preflight.ssh import ask
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
+from mythos_ds.config.resolve import ResolvedRun, ResolvedStage, planned_world_size, resolve_stages
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError
 from mythos_ds.train.run_directory import default_run_directory
@@ -47,12 +47,12 @@ class Preflight:
         """Where training will write. ConfigError."""
         return self.given_run_dir or default_run_directory(load_config(self.config, self.overrides))
 
-    def resolved(self, processes: int, *, launched: bool = True) -> ResolvedRun:
-        """The configuration on so many processes, or on its own cluster where none was launched. ConfigError."""
-        config = load_config(self.config, self.overrides).config
-        return resolve(config, processes if launched else planned_world_size(config))
+    def resolved(self, processes: int, *, launched: bool = True) -> tuple[ResolvedStage, ...]:
+        """The training stages on so many processes, or on their own cluster where none was launched. ConfigError."""
+        loaded = load_config(self.config, self.overrides)
+        return resolve_stages(loaded.stages, processes if launched else planned_world_size(loaded.config))
 
-    def _resolved_here(self, environment: ProcessEnvironment) -> ResolvedRun:
+    def _resolved_here(self, environment: ProcessEnvironment) -> tuple[ResolvedStage, ...]:
         return self.resolved(environment.world_size, launched=environment.launcher != "python")
 
     def _report(self, checks: list[Check], hosts: list[str], processes: int) -> int:
@@ -67,15 +67,15 @@ class Preflight:
         """
         lines = read_hostfile(hostfile)
         processes = sum(line.slots for line in lines)
-        resolved = self.resolved(processes)
+        stages = self.resolved(processes)
         token = uuid.uuid4().hex[:12]
-        with host_facts.Markers(self.run_dir, resolved.config.data, token) as markers:
+        with host_facts.Markers(self.run_dir, stages, token) as markers:
             told = ["--facts", "-" if markers.problems else token, str(processes), *self._same_question()]
             found, reached = ask(lines, script, told, self.limit_s)
-        checks = [_layout(resolved, lines), reached]
+        checks = [_layout(stages[0].run, lines), reached]
         checks += [Check("run directory", False, places(markers.problems))] if markers.problems else []
         if found:
-            checks += host_facts.verdicts(found, resolved)
+            checks += host_facts.verdicts(found, stages)
             checks.append(host_facts.clocks([(fact["host"], fact["offset"]) for fact in found], 0.0))
         return self._report(checks, [line.host for line in lines], processes)
 
@@ -120,19 +120,21 @@ class Preflight:
     def _lead(self, meeting: "Meeting") -> int:
         processes = meeting.environment.world_size
         try:
-            resolved = self._resolved_here(meeting.environment)
+            stages = self._resolved_here(meeting.environment)
         except MythosError as error:
             self.complain(f"error: {error}")
             return _part(meeting, USER_ERROR_EXIT_CODE)
         token = uuid.uuid4().hex[:12]
         checks: list[Check] = []
-        with host_facts.Markers(self.run_dir, resolved.config.data, token) as markers:
+        with host_facts.Markers(self.run_dir, stages, token) as markers:
             checks += [Check("run directory", False, places(markers.problems))] if markers.problems else []
-            hosts = self._stages(meeting, checks, resolved, None if markers.problems else token)
+            hosts = self._looked(meeting, checks, stages, None if markers.problems else token)
         code = self._report(checks, hosts, processes)
         return _part(meeting, code)
 
-    def _stages(self, meeting: "Meeting", checks: list[Check], resolved: ResolvedRun, token: str | None) -> list[str]:
+    def _looked(
+        self, meeting: "Meeting", checks: list[Check], stages: Sequence[ResolvedStage], token: str | None
+    ) -> list[str]:
         """Appends to `checks` until a stage fails in a way that makes the next one pointless; returns the hosts."""
         from mythos_ds.cluster.preflight import devices
         from mythos_ds.cluster.preflight.rendezvous import nodes_of
@@ -141,7 +143,7 @@ class Preflight:
         if found is None:
             return ["?"]
         hosts = [fact["host"] for fact in found]
-        checks += host_facts.verdicts(found, resolved)
+        checks += host_facts.verdicts(found, stages)
         names = [f"rank {rank} ({host})" for rank, host in enumerate(hosts)]
         found = self._stage("device", True, meeting, checks)
         if found is None:
@@ -178,9 +180,9 @@ class Preflight:
         """This rank's answer; what went wrong in it is an answer too."""
         try:
             if stage == "facts":
-                resolved = self._resolved_here(meeting.environment)
+                stages = self._resolved_here(meeting.environment)
                 one_of_host = meeting.environment.local_rank == 0
-                return host_facts.gather(resolved, self.run_dir, announced or None, write=one_of_host)
+                return host_facts.gather(stages, self.run_dir, announced or None, write=one_of_host)
             return _device(meeting) if stage == "device" else _links(meeting, announced)
         except Exception as error:
             message = str(error).splitlines() or [""]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mythos_ds.api import convert
 from mythos_ds.cluster.preflight.host_facts import gather
 from mythos_ds.config.loader import LoadedConfig, load_config
-from mythos_ds.config.resolve import resolve
+from mythos_ds.config.resolve import resolve, resolve_stages
 from mythos_ds.conversion.init_config import file_text, init_config
 from mythos_ds.conversion.openmythos import openmythos_config
 from mythos_ds.conversion.starting_weights import open_starting_weights
@@ -231,7 +231,7 @@ def test_weights_that_are_not_here_matter_at_the_start_only(tmp_path):
     run = loaded(tmp_path, tmp_path / "elsewhere", **whole)
     assert run.config.model == toy_config(lora_rank=0)
     assert "elsewhere, which is not here" in dry_run_report(resolve(run.config, 1))
-    (told,) = gather(resolve(run.config, 1), tmp_path / "run", None, write=False)["data"][-1:]
+    (told,) = gather(resolve_stages(run.stages, 1), tmp_path / "run", None, write=False)["data"][-1:]
     assert "elsewhere: not there" in told
     with pytest.raises(ConfigError, match=r"training\.init_from: given .*elsewhere; no such file or folder"):
         opened(run)
