@@ -23,7 +23,7 @@ from mythos_ds.config.loader import LoadedConfig, load_config
 from mythos_ds.config.proxy import make_proxies
 from mythos_ds.config.resolve import ResolvedRun, ResolvedStage, planned_world_size, resolve_stages, whole_file
 from mythos_ds.config.schema import PROCESSES
-from mythos_ds.config.training_stages import TrainingStage, stages_from
+from mythos_ds.config.training_stages import stages_from
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ConfigError, MythosError
 from mythos_ds.guard import DEBUG, guarded, user_message

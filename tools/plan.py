@@ -40,7 +40,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--config", required=True)
     made.add_argument("--gpus", type=int, help="default: those of the configuration's cluster")
     made.add_argument("--gpu", help="h100, h200, b200, mi300x or a JSON file; default: the cluster's")
-    made.add_argument("--tokens", help="of the run, such as 10T; default: the configuration's; not with training stages")
+    made.add_argument("--tokens", help="of a run without training stages, such as 10T; default: the configuration's")
     made.add_argument("--objective", choices=("time", "memory"), help="also rank layouts, by this")
     made.add_argument("--layouts", type=int, default=4, help="how many to rank (with --objective)")
     made.add_argument("--compare", action="store_true", help="set it beside a dense and a plain MoE model")

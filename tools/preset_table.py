@@ -28,7 +28,7 @@ def main() -> int:
 def build_page() -> str:
     """The page for the presets of this checkout."""
     loaded = [(name, load_config(str(ROOT / "ds_configs" / f"{name}.json"))) for name in list_presets()]
-    return preset_page([(name, run.config, json.loads(run.text)["_about"]) for name, run in loaded])
+    return preset_page([(name, run.stages, json.loads(run.text)["_about"]) for name, run in loaded])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def parser() -> ArgumentParser:
     made.add_argument("--rank", type=int, required=True)
     made.add_argument("--gpus", type=int, help="default: those of the configuration's cluster")
     made.add_argument(
-        "--step", type=int, help="optimizer step of the run whose loops and samples are shown; default: the stage's first"
+        "--step",
+        type=int,
+        help="optimizer step of the run whose loops and samples are shown (default: the first)",
     )
     made.add_argument("--stage", metavar="NAME", help="training stage; default: the one that has --step, or the first")
     made.add_argument("--json", action="store_true")
@@ -80,9 +82,8 @@ def place(stages: Sequence[ResolvedStage], named: int | None, step: int | None) 
     last = first[named] + stages[named].run.max_steps - 1
     if not first[named] <= step <= last:
         nearest = min(max(step, first[named]), last)
-        raise ConfigError(
-            f"--step: given {step}; allowed: {first[named]} .. {last} in --stage {stages[named].name}; nearest: {nearest}"
-        )
+        allowed = f"{first[named]} .. {last} in --stage {stages[named].name}"
+        raise ConfigError(f"--step: given {step}; allowed: {allowed}; nearest: {nearest}")
     return named, step
 
 

@@ -52,8 +52,8 @@ def make_proxy(
 
     Kept: recurrent layers, max_loops and the depth distribution, attention type, top-k, shared experts, the
     ratio expert_dim / dim, ZeRO stage, injection, optimizer. Changed: widths, expert count, sequence length,
-    data, length; degrees of parallelism that do not fit the processes. A training stage keeps the ratio of its sequences
-    to `first_seq_len`, those of the run's first stage (None: it is the first), up to MAX_SEQ_LEN.
+    data, length; degrees of parallelism that do not fit the processes. A training stage keeps the ratio of its
+    sequences to `first_seq_len`, those of the run's first stage (None: it is the first), up to MAX_SEQ_LEN.
     """
     share = SEQ_LEN / (first_seq_len or config.training.seq_len)
     sections = config.model_dump(exclude_unset=True)
@@ -184,7 +184,7 @@ def _training_changes(
 
 
 def _ramp(training: TrainingConfig, samples: int, start: int, steps: int) -> BatchRamp:
-    """From `start` to twice as many sequences, over the share of a run of `steps` that `samples` are of the whole one."""
+    """From `start` to twice as many sequences, over the share of `steps` that `samples` are of the whole run's."""
     whole = BatchSchedule.of(training).samples(steps_of(training))
     share = min(1.0, samples / max(1, whole))
     return BatchRamp(start=start, increment=start, samples=max(1, round(share * steps * start)))

@@ -203,7 +203,7 @@ def _is_given(given: dict[str, Any], key: str) -> bool:
 
 
 def index_of(name: str, stages: Sequence[TrainingStage], file: object) -> int:
-    """The number of the stage that the option --stage names. Raises ConfigError where the file has none of that name."""
+    """The number of the stage that the option --stage names. Raises ConfigError where the file has none of it."""
     names = [stage.name for stage in stages]
     if name in names:
         return names.index(name)

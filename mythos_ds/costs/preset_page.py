@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.config.training_stages import TrainingStage
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
 from mythos_ds.formatting import markdown_table, number_text
@@ -39,8 +40,12 @@ def cost_row(name: str, config: RunConfig) -> list[str]:
             *(f"{number_text(size)}B" for size in caches)]  # fmt: skip
 
 
-def recipe_row(name: str, config: RunConfig) -> list[str]:
-    """How a preset is meant to be trained."""
+def recipe_rows(name: str, stages: Sequence[TrainingStage]) -> list[list[str]]:
+    """How a preset is meant to be trained, a row for each training stage."""
+    return [_recipe_row(name if stage.name is None else f"{name}: {stage.name}", stage.config) for stage in stages]
+
+
+def _recipe_row(name: str, config: RunConfig) -> list[str]:
     training, model, cluster = config.training, config.model, config.cluster
     run = resolve(config, planned_world_size(config))
     tokens = run.total_tokens
@@ -51,9 +56,10 @@ def recipe_row(name: str, config: RunConfig) -> list[str]:
             f"{run.max_steps:,}", peak, place, str(config.parallel.ep_size), number_text(cost)]  # fmt: skip
 
 
-def preset_page(presets: Sequence[tuple[str, RunConfig, str]]) -> str:
-    """docs/presets.md, from (name, configuration, what its `_about` says)."""
-    configs = [(name, config) for name, config, _ in presets]
+def preset_page(presets: Sequence[tuple[str, Sequence[TrainingStage], str]]) -> str:
+    """docs/presets.md, from (name, training stages, what its `_about` says)."""
+    configs = [(name, stages[0].config) for name, stages, _ in presets]
+    recipes = [row for name, stages, _ in presets for row in recipe_rows(name, stages)]
     depth = ", ".join(f"{name} {mean_training_depth(config):.1f}" for name, config in configs)
     about = "\n".join(f"* **{name}**: {text}" for name, _, text in presets)
     return f"""# Presets
@@ -72,14 +78,17 @@ unique parameters that one token uses, however many loops it runs.
 ## Cost of one token
 
 FLOPs are matrix products plus causal attention at the training sequence length; norms and activations are
-left out. "At mean" is the expectation over the depth distribution of training, with gradient through the last
-half of the mean loop count only, as trained; "full depth" is T = max_loops with gradient through every loop.
-Recompute is what activation checkpointing of the loops adds. The cache is exact: bfloat16, one entry per
+left out. Of training stages the first one's length counts. "At mean" is the expectation over the depth
+distribution of training, with gradient through the last half of the mean loop count only, as trained; "full depth" is
+T = max_loops with gradient through every loop. Recompute is what activation checkpointing of the loops adds. The cache is exact: bfloat16, one entry per
 (loop, layer). Expected loops after clipping: {depth}.
 
 {markdown_table(COST_HEADER, (cost_row(name, config) for name, config in configs))}
 
 ## Recipe
 
-{markdown_table(RECIPE_HEADER, (recipe_row(name, config) for name, config in configs))}
+A preset with training stages has a row for each, in order; what they read, and how the learning rate falls, is in
+its file.
+
+{markdown_table(RECIPE_HEADER, recipes)}
 """

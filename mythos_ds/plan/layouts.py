@@ -98,8 +98,8 @@ def first_remedy(config: RunConfig, gpus: int, gpu: Gpu) -> Layout | None:
 
 
 def remedied(configs: Sequence[RunConfig], gpus: int, gpu: Gpu) -> tuple[Layout, ...] | None:
-    """The layouts of all training stages with `first_remedy` of each that does not fit; what it changes of `parallel` it
-    changes in all. None where that is not enough."""
+    """The layouts of all training stages with `first_remedy` of each that does not fit; what it changes of `parallel`
+    it changes in all. None where that is not enough."""
     common: dict[str, Any] = {}
     own: list[dict[str, Any]] = []
     for config in configs:
@@ -148,12 +148,10 @@ def _savers(config: RunConfig) -> list[dict[str, Any]]:
     return [{}, offload, {**offload, "training.mean_backprop_depth": -(-depth // 2)}]
 
 
-def ranked(
-    configs: Sequence[RunConfig], gpus: int, gpu: Gpu, objective: str, *, most: int
-) -> list[tuple[Layout, ...]]:
-    """The best layouts that fit every training stage, as one `Layout` of each: by time of the run as built, or by memory
-    of its fullest stage. Times come first, as they are quick to find; memory is looked at in that order until `most`
-    layouts fit. A layout that has no room is not tried with more."""
+def ranked(configs: Sequence[RunConfig], gpus: int, gpu: Gpu, objective: str, *, most: int) -> list[tuple[Layout, ...]]:
+    """The best layouts that fit every training stage, as one `Layout` of each: by time of the run as built, or by
+    memory of its fullest stage. Times come first, as they are quick to find; memory is looked at in that order until
+    `most` layouts fit. A layout that has no room is not tried with more."""
     for number in range(len(_savers(configs[0]))):
         timed = []
         for candidate in candidates(configs[0], gpus, gpu):
@@ -169,17 +167,8 @@ def ranked(
         found: list[tuple[Layout, ...]] = []
         too_large: list[tuple[int, dict[str, Any]]] = []
         for steps, runs, of_stages in timed:
-            layouts: list[Layout] = []
-            for index, (step, run, changes) in enumerate(zip(steps, runs, of_stages, strict=True)):
-                if any(at == index and _asks_more(changes, other) for at, other in too_large):
-                    break
-                layout = Layout(changes, run, memory(run), step)
-                if not layout.fits(gpu):
-                    too_large.append((index, changes))
-                    break
-                layouts.append(layout)
-            if len(layouts) == len(configs):
-                found.append(tuple(layouts))
+            fitting = _fitting(gpu, too_large, steps, runs, of_stages)
+            found += [fitting] if fitting is not None else []
             if len(found) == most and objective == "time":
                 break
         if found:
@@ -189,9 +178,28 @@ def ranked(
     return found[:most]
 
 
+def _fitting(
+    gpu: Gpu,
+    too_large: list[tuple[int, dict[str, Any]]],
+    steps: Sequence[Timing],
+    runs: Sequence[ResolvedRun],
+    of_stages: Sequence[dict[str, Any]],
+) -> tuple[Layout, ...] | None:
+    """The layouts of all training stages, or None where one does not fit; that one is added to `too_large`."""
+    layouts: list[Layout] = []
+    for index, (step, run, changes) in enumerate(zip(steps, runs, of_stages, strict=True)):
+        if any(at == index and _asks_more(changes, other) for at, other in too_large):
+            return None
+        layouts.append(Layout(changes, run, memory(run), step))
+        if not layouts[-1].fits(gpu):
+            too_large.append((index, changes))
+            return None
+    return tuple(layouts)
+
+
 def _in_all_stages(configs: Sequence[RunConfig], changes: dict[str, Any], saver: int) -> tuple[dict[str, Any], ...]:
-    """A candidate of the first training stage, with saver number `saver`, for each of them: the same `parallel`, and the
-    same factor on its own micro-batch."""
+    """A candidate of the first training stage, with saver number `saver`, for each of them: the same `parallel`, and
+    the same factor on its own micro-batch."""
     rows = "training.micro_batch_size"
     made = []
     for config in configs:
@@ -204,9 +212,7 @@ def _mean_seconds(steps: Sequence[Timing], runs: Sequence[ResolvedRun]) -> float
     """Seconds per token of all stages as built."""
     tokens = [run.total_tokens for run in runs]
     shares = [count / sum(tokens) for count in tokens]
-    return sum(
-        step.serial_s / step.tokens_per_step * share for step, share in zip(steps, shares, strict=True)
-    )
+    return sum(step.serial_s / step.tokens_per_step * share for step, share in zip(steps, shares, strict=True))
 
 
 def _asks_more(changes: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -31,8 +31,8 @@ from mythos_ds.train.depth_sampler import DepthSampler
 def rehearse(
     resolved: ResolvedRun, rank: int, gpus_per_node: int, step: int = 0, start: StageStart = FRESH
 ) -> dict[str, Any]:
-    """What `rank` holds, computes and sends in optimizer step `step` of the run, which is one of the training stage that
-    began at `start`. Ends the process group that it pretended.
+    """What `rank` holds, computes and sends in optimizer step `step` of the run, which is one of the training stage
+    that began at `start`. Ends the process group that it pretended.
 
     Raises ParallelError where its modules differ from what the planner counts.
     """

@@ -113,13 +113,13 @@ def print_run(console: Console, name: str, numbers: dict[str, Any]) -> None:
     if "stages" not in numbers:
         print_plan(console, name, numbers)
         return
-    parts, limit = numbers["stages"], numbers["memory_limit_bytes"]
-    fits = numbers["fits"]
-    too_large = [part["name"] for part in parts if not part["fits"]]
-    verdict = "[green]fits[/green]" if fits else f"[red]does not fit[/red] in {', '.join(too_large)}"
-    console.print(f"[bold]{name}[/bold] on {numbers['gpus']:,} {numbers['gpu']}, {len(parts)} training stages: {verdict}: "
-                  f"at most {byte_text(numbers['memory_total_bytes'])} of {byte_text(limit)} per GPU, "
-                  f"in {numbers['binding_stage']}", highlight=False)  # fmt: skip
+    parts, fits = numbers["stages"], numbers["fits"]
+    too_large = ", ".join(part["name"] for part in parts if not part["fits"])
+    verdict = "[green]fits[/green]" if fits else f"[red]does not fit[/red] in {too_large}"
+    size, limit = byte_text(numbers["memory_total_bytes"]), byte_text(numbers["memory_limit_bytes"])
+    machines = f"{numbers['gpus']:,} {numbers['gpu']}, {len(parts)} training stages"
+    most = f"at most {size} of {limit} per GPU, in {numbers['binding_stage']}"
+    console.print(f"[bold]{name}[/bold] on {machines}: {verdict}: {most}", highlight=False)
     if not fits:
         _print_remedy(console, numbers)
     console.print(_stage_table(numbers))
@@ -179,7 +179,8 @@ def print_plan(console: Console, name: str, numbers: dict[str, Any]) -> None:
 def _stage_table(numbers: dict[str, Any]) -> Table:
     """Memory and length of each training stage, and the days and dollars of each and of all."""
     labels = [cost["at"] for cost in numbers["costs"]]
-    made = _table("Training stages", "stage", "memory", "sequence", "steps", "tokens", *(f"days, {at}" for at in labels), "dollars")
+    days_at = (f"days, {label}" for label in labels)
+    made = _table("Training stages", "stage", "memory", "sequence", "steps", "tokens", *days_at, "dollars")
     for part in (*numbers["stages"], {**numbers, "name": "all"}):
         found = {cost["at"]: cost for cost in part["costs"]}
         days = (f"{found[at]['days']:,.1f}" for at in labels)
@@ -227,7 +228,8 @@ def _step_table(numbers: dict[str, Any]) -> Table:
 
 
 def _cost_table(numbers: dict[str, Any]) -> Table:
-    made = _table("Cost of the training stage" if "name" in numbers else "Cost of the run", "at", "tokens/s", "days", "days per trillion tokens", "dollars")
+    title = "Cost of the training stage" if "name" in numbers else "Cost of the run"
+    made = _table(title, "at", "tokens/s", "days", "days per trillion tokens", "dollars")
     for cost in numbers["costs"]:
         cells = (f"{cost['tokens_per_s']:,.0f}", f"{cost['days']:,.1f}", f"{cost['days_per_trillion_tokens']:,.1f}")
         made.add_row(f"{cost['at']} ({cost['mfu']:.0%})", *cells, f"{cost['dollars']:,.0f}")

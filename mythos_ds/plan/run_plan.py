@@ -45,8 +45,8 @@ def plan_numbers(
     tokens: float | None,
     others: Sequence[tuple[Layout, ...]],
 ) -> tuple[dict[str, Any], tuple[Layout, ...] | None]:
-    """What the plan says of a layout, given as that of each training stage, and the first change that makes it fit where
-    it does not. tokens: of a file that lists no stages; None = those it is configured for."""
+    """What the plan says of a layout, given as that of each training stage, and the first change that makes it fit
+    where it does not. tokens: of a file that lists no stages; None = those it is configured for."""
     gpus = layouts[0].resolved.world_size
     fits = all(layout.fits(gpu) for layout in layouts)
     remedy = None if fits else remedied([stage.config for stage in stages], gpus, gpu)

@@ -159,7 +159,7 @@ def costs(found: Timing, gpus: int, gpu: Gpu, tokens: float) -> tuple[Cost, ...]
 
 
 def run_costs(stages: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The sum over training stages of their costs as the plan says them; at a target, of those whose bounds allow it."""
+    """The sums over training stages of what the plan says they cost, at the utilisations that each of them allows."""
     made = []
     for first in stages[0]:
         same = [cost for stage in stages for cost in stage if cost["at"] == first["at"]]

@@ -4,6 +4,7 @@ message says what differs and how to make it a stage. No torch."""
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from mythos_ds.config.error_messages import show
@@ -148,7 +149,7 @@ def planned_manifests(stages: Sequence[ResolvedStage]) -> list[RunManifest]:
     """The manifest at the start of each training stage of a run that goes through all of them as planned."""
     names = RunNames("the configuration", frozenset(), "the run", "the run")
     made = [staged_manifest(stages)]
-    for before, stage in zip(stages, stages[1:], strict=False):
+    for before, stage in pairwise(stages):
         training = before.run.config.training.model_dump(mode="json")
         made.append(begin_stage(made[-1], StageEnd(made[-1].total_steps, training, None, []), stage, names))
     return made

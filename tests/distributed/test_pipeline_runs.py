@@ -90,7 +90,15 @@ def test_another_cut_goes_on(runs, data, tmp_path):
 
 @pytest.mark.slow
 def test_the_proxy_of_the_largest_preset_trains(tmp_path):
-    proxy = ["--config", "1t.json", "--proxy", "parallel.pp_size=2", "training.max_steps=3", "monitor.sample_tokens=1"]
+    proxy = [
+        "--config",
+        "1t.json",
+        "--proxy",
+        "parallel.pp_size=2",
+        "training.max_steps=3",
+        "stages.anneal.training.max_steps=1",
+        "monitor.sample_tokens=1",
+    ]
     command = [*proxy, "--run-dir", str(tmp_path / "run"), f"data.data_dir={tmp_path}"]
     run_pretrain(command, nprocs=4, folder=tmp_path, timeout_s=400).check()
     losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]

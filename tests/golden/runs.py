@@ -17,10 +17,13 @@ STEPS = 20
 PROCESSES = 2
 RECORDED = ("loss", "grad_norm")
 _COMMON: dict[str, dict[str, Any]] = {
-    "training": {"dtype": "float32", "max_steps": STEPS, "warmup_steps": 2, "eval_interval": 0, "eval_batches": 1},
+    "training": {
+        "dtype": "float32", "max_steps": STEPS, "warmup_steps": 2, "eval_interval": 0, "eval_batches": 1,
+        "decay_fraction": 0.2,  # of presets with training stages the last one decays
+    },
     "checkpoint": {"interval": 0},
     "monitor": {"log_interval": 1, "tensorboard": False, "sample_prompts": [], "sample_tokens": 1},
-}
+}  # fmt: skip
 _FEW_LOOPS = {"mean_recurrence": 2, "max_loops": 8}
 """Of proxies: a step of 1t's at its own depths takes seconds."""
 TINY = "tiny"
