@@ -80,8 +80,8 @@ unique parameters that one token uses, however many loops it runs.
 FLOPs are matrix products plus causal attention at the training sequence length; norms and activations are
 left out. Of training stages the first one's length counts. "At mean" is the expectation over the depth
 distribution of training, with gradient through the last half of the mean loop count only, as trained; "full depth" is
-T = max_loops with gradient through every loop. Recompute is what activation checkpointing of the loops adds. The cache is exact: bfloat16, one entry per
-(loop, layer). Expected loops after clipping: {depth}.
+T = max_loops with gradient through every loop. Recompute is what activation checkpointing of the loops adds. The cache
+is exact: bfloat16, one entry per (loop, layer). Expected loops after clipping: {depth}.
 
 {markdown_table(COST_HEADER, (cost_row(name, config) for name, config in configs))}
 

@@ -40,7 +40,7 @@ def staged(folder: Path, long: dict[str, Any] | None = None) -> Path:
 def alone(path: Path, number: int) -> Path:
     """A stage as a file of its own, merged by hand."""
     content = json.loads(path.read_text())
-    first, long, anneal = content.pop("stages")
+    _, long, anneal = content.pop("stages")
     if number:
         del content["training"]["global_batch_ramp"]
         content["training"] |= long["training"]
@@ -136,6 +136,7 @@ def test_a_step_is_rehearsed_in_the_stage_that_has_it(tmp_path):
     stages = resolve_stages(loaded.stages, planned_world_size(loaded.config))
     assert [start.step for start in starts_of(stages)] == [0, 115, 878]
     assert starts_of(stages)[1].sample == PRETRAIN_SAMPLES
+    cases: dict[tuple[int | None, int | None], tuple[int, int]]
     cases = {(None, None): (0, 0), (None, 114): (0, 114), (None, 115): (1, 115), (None, 9999): (2, 9999)}
     cases |= {(1, None): (1, 115), (2, 900): (2, 900)}
     assert {case: REHEARSE.place(stages, *case) for case in cases} == cases
