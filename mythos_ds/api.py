@@ -242,13 +242,16 @@ def evaluate(
 
     Args:
         data: batches, each tokens int64 [batch, seq], of which each predicts the next, or {tokens, targets, positions}
-            as the trainer reads them: targets are the tokens after each. It is read once; all counts see the same.
+            as the trainer reads them: targets are the tokens after each, -100 where none counts. It is read once; all
+            counts see the same.
         loops: the mean of training where None.
 
     Raises:
         ConfigError: for a loop count below 1, or data without a token to predict.
     """
     import torch
+
+    from mythos_ds.config.schema import IGNORED_LABEL
 
     counts = [model.config.mean_recurrence] if loops is None else sorted(set(loops))
     if not counts or counts[0] < 1:
@@ -262,7 +265,7 @@ def evaluate(
         with torch.inference_mode():
             for batch in data:
                 tokens, targets, positions = _parts(batch, device)
-                predicted += targets.numel()
+                predicted += int((targets != IGNORED_LABEL).sum())
                 for count in counts:
                     logits = model(tokens, n_loops=count, positions=positions)[:, : targets.shape[1]]
                     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")

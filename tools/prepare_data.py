@@ -13,14 +13,17 @@ from mythos_ds.data.readers import ReadOptions, limited, read_hub, read_rows
 from mythos_ds.data.rows import MAX_ROW_BYTES, Row
 from mythos_ds.data.text_streams import UTF_8, checked_encoding
 from mythos_ds.errors import DataError
+from mythos_ds.io import read_bytes
 from mythos_ds.mains import counted_progress, run_tool, tool_parser
 
 EXAMPLE = """mythos-ds prepare-data docs.jsonl --tokenizer data/tokenizer.model --output data/docs
   mythos-ds prepare-data --hf HuggingFaceFW/fineweb-edu --hf-config sample-10BT --max-documents 100000 \\
-      --tokenizer data/tokenizer.model --output data/fineweb"""
+      --tokenizer data/tokenizer.model --output data/fineweb
+  mythos-ds prepare-data chats.jsonl --chat --tokenizer SmolLM2 --output data/chats"""
 
 
 _LARGEST_ROW = (1 << 31) - 2
+_KEY = "text"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_source_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--key", default="text", help="field or column that holds the text, a.b for one inside another (default: text)"
+        "--key", default=_KEY, help="field or column that holds the text, a.b for one inside another (default: text)"
     )
     parser.add_argument("--format", choices=sorted(set(FORMATS.values())), help="default: by each file's ending")
     parser.add_argument("--encoding", default=UTF_8, help="of text that is not UTF-8, such as latin-1 or utf-16")
@@ -68,6 +71,14 @@ def _add_source_arguments(parser: ArgumentParser) -> None:
         choices=("file", "paragraph"),
         default="file",
         help="a plain text file is one document (default), or one per paragraph, cut at blank lines",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="rows are conversations (forms: docs/instruction_tuning.md); the loss counts what the assistant writes",
+    )
+    parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja (default: the one beside the tokenizer)"
     )
     parser.add_argument("--hf", metavar="NAME", help="Hugging Face dataset, or a folder that save_to_disk wrote")
     parser.add_argument("--hf-config", metavar="CONFIG", help="its configuration")
@@ -90,32 +101,58 @@ def _prepare(arguments: Namespace) -> None:
             on_progress=update,
             skip_bad_rows=arguments.on_bad_row == "skip",
             break_lock=arguments.break_lock,
+            chat=arguments.chat,
+            chat_template=_template(arguments.chat_template),
         )
     sys.stdout.write(_report(arguments.output, info))
 
 
+def _template(path: Path | None) -> str | None:
+    """The content of a file. Raises DataError for one that is no text."""
+    if path is None:
+        return None
+    try:
+        text = read_bytes(path, DataError).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--chat-template {path}: not UTF-8 text ({error})") from error
+    if not text.strip():
+        raise DataError(f"--chat-template {path}: an empty file; allowed: a template in Jinja")
+    return text
+
+
+def _check_chat(arguments: Namespace) -> None:
+    """Raises DataError for an option that has no effect."""
+    if not arguments.chat and arguments.chat_template is not None:
+        raise DataError("--chat-template has no effect without --chat; add --chat, or remove it")
+    for name, default in (("key", _KEY), ("text_documents", "file")):
+        if arguments.chat and getattr(arguments, name) != default:
+            raise DataError(f"--{name.replace('_', '-')} has no effect with --chat; remove it")
+
+
 def _documents(arguments: Namespace) -> tuple[Iterator[Row], list[Path], list[str]]:
     _check_numbers(arguments)
+    _check_chat(arguments)
     if bool(arguments.inputs) == bool(arguments.hf):
         raise DataError("give either input files or --hf NAME")
-    if arguments.hf:
-        rows = read_hub(
-            arguments.hf,
-            config=arguments.hf_config,
-            split=arguments.hf_split,
-            key=arguments.key,
-            streaming=not arguments.hf_download,
-        )
-        return rows, [], [f"hf:{arguments.hf}/{arguments.hf_config or 'default'}/{arguments.hf_split}"]
-    found = find_inputs(arguments.inputs)
-    sys.stderr.write(found.report())
     options = ReadOptions(
         key=arguments.key,
         file_format=arguments.format,
         text_documents=arguments.text_documents,
         encoding=checked_encoding(arguments.encoding),
         max_row_bytes=arguments.max_row_bytes,
+        chat=arguments.chat,
     )
+    if arguments.hf:
+        rows = read_hub(
+            arguments.hf,
+            config=arguments.hf_config,
+            split=arguments.hf_split,
+            options=options,
+            streaming=not arguments.hf_download,
+        )
+        return rows, [], [f"hf:{arguments.hf}/{arguments.hf_config or 'default'}/{arguments.hf_split}"]
+    found = find_inputs(arguments.inputs)
+    sys.stderr.write(found.report())
     return read_rows(found.files, options), found.files, [path.name for path in found.files]
 
 
@@ -131,14 +168,27 @@ def _check_numbers(arguments: Namespace) -> None:
 
 
 def _report(prefix: Path, info: DatasetInfo) -> str:
+    share = info.counted_tokens / info.tokens
     rows = {
-        "documents": f"{info.documents:,} ({info.skipped_documents:,} empty ones left out)",
+        **(
+            {"chats": f"{info.documents:,}"}
+            if info.is_chat
+            else {"documents": f"{info.documents:,} ({info.skipped_documents:,} empty ones left out)"}
+        ),
         **({"bad rows": f"{info.bad_rows:,} left out"} if info.bad_rows else {}),
         "tokens": f"{info.tokens:,} (end-of-document ids included)",
         "text": f"{info.text_bytes:,} bytes, {info.text_bytes / info.tokens:.2f} per token",
         "vocabulary": f"{info.vocab_size:,} pieces, tokenizer sha256 {info.tokenizer_sha256[:12]}",
         "files": f"{prefix}.bin {info.bin_bytes:,} bytes, .idx {info.idx_bytes:,} bytes, .json",
     }
+    if info.is_chat:
+        ends = ", ".join(map(str, info.turn_ends))
+        no_end = "no special token: generation would not know where an answer ends"
+        rows |= {
+            "tokens": f"{info.tokens:,}, {share:.1%} of them the assistant's, which the loss counts",
+            "answers": f"end with {f'id {ends}' if ends else no_end}",
+            "files": f"{rows['files']}, .mask",
+        }
     examples = "".join(f"  {example}\n" for example in info.bad_row_examples)
     return "".join(f"{name:<11}{value}\n" for name, value in rows.items()) + examples
 

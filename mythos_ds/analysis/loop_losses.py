@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mythos_ds.config.schema import LOOPS, RunConfig
+from mythos_ds.config.schema import IGNORED_LABEL, LOOPS, RunConfig
 from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import build_datasets, prepare_index_cache
 from mythos_ds.data.validation import held_out
@@ -53,11 +53,13 @@ def sequence_losses(
     loops: Sequence[int],
     progress: Callable[[int], object] = lambda done: None,
 ) -> dict[int, list[float]]:
-    """The mean loss (nats per token) of each sequence after each of `loops`. `progress` takes the sequences done.
-    Raises ConfigError, see `token_losses`."""
+    """The mean loss (nats per token) of each sequence after each of `loops`: of conversations over the tokens that
+    count, times those of the sequence over those of a mean sequence, so that the mean over sequences is that over
+    tokens. `progress` takes the sequences done. Raises ConfigError, see `token_losses`, and where no token counts."""
     found: dict[int, list[float]] = {count: [] for count in sorted(set(loops))}
+    per_sequence = _targets_per_sequence(batches)
     for count, losses in token_losses(model, batches, loops, progress):
-        found[count] += losses.mean(1).tolist()
+        found[count] += (losses.sum(1) / per_sequence).tolist()
     return found
 
 
@@ -68,7 +70,8 @@ def token_losses(
     loops: Sequence[int],
     progress: Callable[[int], object] = lambda done: None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """The losses (nats) of each batch after each of `loops`, as pairs of a loop count and float64 [rows, seq].
+    """The losses (nats; 0 of tokens that do not count) of each batch after each of `loops`, as pairs of a loop count
+    and float64 [rows, seq].
 
     A sequence is looped once, up to the last of them; `progress` takes the sequences done. Raises ConfigError for a
     loop count below 1, and for a model with ACT, whose output is no state of one loop."""
@@ -91,6 +94,14 @@ def token_losses(
                 losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
                 yield loop + 1, losses.view(targets.shape).double()
         progress(len(tokens))
+
+
+def _targets_per_sequence(batches: Sequence[Batch]) -> float:
+    """How many targets of a sequence count, in the mean. Raises ConfigError where none does."""
+    counted = sum(int((batch["targets"] != IGNORED_LABEL).sum()) for batch in batches)
+    if not counted:
+        raise ConfigError("data: no token of the held-out text counts in the loss; allowed: conversations with answers")
+    return counted / sum(len(batch["targets"]) for batch in batches)
 
 
 def paired(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:

@@ -22,6 +22,8 @@ PROCESSES = 10_000_000
 SECONDS = 2_000_000  # 23 days: milliseconds that fit 32 bits
 
 NO_VALIDATION = "none"
+IGNORED_LABEL = -100
+"""The label, or target, that does not count, as in transformers and torch's cross-entropy."""
 
 
 class Section(BaseModel):
@@ -293,6 +295,11 @@ class DataConfig(Section):
     )
     data_dir: str = Field("data", description="Folder for the built-in corpus and the index cache (shared storage).")
     document_mask: bool = Field(True, description="Attention and positions stay inside a document.")
+    loss_mask: bool | None = Field(
+        None,
+        description="Conversations (prepare-data --chat): true = only what the assistant writes counts in the loss, "
+        "and all datasets must be such; false = all their tokens count; null = true for those that are.",
+    )
     num_workers: int = Field(0, ge=0, le=128, description="Processes that read ahead, for each process of the run.")
 
     @property

@@ -13,8 +13,9 @@ from mythos_ds.errors import DataError, MythosError
 
 Item = dict[str, NDArray[np.int64]]
 Batch = dict[str, Tensor]
-"""tokens, targets, positions: int64 [rows, seq]; targets are the next tokens. Where each sequence has its own depth,
-also depths: int64 [rows]."""
+"""tokens, targets, positions: int64 [rows, seq]; targets are the next tokens. Of conversations also counted, int64
+[rows]: how many targets of a row count in the loss; the others are -100. Where each sequence has its own depth, also
+depths: int64 [rows]."""
 
 
 class SampleSource(Protocol):

@@ -1,15 +1,236 @@
-"""Conversations to ids: a chat template's own special tokens are tokens, everything that people wrote is text."""
+"""Conversations to ids: a chat template's own special tokens are tokens, everything that people wrote is text; and
+which of the ids are the assistant's."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.tokenizer import Span, Tokenizer
 from mythos_ds.errors import DataError
 from mythos_ds.io import read_json
 
+if TYPE_CHECKING:
+    from mythos_hf.tokenization_mythos import ChatMarks
+
 Message = Mapping[str, Any]
 """A turn: its "role", its "content" and what else the template reads."""
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+"""The mark of transformers around what the assistant says."""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation in ids.
+
+    Attributes:
+        answers: of each id, whether the assistant's turns hold it: what a model is to learn.
+    """
+
+    ids: list[int]
+    answers: list[bool]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, read once for many conversations.
+
+    template: Jinja; that of the files beside the tokenizer where None. Raises DataError where there is none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None):
+        found = template or tokenizer.companions.chat_template()
+        if found is None:
+            raise DataError(
+                f"{tokenizer.path}: has no chat template; allowed: a model whose folder has chat_template.jinja, or "
+                '"chat_template" in tokenizer_config.json; prepare-data also takes --chat-template FILE'
+            )
+        try:
+            from mythos_hf.tokenization_mythos import ChatMarks
+        except ImportError as error:
+            raise DataError("chat templates need an extra: pip install 'mythos_ds[hf]'") from error
+        self.text, self.tokenizer, self._marks_of = found, tokenizer, ChatMarks
+        symbols = tokenizer.symbols()
+        self._written = [symbol for symbol in symbols if symbol in found and not symbol.isspace()]
+        self.tokens = tokenizer.special_tokens | {symbol: symbols[symbol] for symbol in self._written}
+        """Ids of what the template may write as tokens, by name."""
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Ids of a conversation, up to where the model is to answer. Raises DataError where the template refuses the
+        messages, and where it decides by special tokens inside of them."""
+        chat = _Chat(self, messages, tools, add_generation_prompt=add_generation_prompt)
+        return [number for number, _, _ in chat.ids()]
+
+    def encode_answers(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> EncodedChat:
+        """Ids of a whole conversation, and which of them are the assistant's: what the template's own marks hold,
+        `{% generation %}`; without such marks, of each of its turns what follows the prompt that it is asked with, up
+        to the last special token in it. An id counts where any character of it does.
+
+        Raises DataError as `encode` does, and where the template does not show where a turn begins or ends.
+        """
+        chat = _Chat(self, messages, tools, add_generation_prompt=False)
+        spans = chat.answers()
+        found = list(chat.ids())
+        answers, place = [], 0
+        for _, start, end in found:
+            while place < len(spans) and spans[place][1] <= start:
+                place += 1
+            answers.append(place < len(spans) and spans[place][0] < end)
+        return EncodedChat([number for number, _, _ in found], answers)
+
+    def render(self, messages: Sequence[Any], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The text that the template makes of messages, with the names of the tokenizer's special tokens, and where in
+        it its marks of generation are."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        conversation = [[*map(dict, messages)]]
+        try:
+            made: Any = render_jinja_template(
+                conversations=conversation, chat_template=self.text, **options, **self._named
+            )
+        except Exception as error:  # what a template does is its author's
+            raise DataError(
+                f"{self.tokenizer.path}: its chat template does not take these messages ({error})"
+            ) from None
+        return str(made[0][0]), [(int(start), int(end)) for start, end in (made[1][0] if made[1] else [])]
+
+    @cached_property
+    def _named(self) -> dict[str, Any]:
+        tokenizer = self.tokenizer
+        named = {
+            kind: tokenizer.companions.named(kind) for kind in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
+        by_id = {number: token for token, number in tokenizer.special_tokens.items()}
+        named["eos_token"] = named["eos_token"] or by_id.get(tokenizer.eos_id)
+        named["bos_token"] = named["bos_token"] or tokenizer.begin_token()
+        return {name: token for name, token in named.items() if token is not None}
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template says itself what the assistant's is."""
+        return _GENERATION.search(self.text) is not None
+
+    def marks(self, messages: Sequence[Message], tools: Any) -> "ChatMarks":
+        """Characters that tell what people wrote in a conversation from what the template writes."""
+        return self._marks_of(self.tokenizer.special_tokens, messages, tools, self.text, symbols=self._written)
+
+
+class _Chat:
+    """One conversation, rendered with marks around the special tokens that people wrote."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        add_generation_prompt: bool,
+    ):
+        self._template, self._marks = template, template.marks(messages, tools)
+        marks, own = self._marks, list(messages)
+        plain, _ = template.render(own, tools=tools, add_generation_prompt=add_generation_prompt)
+        self._tools = marks.mark(tools)
+        for mark in (marks.mark, marks.mark_but_answers):
+            self._messages = mark(own)
+            self.rendered = self._render(self._messages, add_generation_prompt)
+            if marks.plain(self.rendered) == plain and not marks.torn(self.rendered):
+                break
+        else:
+            raise DataError(
+                f"{template.tokenizer.path}: its chat template decides by special tokens inside of messages, where "
+                f"they are text; allowed: messages without {', '.join(marks.special)}"
+            )
+
+    def _render(self, messages: Any, add_generation_prompt: bool) -> str:
+        return self._template.render(messages, tools=self._tools, add_generation_prompt=add_generation_prompt)[0]
+
+    def ids(self) -> Iterator[Span]:
+        """Each id, with the place in the text without marks that it stands for."""
+        marks, tokenizer, place = self._marks, self._template.tokenizer, 0
+        for number, (is_token, run) in enumerate(marks.runs(self.rendered)):
+            if is_token:
+                yield self._template.tokens[run], place, place + len(run)
+                place += len(run)
+                continue
+            for piece_number, piece in enumerate(marks.cut(run)):
+                within = "within" if piece_number else "start" if number == 0 else "after"
+                for identity, start, end in tokenizer.spans(piece, within):  # type: ignore[arg-type]
+                    yield identity, place + start, place + end
+                place += len(piece)
+
+    def answers(self) -> list[tuple[int, int]]:
+        """Where the assistant's turns lie in the text without marks, one after the other."""
+        if self._template.marks_answers:
+            options = {"tools": self._tools, "add_generation_prompt": False, "return_assistant_tokens_mask": True}
+            found = self._template.render(self._messages, **options)[1]
+        else:
+            found = list(self._turns())
+        if not found:
+            raise DataError(f"{self._template.tokenizer.path}: its chat template marks nothing as the assistant's")
+        return [(self._plain_place(start), self._plain_place(end)) for start, end in found if start < end]
+
+    def _plain_place(self, place: int) -> int:
+        return len(self._marks.plain(self.rendered[:place]))
+
+    def _turns(self) -> Iterator[tuple[int, int]]:
+        """Turns, found by rendering the conversation up to each of them, without and with it.
+
+        A template may show a turn in another form once others follow it (without the thoughts that led to it): its end
+        is then the special token that ends it when it is the last.
+        """
+        shown, place = "", 0
+        for number, message in enumerate(self._messages):
+            if message["role"] != "assistant":
+                continue
+            asked = self._render(self._messages[:number], True)
+            said = self._render(self._messages[: number + 1], False)
+            start = self._start(asked, shown, place)
+            turn = said.removeprefix(asked)
+            if start is None or turn == said:
+                raise self._hidden(number, "begins")
+            last = next(reversed(self._own_tokens(turn)), None)
+            tail = turn[last.end() :] if last else ""
+            end = start + len(turn) - len(tail)
+            if not self.rendered.startswith(turn, start):
+                own = [] if last is None else [each for each in self._own_tokens(turn) if each[1] == last[1]]
+                later = (each for each in self._own_tokens(self.rendered) if each.start() >= start)
+                found = next((each for each in later if len(own) == 1 and each[1] == own[0][1]), None)
+                if found is None or not self.rendered.startswith(tail, found.end()):
+                    raise self._hidden(number, "ends")
+                end = found.end()
+            yield start, end
+            shown, place = said, end + len(tail)
+
+    def _start(self, asked: str, shown: str, place: int) -> int | None:
+        """Where a turn begins in the whole, after `asked`; `shown` is what ended with the turn before, which ends at
+        `place` in the whole."""
+        if self.rendered.startswith(asked):
+            return len(asked)
+        between = asked.removeprefix(shown)
+        known = bool(shown) and between != asked and self.rendered.startswith(between, place)
+        return place + len(between) if known else None
+
+    def _own_tokens(self, rendered: str) -> list[re.Match[str]]:
+        """The special tokens, each in group 1, that are the template's own."""
+        tokens = "|".join(map(re.escape, self._marks.special)) or "(?!)"
+        quoted = f"{self._marks.start}(?:{tokens}){self._marks.end}"
+        return [found for found in re.finditer(f"{quoted}|({tokens})", rendered) if found[1]]
+
+    def _hidden(self, number: int, what: str) -> DataError:
+        return DataError(
+            f"{self._template.tokenizer.path}: its chat template does not show where the assistant's turn {what} "
+            f"(message {number}); allowed: a template with {{% generation %}} ... {{% endgeneration %}} around what "
+            "the assistant says"
+        )
 
 
 def encode_chat(
@@ -20,64 +241,9 @@ def encode_chat(
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """Ids of a conversation in the model's chat template, up to where the model is to answer.
-
-    template: Jinja; that of the files beside the tokenizer where None. Raises DataError where there is none, where it
-    refuses the messages, and where it decides by special tokens inside of them.
-    """
-    template = template or tokenizer.companions.chat_template()
-    if template is None:
-        raise DataError(
-            f"{tokenizer.path}: has no chat template; allowed: a model whose folder has chat_template.jinja, or "
-            '"chat_template" in tokenizer_config.json'
-        )
-    try:
-        from mythos_hf.tokenization_mythos import ChatMarks
-    except ImportError as error:
-        raise DataError("chat templates need an extra: pip install 'mythos_ds[hf]'") from error
-    symbols = tokenizer.symbols()
-    written = [symbol for symbol in symbols if symbol in template and not symbol.isspace()]
-    marks = ChatMarks(tokenizer.special_tokens, messages, tools, template, symbols=written)
-    known = symbols | tokenizer.special_tokens
-    given = {"add_generation_prompt": add_generation_prompt, "chat_template": template}
-    plain = _rendered(tokenizer, list(messages), tools=tools, **given)
-    for mark in (marks.mark, marks.mark_but_answers):
-        rendered = _rendered(tokenizer, mark(list(messages)), tools=marks.mark(tools), **given)
-        kept = marks.plain(rendered) == plain and not marks.torn(rendered)
-        if kept:
-            break
-    if not kept:
-        raise DataError(
-            f"{tokenizer.path}: its chat template decides by special tokens inside of messages, where they are text; "
-            f"allowed: messages without {', '.join(marks.special)}"
-        )
-    ids: list[int] = []
-    for number, (is_token, run) in enumerate(marks.runs(rendered)):
-        if is_token:
-            ids.append(known[run])
-            continue
-        first, *rest = marks.cut(run)
-        ids += tokenizer.encode(first) if number == 0 else tokenizer.encode_after(first)
-        for piece in rest:
-            ids += tokenizer.encode_on(piece)
-    return ids
-
-
-def _rendered(tokenizer: Tokenizer, messages: list[Any], **options: Any) -> str:
-    """The text that a template makes of messages, with the names of the tokenizer's special tokens."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    kinds = ("bos_token", "eos_token", "pad_token", "unk_token")
-    named = {kind: tokenizer.companions.named(kind) for kind in kinds}
-    by_id = {number: token for token, number in tokenizer.special_tokens.items()}
-    named["eos_token"] = named["eos_token"] or by_id.get(tokenizer.eos_id)
-    named["bos_token"] = named["bos_token"] or tokenizer.begin_token()
-    variables: dict[str, Any] = {name: token for name, token in named.items() if token is not None}
-    try:
-        made: Any = render_jinja_template(conversations=[[*map(dict, messages)]], **options, **variables)
-    except Exception as error:  # what a template does is its author's
-        raise DataError(f"{tokenizer.path}: its chat template does not take these messages ({error})") from None
-    return str(made[0][0])
+    """Ids of one conversation in the model's chat template; see `ChatTemplate`, also for the errors."""
+    chat = ChatTemplate(tokenizer, template)
+    return chat.encode(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
 
 def read_messages(path: Path) -> list[Message]:

@@ -1,7 +1,10 @@
 """The JSON file beside a .bin/.idx pair: what made it, and the mark that it is complete."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 from mythos_ds.errors import DataError
 from mythos_ds.io import read_json, where_searched, write_json
@@ -34,12 +37,42 @@ class DatasetInfo:
     """Rows that `--on-bad-row skip` left out."""
     bad_row_examples: tuple[str, ...] = ()
     """The first of them: place and reason."""
+    mask_sha256: str | None = None
+    """Of the .mask file, which says of each token whether it counts in the loss; None for text, all of which does."""
+    counted_tokens: int = 0
+    """Of conversations: tokens that the assistant is to write."""
+    chat_template: str | None = None
+    """Of conversations: what made tokens of them."""
+    turn_ends: tuple[int, ...] = ()
+    """Of conversations: ids of the chat template's own tokens that end the assistant's turns."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the documents are conversations."""
+        return self.mask_sha256 is not None
+
+    @property
+    def identity(self) -> str:
+        """Names the tokens, and which of them count."""
+        return self.content_sha256 if self.mask_sha256 is None else f"{self.content_sha256}:{self.mask_sha256}"
 
 
 def dataset_files(prefix: Path) -> tuple[Path, Path, Path]:
     """Paths of tokens, index and sidecar. Raises DataError for a prefix that no file name can begin with."""
     require_name(prefix)
     return tuple(prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx", ".json"))  # type: ignore[return-value]
+
+
+def documents_of(split: Sequence[float], part: Literal["train", "valid"], count: int) -> range:
+    """Numbers of the documents that a part has of `count`; split: shares of train, valid and test."""
+    start, end = [0.0, *accumulate(share / sum(split) for share in split)][part == "valid" :][:2]
+    return range(round(start * count), round(end * count))
+
+
+def mask_file(prefix: Path) -> Path:
+    """Path of what says of each token of conversations whether it counts in the loss, a byte for each."""
+    require_name(prefix)
+    return prefix.with_name(prefix.name + ".mask")
 
 
 def require_name(prefix: Path) -> None:
@@ -54,6 +87,9 @@ def write_info(prefix: Path, info: DatasetInfo) -> None:
     content = asdict(info)
     if not info.bad_rows:
         del content["bad_rows"], content["bad_row_examples"]
+    if not info.is_chat:
+        for name in ("mask_sha256", "counted_tokens", "chat_template", "turn_ends"):
+            del content[name]
     write_json(dataset_files(prefix)[2], content, indent=2, sort_keys=True)
 
 
@@ -66,7 +102,12 @@ def read_info(prefix: Path) -> DatasetInfo:
         where = where_searched(prefix)
         raise DataError(f"no dataset at {prefix}: {', '.join(missing)} missing{where}; make it with: {command}")
     info = _parse(info_path)
-    for path, size in ((bin_path, info.bin_bytes), (idx_path, info.idx_bytes)):
+    sizes = [(bin_path, info.bin_bytes), (idx_path, info.idx_bytes)]
+    if info.is_chat:
+        if not (mask_path := mask_file(prefix)).is_file():
+            raise DataError(f"{mask_path} is missing, of conversations at {prefix}; prepare them again")
+        sizes.append((mask_path, info.tokens))
+    for path, size in sizes:
         if path.stat().st_size != size:
             given = f"{path.stat().st_size} bytes given, {size} written"
             raise DataError(f"{path} is damaged or of another run of prepare-data: {given}; prepare it again")

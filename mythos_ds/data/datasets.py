@@ -10,20 +10,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_ds.config.schema import DataConfig
+from mythos_ds.config.schema import IGNORED_LABEL, DataConfig
 from mythos_ds.data import megatron
 from mythos_ds.data.builtin import existing_builtin, prepare_builtin
 from mythos_ds.data.dataset_info import DatasetInfo, read_info
 from mythos_ds.data.index_files import check_digests, check_samples, is_complete, load_array, mark_complete
+from mythos_ds.data.packing import ConversationSource
 from mythos_ds.data.token_files import pair_faults
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError, RankError
 from mythos_ds.io import published_directory
+from mythos_ds.log import get_logger
 
 _INDEX_FORMAT = 2
 _HELD_OUT = (0.0, 100.0, 0.0)
 """The split of a dataset that is validation text as a whole."""
 _FIRST_USE_BYTES = 8 << 30
+_CONVERSATIONS = 1
+"""Format of the index of packed conversations."""
+
+_logger = get_logger(__name__)
 
 
 class DamagedSampleError(DataError, RankError):
@@ -33,13 +39,13 @@ class DamagedSampleError(DataError, RankError):
 class TokenDataset:
     """Samples of packed documents: {tokens, targets, positions}, each int64 [seq].
 
-    targets are the next tokens, all of them count. positions start again at 0 with each document when
-    `document_mask`, else they are 0 .. seq - 1. Raises DamagedSampleError for an id that is none of `vocab_size`.
+    targets are the next tokens. All of them count, or, where `masked`, those that are not -100, and each sample also
+    says how many: counted, int64 []. positions start again at 0 with each document when `document_mask`, else they are
+    0 .. seq - 1. Raises DamagedSampleError for an id that is none of `vocab_size`.
     """
 
-    def __init__(self, samples: Any, *, length: int, eos_id: int, document_mask: bool, vocab_size: int, source: str):
-        self._samples, self._length = samples, length
-        self._eos_id, self._document_mask = eos_id, document_mask
+    def __init__(self, samples: Any, *, length: int, masked: bool, vocab_size: int, source: str):
+        self._samples, self._length, self._masked = samples, length, masked
         self._vocab_size, self._source = vocab_size, source
 
     def __len__(self) -> int:
@@ -52,12 +58,14 @@ class TokenDataset:
             sample = self._samples[index]
         except (IndexError, ValueError, OSError) as error:  # of an index that points outside of the text
             raise DamagedSampleError(self._damage(index, f"not readable ({error})")) from error
-        tokens, targets = sample["tokens"].numpy(), sample["labels"].numpy()
-        for ids in (tokens, targets):
-            if ids.min() < 0 or ids.max() >= self._vocab_size:
+        for ids in (sample["tokens"], sample["targets"]):
+            ids = ids[ids != IGNORED_LABEL] if self._masked else ids
+            if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._vocab_size:
                 wrong = ids[(ids < 0) | (ids >= self._vocab_size)][0]
                 raise DamagedSampleError(self._damage(index, f"id {wrong} given; allowed: 0 .. {self._vocab_size - 1}"))
-        return {"tokens": tokens, "targets": targets, "positions": self._positions(tokens)}
+        if self._masked and "counted" not in sample:  # of text, beside conversations
+            sample = {**sample, "counted": np.array(len(sample["targets"]), dtype=np.int64)}
+        return sample
 
     def _damage(self, index: int, what: str) -> str:
         return (
@@ -65,10 +73,23 @@ class TokenDataset:
             "mythos-ds verify PREFIX --full names the document"
         )
 
-    def _positions(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        if not self._document_mask:
-            return np.arange(len(tokens), dtype=np.int64)
-        return document_positions(tokens, self._eos_id)
+
+class _Text:
+    """Samples of text, out of those of megatron-core."""
+
+    def __init__(self, packed: Any, *, eos_id: int, document_mask: bool):
+        self.packed, self._eos_id, self._document_mask = packed, eos_id, document_mask
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
+        made = self.packed[index]
+        tokens, targets = made["tokens"].numpy(), made["labels"].numpy()
+        places = (
+            document_positions(tokens, self._eos_id) if self._document_mask else np.arange(len(tokens), dtype=np.int64)
+        )
+        return {"tokens": tokens, "targets": targets, "positions": places}
 
 
 def document_positions(tokens: NDArray[np.int64], eos_id: int) -> NDArray[np.int64]:
@@ -136,6 +157,7 @@ def prepare_index_cache(
         check_digests(request.cache)
         for part in megatron.SPLITS:
             request.check(part)
+        request.report()
         return request.cache
     if request.cache.exists():
         raise DataError(f"index {request.cache} is damaged: no complete.json; remove the folder to have it made anew")
@@ -143,6 +165,7 @@ def prepare_index_cache(
         for part in megatron.SPLITS:
             request.build(part, work)
         mark_complete(work, request.arguments())
+    request.report()
     return request.cache
 
 
@@ -172,6 +195,7 @@ class _Request:
     plan: megatron.PackingPlan
     samples: dict[str, int]
     document_mask: bool
+    loss_mask: bool | None
     data_dir: Path
     held_out: list[_Component]
     """Validation text of its own; none where it is a share of the others."""
@@ -194,9 +218,11 @@ class _Request:
         ]
         for component in (*components, *held_out):
             check_vocabulary(component.prefix, component.info, tokenizer, vocab_size)
+        _check_conversations([*components, *held_out], data.loss_mask)
         plan = megatron.packing_plan(tokenizer, seq_len=seq_len, seed=seed, split=data.used_split)
         samples = {"train": train_samples, "valid": valid_samples if data.validates else 0}
-        return cls(components, tokenizer, plan, samples, data.document_mask, Path(data.data_dir), held_out)
+        masks = data.document_mask, data.loss_mask
+        return cls(components, tokenizer, plan, samples, *masks, Path(data.data_dir), held_out)
 
     @property
     def weights(self) -> list[float]:
@@ -210,11 +236,28 @@ class _Request:
     def identity(self) -> dict[str, Any]:
         return {
             "tokenizer": self.tokenizer.sha256,
-            "content": [component.info.content_sha256 for component in self.components],
+            "content": [component.info.identity for component in self.components],
             "weights": self.weights,
             "split": list(self.plan.split),
             "document_mask": self.document_mask,
             **({"validation": _named(self.held_out)} if self.held_out else {}),
+            **({"conversations": self._chat()} if self._chats else {}),
+        }
+
+    @property
+    def _chats(self) -> list[DatasetInfo]:
+        """What is known of the datasets that are conversations."""
+        return [component.info for component in (*self.components, *self.held_out) if component.info.is_chat]
+
+    def _chat(self) -> dict[str, Any]:
+        """What conversations add to a run's identity, and what a model that learnt from them is told."""
+        ends = sorted({number for info in self._chats for number in info.turn_ends})
+        used = self.loss_mask is not False
+        return {
+            "packing": _CONVERSATIONS,
+            "loss_mask": used,
+            "chat_template": self._chats[0].chat_template,
+            "ends": ends,
         }
 
     def arguments(self) -> dict[str, Any]:
@@ -228,11 +271,11 @@ class _Request:
             **{key: value for key, value in self.identity().items() if key != "document_mask"},
         }
 
-    def build(self, part: str, cache: Path) -> None:
+    def build(self, part: megatron.Part, cache: Path) -> None:
         """Make the index of one part in `cache`."""
         if not self.samples[part]:
             return
-        datasets = self._packed(part, cache, build=True)
+        datasets = self._samples(part, cache, build=True)
         if len(datasets) == 1:
             return
         components = self._components_of(part)
@@ -244,12 +287,12 @@ class _Request:
         np.save(cache / f"{part}-blend-dataset.npy", order)
         np.save(cache / f"{part}-blend-sample.npy", numbers)
 
-    def open(self, part: str, cache: Path) -> TokenDataset:
+    def open(self, part: megatron.Part, cache: Path) -> TokenDataset:
         """The samples of one part, from the index in `cache`."""
         length = self.samples[part]
         samples: Any = None
         if length:
-            datasets = self._packed(part, cache)
+            datasets = self._samples(part, cache)
             samples = datasets[0]
             if len(datasets) > 1:
                 samples = _Blend(datasets, *self._blend_arrays(part, cache))
@@ -257,8 +300,7 @@ class _Request:
         return TokenDataset(
             samples,
             length=length,
-            eos_id=self.plan.eos_id,
-            document_mask=self.document_mask,
+            masked=any(component.info.is_chat for component in self._components_of(part)),
             vocab_size=self.plan.vocab_size,
             source=source,
         )
@@ -269,15 +311,18 @@ class _Request:
             raise DataError(f"index {cache} is damaged: {part}-blend-*.npy; remove the folder to have it made anew")
         return order, numbers
 
-    def check(self, part: str) -> None:
+    def check(self, part: megatron.Part) -> None:
         """Check that the index of one part points into the text only. Raises DataError."""
         if not self.samples[part]:
             return
-        datasets = self._packed(part, self.cache)
-        for made in datasets:
-            lengths = made.dataset.sequence_lengths
-            arrays = (made.document_index, made.sample_index, made.shuffle_index)
-            check_samples(self.cache, made.indices, *arrays, lengths)
+        datasets = self._samples(part, self.cache)
+        for component, made in zip(self._components_of(part), datasets, strict=True):
+            if component.info.is_chat:
+                self._source(component, part).check(part, self.cache)
+                continue
+            packed = made.packed
+            arrays = (packed.document_index, packed.sample_index, packed.shuffle_index)
+            check_samples(self.cache, packed.indices, *arrays, packed.dataset.sequence_lengths)
         if len(datasets) > 1:
             order, numbers = self._blend_arrays(part, self.cache)
             sizes = np.array([len(made) for made in datasets])
@@ -295,17 +340,41 @@ class _Request:
                 again = f"prepare the data again: mythos-ds prepare-data INPUT --output {component.prefix} --overwrite"
                 raise DataError(f"{faults[0]}; {again}")
 
-    def _packed(self, part: str, cache: Path, *, build: bool = False) -> list[Any]:
+    def report(self) -> None:
+        """Say how the conversations of each part were packed, and which of their tokens count."""
+        for part in megatron.SPLITS:
+            for component in self._components_of(part) if self.samples[part] else ():
+                if component.info.is_chat:
+                    made = self._source(component, part).report(part, self.cache)
+                    _logger.info("%s (%s): %s", component.prefix, part, made.text)
+        if self._chats and self.loss_mask is False:
+            _logger.info("data.loss_mask false: every token of the conversations counts in the loss")
+
+    def _samples(self, part: megatron.Part, cache: Path, *, build: bool = False) -> list[Any]:
         components, wanted = self._components_of(part), [self.samples[part]]
         if len(components) > 1:
             wanted = megatron.blended_counts(_weights_of(components), self.samples[part])
-        plan = replace(self.plan, split=_HELD_OUT) if self._is_own(part) else self.plan
-        return [
-            megatron.packed_samples(
-                component.prefix, component.info.content_sha256, part, count, plan, cache, build=build
+        found: list[Any] = []
+        for component, count in zip(components, wanted, strict=True):
+            if component.info.is_chat:
+                source = self._source(component, part)
+                if build:
+                    source.build(part, count, cache)
+                found.append(source.open(part, cache))
+                continue
+            content = component.info.content_sha256
+            packed = megatron.packed_samples(
+                component.prefix, content, part, count, self._plan_of(part), cache, build=build
             )
-            for component, count in zip(components, wanted, strict=True)
-        ]
+            found.append(_Text(packed, eos_id=self.plan.eos_id, document_mask=self.document_mask))
+        return found
+
+    def _source(self, component: _Component, part: megatron.Part) -> ConversationSource:
+        masks = {"masked": self.loss_mask is not False, "document_mask": self.document_mask}
+        return ConversationSource(component.prefix, component.info, self._plan_of(part), **masks)
+
+    def _plan_of(self, part: megatron.Part) -> megatron.PackingPlan:
+        return replace(self.plan, split=_HELD_OUT) if self._is_own(part) else self.plan
 
     def _is_own(self, part: str) -> bool:
         return part == "valid" and bool(self.held_out)
@@ -319,7 +388,7 @@ def _weights_of(components: list[_Component]) -> list[float]:
 
 
 def _named(components: list[_Component]) -> dict[str, Any]:
-    return {"content": [one.info.content_sha256 for one in components], "weights": _weights_of(components)}
+    return {"content": [one.info.identity for one in components], "weights": _weights_of(components)}
 
 
 def data_sources(data: DataConfig) -> tuple[list[tuple[Path, float]], Path]:
@@ -330,6 +399,25 @@ def data_sources(data: DataConfig) -> tuple[list[tuple[Path, float]], Path]:
     if not data.datasets or data.tokenizer is None:
         raise DataError("data.datasets and data.tokenizer are needed where data.corpus is not given")
     return [(Path(dataset.prefix), dataset.weight) for dataset in data.datasets], Path(data.tokenizer)
+
+
+def _check_conversations(components: list[_Component], loss_mask: bool | None) -> None:
+    """Raises DataError where data.loss_mask fits no dataset, or two of them were made with different chat templates."""
+    chats = [component for component in components if component.info.is_chat]
+    text = next((component for component in components if not component.info.is_chat), None)
+    if loss_mask and text is not None:
+        raise DataError(
+            f"data.loss_mask: true given, but {text.prefix} is text, of which every token counts; allowed: "
+            "conversations, made by mythos-ds prepare-data --chat; nearest: null, which uses a mask where there is one"
+        )
+    if loss_mask is False and not chats:
+        raise DataError("data.loss_mask: false given, but no dataset has a mask: it has no effect; remove it")
+    other = next((each for each in chats if each.info.chat_template != chats[0].info.chat_template), None)
+    if other is not None:
+        raise DataError(
+            f"{chats[0].prefix} and {other.prefix} were made with different chat templates; a model has one: prepare "
+            "one of them again"
+        )
 
 
 def check_vocabulary(prefix: Path, info: DatasetInfo, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -1,5 +1,6 @@
-"""Batches of texts to tokens, here or in worker processes."""
+"""Batches of texts, or of conversations, to tokens, here or in worker processes."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -8,15 +9,17 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mythos_ds.data.chat import ChatTemplate
+from mythos_ds.data.rows import BadRow
 from mythos_ds.data.text_cuts import ids_of_piece
-from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.tokenizer import Tokenizer, well_formed
 from mythos_ds.errors import DataError
 
 TOKEN_DTYPE = np.int32
@@ -24,26 +27,40 @@ TOKEN_DTYPE = np.int32
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts to encode: documents, or one piece of a long document.
+    """Texts to encode: documents, one piece of a long document, or conversations.
 
     Attributes:
         starts: whether the first text begins its document.
         ends: whether the last one ends it.
+        places: of conversations, where each is read from.
     """
 
     texts: list[str]
     starts: bool = True
     ends: bool = True
+    places: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of some texts one after the other, those of a whole document with its end-of-document id."""
+    """Tokens of some texts one after the other, those of a whole document with its end-of-document id. Of conversations
+    the ids that the assistant is to write are stored as -1 - id (`split_answers`).
+
+    Attributes:
+        refused: conversations that the chat template does not take.
+    """
 
     tokens: NDArray[Any]
     lengths: NDArray[np.int32]
     text_bytes: int
     skipped: int
+    refused: tuple[BadRow, ...] = ()
+
+
+def split_answers(stored: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    """The ids of conversations, and 1 for each that the assistant is to write, else 0."""
+    answers = stored < 0
+    return np.where(answers, -1 - stored, stored), answers.astype(np.uint8)
 
 
 class Encoder:
@@ -51,14 +68,15 @@ class Encoder:
 
     started: "Encoder"
 
-    def __init__(self, tokenizer_path: str):
+    def __init__(self, tokenizer_path: str, chat_template: str | None = None):
         self.tokenizer = Tokenizer.load(tokenizer_path)
+        self._chat = ChatTemplate(self.tokenizer, chat_template) if chat_template is not None else None
 
     @classmethod
-    def start(cls, tokenizer_path: str) -> None:
+    def start(cls, tokenizer_path: str, chat_template: str | None) -> None:
         """Initialise a worker process, which ends with its parent even when that is killed."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads, beside those of the other workers
-        cls.started = cls(tokenizer_path)
+        cls.started = cls(tokenizer_path, chat_template)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
         threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -68,7 +86,9 @@ class Encoder:
         return cls.started.encode(batch)
 
     def encode(self, batch: Batch) -> Encoded:
-        """Tokens of the documents that hold more than white space."""
+        """Tokens of the documents that hold more than white space, or of conversations."""
+        if self._chat is not None:
+            return _encoded_chats(self._chat, batch)
         eos = [self.tokenizer.eos_id]
         if not batch.starts or not batch.ends:
             [text] = batch.texts
@@ -78,6 +98,20 @@ class Encoder:
         found = [ids + eos for ids in self.tokenizer.encode_all(full)]
         text_bytes = sum(len(text.encode("utf-8", "replace")) for text in full)
         return _encoded(found, text_bytes, len(batch.texts) - len(full))
+
+
+def _encoded_chats(template: ChatTemplate, batch: Batch) -> Encoded:
+    found, refused, text_bytes = list[list[int]](), list[BadRow](), 0
+    for text, where in zip(batch.texts, batch.places, strict=True):
+        content = json.loads(well_formed(text))
+        try:
+            chat = template.encode_answers(content["messages"], tools=content.get("tools"))
+        except DataError as error:
+            refused.append(BadRow(where, "not a conversation for the chat template", str(error)))
+            continue
+        found.append([-1 - number if own else number for number, own in zip(chat.ids, chat.answers, strict=True)])
+        text_bytes += sum(len(message["content"].encode("utf-8")) for message in content["messages"])
+    return replace(_encoded(found, text_bytes, 0), refused=tuple(refused))
 
 
 def _encoded(found: list[list[int]], text_bytes: int, skipped: int) -> Encoded:
@@ -115,14 +149,14 @@ class _Done:
 class EncoderPool:
     """Encodes in `workers` processes, or, with one, at once in this process."""
 
-    def __init__(self, tokenizer_path: Path, workers: int):
+    def __init__(self, tokenizer_path: Path, workers: int, chat_template: str | None = None):
         self.workers = workers
-        self._here = Encoder(str(tokenizer_path)) if workers == 1 else None
+        self._here = Encoder(str(tokenizer_path), chat_template) if workers == 1 else None
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
-                workers, context, initializer=Encoder.start, initargs=(str(tokenizer_path),)
+                workers, context, initializer=Encoder.start, initargs=(str(tokenizer_path), chat_template)
             )
 
     def submit(self, batch: Batch) -> Result:
@@ -140,11 +174,12 @@ class EncoderPool:
 
 
 @contextmanager
-def encoder_pool(tokenizer_path: Path, workers: int) -> Iterator[EncoderPool]:
-    """A pool for the block. Raises DataError where memory runs out, here or for a process of it."""
+def encoder_pool(tokenizer_path: Path, workers: int, chat_template: str | None = None) -> Iterator[EncoderPool]:
+    """A pool for the block; with a chat template, of conversations. Raises DataError where memory runs out, here or for
+    a process of it."""
     pool = None
     try:
-        pool = EncoderPool(tokenizer_path, workers)
+        pool = EncoderPool(tokenizer_path, workers, chat_template)
         yield pool
     except (BrokenProcessPool, MemoryError) as error:
         killed = isinstance(error, BrokenProcessPool)

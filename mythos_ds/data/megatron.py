@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from mythos_ds.data.token_files import read_header
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
 
-SPLITS = ("train", "valid")
+Part = Literal["train", "valid"]
+SPLITS: tuple[Part, Part] = ("train", "valid")
 _SURPLUS = 0.005  # extra samples of each blended dataset, megatron-core's default
 
 

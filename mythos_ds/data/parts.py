@@ -55,9 +55,9 @@ def unfinished_folder(prefix: Path) -> Path:
 class PartStore:
     """The hidden folder beside an output that keeps what is finished until the output is published."""
 
-    def __init__(self, prefix: Path, tokenizer_sha256: str):
+    def __init__(self, prefix: Path, tokenizer_sha256: str, chat_template: str | None = None):
         self.folder, self._prefix = unfinished_folder(prefix), prefix
-        self._salt = f"{_FORMAT}:{tokenizer_sha256}"
+        self._salt = f"{_FORMAT}:{tokenizer_sha256}" + ("" if chat_template is None else f":chat:{chat_template}")
         real_folder(self.folder)
         self._parts: dict[str, Part] = {}
         self._mapped: mmap.mmap | None = None
@@ -106,7 +106,7 @@ class PartStore:
             return file.read((part.tokens + part.lengths) * width)
 
     def add(self, key: str, batches: list[Batch], results: list[Encoded]) -> Part:
-        """Append the tokens of a part, and remember it."""
+        """Append the tokens of a part, and remember it, unless rows of it were refused, to be told again."""
         width = np.dtype(TOKEN_DTYPE).itemsize
         lengths = np.concatenate([each.lengths for each in results])
         digest = hashlib.sha256()
@@ -128,9 +128,10 @@ class PartStore:
             skipped=sum(each.skipped for each in results),
             sha256=digest.hexdigest(),
         )
-        with writing_to(self._journal), _open_for_writing(self._journal, os.O_APPEND) as file:
-            file.write(json.dumps(asdict(part)).encode() + b"\n")
-        self._parts[key] = part
+        if not any(each.refused for each in results):
+            with writing_to(self._journal), _open_for_writing(self._journal, os.O_APPEND) as file:
+                file.write(json.dumps(asdict(part)).encode() + b"\n")
+            self._parts[key] = part
         self._end += tokens + len(lengths)
         return part
 

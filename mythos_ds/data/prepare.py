@@ -1,4 +1,5 @@
-"""Text to an indexed dataset: tokens by several processes, documents shuffled, files published together."""
+"""Text, or conversations, to an indexed dataset: tokens by several processes, documents shuffled, files published
+together."""
 
 import hashlib
 import zlib
@@ -8,16 +9,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, write_info
-from mythos_ds.data.encoding import Batch, Encoded, EncoderPool, Result, encoder_pool
+from mythos_ds.data.chat import ChatTemplate
+from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, mask_file, read_info, write_info
+from mythos_ds.data.encoding import Batch, Encoded, EncoderPool, Result, encoder_pool, split_answers
 from mythos_ds.data.parts import Part, PartStore, unfinished_folder
-from mythos_ds.data.rows import BadRow, BadRows, LongText, Row, long_or_whole
+from mythos_ds.data.rows import BadRow, BadRows, Conversation, LongText, Row, long_or_whole
 from mythos_ds.data.text_cuts import PIECE_CHARACTERS, in_pieces
-from mythos_ds.data.token_files import TokenWriter
+from mythos_ds.data.token_files import MaskWriter, TokenWriter
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.data.tokenizer_export import check_exportable
 from mythos_ds.errors import DataError
@@ -115,6 +118,8 @@ def prepare_dataset(
     on_progress: ProgressCallback | None = None,
     skip_bad_rows: bool = False,
     break_lock: bool = False,
+    chat: bool = False,
+    chat_template: str | None = None,
 ) -> DatasetInfo:
     """Tokenise `documents` and write `prefix`.bin, .idx and .json; returns what the .json says.
 
@@ -128,35 +133,46 @@ def prepare_dataset(
     published. A preparation that ends on the way leaves its finished parts in a hidden folder, `.NAME.unfinished`,
     and nothing at the final names; the next one into the same output takes over those whose text is the same.
 
+    chat: `documents` are conversations. They are written as the chat template renders them, without an
+    end-of-document id, and beside them `prefix`.mask, which says of each token whether the assistant is to write it.
+    chat_template: Jinja; that of the files beside the tokenizer where None.
+
     Raises DataError when the output exists and `overwrite` is not set, when there is no text, or for bad rows, and
     OutputError while another process writes the same output.
     """
     tokenizer = Tokenizer.load(tokenizer_path)
+    template = ChatTemplate(tokenizer, chat_template) if chat else None
     _check_names(prefix, [*inputs, tokenizer.path])
     with locked_output(prefix, "prepare-data", folder=False, break_lock=break_lock):
         remove_partials(prefix)
         overwrite = overwrite or _half_published(prefix)
-        _refuse_existing(prefix, overwrite)
+        _refuse_existing(prefix, overwrite, chat=chat)
         first, rows = _first_rows(documents)
-        check_exportable(tokenizer, [row for row in first if isinstance(row, str)])
-        store = PartStore(prefix, tokenizer.sha256)
+        check_exportable(tokenizer, [_text_of(row) for row in first])
+        store = PartStore(prefix, tokenizer.sha256, template and template.text)
         if store.found:
             _logger.info("going on from %d finished parts in %s", store.found, store.folder)
         try:
             bad = BadRows(skip=skip_bad_rows)
-            with encoder_pool(tokenizer_path, workers) as pool:
-                found = _Encoding(pool, store, on_progress).run(_works(rows, tokenizer, bad))
+            with encoder_pool(tokenizer_path, workers, template and template.text) as pool:
+                found = _Encoding(pool, store, bad, on_progress).run(_works(rows, tokenizer, bad))
             bad.check(store.folder if store.is_of_use else None)
             if not found.count:
-                skipped = sum(part.skipped for part in found.parts)
-                where = f"{', '.join(sources[:3])}: " if sources else ""
-                raise DataError(f"{where}no text to prepare: {skipped} documents read, all empty")
-            info = _written(prefix, tokenizer, store, found, bad, shuffle_seed, sources)
+                raise _nothing_found(found, bad, sources, chat=chat)
+            info = _written(prefix, tokenizer, template, store, found, bad, shuffle_seed, sources)
             _publish(store.folder, prefix, info, overwrite=overwrite)
             store.remove()
         finally:
             store.keep_or_remove()
     return info
+
+
+def _nothing_found(found: _Documents, bad: BadRows, sources: Sequence[str], *, chat: bool) -> DataError:
+    where = f"{', '.join(sources[:3])}: " if sources else ""
+    if chat:
+        return DataError(f"{where}no conversation to prepare: {bad.count} rows read, none of them is one")
+    skipped = sum(part.skipped for part in found.parts)
+    return DataError(f"{where}no text to prepare: {skipped} documents read, all empty")
 
 
 def _half_published(prefix: Path) -> bool:
@@ -170,7 +186,7 @@ def _half_published(prefix: Path) -> bool:
         remove_at_once(mark.parent, prefix)
         return False
     sizes = read_json(mark, dict[str, int], DataError)
-    there = [path for path in targets[:2] if path.exists()]
+    there = [path for path in (*targets[:2], mask_file(prefix)) if path.suffix[1:] in sizes and path.exists()]
     return all(path.is_file() and path.stat().st_size == sizes.get(path.suffix[1:]) for path in there)
 
 
@@ -178,15 +194,16 @@ def _check_names(prefix: Path, sources: Iterable[Path]) -> None:
     """Raises DataError where there is no name for files, and where one of them is what the text is made from."""
     if prefix.name in ("", ".."):
         raise DataError(f"--output {str(prefix)!r} given, which names no file; allowed: a path such as data/docs")
-    for target in dataset_files(prefix):
+    for target in (*dataset_files(prefix), mask_file(prefix)):
         for source in sources:
             with suppress(OSError, ValueError):  # what is not there is told by whoever reads it
                 if target.samefile(source):
                     raise DataError(f"{target} would take the place of the input {source}; give another --output")
 
 
-def _refuse_existing(prefix: Path, overwrite: bool) -> None:
-    existing = [path for path in dataset_files(prefix) if path.exists() or path.is_symlink()]
+def _refuse_existing(prefix: Path, overwrite: bool, *, chat: bool) -> None:
+    files = (*dataset_files(prefix), mask_file(prefix)) if chat else dataset_files(prefix)
+    existing = [path for path in files if path.exists() or path.is_symlink()]
     if existing and not overwrite:
         raise DataError(f"{existing[0]} exists; give --overwrite to replace it, or another --output")
 
@@ -198,44 +215,85 @@ def _first_rows(documents: Iterable[Row]) -> tuple[list[Row], Iterator[Row]]:
     size = 0
     for row in rest:
         first.append(row)
-        size += len(row) if isinstance(row, str) else 0
+        size += len(_text_of(row))
         if len(first) == _TRIED_DOCUMENTS or size > _TRIED_CHARACTERS or isinstance(row, LongText):
             break
     return first, chain(first, rest)
 
 
+def _text_of(row: Row) -> str:
+    """The text of what is at hand whole; empty of what is not."""
+    return row if isinstance(row, str) else row.text if isinstance(row, Conversation) else ""
+
+
+@dataclass
+class _Gathered:
+    """Texts of the batch and the part that are being gathered."""
+
+    texts: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    size: int = 0
+    batches: list[Batch] = field(default_factory=list)
+    part_size: int = 0
+    parts: int = 0
+
+    def add(self, row: str | Conversation) -> None:
+        """Add a text."""
+        text = _text_of(row)
+        self.texts.append(text)
+        if isinstance(row, Conversation):
+            self.places.append(row.where)
+        self.size += len(text)
+        self.part_size += len(text)
+
+    @property
+    def part_ends(self) -> bool:
+        """Whether the part ends with the text that was added last."""
+        least = _PART_CHARACTERS * (1 if self.parts < _FEW_PARTS else 8)
+        return self.part_size >= least and (self.part_size >= 2 * least or _is_border(self.texts[-1]))
+
+    @property
+    def batch_ends(self) -> bool:
+        """Whether the batch is full."""
+        return self.size >= PIECE_CHARACTERS or len(self.texts) >= _BATCH_DOCUMENTS
+
+    def end_batch(self) -> None:
+        """Put the texts into a batch."""
+        if self.texts:
+            self.batches.append(Batch(self.texts, places=tuple(self.places)))
+            self.texts, self.places, self.size = [], [], 0
+
+    def end_part(self) -> Iterator[_Work]:
+        """The part, where there is anything in it."""
+        self.end_batch()
+        if self.batches:
+            yield _Work(self.batches)
+            self.batches, self.part_size, self.parts = [], 0, self.parts + 1
+
+
 def _works(rows: Iterable[Row], tokenizer: Tokenizer, bad: BadRows) -> Iterator[_Work]:
     """Parts of the input. They end at documents that the text decides, so that a mended row changes one of them."""
-    batches, batch = list[Batch](), list[str]()
-    part_size = batch_size = count = 0
+    gathered = _Gathered()
     for row in rows:
         if isinstance(row, BadRow):
             bad.add(row)
-            if bad.full:
-                break
-            continue
-        row = long_or_whole(row, f"a document that begins {row[:40]!r}") if isinstance(row, str) else row
-        ended = isinstance(row, LongText)
-        if isinstance(row, str):
-            batch.append(row)
-            batch_size += len(row)
-            part_size += len(row)
-            least = _PART_CHARACTERS * (1 if count < _FEW_PARTS else 8)
-            ended = part_size >= least and (part_size >= 2 * least or _is_border(row))
-        if batch and (ended or batch_size >= PIECE_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS):
-            batches.append(Batch(batch))
-            batch, batch_size = [], 0
-        if batches and ended:
-            yield _Work(batches)
-            batches, part_size, count = [], 0, count + 1
-        if isinstance(row, LongText):
+        elif isinstance(row := _in_pieces(row), LongText):
+            yield from gathered.end_part()
             yield from _long_works(row, tokenizer, bad)
-            if bad.full:
-                break
-    if batch:
-        batches.append(Batch(batch))
-    if batches:
-        yield _Work(batches)
+        else:
+            gathered.add(row)
+            if gathered.part_ends:
+                yield from gathered.end_part()
+            elif gathered.batch_ends:
+                gathered.end_batch()
+        if bad.full:
+            break
+    yield from gathered.end_part()
+
+
+def _in_pieces(row: str | LongText | Conversation) -> str | LongText | Conversation:
+    """The row, in pieces where it is a long text."""
+    return long_or_whole(row, f"a document that begins {row[:40]!r}") if isinstance(row, str) else row
 
 
 def _is_border(text: str) -> bool:
@@ -263,8 +321,8 @@ def _long_works(row: LongText, tokenizer: Tokenizer, bad: BadRows) -> Iterator[_
 class _Encoding:
     """Encodes what no finished part holds, in input order, with a bounded number of batches in memory."""
 
-    def __init__(self, pool: EncoderPool, store: PartStore, on_progress: ProgressCallback | None):
-        self._pool, self._store, self._on_progress = pool, store, on_progress
+    def __init__(self, pool: EncoderPool, store: PartStore, bad: BadRows, on_progress: ProgressCallback | None):
+        self._pool, self._store, self._bad, self._on_progress = pool, store, bad, on_progress
         self._queue: deque[_Running] = deque()
         self._outstanding = 0
         self._done = [0, 0, 0]
@@ -303,6 +361,8 @@ class _Encoding:
             self._progress(running.known.lengths if whole else 0, running.known.tokens, running.known.text_bytes)
             self._found.take(running.known)
         elif running.batches:
+            for row in (row for encoded in running.results for row in encoded.refused):
+                self._bad.add(row)
             self._found.take(self._store.add(running.key, running.batches, running.results))
         else:
             self._found.drop_unfinished()
@@ -316,6 +376,7 @@ class _Encoding:
 def _written(
     prefix: Path,
     tokenizer: Tokenizer,
+    template: ChatTemplate | None,
     store: PartStore,
     found: _Documents,
     bad: BadRows,
@@ -331,8 +392,11 @@ def _written(
         order = np.random.Generator(np.random.Philox(shuffle_seed)).permutation(order)
     bin_path, idx_path, _ = dataset_files(store.folder / "data")
     writer = TokenWriter(store.folder / "data", tokenizer.vocab_size)
+    answers = _Answers(store.folder / "data", template) if template is not None else None
     digest = hashlib.sha256()
     for number, (tokens, ended) in enumerate(_in_order(store.tokens(), order, starts, lengths, several)):
+        if answers is not None:
+            tokens = answers.add(tokens, ended)
         digest.update(writer.add(tokens, ended))
         if number % _FORGET_AFTER == 0:
             store.forget_read()
@@ -353,7 +417,37 @@ def _written(
         idx_bytes=idx_path.stat().st_size,
         bad_rows=bad.count,
         bad_row_examples=tuple(bad.examples),
+        **({} if answers is None else answers.close()),
     )
+
+
+class _Answers:
+    """The .mask file of conversations, and the tokens that the assistant's turns end with."""
+
+    def __init__(self, prefix: Path, template: ChatTemplate):
+        self._writer, self._template = MaskWriter(prefix), template
+        self._counted, self._ends = 0, set[int]()
+
+    def add(self, stored: NDArray[np.int32], lengths: NDArray[np.int64]) -> NDArray[Any]:
+        """Write which tokens of some conversations, all whole or in blocks of one, count; returns the tokens."""
+        tokens, flags = split_answers(stored)
+        self._writer.add(flags)
+        self._counted += int(flags.sum(dtype=np.int64))
+        last = np.append(flags[1:] == 0, [False])[: len(flags)]
+        if len(flags) and len(lengths):
+            last[np.cumsum(lengths) - 1] = True
+        self._ends |= set(np.unique(tokens[last & (flags == 1)]).tolist())
+        return tokens
+
+    def close(self) -> dict[str, Any]:
+        """End the file; what the .json says of it."""
+        own = set(self._template.tokens.values())
+        return {
+            "mask_sha256": self._writer.close(),
+            "counted_tokens": self._counted,
+            "chat_template": self._template.text,
+            "turn_ends": tuple(sorted(self._ends & own)),
+        }
 
 
 def _in_order(
@@ -383,13 +477,28 @@ def _in_order(
         yield tokens[:0], lengths[number : number + 1]
 
 
+def _holds_conversations(prefix: Path) -> bool:
+    """Whether the dataset that is to be replaced has a .mask file."""
+    try:
+        return read_info(prefix).is_chat
+    except DataError:
+        return False
+
+
 def _publish(work: Path, prefix: Path, info: DatasetInfo, *, overwrite: bool) -> None:
     """Move the pair to its final names; the sidecar, which makes it count, goes last."""
-    _refuse_existing(prefix, overwrite)  # made meanwhile by something that knows no lock
+    _refuse_existing(prefix, overwrite, chat=info.is_chat)  # made meanwhile by something that knows no lock
     targets = dataset_files(prefix)
-    write_json(work / _PUBLISHING, {"bin": info.bin_bytes, "idx": info.idx_bytes})
+    sizes = {"bin": info.bin_bytes, "idx": info.idx_bytes}
+    pairs = list(zip(dataset_files(work / "data")[:2], targets[:2], strict=True))
+    if info.is_chat:
+        sizes["mask"] = info.tokens
+        pairs.append((mask_file(work / "data"), mask_file(prefix)))
+    write_json(work / _PUBLISHING, sizes)
+    if not info.is_chat and _holds_conversations(prefix):
+        mask_file(prefix).unlink(missing_ok=True)
     targets[2].unlink(missing_ok=True)
-    for source, target in zip(dataset_files(work / "data")[:2], targets[:2], strict=True):
+    for source, target in pairs:
         sync(source)
         source.replace(target)
     write_info(prefix, info)

@@ -7,9 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from mythos_ds.data.chat_rows import conversation_of
 from mythos_ds.data.inputs import FileFormat, format_of
 from mythos_ds.data.json_rows import array_elements, not_text, parsed, text_of
-from mythos_ds.data.rows import MAX_ROW_BYTES, BadRow, LongText, Row, long_or_whole, text_pieces, whole_texts
+from mythos_ds.data.rows import (
+    MAX_ROW_BYTES,
+    BadRow,
+    Conversation,
+    LongText,
+    Row,
+    long_or_whole,
+    text_pieces,
+    whole_texts,
+)
 from mythos_ds.data.text_streams import BLOCK, DAMAGES, UTF_8, checked_encoding, lines, open_text
 from mythos_ds.errors import DataError
 
@@ -30,6 +40,7 @@ class ReadOptions:
         text_documents: a plain text file is one document, or one per paragraph (blank lines between).
         encoding: of everything but Parquet.
         max_row_bytes: a longer row is a bad one, and is not kept in memory. Plain text files have no limit.
+        chat: rows are conversations; `key` says nothing then.
     """
 
     key: str = "text"
@@ -37,6 +48,15 @@ class ReadOptions:
     text_documents: TextDocuments = "file"
     encoding: str = UTF_8
     max_row_bytes: int = MAX_ROW_BYTES
+    chat: bool = False
+
+    def row_of(self, value: Any, where: str) -> Row:
+        """What a row of named values is to be: its text, or its conversation."""
+        if not self.chat:
+            return text_of(value, self.key, where)
+        made = conversation_of(value, where)
+        too_long = isinstance(made, Conversation) and len(made.text) > self.max_row_bytes
+        return BadRow(where, self.too_long) if too_long else made
 
     @property
     def too_long(self) -> str:
@@ -70,10 +90,11 @@ def read_hub(
     *,
     config: str | None = None,
     split: str = "train",
-    key: str = "text",
+    options: ReadOptions = ReadOptions(),
     streaming: bool = True,
 ) -> Iterator[Row]:
-    """Documents of a Hugging Face dataset: a hub name, or a folder that `save_to_disk` wrote.
+    """Documents of a Hugging Face dataset: a hub name, or a folder that `save_to_disk` wrote; of `options`, what says
+    which value of a row is read.
 
     Raises DataError when the library is not installed, or the dataset cannot be opened or read on.
     """
@@ -99,7 +120,7 @@ def read_hub(
             raise DataError(f"{which}, row {number}: {_first_line(error)}") from error
         if row is None:
             return
-        yield text_of(row, key, f"{name} row {number}")
+        yield options.row_of(row, f"{name} row {number}")
         number += 1
 
 
@@ -127,7 +148,7 @@ def _read_jsonl(path: Path, options: ReadOptions) -> Iterator[Row]:
                 if line is None:
                     yield BadRow(where, options.too_long)
                 elif line.strip():
-                    yield text_of(parsed(line, encoding, where), options.key, where)
+                    yield options.row_of(parsed(line, encoding, where), where)
         except DAMAGES as error:
             yield _damaged(path, f"after line {number}", error)
 
@@ -156,7 +177,7 @@ def _read_json(path: Path, options: ReadOptions) -> Iterator[Row]:
                 yield (
                     BadRow(where, options.too_long)
                     if bad
-                    else text_of(parsed((element or b"").strip(), encoding, where), options.key, where)
+                    else options.row_of(parsed((element or b"").strip(), encoding, where), where)
                 )
         except DAMAGES as error:
             yield _damaged(path, f"after row {number}", error)
@@ -171,6 +192,8 @@ def _all_blocks(start: bytes, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _read_text(path: Path, options: ReadOptions) -> Iterator[Row]:
+    if options.chat:
+        raise DataError(f"{path}: plain text; allowed with --chat: JSON, tables, Parquet")
     if options.text_documents == "paragraph":
         yield from _read_paragraphs(path, options)
         return
@@ -273,12 +296,16 @@ def _read_table(path: Path, options: ReadOptions, file_format: Literal["csv", "t
         reader = csv.reader(texts(), delimiter=_DELIMITERS[file_format], strict=True)
         try:
             header = next(reader, [])
+            if options.chat:
+                for name in header:
+                    _check_once(path, header, name)
+                yield from _table_rows(path, reader, header, options, dropped)
+                return
             if options.key not in header:
                 shown = ", ".join(map(repr, header[:10])) or "none"
                 raise DataError(f"{path}: no column {options.key!r} in its first line; allowed for --key: {shown}")
             _check_once(path, header, options.key)
-            place = header.index(options.key)
-            yield from _table_rows(path, reader, len(header), place, dropped)
+            yield from _table_rows(path, reader, header, options, dropped)
         except csv.Error as error:
             yield BadRow(f"{path} line {reader.line_num}", "not a table's first line", str(error), damage=True)
         except DAMAGES as error:
@@ -287,10 +314,13 @@ def _read_table(path: Path, options: ReadOptions, file_format: Literal["csv", "t
 
 def _check_once(path: Path, names: list[str], key: str) -> None:
     if names.count(key) > 1:
-        raise DataError(f"{path}: {names.count(key)} columns {key!r}; allowed for --key: one that is there once")
+        raise DataError(f"{path}: {names.count(key)} columns {key!r}; allowed: a column that is read is there once")
 
 
-def _table_rows(path: Path, reader: Any, columns: int, place: int, dropped: list[BadRow]) -> Iterator[Row]:
+def _table_rows(
+    path: Path, reader: Any, header: list[str], options: ReadOptions, dropped: list[BadRow]
+) -> Iterator[Row]:
+    place = -1 if options.chat else header.index(options.key)
     while True:
         where = f"{path} line {reader.line_num + 1}"
         try:
@@ -306,8 +336,10 @@ def _table_rows(path: Path, reader: Any, columns: int, place: int, dropped: list
             return
         if not row:
             continue
-        if len(row) != columns:
-            yield BadRow(where, f"{len(row)} columns given; its first line has {columns}")
+        if len(row) != len(header):
+            yield BadRow(where, f"{len(row)} columns given; its first line has {len(header)}")
+        elif options.chat:
+            yield options.row_of(dict(zip(header, row, strict=True)), where)
         else:
             yield long_or_whole(row[place], where)
 
@@ -324,11 +356,17 @@ def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Row]:
     except failures as error:
         raise DataError(f"{path}: not readable as Parquet ({_first_line(error)})") from error
     with file:
-        _check_column(path, file, options.key)
+        if not options.chat:
+            _check_column(path, file, options.key)
+        columns = None if options.chat else [options.key]
         try:
             for group in range(file.num_row_groups):
-                for batch in file.iter_batches(_rows_at_once(file, group), row_groups=[group], columns=[options.key]):
-                    yield from _column_texts(path, batch, options, row)
+                for batch in file.iter_batches(_rows_at_once(file, group), row_groups=[group], columns=columns):
+                    if options.chat:
+                        for number, value in enumerate(batch.to_pylist(), start=row):
+                            yield options.row_of(value, f"{path} row {number}")
+                    else:
+                        yield from _column_texts(path, batch, options, row)
                     row += batch.num_rows
         except failures as error:
             reason = "not readable as Parquet, the file is damaged or cut short"

@@ -43,7 +43,15 @@ class LongText:
     pieces: Iterator["str | BadRow"]
 
 
-Row = str | LongText | BadRow
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, and the tools that they may call, as JSON text in the order of the row."""
+
+    where: str
+    text: str
+
+
+Row = str | LongText | Conversation | BadRow
 
 
 def long_or_whole(text: str, where: str) -> str | LongText:
@@ -118,4 +126,4 @@ def _pieces(row: Row) -> Iterator[str]:
     for piece in row.pieces if isinstance(row, LongText) else (row,):
         if isinstance(piece, BadRow):
             raise DataError(str(piece))
-        yield piece
+        yield piece if isinstance(piece, str) else piece.text

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_ds.data.dataset_info import DatasetInfo, dataset_files
+from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, mask_file
 from mythos_ds.data.index_files import open_regular_or_link
 from mythos_ds.errors import DataError
 from mythos_ds.io import writing_to
@@ -58,6 +58,42 @@ class TokenWriter:
             file.write(_HEADER.pack(_MAGIC, 1, self.code, count, count + 1))
             for array in (lengths, places, np.arange(count + 1, dtype=np.int64)):
                 file.write(array.tobytes())
+
+
+class MaskWriter:
+    """Writes `prefix`.mask: for each token 1 where it counts in the loss, else 0."""
+
+    def __init__(self, prefix: Path):
+        self._path = mask_file(prefix)
+        self._file, self._digest = _new(self._path), hashlib.sha256()
+
+    def add(self, flags: NDArray[np.uint8]) -> None:
+        """Append the flags of some tokens."""
+        content = flags.tobytes()
+        self._digest.update(content)
+        with writing_to(self._path):
+            self._file.write(content)
+
+    def close(self) -> str:
+        """End the file; returns its digest."""
+        with writing_to(self._path):
+            self._file.close()
+        return self._digest.hexdigest()
+
+
+def open_ids(prefix: Path, info: DatasetInfo) -> NDArray[Any]:
+    """All ids of a pair [tokens]. Raises DataError where a file is not what it should be."""
+    return _mapped(dataset_files(prefix)[0], np.dtype(read_header(prefix).dtype), 0, info.tokens)
+
+
+def open_lengths(prefix: Path) -> NDArray[np.int64]:
+    """Tokens of each document of a pair [documents]. Raises DataError where the index is not what it should be."""
+    return read_header(prefix).lengths(dataset_files(prefix)[1]).astype(np.int64)
+
+
+def open_mask(prefix: Path, info: DatasetInfo) -> NDArray[np.uint8]:
+    """Of each token of conversations whether it counts, uint8 [tokens]. Raises DataError where it is no plain file."""
+    return _mapped(mask_file(prefix), np.dtype(np.uint8), 0, info.tokens)
 
 
 def _new(path: Path) -> BinaryIO:
@@ -136,6 +172,27 @@ def pair_faults(prefix: Path, info: DatasetInfo, *, full: bool) -> list[str]:
             digest.update(lengths[start : start + _BLOCK_TOKENS].astype(np.int64).tobytes())
         if digest.hexdigest() != info.content_sha256:
             return [f"{bin_path}: its content is not what was written (content_sha256 of the .json)"]
+    return _mask_faults(prefix, info, whole=whole) if info.is_chat else []
+
+
+def _mask_faults(prefix: Path, info: DatasetInfo, *, whole: bool) -> list[str]:
+    path, digest, counted = mask_file(prefix), hashlib.sha256(), 0
+    try:
+        with open_regular_or_link(path) as file:
+            size = os.fstat(file.fileno()).st_size
+    except DataError as error:
+        return [str(error)]
+    if size != info.tokens:
+        return [f"{path}: {size:,} bytes for {info.tokens:,} tokens"]
+    for start, block in _blocks(open_mask(prefix, info), whole=whole):
+        if block.max() > 1:
+            place = int(np.argmax(block > 1))
+            return [f"{path}: {block[place]} for token {start + place:,}; allowed: 0 and 1"]
+        if whole:
+            digest.update(block.tobytes())
+            counted += int(block.sum(dtype=np.int64))
+    if whole and (digest.hexdigest() != info.mask_sha256 or counted != info.counted_tokens):
+        return [f"{path}: its content is not what was written (mask_sha256 of the .json)"]
     return []
 
 

@@ -23,6 +23,12 @@ _CHUNK_CHARACTERS = 1200
 _LONGEST_SENTENCE_BYTES = 1 << 16
 
 
+Span = tuple[int, int, int]
+"""An id, and the first character that it stands for, and the one after its last."""
+Place = Literal["start", "after", "within"]
+"""Of a text: at a text's start, after a special token, within a text."""
+
+
 class Tokenizer(ABC):
     """Text to ids and back. Text is always text: a special token's name in it gives the ids of its characters.
 
@@ -80,6 +86,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_on(self, text: str) -> list[int]:
         """Ids of a text that goes on within a text: nothing is put before it."""
+
+    @abstractmethod
+    def spans(self, text: str, place: Place) -> list[Span]:
+        """The ids of `encode`, `encode_after` or `encode_on`, by the place of the text, each with the characters that
+        it stands for: one at least, which several may share."""
 
     def encode_piece(self, text: str) -> list[int]:
         """Ids of a text that goes on where `text_cuts` has cut it."""
@@ -181,6 +192,17 @@ class SentencePieceTokenizer(Tokenizer):
             self._going_on.LoadFromSerializedProto(self._processor.serialized_model_proto() + NO_PREFIX)
         return list(self._going_on.EncodeAsIds(well_formed(text)))
 
+    def spans(self, text: str, place: Place) -> list[Span]:
+        """The ids with the characters that each stands for. Raises DataError where the library is too old to say."""
+        self.encode_on("")
+        pieces: Any = self._going_on if place == "within" else self._processor
+        if not hasattr(pieces, "EncodeAsOffsetMapping"):
+            raise DataError(
+                f"{self.path}: conversations need a newer sentencepiece: pip install 'sentencepiece>=0.2.2'"
+            )
+        found = pieces.EncodeAsOffsetMapping(well_formed(text))
+        return with_places(found["ids"], found["offsets"], len(text))
+
     def encode_piece(self, text: str) -> list[int]:
         """Ids of a text that goes on where `text_cuts` has cut it: before a space, where spaces at a start count for
         nothing and one is put there."""
@@ -224,6 +246,16 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; special ids vanish."""
         return str(self._processor.DecodeIds([int(i) for i in ids if int(i) not in self._added]))
+
+
+def with_places(ids: Sequence[int], offsets: Iterable[tuple[int, int]], length: int) -> list[Span]:
+    """Ids with the characters that a library gives them; what has none, such as bytes of a character or a space that is
+    put before a text, gets the one at its place."""
+    made = []
+    for number, (start, end) in zip(ids, offsets, strict=True):
+        start = min(start, max(length - 1, 0))
+        made.append((int(number), start, max(end, start + 1)))
+    return made
 
 
 def well_formed(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mythos_ds.data.text_cuts import VocabularyIndex
-from mythos_ds.data.tokenizer import Tokenizer, well_formed
+from mythos_ds.data.tokenizer import Place, Span, Tokenizer, well_formed, with_places
 from mythos_ds.data.tokenizer_files import Companions, end_of_document, kind_of
 from mythos_ds.errors import DataError
 from mythos_ds.io import read_bytes
@@ -88,18 +88,26 @@ class JsonTokenizer(Tokenizer):
 
     def encode_on(self, text: str) -> list[int]:
         """Ids of a text that goes on within a text."""
+        return list(self._going_on().encode(well_formed(text), add_special_tokens=False).ids)
+
+    def spans(self, text: str, place: Place) -> list[Span]:
+        """The ids with the characters that each stands for."""
+        made = self._made if place == "start" else self._going_on()
+        found = made.encode(well_formed(text), add_special_tokens=False)
+        return with_places(found.ids, found.offsets, len(text))
+
+    def _going_on(self) -> "tokenizers.Tokenizer":
         if self._after is None:
             import tokenizers
 
             content = json.dumps(json.loads(self._made.to_str()), separators=(",", ":"))
             self._after = tokenizers.Tokenizer.from_str(content.replace(_PREPENDS_FIRST, _PREPENDS_NEVER))
             self._after.encode_special_tokens = True
-        return list(self._after.encode(well_formed(text), add_special_tokens=False).ids)
+        return self._after
 
     def reaches_over(self, left: str, right: str) -> bool:
         """Whether a token might hold the end of a text and the start of what follows it."""
-        self.encode_on("")
-        normaliser, cutter = self._after.normalizer, self._after.pre_tokenizer  # type: ignore[union-attr]
+        normaliser, cutter = self._going_on().normalizer, self._going_on().pre_tokenizer
         left, right = well_formed(left), well_formed(right)
         texts = [normaliser.normalize_str(each) if normaliser else each for each in (left, right, left + right)]
         if texts[0] + texts[1] != texts[2] or not texts[0] or not texts[1]:

@@ -1,12 +1,13 @@
 """How much held-out text a run has, beside what its evaluations ask for: told before training starts. No torch."""
 
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 from mythos_ds.config.schema import DataConfig, DatasetConfig, TrainingConfig
 from mythos_ds.data.builtin import BuiltinData
-from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, read_info
+from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, documents_of, read_info
+from mythos_ds.data.packing import usable_tokens
+from mythos_ds.data.token_files import open_lengths
 from mythos_ds.errors import DataError
 
 
@@ -45,10 +46,15 @@ def held_out(data: DataConfig, training: TrainingConfig, *, exact: bool = False)
         for prefix, info in zip(prefixes, infos, strict=True):
             if info.tokens < 2:
                 raise DataError(f"data.validation: {prefix} holds {info.tokens} tokens; {needed:,} are needed")
-        return HeldOut(sum(info.tokens for info in infos), needed, True)
+        whole = (
+            _tokens(prefix, info, range(info.documents), training) for prefix, info in zip(prefixes, infos, strict=True)
+        )
+        return HeldOut(sum(whole), needed, True)
     count = _counted if exact else _estimated
     return HeldOut(
-        sum(count(prefix, info, data, needed) for prefix, info in zip(prefixes, infos, strict=True)), needed, exact
+        sum(count(prefix, info, data, training, needed) for prefix, info in zip(prefixes, infos, strict=True)),
+        needed,
+        exact,
     )
 
 
@@ -77,7 +83,10 @@ def held_out_documents(data: DataConfig) -> list[tuple[Path, range]]:
     if data.own_validation:
         prefixes = [Path(dataset.prefix) for dataset in data.own_validation]
         return [(prefix, range(read_info(prefix).documents)) for prefix in prefixes]
-    return [(prefix, _documents(read_info(prefix), data)) for prefix in _shared_prefixes(data)]
+    return [
+        (prefix, documents_of(data.used_split, "valid", read_info(prefix).documents))
+        for prefix in _shared_prefixes(data)
+    ]
 
 
 def _shared_prefixes(data: DataConfig) -> list[Path]:
@@ -86,15 +95,17 @@ def _shared_prefixes(data: DataConfig) -> list[Path]:
     return [Path(dataset.prefix) for dataset in datasets]
 
 
-def _documents(info: DatasetInfo, data: DataConfig) -> range:
-    """Numbers of the documents in the valid share."""
-    total = sum(data.used_split)
-    start, end = list(accumulate(share / total for share in data.used_split))[:2]
-    return range(round(start * info.documents), round(end * info.documents))
+def _tokens(prefix: Path, info: DatasetInfo, documents: range, training: TrainingConfig) -> int:
+    """Tokens that samples take of some documents."""
+    if info.is_chat:
+        return usable_tokens(prefix, documents, training.seq_len)
+    if len(documents) == info.documents:
+        return info.tokens
+    return int(open_lengths(prefix)[documents.start : documents.stop].sum())
 
 
-def _estimated(prefix: Path, info: DatasetInfo, data: DataConfig, needed: int) -> int:
-    documents = _documents(info, data)
+def _estimated(prefix: Path, info: DatasetInfo, data: DataConfig, training: TrainingConfig, needed: int) -> int:
+    documents = documents_of(data.used_split, "valid", info.documents)
     if not documents:
         raise DataError(
             f"{prefix}: data.split {list(data.used_split)} leaves no valid text of its {info.documents} documents, and "
@@ -103,10 +114,6 @@ def _estimated(prefix: Path, info: DatasetInfo, data: DataConfig, needed: int) -
     return info.tokens * len(documents) // info.documents
 
 
-def _counted(prefix: Path, info: DatasetInfo, data: DataConfig, needed: int) -> int:
-    from mythos_ds.data.megatron import open_tokens
-
-    documents = _documents(info, data)
-    _estimated(prefix, info, data, needed)
-    tokens = open_tokens(prefix)  # kept: its arrays lie in a mapped file that it closes when it goes
-    return int(tokens.sequence_lengths[documents.start : documents.stop].sum())
+def _counted(prefix: Path, info: DatasetInfo, data: DataConfig, training: TrainingConfig, needed: int) -> int:
+    _estimated(prefix, info, data, training, needed)
+    return _tokens(prefix, info, documents_of(data.used_split, "valid", info.documents), training)

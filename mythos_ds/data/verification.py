@@ -7,7 +7,7 @@ from mythos_ds.data.index_files import COMPLETE, cache_faults
 from mythos_ds.data.token_files import pair_faults
 from mythos_ds.errors import DataError
 
-_ENDINGS = (".bin", ".idx", ".json")
+_ENDINGS = (".bin", ".idx", ".json", ".mask")
 
 
 def data_faults(path: Path, *, full: bool) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.data.batches import Batch
 from mythos_ds.engine.deepspeed_patches import DuplicateNorm, couple_gradient_norm, remove_module_hooks
-from mythos_ds.engine.plain_step import StepRun
+from mythos_ds.engine.plain_step import StepRun, loss_divisor
 from mythos_ds.errors import ParallelError
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.pipeline_stage import StageModel
@@ -44,18 +44,25 @@ class PipelinedStep:
     def train(
         self, batches: Sequence[Batch], *, n_loops: int, n_grad_loops: int, aux: AuxLoss, details: bool
     ) -> StepRun:
+        divisor = loss_divisor(batches, self._groups)
         with self._deepspeed.coalesce_grad_reduction():
             with deepspeed.zero.GatheredParameters(self._parameters):
                 run = self._pipeline.train(
-                    batches, n_loops=n_loops, n_grad_loops=n_grad_loops, aux=aux, details=details
+                    batches,
+                    n_loops=n_loops,
+                    n_grad_loops=n_grad_loops,
+                    aux=aux,
+                    details=details,
+                    loss_divisor=divisor,
                 )
             if self._tied:
                 self._share_tied_gradient()
         return StepRun(self._mean(run.outputs, len(batches)), run.records, run)
 
     def losses(self, batches: Sequence[Batch], n_loops: int) -> float:
+        divisor = loss_divisor(batches, self._groups)
         with deepspeed.zero.GatheredParameters(self._parameters):
-            outputs = self._pipeline.evaluate(batches, n_loops)
+            outputs = self._pipeline.evaluate(batches, n_loops, divisor)
         return self._mean(outputs, len(batches))
 
     def logits(self, batch: Batch, n_loops: int) -> Tensor:

@@ -26,6 +26,23 @@ class StepRun:
     """What a pipeline noted on this process."""
 
 
+def counted_targets(batches: Sequence[Batch], groups: ParallelGroups) -> float | None:
+    """The targets that count in these micro-batches of all ranks; None where all do. Collective."""
+    if not batches or "counted" not in batches[0]:
+        return None
+    own = torch.stack([batch["counted"].sum() for batch in batches]).sum().double()
+    if not groups.layout.is_last_stage:  # the other stages of a pipeline have the rows of the same micro-batches
+        own = torch.zeros_like(own)
+    return groups.all_reduce(own).item()
+
+
+def loss_divisor(batches: Sequence[Batch], groups: ParallelGroups) -> float | None:
+    """What each rank divides the summed losses of each micro-batch by, so that the mean of all of them is the mean over
+    the targets that count; None where all do. Collective."""
+    counted = counted_targets(batches, groups)
+    return None if counted is None else max(counted, 1.0) / (len(batches) * groups.layout.stage_sizes[-1])
+
+
 class PlainStep:
     """Runs one micro-batch after the other; DeepSpeed accumulates their gradients."""
 
@@ -37,10 +54,11 @@ class PlainStep:
     ) -> StepRun:
         """Forward and backward of all micro-batches; the last n_grad_loops of n_loops loops carry gradient. After it
         one `step` of the DeepSpeed engine is due."""
-        losses, notes = [], []
+        losses, notes, divisor = [], [], loss_divisor(batches, self._groups)
         for index, batch in enumerate(batches):
             records = ForwardRecords(details=details)
-            loss = self._forward(batch, n_loops, n_grad_loops=n_grad_loops, aux=aux, records=records)
+            options = {"n_grad_loops": n_grad_loops, "aux": aux, "records": records, "loss_divisor": divisor}
+            loss = self._forward(batch, n_loops, **options)
             self._deepspeed.backward(loss)
             notes.append(records)
             losses.append(loss.detach().double())
@@ -50,7 +68,8 @@ class PlainStep:
 
     def losses(self, batches: Sequence[Batch], n_loops: int) -> float:
         """Mean cross-entropy over all ranks' batches (of one shape), in float64."""
-        return self._mean([self._forward(batch, n_loops).double() for batch in batches])
+        divisor = loss_divisor(batches, self._groups)
+        return self._mean([self._forward(batch, n_loops, loss_divisor=divisor).double() for batch in batches])
 
     def logits(self, batch: Batch, n_loops: int) -> Tensor:
         """fp32 [rows, seq, vocab] for `tokens` (and `positions`, if given). All ranks give the same tokens."""

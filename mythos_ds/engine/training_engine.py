@@ -16,7 +16,7 @@ from mythos_ds.data.batches import Batch
 from mythos_ds.engine.deepspeed_patches import forget_models
 from mythos_ds.engine.optimizer import set_learning_rate
 from mythos_ds.engine.pipelined_step import PipelinedStep
-from mythos_ds.engine.plain_step import PlainStep
+from mythos_ds.engine.plain_step import PlainStep, counted_targets
 from mythos_ds.errors import NumericsError
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
@@ -31,7 +31,7 @@ class StepResult:
     """What one optimizer step did, the same on all ranks."""
 
     loss: float
-    """Mean cross-entropy over the global batch, averaged in float64."""
+    """Mean cross-entropy over the targets of the global batch that count, averaged in float64."""
     grad_norm: float
     """Global gradient norm before clipping."""
     routing: Statistics
@@ -129,8 +129,13 @@ class TrainingEngine:
         """
         return safe_get_full_grad(parameter)
 
+    def counted_targets(self, batches: Sequence[Batch]) -> float | None:
+        """How many targets of all ranks' batches count in their loss; None where all do."""
+        return counted_targets([self._on_device(batch) for batch in batches], self.groups)
+
     def eval_loss(self, batches: Sequence[Batch], n_loops: int) -> float:
-        """Mean cross-entropy over all ranks' batches (of one shape) at any loop count, in float64."""
+        """Mean cross-entropy over the targets of all ranks' batches (of one shape) that count, at any loop count, in
+        float64."""
         with self._evaluating():
             return self._step.losses([self._on_device(batch) for batch in batches], n_loops)
 

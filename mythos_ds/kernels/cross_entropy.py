@@ -15,8 +15,11 @@ _MIN_CHUNK_ROWS = 256
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool, divisor: float | None
+    ) -> Tensor:
         rows = max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS // weight.shape[0])
+        divisor = hidden.shape[0] if divisor is None else divisor
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
@@ -30,25 +33,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += (norm.log() + peak - chosen).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            delta = exponential.mul_(1.0 / (norm * hidden.shape[0]))
-            delta.scatter_add_(-1, target[:, None], torch.full_like(chosen, -1.0 / hidden.shape[0]))
+            delta = exponential.mul_(1.0 / (norm * divisor))
+            delta.scatter_add_(-1, target[:, None], torch.full_like(chosen, -1.0 / divisor))
             delta = delta.to(hidden.dtype)
             grad_hidden[start : start + rows] = delta @ weight
             grad_weight += delta.t() @ x
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total / hidden.shape[0]
+        return total / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None
+        return grad_hidden * grad, grad_weight * grad, None, None, None
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Computes the mean of -log softmax(hidden weight^T)[target], an fp32 scalar.
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, divisor: float | None = None) -> Tensor:
+    """Computes the mean of -log softmax(hidden weight^T)[target], an fp32 scalar; with `divisor` their sum over it.
 
-    hidden [tokens, dim], weight [vocab, dim], targets int64 [tokens].
+    hidden [tokens, dim], weight [vocab, dim], targets int64 [tokens]; with a divisor also of no tokens.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled(), divisor)

@@ -17,8 +17,9 @@ class LMHead(nn.Module):
         if tied is None:
             init.normal_(self.weight.data, "weight", config.resolved_init_std)
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Maps hidden [..., dim] to fp32 logits [..., vocab], or with targets int64 [...] to the scalar mean loss."""
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, divisor: float | None = None) -> Tensor:
+        """Maps hidden [..., dim] to fp32 logits [..., vocab], or with targets int64 [...] to the scalar mean loss; with
+        a divisor to the sum of losses over it."""
         if targets is None:
             return nn.functional.linear(hidden, self.weight).float()
-        return chunked_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten())
+        return chunked_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), divisor)

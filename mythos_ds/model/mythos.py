@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.layout import ModelChunk, whole_model
-from mythos_ds.config.schema import ModelConfig
+from mythos_ds.config.schema import IGNORED_LABEL, ModelConfig
 from mythos_ds.kernels.attention import AttentionCore, causal_attention
 from mythos_ds.kernels.segments import DocumentBounds
 from mythos_ds.model.attention import rotary_width
@@ -25,9 +25,6 @@ from mythos_ds.model.norm import RMSNorm
 from mythos_ds.model.recurrent import RecurrentBlock
 from mythos_ds.model.rope import Rotary
 from mythos_ds.model.sequence_depths import SequenceDepths
-
-IGNORED_LABEL = -100
-"""The label that does not count, as in transformers and torch's cross-entropy."""
 
 
 class MythosModel(nn.Module):
@@ -99,6 +96,7 @@ class MythosModel(nn.Module):
         aux: AuxLoss | None = None,
         records: ForwardRecords | None = None,
         depths: Tensor | None = None,
+        loss_divisor: float | None = None,
     ) -> Tensor:
         """Runs the model: tokens int64 [batch, seq] -> fp32 logits [batch, seq, vocab], or the scalar mean loss where
         labels or targets are given.
@@ -106,9 +104,10 @@ class MythosModel(nn.Module):
         n_loops: None takes the configuration's mean_recurrence. n_grad_loops: the last loops that get a gradient (None:
         all). positions int64 [batch, seq] restart at 0 where a document starts (None: one document per sequence).
         labels int64 [batch, seq]: the tokens themselves, shifted here; those that are -100 do not count. targets int64
-        [batch, seq]: the token after each token; all count. `records` are filled and closed. depths int64 [batch], each
-        1 .. n_loops: loops of each sequence, not with ACT (None: n_loops; see SequenceDepths). Raises ValueError for a
-        loop count below 1, labels beside targets, or depths with ACT or of another shape.
+        [batch, seq]: the token after each token; all count. With a loss_divisor those that are -100 do not, and the sum
+        of the others' losses is divided by it. `records` are filled and closed. depths int64 [batch], each 1 ..
+        n_loops: loops of each sequence, not with ACT (None: n_loops; see SequenceDepths). Raises ValueError for a loop
+        count below 1, labels beside targets, or depths with ACT or of another shape.
         """
         if labels is not None and targets is not None:
             raise ValueError("both labels and targets are given; allowed: labels (shifted inside) or targets (shifted)")
@@ -132,7 +131,7 @@ class MythosModel(nn.Module):
         # The block's own call, not single steps: it is the unit that ZeRO-3 gathers, once for all loops.
         x = self.recurrent(e, n_loops, context).to(e.dtype)
         context.records.close()
-        return self.decode(x, context=context, labels=labels, targets=targets)
+        return self.decode(x, context=context, labels=labels, targets=targets, loss_divisor=loss_divisor)
 
     def encode(
         self,
@@ -177,13 +176,19 @@ class MythosModel(nn.Module):
         return self.recurrent.step(h, e, loop=loop, context=context, last=last, halting=halting)
 
     def decode(
-        self, h: Tensor, *, context: ForwardContext, labels: Tensor | None = None, targets: Tensor | None = None
+        self,
+        h: Tensor,
+        *,
+        context: ForwardContext,
+        labels: Tensor | None = None,
+        targets: Tensor | None = None,
+        loss_divisor: float | None = None,
     ) -> Tensor:
         """Runs coda and head on the state h [batch, seq, dim], with ACT the halting state's output: fp32 logits
         [batch, seq, vocab], or the scalar mean loss where labels or targets are given (see `forward`)."""
         x = self.run_coda(h.to(self.norm.weight.dtype), context)
         if labels is None:
-            return self.logits_or_loss(x, targets)
+            return self.logits_or_loss(x, targets, loss_divisor)
         counted = labels[:, 1:] != IGNORED_LABEL
         return self.logits_or_loss(x[:, :-1][counted], labels[:, 1:][counted])
 
@@ -203,9 +208,13 @@ class MythosModel(nn.Module):
             x = layer(x, context)
         return x
 
-    def logits_or_loss(self, x: Tensor, targets: Tensor | None) -> Tensor:
-        """Applies the head to the coda's output x: fp32 logits, or the scalar mean loss where targets are given."""
-        return self.lm_head(self.norm(x), targets)
+    def logits_or_loss(self, x: Tensor, targets: Tensor | None, loss_divisor: float | None = None) -> Tensor:
+        """Applies the head to the coda's output x: fp32 logits, or the scalar loss where targets are given (see
+        `forward`)."""
+        if targets is None or loss_divisor is None:
+            return self.lm_head(self.norm(x), targets)
+        counted = targets != IGNORED_LABEL
+        return self.lm_head(self.norm(x[counted]), targets[counted], loss_divisor)
 
     def make_context(
         self,

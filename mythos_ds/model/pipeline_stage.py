@@ -47,6 +47,8 @@ class MicroBatch:
     targets: Tensor | None
     """The next tokens, int64 [batch, seq]; None where logits are wanted."""
     context: ForwardContext
+    loss_divisor: float | None = None
+    """As in MythosModel's forward."""
 
 
 class StageModel(MythosModel):
@@ -106,7 +108,7 @@ class StageModel(MythosModel):
         if state:
             x = self._end_loop(visit, message, state, batch, visit.n_loops - 1).float().to(state[0].dtype)
         x = self.run_coda(x, batch.context)
-        return self.logits_or_loss(x, batch.targets) if self.part.predicts else x
+        return self.logits_or_loss(x, batch.targets, batch.loss_divisor) if self.part.predicts else x
 
     @staticmethod
     def _gradient(visit: Visit, loop: int) -> torch.set_grad_enabled:

@@ -74,20 +74,25 @@ class Pipeline:
         n_grad_loops: int,
         aux: AuxLoss | None,
         details: bool,
+        loss_divisor: float | None = None,
     ) -> PipelineRun:
-        """Forward and backward of all micro-batches; gradients of the mean loss are left in `.grad`."""
+        """Forward and backward of all micro-batches; gradients of the mean loss are left in `.grad`. loss_divisor as in
+        MythosModel's forward."""
         n_grad_loops = min(n_grad_loops, n_loops)
         micro_batches = [
-            self._micro_batch(batch, batch["targets"], aux, n_grad_loops, ForwardRecords(details=details))
+            self._micro_batch(batch, batch["targets"], aux, n_grad_loops, ForwardRecords(details=details), loss_divisor)
             for batch in batches
         ]
         return self._run(micro_batches, n_loops, n_grad_loops, training=True)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[dict[str, Tensor]], n_loops: int) -> list[Tensor]:
+    def evaluate(
+        self, batches: Sequence[dict[str, Tensor]], n_loops: int, loss_divisor: float | None = None
+    ) -> list[Tensor]:
         """Forwards alone: on the last stage the loss of each micro-batch, or its logits where it has no "targets"."""
         micro_batches = [
-            self._micro_batch(batch, batch.get("targets"), None, n_loops, ForwardRecords()) for batch in batches
+            self._micro_batch(batch, batch.get("targets"), None, n_loops, ForwardRecords(), loss_divisor)
+            for batch in batches
         ]
         return self._run(micro_batches, n_loops, n_loops, training=False).outputs
 
@@ -98,9 +103,10 @@ class Pipeline:
         aux: AuxLoss | None,
         n_grad_loops: int,
         records: ForwardRecords,
+        loss_divisor: float | None,
     ) -> MicroBatch:
         context = self.model.make_context(batch["tokens"], batch.get("positions"), aux, n_grad_loops, records)
-        return MicroBatch(batch["tokens"], targets, context)
+        return MicroBatch(batch["tokens"], targets, context, loss_divisor)
 
     def _run(self, micro_batches: list[MicroBatch], n_loops: int, n_grad_loops: int, *, training: bool) -> PipelineRun:
         run = _Run(self, micro_batches, n_loops, n_grad_loops, training)

@@ -16,16 +16,22 @@ def depth_counts(mean_recurrence: int) -> list[int]:
 def losses_at(
     engine: TrainingEngine, batches: Callable[[], Iterable[list[Batch]]], loop_counts: Iterable[int]
 ) -> dict[int, float]:
-    """Mean cross-entropy in nats per token over all ranks' batches, by loop count; {} where there are no batches.
+    """Mean cross-entropy in nats per token that counts over all ranks' batches, by loop count; {} where there are no
+    batches.
 
     `batches` is called once per loop count, so that every count sees the same text; it yields what goes through the
     model together.
     """
     losses = {}
     for n_loops in loop_counts:
-        values = [engine.eval_loss(together, n_loops) for together in batches()]
-        if values:
-            losses[n_loops] = math.fsum(values) / len(values)
+        values, counts = list[float](), list[float]()
+        for together in batches():
+            values.append(engine.eval_loss(together, n_loops))
+            counted = engine.counted_targets(together)
+            counts.append(1.0 if counted is None else counted)
+        if any(counts):
+            weighted = [value * count for value, count in zip(values, counts, strict=True)]
+            losses[n_loops] = math.fsum(weighted) / math.fsum(counts)
     return losses
 
 

@@ -116,8 +116,9 @@ def opened(case: dict[str, Any]) -> Iterator[tuple[TrainingEngine, ParallelGroup
         engine.deepspeed.destroy()
 
 
-def global_batches(step: int, accumulation: int) -> list[dict[str, Tensor]]:
-    """The micro-batches of a step over all ranks: int64 [GLOBAL_BATCH / accumulation, SEQ_LEN] each."""
+def global_batches(step: int, accumulation: int, *, masked: bool = False) -> list[dict[str, Tensor]]:
+    """The micro-batches of a step over all ranks: int64 [GLOBAL_BATCH / accumulation, SEQ_LEN] each. masked: few
+    targets count, of some rows none, of others nearly all."""
     generator = torch.Generator().manual_seed(1000 + step)
     text = torch.randint(0, 64, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
     # Skewed, so that experts get uneven loads.
@@ -125,15 +126,21 @@ def global_batches(step: int, accumulation: int) -> list[dict[str, Tensor]]:
     positions = torch.arange(SEQ_LEN).repeat(GLOBAL_BATCH, 1)
     positions[1::2, 5:] -= 5
     whole = {"tokens": text[:, :-1], "targets": text[:, 1:], "positions": positions}
+    if masked:
+        shares = torch.tensor([0.0, 0.0, 0.9, 0.2, 0.0, 0.4, 0.1, 0.5])
+        counts = torch.rand(GLOBAL_BATCH, SEQ_LEN, generator=generator) < shares[:, None]
+        whole |= {"targets": torch.where(counts, text[:, 1:], -100), "counted": counts.sum(1)}
     size = GLOBAL_BATCH // accumulation
     return [{name: value[i * size : (i + 1) * size] for name, value in whole.items()} for i in range(accumulation)]
 
 
-def own_batches(step: int, accumulation: int, groups: ParallelGroups) -> list[dict[str, Tensor]]:
+def own_batches(
+    step: int, accumulation: int, groups: ParallelGroups, *, masked: bool = False
+) -> list[dict[str, Tensor]]:
     """This rank's rows of each micro-batch."""
     return [
         {name: value.chunk(groups.layout.dp_size)[groups.layout.dp_rank].clone() for name, value in batch.items()}
-        for batch in global_batches(step, accumulation)
+        for batch in global_batches(step, accumulation, masked=masked)
     ]
 
 
@@ -189,10 +196,12 @@ def reference_run(
     per_sequence: bool = False,
     ramp: bool = False,
     frozen: tuple[str, ...] = (),
+    masked: bool = False,
 ) -> dict[str, Any]:
     """Losses, gradient norms, final weights and router buffers of the independent single-process reference; `changes`
     are the case's to the model, as JSON. per_sequence: it runs each sequence alone, at its depth of DEPTHS; ramp: its
-    steps have as many sequences as RAMPED says; frozen: patterns of the names that are not trained."""
+    steps have as many sequences as RAMPED says; frozen: patterns of the names that are not trained; masked: not all
+    targets count."""
     resolved = resolve(toy_run({"ep": 1, "stage": 1, "optimizer": optimizer, "model": json.loads(changes)}, 1), 1)
     training, config = resolved.config.training, resolved.config.model
     model = MythosModel(config, seed=training.seed)
@@ -202,7 +211,7 @@ def reference_run(
     for step, loops in enumerate(LOOPS):
         parts = GLOBAL_BATCH if per_sequence else RAMP_ACCUMULATION if ramp else ACCUMULATION
         own = list(DEPTHS[step]) if per_sequence else loops
-        batches = global_batches(step, parts)[: RAMPED[step] * parts // GLOBAL_BATCH if ramp else None]
+        batches = global_batches(step, parts, masked=masked)[: RAMPED[step] * parts // GLOBAL_BATCH if ramp else None]
         loss, norm = trainer.step(batches, own, GRAD_LOOPS, LEARNING_RATE[optimizer])
         move_router_biases(biases, trainer.counts, resolved.router_bias_rate)
         losses.append(loss)
@@ -248,12 +257,12 @@ def layouts(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _layout(case: dict[str, Any]) -> dict[str, Any]:
     optimizer, accumulation = case["optimizer"], case.get("accumulation", ACCUMULATION)
-    per_sequence, ramp = case.get("per_sequence", False), case.get("ramp", False)
+    per_sequence, ramp, masked = (case.get(name, False) for name in ("per_sequence", "ramp", "masked"))
     accumulation = RAMP_ACCUMULATION if ramp else accumulation
     with opened(case) as (engine, groups):
         results = []
         for step, loops in enumerate(LOOPS):
-            batches = own_batches(step, accumulation, groups)
+            batches = own_batches(step, accumulation, groups, masked=masked)
             if ramp:
                 batches = batches[: RAMPED[step] * accumulation // GLOBAL_BATCH]
             held, lr = batches[:1], LEARNING_RATE[optimizer]
@@ -264,7 +273,7 @@ def _layout(case: dict[str, Any]) -> dict[str, Any]:
         weights = full_weights(engine, groups)
         biases = everywhere({name: buffer.clone() for name, buffer in engine.module.named_buffers()})
     frozen = tuple(case.get("training", {}).get("frozen", ()))
-    expected = reference_run(optimizer, json.dumps(case.get("model", {})), per_sequence, ramp, frozen)
+    expected = reference_run(optimizer, json.dumps(case.get("model", {})), per_sequence, ramp, frozen, masked)
     return {
         "loss": largest(abs(r.loss - x) / x for r, x in zip(results, expected["loss"], strict=True)),
         "norm": largest(abs(r.grad_norm - x) / x for r, x in zip(results, expected["norm"], strict=True)),

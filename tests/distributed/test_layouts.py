@@ -26,6 +26,8 @@ REPRESENTATIVE = {
         {"ep": 1, "stage": 3, "checkpointing": "loop", "optimizer": "sgd"},
         {"ep": 1, "stage": 0, "checkpointing": "none", "optimizer": "sgd"},
         {"ep": 2, "stage": 3, "checkpointing": "loop", "optimizer": "sgd", "model": DENSE},
+        {"ep": 2, "stage": 3, "checkpointing": "loop", "optimizer": "sgd", "masked": True},
+        {"ep": 1, "stage": 0, "checkpointing": "none", "optimizer": "sgd", "masked": True},
     ],
     4: [
         {"ep": 2, "stage": 3, "checkpointing": "loop", "optimizer": "adamw"},
@@ -89,6 +91,16 @@ def test_parts_that_are_frozen(cases):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_layout(world_size):
     check_parity(every_layout(world_size), world_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_targets_that_do_not_count_in_every_layout(world_size):
+    """Rows and micro-batches of some ranks without any target that counts: a mean of means would be another number."""
+    act = {"masked": True, "model": {"halting": "act"}, "training": {"ponder_cost": 0.0}}
+    cases = [{**case, "masked": True} for case in every_layout(world_size) if case["checkpointing"] == "loop"]
+    cases += [{**case, "per_sequence": True} for case in cases if case["optimizer"] == "sgd"]
+    check_parity([*cases, {**cases[-1], **act, "per_sequence": False}], world_size)
 
 
 @pytest.fixture(scope="module")

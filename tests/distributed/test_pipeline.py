@@ -31,6 +31,8 @@ REPRESENTATIVE = [
     {**RING, "checkpointing": "loop", "optimizer": "sgd", "model": DENSE},
     {**RING, "checkpointing": "loop", "optimizer": "sgd", "training": {"frozen": ["embed.*", "prelude.*"]}},
     {**LITERAL, "optimizer": "sgd", **TIED},
+    {**RING, "checkpointing": "loop", "optimizer": "sgd", "masked": True},
+    {**LITERAL, "optimizer": "sgd", "masked": True},
 ]
 THOROUGH: dict[int, list[dict[str, Any]]] = {
     2: [
@@ -77,7 +79,7 @@ def test_every_pipeline(world_size):
         for checkpointing in ("loop", "none")
         for optimizer in ("adamw", "sgd")
     ]
-    check_parity(cases, world_size)
+    check_parity([*cases, *({**case, "masked": True, "optimizer": "sgd"} for case in THOROUGH[world_size])], world_size)
 
 
 @pytest.fixture(scope="module")

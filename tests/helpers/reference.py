@@ -262,12 +262,14 @@ class ReferenceTrainer:
     def step(
         self, micro_batches: list[dict[str, Tensor]], n_loops: int | list[int], n_grad_loops: int | None, lr: float
     ) -> tuple[float, float]:
-        """Mean cross-entropy of the micro-batches, and the gradient's norm before clipping (0 = no clipping). n_loops:
-        one for all micro-batches, or one for each."""
+        """Mean cross-entropy of the targets of all micro-batches that are not -100, and the gradient's norm before
+        clipping (0 = no clipping). n_loops: one for all micro-batches, or one for each."""
         depths = [n_loops] * len(micro_batches) if isinstance(n_loops, int) else n_loops
         self._optimizer.zero_grad(set_to_none=True)
         self.counts = {}
         loss = 0.0
+        counted = sum(int((batch["targets"] != -100).sum()) for batch in micro_batches)
+        whole = all(bool((batch["targets"] != -100).all()) for batch in micro_batches)
         for batch, loops in zip(micro_batches, depths, strict=True):
             logits, out = forward(
                 self.params,
@@ -278,7 +280,11 @@ class ReferenceTrainer:
                 batch.get("positions"),
                 self.router_bias,
             )
-            cross_entropy, total = losses(self.config, logits, batch["targets"], out, *self._weights)
+            cross_entropy, total = losses(self.config, logits, batch["targets"].clamp_min(0), out, *self._weights)
+            if not whole:
+                summed = functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum")
+                own = summed * len(micro_batches) / counted
+                cross_entropy, total = own, total - cross_entropy + own
             (total / len(micro_batches)).backward()
             loss += cross_entropy.item() / len(micro_batches)
             for layer, counts in out.counts.items():

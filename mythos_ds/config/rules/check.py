@@ -503,5 +503,6 @@ RULES: tuple[Rule, ...] = (
         "with the built-in corpus, which makes its own",
         lambda c: c.data.corpus is not None and c.data.datasets is None,
     ),
+    *_no_effect(("loss_mask",), "data", "with the built-in corpus, which is text", lambda c: c.data.corpus is not None),
     Rule("model.vocab_size", _vocabulary),
 )

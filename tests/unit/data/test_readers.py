@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mythos_ds.data.inputs import find_inputs
-from mythos_ds.data.readers import limited, read_files, read_hub
+from mythos_ds.data.readers import ReadOptions, limited, read_files, read_hub
 from mythos_ds.data.rows import whole_texts
 from mythos_ds.errors import DataError
 
@@ -92,12 +92,12 @@ def test_hub_datasets_from_local_folders(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.Dataset.from_dict({"body": TEXTS}).save_to_disk(tmp_path / "saved")
-    assert list(read_hub(str(tmp_path / "saved"), key="body")) == TEXTS
+    assert list(read_hub(str(tmp_path / "saved"), options=ReadOptions(key="body"))) == TEXTS
     (tmp_path / "folder").mkdir()
     write_jsonl(tmp_path / "folder" / "train.jsonl", TEXTS)
     assert list(read_hub(str(tmp_path / "folder"))) == TEXTS
     with pytest.raises(DataError, match="no field 'words'"):
-        list(whole_texts(read_hub(str(tmp_path / "folder"), key="words")))
+        list(whole_texts(read_hub(str(tmp_path / "folder"), options=ReadOptions(key="words"))))
     with pytest.raises(DataError, match="Hugging Face dataset"):
         list(read_hub(str(tmp_path / "none")))
 

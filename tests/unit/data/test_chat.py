@@ -1,0 +1,245 @@
+"""Which tokens of a conversation are the assistant's, against references that know nothing of how they are found."""
+
+import json
+from collections.abc import Iterable
+
+import pytest
+
+from mythos_ds.data.chat import ChatTemplate, encode_chat
+from mythos_ds.data.chat_rows import conversation_of
+from mythos_ds.data.rows import BadRow, Conversation
+from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.errors import DataError
+from tests.helpers.chats import CHATML, LLAMA, MARKED, THINKING, conversations, rows_of
+from tests.helpers.tokenizers import byte_level_folder, sentencepiece_model
+
+transformers = pytest.importorskip("transformers")
+
+KINDS = ("json", "sentencepiece", "control")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """tokenizer.json; a sentencepiece model with the template's tokens as symbols; one with them beyond its pieces; one
+    without."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    beyond = sentencepiece_model(folder / "control" / "tokenizer.model", "llama")
+    size = Tokenizer.load(beyond).vocab_size
+    tokens = {str(size + i): {"content": t, "special": True} for i, t in enumerate(("<|im_start|>", "<|im_end|>"))}
+    (beyond.parent / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}))
+    return {
+        "json": byte_level_folder(folder / "json", added=True),
+        "sentencepiece": sentencepiece_model(folder / "sp" / "tokenizer.model", "chat symbols").parent,
+        "control": beyond.parent,
+        "plain": sentencepiece_model(folder / "plain" / "tokenizer.model", "bpe").parent,
+    }
+
+
+def spelt_out(own: Tokenizer, parts: Iterable[tuple[str, str]]) -> tuple[list[int], list[bool]]:
+    """Ids and flags of a conversation as (kind, text): a "token", the "end" of an answer, "text" of people, or what is
+    "answered": the text before an answer, a null byte, the answer.
+
+    Text between two tokens is encoded as one. Answers here begin where no token reaches over.
+    """
+    known, ids, flags = own.symbols() | own.special_tokens, list[int](), list[bool]()
+    for kind, text in parts:
+        if not text:
+            continue
+        if kind in ("token", "end"):
+            ids.append(known[text])
+            flags.append(kind == "end")
+            continue
+        asked, _, answer = text.partition("\0")
+        found, before = (ids_of(own, each, known, first=not ids) for each in (asked + answer, asked))
+        assert found[: len(before)] == before, "a token reaches into the answer"
+        ids += found
+        flags += [kind == "answered" and number >= len(before) for number in range(len(found))]
+    return ids, flags
+
+
+def ids_of(own: Tokenizer, text: str, known: dict[str, int], *, first: bool) -> list[int]:
+    """Ids of people's text. A symbol of the template's that they wrote is text: it is cut after its first character."""
+    symbols = [token for token in known if token.startswith("<|im") and token not in own.special_tokens]
+    places = sorted(n + 1 for token in symbols for n in range(len(text)) if text.startswith(token, n))
+    ids: list[int] = []
+    for a, b in zip([0, *places], [*places, len(text)], strict=True):
+        ids += own.encode_on(text[a:b]) if a else own.encode(text[a:b]) if first else own.encode_after(text[a:b])
+    return ids
+
+
+def chatml(chat):
+    """CHATML, spelt out."""
+    system = [] if chat[0]["role"] == "system" else [{"role": "system", "content": "Be brief."}]
+    for number, message in enumerate([*system, *chat]):
+        yield ("text", "" if number == 0 else "\n")
+        yield ("token", "<|im_start|>")
+        if message["role"] == "assistant":
+            yield ("answered", f"assistant\n\0{message['content']}")
+        else:
+            yield ("text", f"{message['role']}\n{message['content']}")
+        yield ("end" if message["role"] == "assistant" else "token", "<|im_end|>")
+    yield ("text", "\n")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chatml_without_marks(places, kind):
+    own = Tokenizer.load(places[kind])
+    template = ChatTemplate(own, CHATML)
+    for number, chat in enumerate(conversations()):
+        row = conversation_of(rows_of(chat, number), "here")
+        assert isinstance(row, Conversation), (row, chat)
+        found = template.encode_answers(json.loads(row.text)["messages"])
+        assert (found.ids, found.answers) == spelt_out(own, chatml(chat)), chat
+        assert found.ids == encode_chat(own, chat, template=CHATML, add_generation_prompt=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_marks_count_the_same_as_without_them(places, kind):
+    """MARKED renders what CHATML does for conversations with a system message, and marks what is expected of that."""
+    own = Tokenizer.load(places[kind])
+    with_marks, without = ChatTemplate(own, MARKED), ChatTemplate(own, CHATML)
+    for chat in conversations(seed=1):
+        chat = chat if chat[0]["role"] == "system" else [{"role": "system", "content": "Be kind."}, *chat]
+        assert with_marks.encode_answers(chat) == without.encode_answers(chat), chat
+
+
+def test_marks_are_those_of_transformers(places):
+    """The library's own mask, for conversations without special strings: it cannot take these as text."""
+    own = Tokenizer.load(places["json"])
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_file=str(own.path), eos_token="<|im_end|>")
+    for number, chat in enumerate(conversations(seed=2, special=False)):
+        for template in (MARKED, MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")):
+            options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
+            theirs = plain.apply_chat_template(chat, **options)
+            row = conversation_of(rows_of(chat, number), "here")
+            assert isinstance(row, Conversation)
+            found = ChatTemplate(own, template).encode_answers(json.loads(row.text)["messages"])
+            assert (found.ids, list(map(int, found.answers))) == (theirs["input_ids"], theirs["assistant_masks"]), chat
+
+
+def llama(chat):
+    """LLAMA, spelt out."""
+    head = f"<<SYS>>\n{chat[0]['content']}\n<</SYS>>\n\n" if chat[0]["role"] == "system" else ""
+    yield ("token", "<s>")
+    spoken = [m for m in chat if m["role"] != "system"]
+    for number in range(0, len(spoken), 2):
+        asked, said = (m["content"].strip() for m in spoken[number : number + 2])
+        yield ("answered", f"[INST] {'' if number else head}{asked} [/INST]\0 {said}")
+        yield ("end", "</s>")
+
+
+@pytest.mark.parametrize("kind", ["control", "plain"])
+def test_a_llama_style(places, kind):
+    own = Tokenizer.load(places[kind])
+    for chat in conversations(seed=3):
+        expected = spelt_out(own, llama(chat))
+        found = ChatTemplate(own, LLAMA).encode_answers(chat)
+        assert (found.ids, found.answers) == expected, chat
+
+
+def thinking(chat):
+    """THINKING, spelt out."""
+    last = max(number for number, m in enumerate(chat) if m["role"] == "user")
+    for number, message in enumerate(chat):
+        content = message["content"]
+        if message["role"] == "assistant" and number < last and "</think>" in content:
+            content = content.split("</think>")[-1].lstrip("\n")
+        yield ("text", "" if number == 0 else "\n")
+        yield ("token", "<|im_start|>")
+        answered = message["role"] == "assistant"
+        yield ("answered" if answered else "text", f"{message['role']}\n" + ("\0" if answered else "") + content)
+        yield ("end" if answered else "token", "<|im_end|>")
+    yield ("text", "\n")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thoughts_that_are_left_out_of_earlier_turns(places, kind):
+    own = Tokenizer.load(places[kind])
+    template, stripped = ChatTemplate(own, THINKING), 0
+    for number, chat in enumerate(conversations(seed=4, think=True)):
+        row = conversation_of(rows_of(chat, number), "here")
+        assert isinstance(row, Conversation)
+        found = template.encode_answers(json.loads(row.text)["messages"])
+        assert (found.ids, found.answers) == spelt_out(own, thinking(chat)), chat
+        stripped += "<think>" not in own.decode(found.ids) and any("<think>" in m["content"] for m in chat)
+    assert stripped > 20, "some conversations had thoughts in earlier turns only"
+
+
+def test_tool_calls_are_the_assistants(places):
+    own = Tokenizer.load(places["json"])
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}CALL "
+        "{{ c.function.name }} {{ c.function.arguments.city }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{% if tools %}{% endif %}"
+    )
+    calls = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]
+    row = {
+        "messages": [
+            {"role": "user", "content": "Is it hot?"},
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "content": "30", "tool_call_id": "1"},
+            {"role": "assistant", "content": "Yes"},
+        ],
+        "tools": json.dumps([{"type": "function", "function": {"name": "weather"}}]),
+    }
+    made = conversation_of(row, "here")
+    assert isinstance(made, Conversation)
+    content = json.loads(made.text)
+    found = ChatTemplate(own, template).encode_answers(content["messages"], tools=content["tools"])
+    answered = own.decode([number for number, counts in zip(found.ids, found.answers, strict=True) if counts])
+    assert answered == "CALL weather RomeYes"
+
+
+def test_templates_that_do_not_show_the_turns_are_refused(places):
+    own = Tokenizer.load(places["json"])
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    hidden = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}<|im_end|>{% endfor %}"
+    with pytest.raises(DataError, match=r"does not show where the assistant's turn begins.*\{% generation %\}"):
+        ChatTemplate(own, hidden).encode_answers(chat)
+    shortened = (
+        "{% for m in messages %}{% if loop.last %}{{ m.content }}{% else %}{{ m.content[:0] }}{% endif %};{% endfor %}"
+    )
+    with pytest.raises(DataError, match="does not show where"):
+        ChatTemplate(own, shortened).encode_answers(chat)
+    nothing = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    )
+    with pytest.raises(DataError, match="marks nothing"):
+        ChatTemplate(own, nothing).encode_answers(chat)
+    with pytest.raises(DataError, match="--chat-template FILE"):
+        ChatTemplate(Tokenizer.load(places["sentencepiece"]))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (["a"], "a row of named values is needed"),
+        ({"text": "a"}, "no conversation of a known form; keys given: 'text'"),
+        ({"prompt": "a"}, "no conversation of a known form"),
+        ({"messages": []}, "messages is no list of messages"),
+        ({"messages": "hello"}, "messages is no list of messages"),
+        ({"messages": ["a"]}, "a message is no object"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "the last turn is not the assistant's; it is the user's"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "unknown role; message 0: 'bot' given; allowed: system"),
+        (
+            {"conversations": [{"from": "robot", "value": "a"}]},
+            "unknown role; message 0: 'robot' given; allowed: human",
+        ),
+        ({"instruction": "a", "output": " \n"}, "a turn of the assistant is empty; message 1"),
+        ({"instruction": 1, "output": "b"}, "instruction or input is no text"),
+        ({"prompt": "a", "completion": 3}, "a message has no text"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]}, "a message holds more than text"),
+        ({"messages": [{"role": "assistant"}]}, "a message has no text"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "has a weight of its own"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": ["f"]}]},
+            "tool_calls is no list of objects",
+        ),
+        ({"instruction": "a", "output": "b", "tools": "f"}, "tools is no list of objects"),
+    ],
+)
+def test_rows_that_are_no_conversation(row, reason):
+    found = conversation_of(row, "chats.jsonl line 3")
+    assert isinstance(found, BadRow)
+    assert reason in str(found)
+    assert str(found).startswith("chats.jsonl line 3: ")
