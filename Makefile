@@ -133,7 +133,7 @@ VLLM_PY := .cache/vllm/bin/python
 vllm-parity: setup .cache/vllm/.installed
 	$(PY) -m tests.optional.export_for_vllm .cache/vllm-models
 	$(VLLM_PY) tests/optional/vllm_parity.py .cache/vllm-models/tiny .cache/vllm-models/latent \
-		.cache/vllm-models/dense
+		.cache/vllm-models/dense .cache/vllm-models/chat
 
 clean:
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mythos_ds.config.schema import ModelConfig as ModelConfig
     from mythos_ds.config.schema import RunConfig as RunConfig
     from mythos_ds.data.tokenizer import Tokenizer as Tokenizer
+    from mythos_ds.data.tokenizer_files import ChatFormat
     from mythos_ds.model.mythos import MythosModel as MythosModel
     from mythos_ds.plan.run_plan import RunPlan
     from mythos_ds.train.callbacks import Callback as Callback
@@ -153,7 +154,9 @@ def generate(
     if pieces.vocab_size > model.config.vocab_size:
         allowed = f"at most the model's {model.config.vocab_size}"
         raise ConfigError(f"tokenizer: given {pieces.path} of {pieces.vocab_size} pieces; allowed: {allowed}")
-    tokens = pieces.encode(prompt) if isinstance(prompt, str) else encode_chat(pieces, prompt)
+    chat = None if place is None or _is_model(place) else _chat_of(place)
+    template = None if chat is None else chat.template
+    tokens = pieces.encode(prompt) if isinstance(prompt, str) else encode_chat(pieces, prompt, template=template)
     n_loops = loops or model.config.mean_recurrence
     device = next(model.parameters()).device
     with torch.inference_mode():
@@ -163,7 +166,7 @@ def generate(
             new_tokens=new_tokens,
             vocab_size=pieces.vocab_size,
             eos_id=pieces.eos_id,
-            ends=pieces.ends(),
+            ends=pieces.ends() | (frozenset() if chat is None else chat.ends),
             context_length=context_length or _trained_length(place) or CONTEXT_LENGTH,
             temperature=temperature,
             seed=seed,
@@ -209,6 +212,13 @@ def _tokenizer(given: "Tokenizer | str | Path | None", place: Path | None) -> "T
     from mythos_ds.conversion.merge import tokenizer_of
 
     return Tokenizer.load(tokenizer_of(_state(place)))
+
+
+def _chat_of(tag: Path) -> "ChatFormat | None":
+    """The form of the conversations that a checkpoint's run learnt from."""
+    from mythos_ds.conversion.merge import chat_of
+
+    return chat_of(_state(tag))
 
 
 def _state(tag: Path) -> "TrainingState":

@@ -14,9 +14,11 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.model_target import WholeModel, check_tokenizer, write_config
 from mythos_ds.conversion.written_model import write_model
 from mythos_ds.data.builtin import BuiltinData
+from mythos_ds.data.tokenizer_files import ChatFormat
 from mythos_ds.errors import CheckpointError, naming
 from mythos_ds.io import read_json, where_searched
 from mythos_ds.provenance import last_names
+from mythos_ds.weights.built_in import model_path
 from mythos_ds.weights.model_folder import checked_config
 from mythos_ds.weights.reader import TensorSource
 from mythos_ds.weights.writer import MAX_FILE_BYTES
@@ -69,7 +71,7 @@ def merge(
     check_tokenizer(own, model)
 
     def finish(output: Path) -> None:
-        write_config(output, model, {**_carried(own), **metadata_of(state)}, own)
+        write_config(output, model, {**_carried(own), **metadata_of(state)}, own, chat_of(state))
 
     write_model(
         source,
@@ -109,8 +111,15 @@ def metadata_of(state: TrainingState) -> dict[str, Any]:
     }
 
 
+def chat_of(state: TrainingState) -> ChatFormat | None:
+    """The form of the conversations that the run learnt from; None where it read text."""
+    pinned = (state.run or {}).get("pinned", {})
+    found = (pinned.get("dataset") or {}).get("conversations")
+    return None if found is None else ChatFormat(found["chat_template"], frozenset(found["ends"]))
+
+
 def tokenizer_of(state: TrainingState) -> Path:
     """The run's tokenizer, whether it is at hand or not."""
     data = state.config["data"]
     given = data.get("tokenizer")
-    return Path(given) if given else BuiltinData.under(Path(data["data_dir"])).tokenizer
+    return model_path(given) if given else BuiltinData.under(Path(data["data_dir"])).tokenizer

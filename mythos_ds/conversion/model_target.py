@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.data.tokenizer_files import copy_tokenizer, has_tokenizer
+from mythos_ds.data.tokenizer_files import ChatFormat, copy_tokenizer, has_tokenizer, write_chat_format
 from mythos_ds.errors import CheckpointError
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.reader import TensorSource, TensorSpec
@@ -66,9 +66,14 @@ def check_tokenizer(tokenizer: Path, config: ModelConfig) -> None:
         raise CheckpointError(f"{tokenizer}: has {size} pieces; allowed: at most the model's {config.vocab_size}")
 
 
-def write_config(folder: Path, config: ModelConfig, metadata: dict[str, Any], tokenizer: Path) -> None:
-    """What `tokenizer`, a file or a model's folder, has of tokenizer, chat template, licences and cards; config.json
-    comes last: a folder without it is not a model."""
+def write_config(
+    folder: Path, config: ModelConfig, metadata: dict[str, Any], tokenizer: Path, chat: ChatFormat | None = None
+) -> None:
+    """What `tokenizer`, a file or a model's folder, has of tokenizer, chat template, licences and cards; of `chat` the
+    template takes the place of its own, and generation ends where answers do. config.json comes last: a folder without
+    it is not a model."""
     copy_tokenizer(tokenizer, folder)
+    if chat is not None and has_tokenizer(folder):
+        write_chat_format(folder, chat, Tokenizer.load(folder).ends())
     content = {"format": 1, "model": config.model_dump(mode="json"), "facts": metadata}
     seal(folder, content)

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mythos_ds.errors import DataError
-from mythos_ds.io import copy_file, copy_folder, read_bytes, read_json
+from mythos_ds.io import copy_file, copy_folder, read_bytes, read_json, write_atomic
 
 SENTENCEPIECE, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 _MODELS = (SENTENCEPIECE, TOKENIZER_JSON, "tiktoken.model")
@@ -228,6 +229,27 @@ def copy_tokenizer(place: Path, output: Path) -> list[str]:
             copy_file(path, output / name)
         copied.append(name)
     return copied
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What a model that learnt from conversations is told: its chat template, and ids that end its answers."""
+
+    template: str
+    ends: frozenset[int]
+
+
+def write_chat_format(folder: Path, chat: ChatFormat, ends: Iterable[int]) -> None:
+    """Writes the chat template to a model's folder, and to its generation_config.json where generation ends: at the
+    answers' ends, and at `ends`, those of before."""
+    write_atomic(folder / "chat_template.jinja", chat.template)
+    path = folder / "generation_config.json"
+    given = _object(path)
+    # The first is the end of documents where no other file says it.
+    numbers = Companions(folder).ends()
+    listed = list(dict.fromkeys([*numbers, *sorted(ends), *sorted(chat.ends)]))
+    content = {**given, "eos_token_id": listed[0] if len(listed) == 1 else listed}
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
 def is_export_card(path: Path) -> bool:

@@ -1,10 +1,21 @@
-"""The folders that vllm_parity.py reads: models/tiny, and small random models with latent attention, and with all that
-families of dense models add."""
+"""The folders that vllm_parity.py reads: models/tiny, and small random models with latent attention, with all that
+families of dense models add, and with a chat template."""
 
 import sys
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 import mythos_ds
+from mythos_ds.data.chat import encode_chat
+from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.tokenizer_files import ChatFormat, copy_tokenizer, write_chat_format
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.weights.model_folder import load_model, read_metadata, save_model
+from tests.helpers.chats import CHATML
+from tests.helpers.tokenizers import byte_level_folder
+from tests.optional.vllm_parity import ANSWER_TOKENS, CHAT_LENGTH, MESSAGES
 from tests.parity.test_hf import GQA, TINY, make_folder
 
 LATENT = {
@@ -26,6 +37,37 @@ def main(output: Path) -> None:
         if not (output / name).exists():
             make_folder(output / f"{name}_weights", changes)
             mythos_ds.convert(output / f"{name}_weights", output / name, dtype="float32")
+    if not (output / "chat").exists():
+        make_chat(output / "chat_weights")
+        mythos_ds.convert(output / "chat_weights", output / "chat", dtype="float32")
+
+
+def make_chat(folder: Path) -> None:
+    """A model with random weights that ends its answer to MESSAGES after so many tokens, with the end of a turn, which
+    only the chat's form tells from other tokens."""
+    make_folder(folder, {**GQA, "dim": 64, "vocab_size": 1003, "n_experts": 16})
+    copy_tokenizer(byte_level_folder(folder.with_name("chat_tokenizer"), added=True), folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    tokenizer = Tokenizer.load(folder)
+    end = tokenizer.special_tokens["<|im_end|>"]
+    write_chat_format(folder, ChatFormat(CHATML, frozenset({end})), tokenizer.ends())
+    model, metadata = load_model(folder), {**read_metadata(folder), "seq_len": CHAT_LENGTH}
+    with torch.no_grad():
+        *before, last = _states(model, encode_chat(tokenizer, MESSAGES, template=CHATML))
+        basis = torch.linalg.qr(torch.stack(before).T).Q
+        own = last - basis @ (basis.T @ last)  # what none of the tokens before has
+        model.lm_head.weight[end] = 100 * own / own.norm()
+    save_model(model, folder, metadata)
+
+
+def _states(model: MythosModel, ids: list[int]) -> list[Tensor]:
+    """What the head reads before each token of the likeliest answer, and before the one after it."""
+    states: list[Tensor] = []
+    hook = model.lm_head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0][0, -1].clone()))
+    for _ in range(ANSWER_TOKENS + 1):
+        ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
+    hook.remove()
+    return states
 
 
 if __name__ == "__main__":

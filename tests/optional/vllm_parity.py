@@ -3,7 +3,8 @@ no model with a hole.
 
     make vllm-parity
 
-makes that environment, exports models/tiny and a small latent-attention model, and runs this script on both folders.
+makes that environment, exports models/tiny and small random models, one of them with a chat template, and runs this
+script on their folders.
 """
 
 import json
@@ -15,11 +16,22 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PROMPT_LENGTHS = (5, 12, 20, 9)
 NEW_TOKENS = 32
 SERVER_SECONDS = 300
+MESSAGES = [
+    {"role": "user", "content": "Is it warm?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "How warm?"},
+]
+ANSWER_TOKENS = 6
+"""Of the likeliest answer to MESSAGES of the model that export_for_vllm.py makes for them."""
+CHAT_LENGTH = 256
 _QUIET = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -78,45 +90,78 @@ def refuses_missing_expert(folder: str) -> bool:
     return False
 
 
-def serve(folder: str) -> bool:
-    """`vllm serve` on the loopback interface answers a completion as transformers does."""
-    from transformers import AutoTokenizer
-
-    import mythos_hf
-
+@contextmanager
+def served(folder: str, length: int) -> Iterator[Any]:
+    """A client of `vllm serve` on the loopback interface; None where the server does not come up."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
         str(Path(sys.executable).with_name("vllm")), "serve", folder, "--served-model-name", "mythos",
         "--dtype", "float32",
-        "--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port),
+        "--max-model-len", str(length), "--max-num-seqs", "4", "--enforce-eager",
+        "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + SERVER_SECONDS
         while not _healthy(port):
             if server.poll() is not None or time.monotonic() > deadline:
-                say("SERVE: the server did not come up")
-                return False
+                say(f"SERVE {Path(folder).name}: the server did not come up")
+                yield None
+                return
             time.sleep(1)
         from openai import OpenAI
 
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        answer = client.completions.create(model="mythos", prompt="def main(", max_tokens=16, temperature=0)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = mythos_hf.MythosForCausalLM.from_pretrained(folder).eval()
-        tokens = tokenizer("def main(", return_tensors="pt", add_special_tokens=False).input_ids
-        made = model.generate(tokens, max_new_tokens=16, do_sample=False)[0, tokens.shape[1] :]
-        expected = tokenizer.decode(made, skip_special_tokens=True)
-        say(f"SERVE: {json.dumps(answer.choices[0].text)}")
-        return answer.choices[0].text == expected
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
     finally:
         server.terminate()
         try:
             server.wait(20)
         except subprocess.TimeoutExpired:
             server.kill()
+
+
+def serve(folder: str) -> bool:
+    """`vllm serve` answers a completion as transformers does."""
+    from transformers import AutoTokenizer
+
+    with served(folder, 64) as client:
+        if client is None:
+            return False
+        answer = client.completions.create(model="mythos", prompt="def main(", max_tokens=16, temperature=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer("def main(", return_tensors="pt", add_special_tokens=False).input_ids
+    expected = tokenizer.decode(_likeliest(folder, tokens, 16), skip_special_tokens=True)
+    say(f"SERVE: {json.dumps(answer.choices[0].text)}")
+    return answer.choices[0].text == expected
+
+
+def chat(folder: str) -> bool:
+    """`vllm serve` answers /v1/chat/completions in the template of the folder as transformers does, and stops at the
+    end of the turn, which generation_config.json names beside the end of text."""
+    from transformers import AutoTokenizer
+
+    with served(folder, CHAT_LENGTH) as client:
+        if client is None:
+            return False
+        answer = client.chat.completions.create(model="mythos", messages=MESSAGES, max_tokens=32, temperature=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": False}
+    tokens: Any = tokenizer.apply_chat_template(MESSAGES, **options)
+    made = _likeliest(folder, tokens, 32)
+    choice, expected = answer.choices[0], tokenizer.decode(made, skip_special_tokens=True)
+    say(f"CHAT: {json.dumps(choice.message.content)}, ended by {choice.finish_reason} after {len(made)} tokens")
+    equal = choice.message.content == expected and answer.usage.prompt_tokens == tokens.shape[1]
+    return equal and choice.finish_reason == "stop" and len(made) == ANSWER_TOKENS + 1
+
+
+def _likeliest(folder: str, tokens: Any, count: int) -> Any:
+    """Up to `count` greedy tokens of transformers after `tokens`, the one that ends them included."""
+    import mythos_hf
+
+    model = mythos_hf.MythosForCausalLM.from_pretrained(folder).eval()
+    return model.generate(tokens, max_new_tokens=count, do_sample=False)[0, tokens.shape[1] :]
 
 
 def _healthy(port: int) -> bool:
@@ -138,9 +183,10 @@ def main() -> int:
     folders = sys.argv[1:]
     runs = [["--one", folder] for folder in folders] + [["--one", folders[0], "7"], ["--missing", folders[0]]]
     codes = [subprocess.run([sys.executable, __file__, *run], timeout=900).returncode for run in runs]
-    served = serve(folders[0])
-    say(f"vLLM parity: {'equal' if not any(codes) and served else 'DIFFERENT'}")
-    return int(any(codes) or not served)
+    answers = [serve(folders[0]), *(chat(each) for each in folders if (Path(each) / "chat_template.jinja").is_file())]
+    equal = not any(codes) and all(answers)
+    say(f"vLLM parity: {'equal' if equal else 'DIFFERENT'}")
+    return int(not equal)
 
 
 if __name__ == "__main__":

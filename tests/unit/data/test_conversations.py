@@ -82,7 +82,7 @@ def test_what_is_stored(prepared):
 
 def test_order_and_workers(place, prepared, tmp_path):
     """Shuffled tokens go with their flags; processes and parts that were taken over give the same files."""
-    prefix, expected = prepared
+    _, expected = prepared
     info = prepare(place, tmp_path / "shuffled", shuffle_seed=0)
     ids, mask = open_ids(tmp_path / "shuffled", info), open_mask(tmp_path / "shuffled", info)
     ends = np.cumsum(open_lengths(tmp_path / "shuffled"))
@@ -179,7 +179,7 @@ def test_samples_hold_whole_conversations_once_per_pass(prepared, place, tmp_pat
     data = opened(settings(prefix, place, tmp_path), place, train_samples=130)
     train, valid = chats[: round(0.8 * len(chats))], chats[round(0.8 * len(chats)) :]
     wanted = Counter(map(str, map(expected_span, train)))
-    seen, passes = Counter(), 0
+    seen, passes = Counter[str](), 0
     for number in range(len(data.train)):
         sample = data.train[number]
         assert {name: value.shape for name, value in sample.items()} == {
