@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from mythos_ds.analysis.loop_losses import held_out_sequences
 from mythos_ds.config.loader import load_config
 from mythos_ds.io import write_json
 from mythos_ds.lab.smollm.checks import QUESTION, chat_tokens, source_difference
+from mythos_ds.lab.smollm.questions import answers, write_questions
 from mythos_ds.lab.smollm.source import make_source
 from mythos_ds.lab.smollm.steps import Steps
 
@@ -83,6 +85,27 @@ class RecipeRun:
         results["negative"] = self.train("negative_trained", "negative", [])
         return results
 
+    def tuned(self) -> dict[str, Any]:
+        """The untrained cut, tuned on questions and answers; its losses on held-out answers, and answers of its own."""
+        questions, held = self.work / "questions.jsonl", self.work / "held_out_questions.json"
+        if not held.is_file():
+            write_questions(questions, held)
+        options = ["--chat", "--tokenizer", self.source, "--output", self.work / "conversations", "--overwrite"]
+        command = ["prepare-data", questions, *options, "--workers", self.all_threads]
+        self.steps.run("conversations", command, threads=1)
+        self.loop_from_dense("tuning_start", _CUT, "conversations", ["data.document_mask=true", "data.split=[88,12,0]"])
+        results: dict[str, Any] = {
+            "untuned": self.evaluate("untuned", self.work / "tuning_start", (1, 2), "tuning_start")
+        }
+        results["tuned"] = self.train("tuned", "tuning_start", [], "tuning_start")
+        results["tuned_chat"] = self.export_and_chat("tuned", "tuned_")
+        kept = self.work / "answers.json"
+        if not kept.is_file():
+            asked = json.loads(held.read_text(encoding="utf-8"))
+            write_json(kept, [answers(self.work / "tuned", asked, loops) for loops in (1, 2)])
+        results["answers"] = json.loads(kept.read_text(encoding="utf-8"))
+        return results
+
     def prepare_data(self) -> None:
         """The built-in corpus in the source's own tokens."""
         data = self.work / "data"
@@ -91,8 +114,8 @@ class RecipeRun:
         options = ["--tokenizer", self.source, "--output", self.work / "tokens", "--keep-order", "--overwrite"]
         self.steps.run("tokens", ["prepare-data", corpus, *options, "--workers", self.all_threads], threads=1)
 
-    def loop_from_dense(self, name: str, cut: dict[str, float]) -> None:
-        """The looped model and its run file."""
+    def loop_from_dense(self, name: str, cut: dict[str, float], data: str = "tokens", more: Sequence[str] = ()) -> None:
+        """The looped model and its run file. data: the prepared dataset in the work folder; more: overrides."""
         options = [text for key, value in cut.items() for text in (f"--{key}", value)]
         overrides = [
             "data.split=[97,3,0]",
@@ -108,9 +131,10 @@ class RecipeRun:
             "monitor.tensorboard=false",
             "monitor.sample_prompts=[]",
             "monitor.log_interval=1",
+            *more,
         ]
         places = ["--output", self.work / name, "--config", self.run_file(name), "--like", "tiny.json"]
-        arguments = [self.source, *places, "--data", self.work / "tokens", *options, *overrides]
+        arguments = [self.source, *places, "--data", self.work / data, *options, *overrides]
         if not self.steps.is_done(name):  # the command overwrites no run file, and may have been stopped after it
             self.run_file(name).unlink(missing_ok=True)
         self.steps.run(name, ["loop-from-dense", *arguments], threads=self.all_threads)
@@ -127,32 +151,35 @@ class RecipeRun:
             write_json(kept, source_difference(self.source, self.work / "looped", batch))
         return dict(json.loads(kept.read_text(encoding="utf-8")))
 
-    def evaluate(self, name: str, model: Path, loops: tuple[int, ...]) -> dict[str, Any]:
-        """Losses of the held-out sequences, the same for all models."""
+    def evaluate(self, name: str, model: Path, loops: tuple[int, ...], run_file: str = "looped") -> dict[str, Any]:
+        """Losses of the held-out sequences of a run file, the same for all models."""
         file = self.work / f"{name}_losses.json"
-        options = ["--config", self.run_file("looped"), "--sequences", self.settings.sequences, "--json", file]
+        options = ["--config", self.run_file(run_file), "--sequences", self.settings.sequences, "--json", file]
         arguments = ["evaluate", model, *options, "--loops", *loops]
         self.steps.run(f"{name}_losses", arguments, threads=self.all_threads)
         return dict(json.loads(file.read_text(encoding="utf-8")))
 
-    def train(self, name: str, start: str, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    def train(
+        self, name: str, start: str, overrides: list[str] | tuple[str, ...], run_file: str = "looped"
+    ) -> dict[str, Any]:
         """Train from the model of a run file, merge, evaluate; the losses, and the seconds of training."""
         run, model = self.work / "runs" / name, self.work / name
         options = ["--config", self.run_file(start), "--processes", self.settings.processes, "--run-dir", run]
         seconds = self.steps.run(f"{name}_train", ["pretrain", *options, *overrides], threads=self.rank_threads)
         self.steps.run(f"{name}_merge", ["merge", run, "--output", model], threads=self.all_threads)
         loops = (1,) if overrides and overrides[0] == _CONTROL[0] else TRAINED_LOOPS
-        return {**self.evaluate(name, model, loops), "train_seconds": seconds}
+        return {**self.evaluate(name, model, loops, run_file), "train_seconds": seconds}
 
-    def export_and_chat(self) -> list[dict[str, Any]]:
-        """The answer to a question at 1 and 2 loops, from the trained model and from its export."""
-        model, export, kept = self.work / "trained", self.work / "export", self.work / "chat.json"
+    def export_and_chat(self, name: str = "trained", prefix: str = "") -> list[dict[str, Any]]:
+        """The answer to a question at 1 and 2 loops, from a trained model and from its export; prefix: of what is kept
+        of it."""
+        model, export, kept = self.work / name, self.work / f"{prefix}export", self.work / f"{prefix}chat.json"
         options = ["--from", "mythos", "--to", "hf", "--input", model, "--output", export, "--dtype", "float32"]
-        self.steps.run("export", ["convert", *options], threads=self.all_threads)
+        self.steps.run(f"{prefix}export", ["convert", *options], threads=self.all_threads)
         for loops in (1, 2):
             settings = ["--loops", loops, "--tokens", _NEW_TOKENS, "--temperature", 0]
             arguments = ["generate", "--chat", QUESTION, "--model", model, *settings]
-            self.steps.run(f"generate_{loops}", arguments, threads=self.all_threads)
+            self.steps.run(f"{prefix}generate_{loops}", arguments, threads=self.all_threads)
         if not kept.is_file():
             write_json(kept, [chat_tokens(model, export, loops, _NEW_TOKENS) for loops in (1, 2)])
         return list(json.loads(kept.read_text(encoding="utf-8")))

@@ -60,10 +60,7 @@ def lines(results: Results) -> list[Claim]:
         name = f"trained: {loops} loops less its own 1 loop"
         found.append(difference(name, (trained, loops), (trained, 1), -0.003))
     found.append(difference("trained: 2 loops less the untrained source", (trained, 2), (untrained, 1), None))
-    for chat in results["chat"]:
-        differ = sum(a != b for a, b in zip(chat["ours"], chat["export"], strict=True))
-        found.append(Claim(f"chat, {chat['loops']} loops: tokens of the export that differ", differ, None, 0.0))
-    return found
+    return [*found, *_exports(results["chat"])]
 
 
 def full_lines(results: Results) -> list[Claim]:
@@ -84,6 +81,29 @@ def full_lines(results: Results) -> list[Claim]:
         difference("10 + 10 + 10, A 0.447, untrained: 4 loops less 1 loop", (untrained, 4), (untrained, 1), None),
         difference("10 + 10 + 10, A 0.447, trained: 4 loops less its own 1 loop", (negative, 4), (negative, 1), None),
     ]  # fmt: skip
+
+
+def tuned_lines(results: Results) -> list[Claim]:
+    """The figures of tuning on questions and answers."""
+    untuned, tuned = results["untuned"], results["tuned"]
+    found = [
+        difference(f"held-out answers, {loops} loops: tuned less untuned", (tuned, loops), (untuned, loops), -0.05)
+        for loops in (1, 2)
+    ]
+    found.append(difference("held-out answers, tuned: 2 loops less 1 loop", (tuned, 2), (tuned, 1), None))
+    for own in results["answers"]:
+        name = f"answers of the tuned model at {own['loops']} loops that do not end as a turn does, share"
+        found.append(Claim(name, 1 - own["ended"] / own["asked"], None, 0.1))
+    return [*found, *_exports(results["tuned_chat"])]
+
+
+def _exports(chats: Sequence[Results]) -> list[Claim]:
+    """Tokens of answers in the chat template, of a model and its export."""
+    found = []
+    for chat in chats:
+        differ = sum(a != b for a, b in zip(chat["ours"], chat["export"], strict=True))
+        found.append(Claim(f"chat, {chat['loops']} loops: tokens of the export that differ", differ, None, 0.0))
+    return found
 
 
 def draw(results: Results, path: Path) -> None:
