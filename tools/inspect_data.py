@@ -10,6 +10,7 @@ import numpy as np
 
 from mythos_ds.data.inspection import Boundaries, DatasetView, LengthBin, length_histogram, save_histogram
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.errors import DataError
 from mythos_ds.mains import run_tool, tool_parser
 
 _BAR_WIDTH = 40
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _inspect(arguments: Namespace) -> None:
     view = DatasetView(arguments.prefix)
+    if arguments.boundaries and view.info.is_chat:
+        raise DataError(f"--boundaries: {view.prefix} holds conversations, which end as their template does; remove it")
     tokenizer = Tokenizer.load(arguments.tokenizer) if arguments.tokenizer else None
     bins = length_histogram(view.lengths)
     out = sys.stdout
@@ -49,11 +52,12 @@ def _inspect(arguments: Namespace) -> None:
 def _summary(view: DatasetView) -> str:
     info, lengths = view.info, view.lengths
     order = "input order" if info.shuffle_seed is None else f"shuffled with seed {info.shuffle_seed}"
+    counted = f", {info.counted_tokens:,} of them the assistant's" if info.is_chat else ""
     rows = {
         "dataset": view.prefix,
         "sources": ", ".join(info.sources) or "not recorded",
-        "documents": f"{info.documents:,}, {order}",
-        "tokens": f"{info.tokens:,} as {view.dtype}",
+        "chats" if info.is_chat else "documents": f"{info.documents:,}, {order}",
+        "tokens": f"{info.tokens:,} as {view.dtype}{counted}",
         "text": f"{info.text_bytes:,} bytes, {info.text_bytes / info.tokens:.2f} per token",
         "vocabulary": f"{info.vocab_size:,} pieces, tokenizer sha256 {info.tokenizer_sha256[:12]}",
         "length": f"mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, max {np.max(lengths)} tokens",

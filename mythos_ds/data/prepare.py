@@ -142,7 +142,6 @@ def prepare_dataset(
     """
     tokenizer = Tokenizer.load(tokenizer_path)
     template = ChatTemplate(tokenizer, chat_template) if chat else None
-    template_text = template.text if template else None
     _check_names(prefix, [*inputs, tokenizer.path])
     with locked_output(prefix, "prepare-data", folder=False, break_lock=break_lock):
         remove_partials(prefix)
@@ -150,12 +149,12 @@ def prepare_dataset(
         _refuse_existing(prefix, overwrite, chat=chat)
         first, rows = _first_rows(documents)
         check_exportable(tokenizer, [_text_of(row) for row in first])
-        store = PartStore(prefix, tokenizer.sha256, template_text)
+        store = PartStore(prefix, tokenizer.sha256, _text_or_none(template))
         if store.found:
             _logger.info("going on from %d finished parts in %s", store.found, store.folder)
         try:
             bad = BadRows(skip=skip_bad_rows)
-            with encoder_pool(tokenizer_path, workers, template_text) as pool:
+            with encoder_pool(tokenizer_path, workers, _text_or_none(template)) as pool:
                 found = _Encoding(pool, store, bad, on_progress).run(_works(rows, tokenizer, bad))
             bad.check(store.folder if store.is_of_use else None)
             if not found.count:
@@ -166,6 +165,10 @@ def prepare_dataset(
         finally:
             store.keep_or_remove()
     return info
+
+
+def _text_or_none(template: ChatTemplate | None) -> str | None:
+    return None if template is None else template.text
 
 
 def _nothing_found(found: _Documents, bad: BadRows, sources: Sequence[str], *, chat: bool) -> DataError:

@@ -323,13 +323,28 @@ def rank_without_tokens() -> dict[str, Any]:
 
 
 def special_cases() -> dict[str, Any]:
-    """The three cases above and below, in one launch."""
+    """The cases above and below, in one launch."""
     return {
+        "nothing_counts": step_without_targets(),
         "buffers": buffers_under_zero_init(),
         "no_tokens": rank_without_tokens(),
         "non_finite": non_finite_loss(),
         "skipped": non_finite_norm({"ep": 2, "stage": 3}),
     }
+
+
+def step_without_targets() -> dict[str, Any]:
+    """A step, and an evaluation, in which no target counts, between others: losses and gradient norms."""
+    with opened({"ep": 2, "stage": 3}) as (engine, groups):
+        found = []
+        for step in range(3):
+            batches = own_batches(step, ACCUMULATION, groups, masked=True)
+            if step == 1:
+                none = torch.tensor(-100)
+                batches = [{**b, "targets": none.expand_as(b["targets"]), "counted": 0 * b["counted"]} for b in batches]
+                nothing = engine.eval_loss(batches, 2)
+            found.append(engine.train_step(batches, n_loops=2, n_grad_loops=2, lr=1e-3))
+    return {"loss": [r.loss for r in found], "norm": [r.grad_norm for r in found], "eval": nothing}
 
 
 def non_finite_norm(case: dict[str, Any]) -> dict[str, Any]:

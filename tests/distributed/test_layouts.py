@@ -127,6 +127,14 @@ def test_bf16_losses_with_and_without_zero_init(special):
     assert special[0]["buffers"]["loss"] == special[1]["buffers"]["loss"]
 
 
+def test_a_step_in_which_no_target_counts(special):
+    """It moves by the auxiliary losses alone, and the run goes on."""
+    for found in (rank["nothing_counts"] for rank in special):
+        assert (found["loss"][1], found["eval"]) == (0.0, 0.0)
+        assert 0 < found["norm"][1] < 0.1 * found["norm"][0]
+        assert found["loss"][2] > 1
+
+
 def test_a_rank_whose_experts_get_no_tokens(special):
     for found in (rank["no_tokens"] for rank in special):
         assert sum(found["counts"][2:]) == 0

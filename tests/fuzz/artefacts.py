@@ -9,7 +9,9 @@ from typing import Any
 from mythos_ds.checkpoint import manifest
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedStage, resolve
+from mythos_ds.data.chat_rows import conversation_of
 from mythos_ds.data.datasets import prepare_index_cache
+from mythos_ds.data.prepare import prepare_dataset
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.train.run_manifest import new_manifest
@@ -23,12 +25,13 @@ SMALL = ["model.dim=16", "model.n_heads=2", "model.n_kv_heads=1", "model.ffn_dim
          "training.warmup_steps=1", "training.eval_batches=1"]  # fmt: skip
 CLUSTER: dict[str, Any] = {"gpu": "h100", "nodes": 2, "gpus_per_node": 2}
 TEXT = "ka lo mi ru"
+TEMPLATE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
 
 
-def run_config(root: Path) -> list[str]:
-    """Settings of the small run on the dataset below `root`."""
+def run_config(root: Path, name: str = "train") -> list[str]:
+    """Settings of the small run on a dataset below `root`."""
     data = root / "data"
-    datasets = json.dumps([{"prefix": str(data / "train")}])
+    datasets = json.dumps([{"prefix": str(data / name)}])
     own = [f"data.datasets={datasets}", f"data.tokenizer={data / 'tokenizer.model'}", f"data.data_dir={data}"]
     return [*SMALL, *own, "data.split=[80,20,0]"]
 
@@ -50,11 +53,15 @@ def build(root: Path) -> None:
     data.mkdir(parents=True)
     tokenizer = make_tokenizer(data)
     make_dataset(data / "train", tokenizer, make_texts(60, longest=40))
+    (data / "chat_template.jinja").write_text(TEMPLATE)
+    rows = (conversation_of({"prompt": text, "response": text}, "here") for text in make_texts(30, longest=8))
+    prepare_dataset(rows, tokenizer_path=tokenizer.path, prefix=data / "chats", chat=True, shuffle_seed=None)
     settings = run_config(root)
     loaded = load_config("tiny", settings)
     resolved = resolve(loaded.config, 1)
     (root / "run.json").write_text(json.dumps(loaded.config.model_dump(mode="json", exclude_unset=True)))
     prepare_index_cache(loaded.config.data, **index_arguments(root))
+    prepare_index_cache(load_config("tiny", run_config(root, "chats")).config.data, **index_arguments(root))
     save_model(MythosModel(loaded.config.model), root / "model", {"seq_len": 16, "step": 3})
     (root / "model" / "tokenizer.model").write_bytes((data / "tokenizer.model").read_bytes())
     write_synthetic(resolve(load_config("tiny", settings).config, 2), root / "checkpoints")

@@ -276,8 +276,8 @@ def weights(case: Case) -> tuple[Mutation, Any]:
 
 
 def index(case: Case) -> tuple[Mutation, Any]:
-    """The prepared order of a run's samples, on shared storage."""
-    folder = next((case.root / "data" / "index").iterdir())
+    """The prepared order of a run's samples, of text or of conversations, on shared storage."""
+    folder = case.generator.choice(sorted((case.root / "data" / "index").iterdir()))
     files = [str(path.relative_to(case.root)) for path in sorted(folder.rglob("*")) if path.is_file()]
     mutation = Mutation("none")
     if not case.whole and case.generator.random() < 0.25:
@@ -300,14 +300,27 @@ def tokens(case: Case) -> tuple[Mutation, Any]:
     case.names += ["train", mutation.key]
     for path in (case.root / "data" / "index").iterdir():
         path.rename(case.root / "out" / path.name)
-    return mutation, _samples(case)
+    return mutation, _samples(case, "train")
 
 
-def _samples(case: Case) -> Any:
-    data = load_config("tiny", artefacts.run_config(case.root)).config.data
-    prepare_index_cache(data, **artefacts.index_arguments(case.root))
-    found = build_datasets(data, **artefacts.index_arguments(case.root))
-    return [_digest(*part[number].values()) for part in (found.train, found.valid) for number in range(len(part))]
+def conversations(case: Case) -> tuple[Mutation, Any]:
+    """The files of conversations, before an index is made."""
+    mutation = case.damage(*(f"data/chats.{ending}" for ending in ("bin", "idx", "mask", "json")))
+    case.names += ["chats", mutation.key]
+    for path in (case.root / "data" / "index").iterdir():
+        path.rename(case.root / "out" / path.name)
+    return mutation, _samples(case, "chats")
+
+
+def _samples(case: Case, *names: str) -> Any:
+    made = []
+    for name in names or ("train", "chats"):
+        data = load_config("tiny", artefacts.run_config(case.root, name)).config.data
+        prepare_index_cache(data, **artefacts.index_arguments(case.root))
+        found = build_datasets(data, **artefacts.index_arguments(case.root))
+        for part in (found.train, found.valid):
+            made += [_digest(*part[number].values()) for number in range(len(part))]
+    return made
 
 
 def tokenizer(case: Case) -> tuple[Mutation, Any]:
@@ -420,6 +433,7 @@ TARGETS: dict[str, Target] = {
     "weights": Target(("model",), weights, equal),
     "index": Target(("data",), index, equal),
     "tokens": Target(("data",), tokens, equal),
+    "conversations": Target(("data",), conversations, equal),
     "tokenizer": Target(("data",), tokenizer, anything),
     "prepare": Target(("data", "input.jsonl"), prepare, anything),
     "hostfile": Target(("hostfile",), hostfile, anything),

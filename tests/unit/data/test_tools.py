@@ -84,6 +84,14 @@ def test_corpus_text_only(tmp_path, capsys):
         (["prepare_data", "none.jsonl", "--tokenizer", "t.model", "--output", "o"], "none.jsonl not found"),
         (["prepare_data", "--tokenizer", "t.model", "--output", "o"], "give either input files or --hf"),
         (["prepare_data", str(TOOLS), "--tokenizer", "t.model", "--output", "o"], "no file ending in"),
+        (
+            ["prepare_data", "x", "--tokenizer", "t", "--output", "o", "--chat-template", "c"],
+            "no effect without --chat",
+        ),
+        (
+            ["prepare_data", "x", "--tokenizer", "t", "--output", "o", "--chat", "--key", "k"],
+            "--key has no effect with",
+        ),
         (["inspect_data", "none"], "no dataset at none"),
         (["train_tokenizer", "none.txt", "--output", "t.model"], "none.txt not found"),
     ],

@@ -42,6 +42,22 @@ def test_value_and_gradients_equal_torch(tokens: int, vocab: int) -> None:
         assert (got - want).norm() <= 1e-5 * want.norm()
 
 
+def test_a_divisor_divides_the_sum() -> None:
+    """Also that of no tokens at all, whose gradients are zero."""
+    hidden, weight = torch.randn(300, 24), torch.randn(5000, 24, requires_grad=True)
+    targets = torch.randint(0, 5000, (300,))
+    for tokens in (300, 7, 0):
+        weight.grad = None
+        loss = chunked_cross_entropy(hidden[:tokens].requires_grad_(), weight, targets[:tokens], 12.5)
+        loss.backward()
+        wide = weight.detach().double().requires_grad_()
+        logits = hidden[:tokens].detach().double() @ wide.T
+        expected = functional.cross_entropy(logits, targets[:tokens], reduction="sum") / 12.5
+        expected.backward()
+        assert abs(loss - expected) <= 1e-6 * expected
+        assert (gradient(weight) - gradient(wide)).norm() <= 1e-5 * gradient(wide).norm()
+
+
 def test_bfloat16_gradients_are_close() -> None:
     hidden = torch.randn(900, 32).bfloat16().requires_grad_()
     weight = (0.3 * torch.randn(3000, 32)).bfloat16().requires_grad_()

@@ -12,9 +12,10 @@ from mythos_ds.conversion.convert import Request, plan_route
 from mythos_ds.conversion.recipe import choose_cut, dense_config, recipe_cut
 from mythos_ds.errors import LabError
 from mythos_ds.lab.smollm.checks import source_difference
+from mythos_ds.lab.smollm.questions import write_questions
 from mythos_ds.lab.smollm.source import make_source, require_source
 from mythos_ds.lab.smollm.steps import Steps
-from mythos_ds.lab.smollm.verdict import Claim, draw, full_lines, lines
+from mythos_ds.lab.smollm.verdict import Claim, draw, full_lines, lines, tuned_lines
 from mythos_ds.weights.pickled import open_weights
 from mythos_ds.weights.writer import write_tensors
 from tests.helpers.paths import ROOT
@@ -76,6 +77,30 @@ def test_an_answer_that_differs_is_a_miss() -> None:
     results["chat"][1]["export"] = [1, 9, 3]
     assert [(line.measured, line.held) for line in lines(results)[-2:]] == [(0, True), (1, False)]
     assert Claim("x", float("nan"), None, 0.0).held is False
+
+
+def test_tuning_is_held_to_losses_and_to_answers_that_end() -> None:
+    chat = {"ours": [1, 2], "export": [1, 2], "text": "a b"}
+    results: dict[str, Any] = {
+        "untuned": _evaluation(n1=4.0, n2=4.0),
+        "tuned": _evaluation(n1=2.5, n2=2.49),
+        "answers": [{"loops": loops, "asked": 20, "ended": 20, "texts": []} for loops in (1, 2)],
+        "tuned_chat": [{"loops": loops, **chat} for loops in (1, 2)],
+    }
+    assert not [line.name for line in tuned_lines(results) if line.held is False]
+    results["answers"][1]["ended"] = 17
+    missed = [line for line in tuned_lines(results) if line.held is False]
+    assert [(line.measured, "2 loops that do not end" in line.name) for line in missed] == [(pytest.approx(0.15), True)]
+
+
+def test_questions_that_are_asked_are_about_other_names(tmp_path: Path) -> None:
+    write_questions(tmp_path / "training.jsonl", tmp_path / "held_out.json")
+    rows = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    asked = json.loads((tmp_path / "held_out.json").read_text())
+    names = {next(word for word in row["prompt"].split() if "." in word.rstrip(".?")) for row in rows}
+    assert (len(asked), len(names)) == (20, len(rows))
+    assert len(rows) > 500
+    assert not any(name in question.split() for name in names for question in asked)
 
 
 def test_a_step_is_done_once_and_says_why_it_failed(tmp_path: Path) -> None:
