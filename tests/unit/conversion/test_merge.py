@@ -13,8 +13,11 @@ import torch
 
 from mythos_ds.checkpoint.deepspeed_format import WEIGHTS
 from mythos_ds.checkpoint.portable import open_state
+from mythos_ds.checkpoint.training_state import TrainingState
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve
+from mythos_ds.conversion.merge import chat_of, tokenizer_of
+from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.weights.model_folder import load_model, read_metadata
 from mythos_ds.weights.reader import TensorFolder
 from tests.helpers.paths import ROOT
@@ -135,3 +138,9 @@ def test_verification_names_every_fault(checkpoint, tmp_path):
     process = start("verify_checkpoint.py", tmp_path / "merged")
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, "not what was written" in output) == (1, True)
+
+
+def test_the_built_in_model_has_a_runs_tokenizer():
+    state = TrainingState(1, 8, None, {}, {"data": {"tokenizer": "tiny", "data_dir": "data"}})
+    assert Tokenizer.load(tokenizer_of(state)).path == ROOT / "models" / "tiny" / "tokenizer.model"
+    assert chat_of(state) is None
