@@ -57,10 +57,10 @@ def sequence_losses(
     count, times those of the sequence over those of a mean sequence, so that the mean over sequences is that over
     tokens. `progress` takes the sequences done. Raises ConfigError, see `token_losses`, and where no token counts."""
     found: dict[int, list[float]] = {count: [] for count in sorted(set(loops))}
-    per_sequence = _targets_per_sequence(batches)
     for count, losses in token_losses(model, batches, loops, progress):
-        found[count] += (losses.sum(1) / per_sequence).tolist()
-    return found
+        found[count] += losses.sum(1).tolist()
+    per_sequence = _targets_per_sequence(batches)
+    return {count: [loss / per_sequence for loss in own] for count, own in found.items()}
 
 
 @torch.inference_mode()

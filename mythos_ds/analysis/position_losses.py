@@ -29,7 +29,7 @@ _NEAR = 1
 def long_documents(config: RunConfig, length: int, count: int) -> list[Batch]:
     """The first `length` tokens of `count` held-out documents that are longer than that, each a batch {tokens, targets,
     positions} int64 [1, length]; of more than `count` those that lie evenly apart. Raises ConfigError for fewer than 2,
-    and where there are not so many, DataError for data of another tokenizer, or damaged."""
+    and where there are not so many, DataError for conversations, data of another tokenizer, or damaged."""
     if not SHORTEST <= length <= _MOST:
         nearest = min(max(length, SHORTEST), _MOST)
         raise ConfigError(f"--by-position: given {length}; allowed: {SHORTEST} to {_MOST:,} tokens; nearest: {nearest}")
@@ -40,6 +40,10 @@ def long_documents(config: RunConfig, length: int, count: int) -> list[Batch]:
     tokenizer, vocab_size = Tokenizer.load(data_sources(config.data)[1]), config.model.vocab_size
     views = [(DatasetView(prefix), numbers) for prefix, numbers in held_out_documents(config.data)]
     for view, _ in views:
+        if view.info.is_chat:
+            raise DataError(
+                f"--by-position: {view.prefix} holds conversations, of which only answers count; allowed: text"
+            )
         check_vocabulary(view.prefix, view.info, tokenizer, vocab_size)
     found = [(view, number) for view, numbers in views for number in numbers if view.lengths[number] > length]
     if not 2 <= count <= len(found):
