@@ -112,9 +112,12 @@ def metadata_of(state: TrainingState) -> dict[str, Any]:
 
 
 def chat_of(state: TrainingState) -> ChatFormat | None:
-    """The form of the conversations that the run learnt from; None where it read text."""
-    pinned = (state.run or {}).get("pinned", {})
-    found = (pinned.get("dataset") or {}).get("conversations")
+    """The form of the conversations that the run learnt from last, in whichever training stage; None where it read text
+    in all of them."""
+    run = state.run or {}
+    stages = [*(former["pinned"] for former in run.get("former_stages", ())), run.get("pinned", {})]
+    chats = [(pinned.get("dataset") or {}).get("conversations") for pinned in stages]
+    found = next((chat for chat in reversed(chats) if chat is not None), None)
     return None if found is None else ChatFormat(found["chat_template"], frozenset(found["ends"]))
 
 

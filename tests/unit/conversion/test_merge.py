@@ -144,3 +144,17 @@ def test_the_built_in_model_has_a_runs_tokenizer():
     state = TrainingState(1, 8, None, {}, {"data": {"tokenizer": "tiny", "data_dir": "data"}})
     assert Tokenizer.load(tokenizer_of(state)).path == ROOT / "models" / "tiny" / "tokenizer.model"
     assert chat_of(state) is None
+
+
+@pytest.mark.parametrize("stages", [["chat", "text"], ["text", "chat"], ["chat", "other"], ["text", "text"], ["chat"]])
+def test_the_chat_template_is_that_of_the_last_stage_with_conversations(stages):
+    chats = {
+        "text": {"content": ["x"]},
+        "chat": {"content": ["y"], "conversations": {"chat_template": "one", "ends": [3, 4]}},
+        "other": {"content": ["z"], "conversations": {"chat_template": "two", "ends": [5]}},
+    }
+    pinned = [{"dataset": chats[stage]} for stage in stages]
+    run = {"pinned": pinned[-1], "former_stages": [{"pinned": each} for each in pinned[:-1]]}
+    found = chat_of(TrainingState(1, 8, None, {}, {}, run=run))
+    expected = {"chat": ("one", {3, 4}), "other": ("two", {5})}.get(next((s for s in stages[::-1] if s != "text"), ""))
+    assert (found and (found.template, found.ends)) == expected
