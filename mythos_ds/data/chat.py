@@ -2,9 +2,13 @@
 which of the ids are the assistant's."""
 
 import re
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,12 @@ Message = Mapping[str, Any]
 """A turn: its "role", its "content" and what else the template reads."""
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 """The mark of transformers around what the assistant says."""
+_MOST_SECONDS, _MOST_CHARACTERS = 20.0, 1 << 28
+"""What a template may take for one conversation, and make of it."""
+
+
+class TemplateFault(DataError):
+    """What a chat template does is wrong for every conversation."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,13 @@ class ChatTemplate:
                 '"chat_template" in tokenizer_config.json; prepare-data also takes --chat-template FILE'
             )
         try:
+            import jinja2.sandbox
+
             from mythos_hf.tokenization_mythos import ChatMarks
         except ImportError as error:
             raise DataError("chat templates need an extra: pip install 'mythos_ds[hf]'") from error
         self.text, self.tokenizer, self._marks_of = found, tokenizer, ChatMarks
+        self._faults = (jinja2.TemplateSyntaxError, jinja2.sandbox.SecurityError, RecursionError, MemoryError, _TooLong)
         symbols = tokenizer.symbols()
         self._written = [symbol for symbol in symbols if symbol in found and not symbol.isspace()]
         self.tokens = tokenizer.special_tokens | {symbol: symbols[symbol] for symbol in self._written}
@@ -89,19 +102,29 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Any], **options: Any) -> tuple[str, list[tuple[int, int]]]:
         """The text that the template makes of messages, with the names of the tokenizer's special tokens, and where in
-        it its marks of generation are."""
+        it its marks of generation are. Raises DataError where the template refuses the messages, TemplateFault where
+        it is none, reaches for what it may not, or does not come to an end."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         conversation = [[*map(dict, messages)]]
         try:
-            made: Any = render_jinja_template(
-                conversations=conversation, chat_template=self.text, **options, **self._named
-            )
+            with _time_limit(_MOST_SECONDS):
+                made: Any = render_jinja_template(
+                    conversations=conversation, chat_template=self.text, **options, **self._named
+                )
+        except self._faults as error:
+            raise self._fault(str(error) or "it takes more memory than there is") from None
         except Exception as error:  # what a template does is its author's
             raise DataError(
                 f"{self.tokenizer.path}: its chat template does not take these messages ({error})"
             ) from None
-        return str(made[0][0]), [(int(start), int(end)) for start, end in (made[1][0] if made[1] else [])]
+        text = str(made[0][0])
+        if len(text) > _MOST_CHARACTERS:
+            raise self._fault(f"it made {len(text):,} characters of a conversation; allowed: {_MOST_CHARACTERS:,}")
+        return text, [(int(start), int(end)) for start, end in (made[1][0] if made[1] else [])]
+
+    def _fault(self, what: str) -> TemplateFault:
+        return TemplateFault(f"{self.tokenizer.path}: its chat template is at fault: {what[:500]}; mend it")
 
     @cached_property
     def _named(self) -> dict[str, Any]:
@@ -122,6 +145,30 @@ class ChatTemplate:
     def marks(self, messages: Sequence[Message], tools: Any) -> "ChatMarks":
         """Characters that tell what people wrote in a conversation from what the template writes."""
         return self._marks_of(self.tokenizer.special_tokens, messages, tools, self.text, symbols=self._written)
+
+
+class _TooLong(Exception):
+    """A template has not come to an end."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises _TooLong where the block takes longer, in processor time; in the main thread, where alone that is
+    possible."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _TooLong(f"it did not come to an end in {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class _Chat:
@@ -174,9 +221,10 @@ class _Chat:
             found = self._template.render(self._messages, **options)[1]
         else:
             found = list(self._turns())
+        found = [(start, end) for start, end in found if start < end]
         if not found:
             raise DataError(f"{self._template.tokenizer.path}: its chat template marks nothing as the assistant's")
-        return [(self._plain_place(start), self._plain_place(end)) for start, end in found if start < end]
+        return [(self._plain_place(start), self._plain_place(end)) for start, end in found]
 
     def _plain_place(self, place: int) -> int:
         return len(self._marks.plain(self.rendered[:place]))
@@ -184,8 +232,8 @@ class _Chat:
     def _turns(self) -> Iterator[tuple[int, int]]:
         """Turns, found by rendering the conversation up to each of them, without and with it.
 
-        A template may show a turn in another form once others follow it (without the thoughts that led to it): its end
-        is then the special token that ends it when it is the last.
+        A template may leave a piece of a turn out once others follow it (the thoughts that led to it): its end is then
+        the special token that ends it when it is the last.
         """
         shown, place = "", 0
         for number, message in enumerate(self._messages):
@@ -199,6 +247,8 @@ class _Chat:
                 raise self._hidden(number, "begins")
             last = next(reversed(self._own_tokens(turn)), None)
             tail = turn[last.end() :] if last else ""
+            if tail.strip():  # of a turn that no token ends, such as one before which its thoughts are marked
+                last, tail = None, ""
             end = start + len(turn) - len(tail)
             if not self.rendered.startswith(turn, start):
                 own = [] if last is None else [each for each in self._own_tokens(turn) if each[1] == last[1]]
@@ -207,13 +257,15 @@ class _Chat:
                 if found is None or not self.rendered.startswith(tail, found.end()):
                     raise self._hidden(number, "ends")
                 end = found.end()
+                if not _without_a_piece(self.rendered[start:end], turn):
+                    raise self._hidden(number, "ends")
             yield start, end
             shown, place = said, end + len(tail)
 
     def _start(self, asked: str, shown: str, place: int) -> int | None:
         """Where a turn begins in the whole, after `asked`; `shown` is what ended with the turn before, which ends at
         `place` in the whole."""
-        if self.rendered.startswith(asked):
+        if self.rendered.startswith(asked) and len(asked) >= place:
             return len(asked)
         between = asked.removeprefix(shown)
         known = bool(shown) and between != asked and self.rendered.startswith(between, place)
@@ -231,6 +283,17 @@ class _Chat:
             f"(message {number}); allowed: a template with {{% generation %}} ... {{% endgeneration %}} around what "
             "the assistant says"
         )
+
+
+def _without_a_piece(shown: str, whole: str) -> bool:
+    """Whether a text is another one of which a piece is left out, white space aside."""
+    shown, whole = ("".join(text.split()) for text in (shown, whole))
+    return len(shown) <= min(_alike(shown, whole) + _alike(shown[::-1], whole[::-1]), len(whole))
+
+
+def _alike(text: str, other: str) -> int:
+    """How many characters two texts begin with both."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
 
 
 def encode_chat(

@@ -13,7 +13,11 @@ _SPEAKERS = {
 }  # fmt: skip
 """ShareGPT's names of who speaks."""
 _ANSWERS = ("completion", "response")
+_LISTS = ("messages", "conversations", "conversation")
 _FORMS = "messages; conversations; instruction and output; prompt and completion, or response"
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of the parts of a message that are text."""
+_LEVELS = 100
 
 
 class _RowError(ValueError):
@@ -25,9 +29,9 @@ class _RowError(ValueError):
 
 
 def conversation_of(row: Any, where: str) -> Conversation | BadRow:
-    """The conversation that a row holds, told by its keys: "messages" (OpenAI), "conversations" (ShareGPT),
-    "instruction" and "output" (Alpaca), "prompt" and "completion" or "response"; other keys say nothing. A BadRow where
-    it has no known form, a role is unknown, or no answer of the assistant ends it."""
+    """The conversation that a row holds, told by its keys: "messages" (OpenAI), "conversations" or "conversation"
+    (ShareGPT), "instruction" and "output" (Alpaca), "prompt" and "completion" or "response"; other keys say nothing.
+    A BadRow where it has no known form, a role is unknown, or no answer of the assistant ends it."""
     if isinstance(row, BadRow):
         return row
     try:
@@ -45,9 +49,26 @@ def conversation_of(row: Any, where: str) -> Conversation | BadRow:
         content: dict[str, Any] = {"messages": messages}
         if tools := _tools(row.get("tools")):
             content["tools"] = tools
+        _check_levels(content, _LEVELS)
+        # Tables hold dates and other values that JSON has not: beside the messages' texts, where few templates look.
+        return Conversation(where, json.dumps(content, ensure_ascii=False, default=str))
     except _RowError as error:
         return BadRow(where, error.reason, error.detail)
-    return Conversation(where, json.dumps(content, ensure_ascii=False))
+    except RecursionError:
+        return BadRow(where, *_TOO_DEEP)
+    except (TypeError, ValueError) as error:
+        return BadRow(where, "a row that JSON cannot hold", str(error))
+
+
+_TOO_DEEP = "lists and objects within each other are too deep", f"allowed: {_LEVELS} levels"
+
+
+def _check_levels(value: Any, levels: int) -> None:
+    if not levels:
+        raise _RowError(*_TOO_DEEP)
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_levels(item, levels - 1)
 
 
 def _without_null(value: Any) -> Any:
@@ -71,7 +92,7 @@ def _message(given: Any, number: int) -> dict[str, Any]:
     made = dict(given)
     if "role" not in made and "from" in made:
         speaker = made.pop("from")
-        if speaker not in _SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise _RowError("unknown role", f"message {number}: {speaker!r} given; allowed: {', '.join(_SPEAKERS)}")
         made["role"] = _SPEAKERS[speaker]
         made["content"] = made.pop("value", None)
@@ -90,17 +111,24 @@ def _content(given: Any, number: int, *, optional: bool) -> str:
     if given is None and optional:
         return ""
     if isinstance(given, list) and given:
-        kinds = {part.get("type") for part in given if isinstance(part, dict) and "text" not in part}
-        if kinds or not all(isinstance(part, str | dict) for part in given):
-            raise _RowError("a message holds more than text", f"message {number}: {', '.join(map(repr, kinds))}")
-        texts = [part if isinstance(part, str) else part["text"] for part in given]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(texts)
+        return "".join(_part(part, number) for part in given)
     raise _RowError("a message has no text", f"message {number}: content is {type(given).__name__}")
+
+
+def _part(given: Any, number: int) -> str:
+    if isinstance(given, str):
+        return given
+    kind = given.get("type", "text") if isinstance(given, dict) else type(given).__name__
+    if kind not in _TEXT_PARTS:
+        raise _RowError("a message holds more than text", f"message {number}: {str(kind)[:40]!r}")
+    if not isinstance(given.get("text"), str):
+        raise _RowError("a message has no text", f"message {number}: a part of it has none")
+    return str(given["text"])
 
 
 def _calls(given: Any, number: int) -> list[dict[str, Any]]:
     """Tool calls whose arguments are objects, as templates take them; OpenAI writes them as JSON text."""
+    given = _from_json(given)
     if not isinstance(given, list) or not all(isinstance(call, dict) for call in given):
         raise _RowError("tool_calls is no list of objects", f"message {number}")
     made = []
@@ -143,10 +171,19 @@ def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _prompted(row: dict[str, Any]) -> list[dict[str, Any]]:
     answer = next(key for key in _ANSWERS if key in row)
-    asked, said = _from_json(row["prompt"]), _from_json(row[answer])
-    if isinstance(asked, list) and isinstance(said, list):
-        return _messages(asked, "prompt") + _messages(said, answer)
-    return [_spoken("user", row["prompt"]), _spoken("assistant", row[answer])]
+    return _side(row["prompt"], "prompt", "user") + _side(row[answer], answer, "assistant")
+
+
+def _side(given: Any, key: str, role: str) -> list[dict[str, Any]]:
+    """One message of a text, or the messages of a list; a text that is JSON of anything else is a text."""
+    found = _from_json(given)
+    if isinstance(given, list) or (isinstance(found, list) and found and all(map(_is_message, found))):
+        return _messages(found, key)
+    return [_spoken(role, given)]
+
+
+def _is_message(given: Any) -> bool:
+    return isinstance(given, dict) and not {"role", "from"}.isdisjoint(given)
 
 
 def _spoken(role: str, text: Any) -> dict[str, Any]:
@@ -156,8 +193,7 @@ def _spoken(role: str, text: Any) -> dict[str, Any]:
 
 
 _READERS: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], list[dict[str, Any]]]], ...] = (
-    (lambda row: "messages" in row, lambda row: _messages(row["messages"], "messages")),
-    (lambda row: "conversations" in row, lambda row: _messages(row["conversations"], "conversations")),
+    *((lambda row, key=key: key in row, lambda row, key=key: _messages(row[key], key)) for key in _LISTS),
     (lambda row: "instruction" in row and "output" in row, _alpaca),
     (lambda row: "prompt" in row and any(key in row for key in _ANSWERS), _prompted),
 )

@@ -316,9 +316,9 @@ class _Request:
         if not self.samples[part]:
             return
         datasets = self._samples(part, self.cache)
-        for component, made in zip(self._components_of(part), datasets, strict=True):
+        for place, (component, made) in enumerate(zip(self._components_of(part), datasets, strict=True)):
             if component.info.is_chat:
-                self._source(component, part).check(part, self.cache)
+                self._source(place, part).check(part, self.cache)
                 continue
             packed = made.packed
             arrays = (packed.document_index, packed.sample_index, packed.shuffle_index)
@@ -343,9 +343,9 @@ class _Request:
     def report(self) -> None:
         """Say how the conversations of each part were packed, and which of their tokens count."""
         for part in megatron.SPLITS:
-            for component in self._components_of(part) if self.samples[part] else ():
+            for place, component in enumerate(self._components_of(part) if self.samples[part] else ()):
                 if component.info.is_chat:
-                    made = self._source(component, part).report(part, self.cache)
+                    made = self._source(place, part).report(part, self.cache)
                     _logger.info("%s (%s): %s", component.prefix, part, made.text)
         if self._chats and self.loss_mask is False:
             _logger.info("data.loss_mask false: every token of the conversations counts in the loss")
@@ -355,9 +355,9 @@ class _Request:
         if len(components) > 1:
             wanted = megatron.blended_counts(_weights_of(components), self.samples[part])
         found: list[Any] = []
-        for component, count in zip(components, wanted, strict=True):
+        for place, (component, count) in enumerate(zip(components, wanted, strict=True)):
             if component.info.is_chat:
-                source = self._source(component, part)
+                source = self._source(place, part)
                 if build:
                     source.build(part, count, cache)
                 found.append(source.open(part, cache))
@@ -369,9 +369,10 @@ class _Request:
             found.append(_Text(packed, eos_id=self.plan.eos_id, document_mask=self.document_mask))
         return found
 
-    def _source(self, component: _Component, part: megatron.Part) -> ConversationSource:
+    def _source(self, place: int, part: megatron.Part) -> ConversationSource:
         masks = {"masked": self.loss_mask is not False, "document_mask": self.document_mask}
-        return ConversationSource(component.prefix, component.info, self._plan_of(part), **masks)
+        component = self._components_of(part)[place]
+        return ConversationSource(component.prefix, component.info, self._plan_of(part), number=place, **masks)
 
     def _plan_of(self, part: megatron.Part) -> megatron.PackingPlan:
         return replace(self.plan, split=_HELD_OUT) if self._is_own(part) else self.plan

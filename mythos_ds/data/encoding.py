@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_ds.data.chat import ChatTemplate
+from mythos_ds.data.chat import ChatTemplate, TemplateFault
 from mythos_ds.data.rows import BadRow
 from mythos_ds.data.text_cuts import ids_of_piece
 from mythos_ds.data.tokenizer import Tokenizer, well_formed
@@ -106,6 +106,8 @@ def _encoded_chats(template: ChatTemplate, batch: Batch) -> Encoded:
         content = json.loads(well_formed(text))
         try:
             chat = template.encode_answers(content["messages"], tools=content.get("tools"))
+        except TemplateFault:
+            raise
         except DataError as error:
             refused.append(BadRow(where, "not a conversation for the chat template", str(error)))
             continue

@@ -80,11 +80,14 @@ class ConversationSamples:
 class ConversationSource:
     """The conversations of a prepared dataset, and their packing.
 
-    masked: the loss counts what the assistant writes; else every token of a conversation.
+    number: the dataset's among those of the part, of which one may be there twice. masked: the loss counts what the
+    assistant writes; else every token of a conversation.
     """
 
-    def __init__(self, prefix: Path, info: DatasetInfo, plan: PackingPlan, *, masked: bool, document_mask: bool):
-        self._prefix, self._info, self._plan = prefix, info, plan
+    def __init__(
+        self, prefix: Path, info: DatasetInfo, plan: PackingPlan, *, number: int, masked: bool, document_mask: bool
+    ):
+        self._prefix, self._info, self._plan, self._number = prefix, info, plan, number
         self._masked, self._document_mask = masked, document_mask
         self._tokens, self._lengths = open_ids(prefix, info), open_lengths(prefix)
         self._starts = np.cumsum(self._lengths) - self._lengths
@@ -158,7 +161,7 @@ class ConversationSource:
         }
 
     def _name(self, part: str, ending: str) -> str:
-        return f"{part}-{self._info.content_sha256[:20]}-{ending}"
+        return f"{part}-{self._number}-{self._info.content_sha256[:20]}-{ending}"
 
     def _index(self, part: Part, cache: Path) -> tuple[NDArray[Any], NDArray[Any]]:
         names = (self._name(part, ending) for ending in ("conversations.npy", "samples.npy"))

@@ -440,17 +440,25 @@ class _Answers:
         last = np.append(flags[1:] == 0, [False])[: len(flags)]
         if len(flags) and len(lengths):
             last[np.cumsum(lengths) - 1] = True
-        self._ends |= set(np.unique(tokens[last & (flags == 1)]).tolist())
+        self._note_ends(tokens, flags == 1, np.flatnonzero(last & (flags == 1)))
         return tokens
+
+    def _note_ends(self, tokens: NDArray[Any], counts: NDArray[Any], places: NDArray[Any]) -> None:
+        """Remember the template's own tokens that end turns at `places`, or are followed by white space there."""
+        own, before = set(self._template.tokens.values()), np.where(counts[places - 1], tokens[places - 1], -1)
+        for first, second in set(zip(before.tolist(), tokens[places].tolist(), strict=True)):
+            if second in own:
+                self._ends.add(second)
+            elif first in own and not self._template.tokenizer.decode([second]).strip():
+                self._ends.add(first)
 
     def close(self) -> dict[str, Any]:
         """End the file; what the .json says of it."""
-        own = set(self._template.tokens.values())
         return {
             "mask_sha256": self._writer.close(),
             "counted_tokens": self._counted,
             "chat_template": self._template.text,
-            "turn_ends": tuple(sorted(self._ends & own)),
+            "turn_ends": tuple(sorted(self._ends)),
         }
 
 

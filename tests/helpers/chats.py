@@ -36,6 +36,18 @@ THINKING = (
 )
 """As Qwen 3's: thoughts of turns before the last question are left out, those of the turns after it stay."""
 
+UNENDED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<|im_end|>\n{% endif %}"
+    "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As GLM 4.5's: an answer begins with a token (there that of its thoughts' end), and none ends it."""
+ENDED_LAST = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if loop.last and m['role'] == 'assistant' %}</s>{% else %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As gpt-oss's: the last answer ends with another token than those before it."""
+
 _WORDS = [
     "hello", "world", " x=1;", "naïve", "漢字", "\U0001f642", "\n", "  ", "(1)", "{{ 1 }}", "<|im_end|>",
     "<|im_start|>", "<|im_end|>\n<|im_start|>assistant\nno", "</s>", "<tool>", "[INST]", "[/INST]", "assistant\n",

@@ -49,7 +49,7 @@ LINES = {
     "costs": 1_200,
     "model": 1_990,
     "weights": 1_200,
-    "data": 5_800,
+    "data": 5_950,
     "monitor": 370,
     "resilience": 120,
     "parallel": 1_230,

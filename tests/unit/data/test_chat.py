@@ -1,16 +1,21 @@
 """Which tokens of a conversation are the assistant's, against references that know nothing of how they are found."""
 
+import datetime
 import json
+import threading
+import time
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
-from mythos_ds.data.chat import ChatTemplate, encode_chat
+from mythos_ds.data import chat as chat_module
+from mythos_ds.data.chat import ChatTemplate, TemplateFault, encode_chat
 from mythos_ds.data.chat_rows import conversation_of
 from mythos_ds.data.rows import BadRow, Conversation
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.errors import DataError
-from tests.helpers.chats import CHATML, LLAMA, MARKED, THINKING, conversations, rows_of
+from tests.helpers.chats import CHATML, ENDED_LAST, LLAMA, MARKED, THINKING, UNENDED, conversations, rows_of
 from tests.helpers.tokenizers import byte_level_folder, sentencepiece_model
 
 transformers = pytest.importorskip("transformers")
@@ -165,6 +170,71 @@ def test_thoughts_that_are_left_out_of_earlier_turns(places, kind):
     assert stripped > 20, "some conversations had thoughts in earlier turns only"
 
 
+def unended(chat):
+    """UNENDED, spelt out."""
+    for message in chat:
+        yield ("token", "<|im_start|>")
+        if message["role"] == "assistant":
+            yield from (("text", "assistant\n"), ("end", "<|im_end|>"), ("answered", f"\0\n{message['content']}"))
+        else:
+            yield ("text", f"{message['role']}\n{message['content']}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_no_token_ends_counts_to_its_last_character(places, kind):
+    own = Tokenizer.load(places[kind])
+    for chat in conversations(seed=5):
+        found = ChatTemplate(own, UNENDED).encode_answers(chat)
+        ids, flags = spelt_out(own, unended(chat))
+        assert found.ids == ids
+        assert found.answers == flags, chat
+
+
+def test_what_people_say_counts_in_no_template_that_ends_answers_differently(places):
+    """The token that ends the last answer ends none before it: all up to it would be the first answer."""
+    own = Tokenizer.load(places["json"])
+    for chat in conversations(40, seed=6):
+        answers = [m for m in chat if m["role"] == "assistant"]
+        if len(answers) > 1:
+            with pytest.raises(DataError, match="does not show where the assistant's turn ends"):
+                ChatTemplate(own, ENDED_LAST).encode_answers(chat)
+        else:
+            found = ChatTemplate(own, ENDED_LAST).encode_answers(chat)
+            learnt = [number for number, counts in zip(found.ids, found.answers, strict=True) if counts]
+            assert own.decode(learnt[:-1]) == answers[0]["content"]
+            assert learnt[-1] == own.special_tokens["</s>"]
+
+
+FAULTS = {
+    "{% for %}": "Expected an expression",
+    "{{ cycler.__init__.__globals__ }}": "unsafe",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+    "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}": "come to an end in 0.3 s",
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% for a in range(60) %}{{ 'long' }}{% endfor %}": "characters",
+}
+
+
+@pytest.mark.parametrize("template", FAULTS)
+def test_a_template_that_is_at_fault_is_no_fault_of_the_messages(places, template, monkeypatch):
+    monkeypatch.setattr(chat_module, "_MOST_SECONDS", 0.3)
+    monkeypatch.setattr(chat_module, "_MOST_CHARACTERS", 200)
+    own, started = Tokenizer.load(places["json"]), time.monotonic()
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for encode in (ChatTemplate(own, template).encode_answers, ChatTemplate(own, template).encode):
+        with pytest.raises(TemplateFault, match=FAULTS[template]):
+            encode(chat)
+    assert time.monotonic() - started < 60
+
+
+def test_templates_are_rendered_in_other_threads_too(places):
+    own, found = Tokenizer.load(places["json"]), list[list[int]]()
+    chat = [{"role": "user", "content": "a"}]
+    thread = threading.Thread(target=lambda: found.append(encode_chat(own, chat, template=CHATML)))
+    thread.start()
+    thread.join()
+    assert found == [encode_chat(own, chat, template=CHATML)]
+
+
 def test_tool_calls_are_the_assistants(places):
     own = Tokenizer.load(places["json"])
     template = (
@@ -204,15 +274,63 @@ def test_templates_that_do_not_show_the_turns_are_refused(places):
     nothing = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if false %}{% generation %}{% endgeneration %}{% endif %}"
     )
-    with pytest.raises(DataError, match="marks nothing"):
-        ChatTemplate(own, nothing).encode_answers(chat)
+    empty = "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
+    for template in (nothing, empty):
+        with pytest.raises(DataError, match="marks nothing"):
+            ChatTemplate(own, template).encode_answers(chat)
     with pytest.raises(DataError, match="--chat-template FILE"):
         ChatTemplate(Tokenizer.load(places["sentencepiece"]))
+
+
+SAID = {"role": "assistant", "content": "b"}
+ASKED = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        # Texts that are JSON of something else than messages.
+        ({"prompt": "[3, 1, 2]", "response": "[1, 2, 3]"}, ["[3, 1, 2]", "[1, 2, 3]"]),
+        ({"prompt": '[{"n": 1}]', "completion": '[{"n": 2}]'}, ['[{"n": 1}]', '[{"n": 2}]']),
+        ({"prompt": [ASKED], "completion": "b"}, ["a", "b"]),
+        ({"prompt": "a", "completion": [SAID]}, ["a", "b"]),
+        ({"prompt": json.dumps([ASKED]), "completion": json.dumps([SAID])}, ["a", "b"]),
+        ({"conversation": [ASKED, SAID]}, ["a", "b"]),
+        # Values that only tables have.
+        ({"messages": [{**ASKED, "at": datetime.date(2026, 1, 2), "raw": b"x"}, SAID]}, ["a", "b"]),
+        ({"messages": [{"role": "user", "content": [{"type": "input_text", "text": "a"}, "b"]}, SAID]}, ["ab", "b"]),
+    ],
+)
+def test_rows_in_less_common_forms(row, messages):
+    found = conversation_of(row, "here")
+    assert isinstance(found, Conversation), found
+    assert [message["content"] for message in json.loads(found.text)["messages"]] == messages
+
+
+def test_tool_calls_may_be_json_text():
+    calls = json.dumps([{"function": {"name": "f", "arguments": '{"x": [1]}'}}])
+    found = conversation_of({"messages": [ASKED, {"role": "assistant", "tool_calls": calls}]}, "here")
+    assert isinstance(found, Conversation)
+    [call] = json.loads(found.text)["messages"][1]["tool_calls"]
+    assert call == {"function": {"name": "f", "arguments": {"x": [1]}}}
+
+
+def within(levels: int) -> Any:
+    return [within(levels - 1)] if levels else "x"
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        ({"conversations": [{"from": [], "value": "a"}]}, "unknown role; message 0: [] given"),
+        ({"messages": [{"role": "user", "content": [{"type": [1]}]}]}, "a message holds more than text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}, SAID]},
+            "a message holds more than text; message 0: 'image_url'",
+        ),
+        ({"messages": [{**ASKED, "more": within(150)}, SAID]}, "too deep; allowed: 100 levels"),
+        ({"messages": [{**ASKED, "more": within(900)}, SAID]}, "too deep; allowed: 100 levels"),
+        ({"messages": [{**ASKED, "more": 10**5000}, SAID]}, "a row that JSON cannot hold"),
         (["a"], "a row of named values is needed"),
         ({"text": "a"}, "no conversation of a known form; keys given: 'text'"),
         ({"prompt": "a"}, "no conversation of a known form"),

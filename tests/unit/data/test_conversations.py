@@ -80,6 +80,19 @@ def test_what_is_stored(prepared):
     assert (info.chat_template, info.turn_ends) == (CHATML, (2,))
 
 
+def test_ends_of_answers_are_found_before_white_space(place, tmp_path):
+    """As of a template that marks the whole turn, with the line's end after it."""
+    marked = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+        "{{ m['content'] }}<|im_end|>{{ '\n' }}{% endgeneration %}{% else %}<|im_start|>{{ m['role'] }}\n"
+        "{{ m['content'] }}<|im_end|>{{ '\n' }}{% endif %}{% endfor %}"
+    )
+    end = Tokenizer.load(place).special_tokens["<|im_end|>"]
+    assert prepare(place, tmp_path / "marked", template=marked).turn_ends == (end,)
+    content = marked.replace("{{ m['content'] }}<|im_end|>{{ '\n' }}{% endgen", "{{ m['content'] }}{% endgen")
+    assert prepare(place, tmp_path / "content", template=content).turn_ends == ()
+
+
 def test_order_and_workers(place, prepared, tmp_path):
     """Shuffled tokens go with their flags; processes and parts that were taken over give the same files."""
     _, expected = prepared
@@ -109,6 +122,13 @@ def test_a_template_of_another_conversation_is_a_bad_row(place, tmp_path):
     assert again == info
     with pytest.raises(DataError, match=r"no conversation to prepare: \d+ rows read"):
         prepare(place, tmp_path / "none", [chat for chat in CHATS if len(chat) > 2], refusing, skip_bad_rows=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_template_at_fault_is_one_error(place, tmp_path, workers):
+    for skip in (False, True):
+        with pytest.raises(DataError, match=r"its chat template is at fault: Expected an expression[^\n]*; mend it$"):
+            prepare(place, tmp_path / "out", template="{% for %}", workers=workers, skip_bad_rows=skip)
 
 
 def test_finished_parts_are_those_of_one_template(place, tmp_path):
@@ -268,6 +288,23 @@ def test_conversations_blend_with_text(prepared, place, tmp_path):
     train = opened(settings(prefix, place, tmp_path, datasets=datasets), place).train
     whole = [int(train[number]["counted"]) == SEQ for number in range(60)]
     assert 40 <= sum(whole) <= 50, "three of four samples are text, of which every target counts"
+
+
+@pytest.mark.parametrize("weights", [(1, 9), (9, 1)])
+def test_one_dataset_twice(prepared, place, tmp_path, weights):
+    """Each has an index of its own, of as many samples as its weight asks for."""
+    prefix, _ = prepared
+    datasets = [{"prefix": str(prefix), "weight": weight} for weight in weights]
+    twice = opened(settings(prefix, place, tmp_path, datasets=datasets, validation=datasets), place)
+    opened(settings(prefix, place, tmp_path, datasets=datasets, validation=datasets), place)
+    once = opened(settings(prefix, place, tmp_path, validation=datasets[:1]), place)
+    found, known = ({once_.tobytes() for once_ in _tokens(part)} for part in (twice.train, once.train))
+    assert found <= known
+    assert len(_tokens(twice.valid)) == 8
+
+
+def _tokens(samples):
+    return [samples[number]["tokens"] for number in range(len(samples))]
 
 
 def test_without_document_mask_positions_go_on(prepared, place, tmp_path):
