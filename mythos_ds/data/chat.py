@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 """A turn: its "role", its "content" and what else the template reads."""
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-"""The mark of transformers around what the assistant says."""
+_GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
+_END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
+"""The marks of transformers around what the assistant says."""
+_PRIVATE = range(0xE000, 0xF8FF)
 _MOST_SECONDS, _MOST_CHARACTERS = 20.0, 1 << 28
 """What a template may take for one conversation, and make of it."""
 
@@ -100,17 +102,17 @@ class ChatTemplate:
             answers.append(place < len(spans) and spans[place][0] < end)
         return EncodedChat([number for number, _, _ in found], answers)
 
-    def render(self, messages: Sequence[Any], **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        """The text that the template makes of messages, with the names of the tokenizer's special tokens, and where in
-        it its marks of generation are. Raises DataError where the template refuses the messages, TemplateFault where
-        it is none, reaches for what it may not, or does not come to an end."""
+    def render(self, messages: Sequence[Any], *, template: str | None = None, **options: Any) -> str:
+        """The text that the template, or another one, makes of messages, with the names of the tokenizer's special
+        tokens. Raises DataError where the template refuses the messages, TemplateFault where it is none, reaches for
+        what it may not, or does not come to an end."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         conversation = [[*map(dict, messages)]]
         try:
             with _time_limit(_MOST_SECONDS):
                 made: Any = render_jinja_template(
-                    conversations=conversation, chat_template=self.text, **options, **self._named
+                    conversations=conversation, chat_template=template or self.text, **options, **self._named
                 )
         except self._faults as error:
             raise self._fault(str(error) or "it takes more memory than there is") from None
@@ -121,7 +123,13 @@ class ChatTemplate:
         text = str(made[0][0])
         if len(text) > _MOST_CHARACTERS:
             raise self._fault(f"it made {len(text):,} characters of a conversation; allowed: {_MOST_CHARACTERS:,}")
-        return text, [(int(start), int(end)) for start, end in (made[1][0] if made[1] else [])]
+        return text
+
+    def with_characters(self, start: str, end: str) -> str:
+        """The template that writes these characters, too, at the start and end of what its marks of generation hold.
+        White space is cut off beside its tags as before."""
+        made = _GENERATION.sub(rf"{{%\1 generation %}}{{{{ '{start}' }}}}{{% set _mark = 0 \2%}}", self.text)
+        return _END_GENERATION.sub(rf"{{%\1 set _mark = 0 %}}{{{{ '{end}' }}}}{{% endgeneration \2%}}", made)
 
     def _fault(self, what: str) -> TemplateFault:
         return TemplateFault(f"{self.tokenizer.path}: its chat template is at fault: {what[:500]}; mend it")
@@ -184,7 +192,7 @@ class _Chat:
     ):
         self._template, self._marks = template, template.marks(messages, tools)
         marks, own = self._marks, list(messages)
-        plain, _ = template.render(own, tools=tools, add_generation_prompt=add_generation_prompt)
+        plain = template.render(own, tools=tools, add_generation_prompt=add_generation_prompt)
         self._tools = marks.mark(tools)
         for mark in (marks.mark, marks.mark_but_answers):
             self._messages = mark(own)
@@ -197,8 +205,9 @@ class _Chat:
                 f"they are text; allowed: messages without {', '.join(marks.special)}"
             )
 
-    def _render(self, messages: Any, add_generation_prompt: bool) -> str:
-        return self._template.render(messages, tools=self._tools, add_generation_prompt=add_generation_prompt)[0]
+    def _render(self, messages: Any, add_generation_prompt: bool, template: str | None = None) -> str:
+        options = {"tools": self._tools, "add_generation_prompt": add_generation_prompt}
+        return self._template.render(messages, template=template, **options)
 
     def ids(self) -> Iterator[Span]:
         """Each id, with the place in the text without marks that it stands for."""
@@ -216,18 +225,29 @@ class _Chat:
 
     def answers(self) -> list[tuple[int, int]]:
         """Where the assistant's turns lie in the text without marks, one after the other."""
-        if self._template.marks_answers:
-            options = {"tools": self._tools, "add_generation_prompt": False, "return_assistant_tokens_mask": True}
-            found = self._template.render(self._messages, **options)[1]
-        else:
-            found = list(self._turns())
-        found = [(start, end) for start, end in found if start < end]
+        given = self._marked() if self._template.marks_answers else self._turns()
+        found = [(start, end) for start, end in given if start < end]
         if not found:
             raise DataError(f"{self._template.tokenizer.path}: its chat template marks nothing as the assistant's")
         return [(self._plain_place(start), self._plain_place(end)) for start, end in found]
 
     def _plain_place(self, place: int) -> int:
         return len(self._marks.plain(self.rendered[:place]))
+
+    def _marked(self) -> Iterator[tuple[int, int]]:
+        """What the template's own marks hold, found by characters that they write: the library counts wrongly where the
+        marks are in a macro, or in what a filter is applied to."""
+        used = {*self.rendered, *self._template.text}
+        start, end = islice((chr(number) for number in _PRIVATE if chr(number) not in used), 2)
+        shown = self._render(self._messages, False, self._template.with_characters(start, end))
+        texts, marks = (re.split(f"([{start}{end}])", shown)[first::2] for first in range(2))
+        if "".join(texts) != self.rendered or marks != [start, end] * (len(marks) // 2):
+            raise DataError(
+                f"{self._template.tokenizer.path}: its chat template changes or cuts what its marks of generation hold "
+                "after they were set; allowed: marks around what is written as it is"
+            )
+        places = list(accumulate(map(len, texts)))
+        yield from zip(places[::2], places[1::2], strict=False)
 
     def _turns(self) -> Iterator[tuple[int, int]]:
         """Turns, found by rendering the conversation up to each of them, without and with it.

@@ -122,6 +122,31 @@ def test_marks_are_those_of_transformers(places):
             assert (found.ids, list(map(int, found.answers))) == (theirs["input_ids"], theirs["assistant_masks"]), chat
 
 
+IN_MACRO = (
+    "{% macro said(m) %}assistant\n{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% endmacro %}"
+    "{% for m in messages %}<|im_start|>{% if m['role'] == 'assistant' %}{{ said(m) }}{% else %}"
+    "{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+)
+IN_SPACE = MARKED.replace("assistant\n{% generation %}", "assistant{{ '\n' }}\n  {%- generation -%}\n  ").replace(
+    "{% endgeneration %}", "\n  {%- endgeneration +%}"
+)
+
+
+@pytest.mark.parametrize("template", [IN_MACRO, "{% set all %}" + MARKED + "{% endset %}{{ all }}", IN_SPACE])
+def test_marks_are_found_wherever_they_stand(places, template):
+    """In macros and in what a variable holds, where the library's own places are wrong; white space goes as before."""
+    own = Tokenizer.load(places["json"])
+    for chat in conversations(40, seed=7):
+        assert ChatTemplate(own, template).encode_answers(chat) == ChatTemplate(own, MARKED).encode_answers(chat), chat
+    cut = "{% filter upper %}" + MARKED + "{% endfilter %}"
+    found = ChatTemplate(own, cut).encode_answers(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    )
+    assert own.decode([n for n, counts in zip(found.ids, found.answers, strict=True) if counts]).startswith("B")
+    with pytest.raises(DataError, match="changes or cuts what its marks of generation hold"):
+        ChatTemplate(own, "{% set all %}" + MARKED + "{% endset %}{{ all[:-2] }}").encode_answers(conversations(1)[0])
+
+
 def llama(chat):
     """LLAMA, spelt out."""
     head = f"<<SYS>>\n{chat[0]['content']}\n<</SYS>>\n\n" if chat[0]["role"] == "system" else ""
