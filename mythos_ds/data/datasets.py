@@ -337,7 +337,9 @@ class _Request:
             full = first_use and component.info.bin_bytes <= _FIRST_USE_BYTES
             faults = pair_faults(component.prefix, component.info, full=full)
             if faults:
-                again = f"prepare the data again: mythos-ds prepare-data INPUT --output {component.prefix} --overwrite"
+                chat = " --chat" if component.info.is_chat else ""
+                command = f"mythos-ds prepare-data INPUT{chat} --output {component.prefix} --overwrite"
+                again = f"prepare the data again: {command}"
                 raise DataError(f"{faults[0]}; {again}")
 
     def report(self) -> None:
@@ -429,7 +431,8 @@ def check_vocabulary(prefix: Path, info: DatasetInfo, tokenizer: Tokenizer, voca
             f"(sha256 {info.tokenizer_sha256[:12]}, {info.vocab_size} pieces) "
             f"than data.tokenizer {tokenizer.path} ({tokenizer.sha256[:12]}, {tokenizer.vocab_size} pieces); "
             "prepare it again with: "
-            f"mythos-ds prepare-data INPUT --tokenizer {tokenizer.path} --output {prefix} --overwrite"
+            f"mythos-ds prepare-data INPUT{' --chat' if info.is_chat else ''} --tokenizer {tokenizer.path} "
+            f"--output {prefix} --overwrite"
         )
     if tokenizer.vocab_size > vocab_size:
         raise DataError(

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import random
 import threading
 import time
 from collections.abc import Iterable
@@ -386,3 +387,48 @@ def test_rows_that_are_no_conversation(row, reason):
     assert isinstance(found, BadRow)
     assert reason in str(found)
     assert str(found).startswith("chats.jsonl line 3: ")
+
+
+VALUES: list[Any] = [
+    None,
+    "",
+    "a",
+    "[]",
+    "{}",
+    '[{"role": "user"}]',
+    0,
+    1.5,
+    True,
+    [],
+    {},
+    [[]],
+    {"type": [1]},
+    b"x",
+    ["a", {}],
+]
+
+
+def test_no_row_is_more_than_a_conversation_or_a_bad_row():
+    """Any value in any place of a row."""
+    generator, found = random.Random(0), set()
+
+    def changed(value: Any) -> Any:
+        if generator.random() < 0.15:
+            return generator.choice(VALUES)
+        if isinstance(value, dict):
+            return {key: changed(item) for key, item in value.items()}
+        return [changed(item) for item in value] if isinstance(value, list) else value
+
+    calls = [{"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}]
+    for number, chat in enumerate(conversations(900, seed=8)):
+        row = {**rows_of(chat, number), "tools": [{"type": "function"}], "system": "s"}
+        if isinstance(row.get("messages"), list):
+            row["messages"] = [{**message, "tool_calls": calls} for message in row["messages"]]
+        made = conversation_of(changed(row), "here")
+        assert isinstance(made, Conversation | BadRow)
+        found.add(type(made))
+        if isinstance(made, Conversation):
+            messages = json.loads(made.text)["messages"]
+            assert all(isinstance(message["content"], str) for message in messages)
+            assert messages[-1]["role"] == "assistant"
+    assert found == {Conversation, BadRow}

@@ -175,6 +175,11 @@ def test_damage_is_found(prepared, place, tmp_path):
         assert said in fault
         with pytest.raises(DataError, match=said):
             opened(settings(prefix, place, tmp_path / "index"), place)
+    with pytest.raises(DataError, match=r"prepare-data INPUT --chat --output"):
+        opened(settings(prefix, place, tmp_path / "index"), place)
+    other = byte_level_folder(tmp_path / "other")
+    with pytest.raises(DataError, match=r"prepare-data INPUT --chat --tokenizer"):
+        opened(settings(prefix, other, tmp_path / "index"), other)
     path.unlink()
     with pytest.raises(DataError, match=r"chats.mask is missing"):
         opened(settings(prefix, place, tmp_path / "index"), place)
