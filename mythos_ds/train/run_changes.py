@@ -30,7 +30,8 @@ from mythos_ds.train.run_manifest import (
 
 FIRST = "first"
 """What messages call the first stage of a run whose file listed none."""
-_DATA_KEYS = {"content": "datasets", "weights": "datasets"}
+_DATA_KEYS = {"content": "datasets", "weights": "datasets", "conversations": "datasets"}
+_LOSS_MASK = "conversations.loss_mask"
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,9 @@ def _data_changes(old: Any, new: Any, old_files: dict[str, Any], new_files: dict
     found: dict[str, Change] = {}
     for key, now, then in _differences("", old, new):
         first = key.partition(".")[0]
-        name = _DATA_KEYS.get(first, first)
+        name = "loss_mask" if key == _LOSS_MASK else _DATA_KEYS.get(first, first)
+        if first == "conversations" and key != _LOSS_MASK and found:
+            continue  # they come and go with the datasets that are told
         values = [json.dumps(now), json.dumps(then)]
         if name in new_files or name in old_files:
             values = [_named(new_files.get(name)), _named(old_files.get(name))]
