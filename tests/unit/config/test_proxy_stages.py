@@ -13,8 +13,8 @@ from tests.helpers.paths import ROOT
 
 def staged(folder, **more) -> LoadedConfig:
     """tiny in three stages, the second with YaRN and a ramp, the third longer than a proxy may be."""
-    content = {key: value for key, value in json.loads((ROOT / "ds_configs" / "tiny.json").read_text()).items()
-               if not key.startswith(("_", "$"))}  # fmt: skip
+    content = json.loads((ROOT / "ds_configs" / "tiny.json").read_text())
+    del content["deepspeed"]  # not all of which has an effect with a pipeline
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
     ramp = {"start": 4, "increment": 4, "samples": 100}
     content["stages"] = [
@@ -26,7 +26,9 @@ def staged(folder, **more) -> LoadedConfig:
         },
         {"name": "longest", "training": {"seq_len": 65536, "max_steps": 5}},
     ]
-    return check_raw(content | more, [], folder / "staged.json")
+    path = folder / "staged.json"
+    path.write_text(json.dumps(content | more))
+    return load_config(str(path))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
