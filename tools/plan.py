@@ -65,7 +65,7 @@ def work(arguments: Namespace) -> None:
     # Torch, which wrong arguments need not wait for.
     from rich.console import Console
 
-    from mythos_ds.plan.layouts import examine, ranked
+    from mythos_ds.plan.layouts import examine_stages, ranked
     from mythos_ds.plan.report import draw, print_run
     from mythos_ds.plan.run_plan import plan_numbers
 
@@ -74,7 +74,7 @@ def work(arguments: Namespace) -> None:
         with Console(stderr=True).status("looking at layouts"):
             others = ranked(configs, gpus, gpu, arguments.objective, most=arguments.layouts)
     try:
-        layouts = tuple(examine(config, gpus, gpu, {}) for config in configs)
+        layouts = examine_stages(configs, gpus, gpu)
     except ConfigError:
         if not others:
             raise

@@ -28,6 +28,7 @@ class ResolvedRun:
         router_bias_rate: u_b, the step of the selection bias per optimizer step.
         gradient_accumulation_steps: micro-batches of an optimizer step.
         stages: the pipeline's; one without pipeline.
+        grows_from: the mean loop count that a depth curriculum grows from.
         deepspeed: the configuration handed to deepspeed.initialize.
     """
 
@@ -41,6 +42,7 @@ class ResolvedRun:
     router_bias_rate: float
     deepspeed: dict[str, Any]
     stages: tuple[Stage, ...]
+    grows_from: int = FRESH.mean_recurrence
 
     @property
     def total_samples(self) -> int:
@@ -63,8 +65,8 @@ class ResolvedRun:
         return {**self.config.model_dump(mode="json"), "_derived": derived}
 
 
-def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
-    """The run on `world_size` processes.
+def resolve(config: RunConfig, world_size: int, grows_from: int = FRESH.mean_recurrence) -> ResolvedRun:
+    """The run on `world_size` processes. grows_from: as in `ResolvedRun`.
 
     Raises:
         ConfigError: with every setting that contradicts another one or does not fit the processes.
@@ -86,6 +88,7 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
         router_bias_rate=bias_rate if bias_rate is not None else BIAS_RATE / model.mean_recurrence,
         deepspeed=deepspeed_section.build(config, accumulation),
         stages=stages_of(config, world_size),
+        grows_from=grows_from,
     )
 
 
@@ -106,9 +109,10 @@ def resolve_stages(stages: Sequence[TrainingStage], world_size: int) -> tuple[Re
     resolved: list[ResolvedStage] = []
     problems: list[str] = []
     told: list[str] = []
-    for index, stage in enumerate(stages):
+    means = curriculum_starts([stage.config for stage in stages])
+    for index, (stage, mean) in enumerate(zip(stages, means, strict=True)):
         try:
-            resolved.append(ResolvedStage(stage.name, resolve(stage.config, world_size)))
+            resolved.append(ResolvedStage(stage.name, resolve(stage.config, world_size, mean)))
             found: list[str] = []
         except ConfigError as error:
             found = error.problems
@@ -118,6 +122,11 @@ def resolve_stages(stages: Sequence[TrainingStage], world_size: int) -> tuple[Re
     if problems:
         raise ConfigError(problems)
     return tuple(resolved)
+
+
+def curriculum_starts(configs: Sequence[RunConfig]) -> list[int]:
+    """The mean loop count that a depth curriculum of each training stage grows from."""
+    return [FRESH.mean_recurrence, *(config.model.mean_recurrence for config in configs[:-1])]
 
 
 def starts_of(stages: Sequence[ResolvedStage]) -> list[StageStart]:

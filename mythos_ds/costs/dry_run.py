@@ -51,8 +51,8 @@ def _layout(resolved: ResolvedRun) -> list[tuple[str, str]]:
         *([("weights", _weights(training.init_from))] if training.init_from else ()),
         *([("frozen", ", ".join(training.frozen))] if training.frozen else ()),
         ("schedule", f"{training.schedule}, {training.warmup_steps} warm-up steps"),
-        ("loops", f"mean {mean_training_depth(config):.2f}, at most {model.max_loops}"),
-        ("drawn from", _depth_law(training)),
+        ("loops", f"mean {mean_training_depth(config, resolved.grows_from):.2f}, at most {model.max_loops}"),
+        ("drawn from", _depth_law(training, resolved.grows_from)),
         ("gradient", f"through the last {resolved.mean_backprop_depth} loops"),
     ]
 
@@ -75,12 +75,12 @@ def _ramp(ramp: BatchRamp) -> str:
     return f"from {ramp.start} sequences by {ramp.increment} over the first {ramp.samples:,}"
 
 
-def _depth_law(training: TrainingConfig) -> str:
+def _depth_law(training: TrainingConfig, grows_from: int) -> str:
     growing = training.depth_curriculum_steps
     return (
         training.depth_distribution
         + (", for each sequence; a step runs the largest" if training.depth_per == "sequence" else "")
-        + (f"; its mean grows from 1 over {growing:,} steps" if growing else "")
+        + (f"; its mean grows from {grows_from} over {growing:,} steps" if growing else "")
     )
 
 
@@ -119,7 +119,7 @@ def _span(numbers: tuple[int, ...]) -> str:
 def _size(resolved: ResolvedRun) -> list[tuple[str, str]]:
     config = resolved.config
     model, counts = config.model, count_parameters(config.model)
-    mean = expected_flops_per_token(config, resolved.mean_backprop_depth)
+    mean = expected_flops_per_token(config, resolved.mean_backprop_depth, resolved.grows_from)
     full = flops_per_token(model, context=config.training.seq_len, n_loops=model.max_loops)
     tokens = resolved.total_tokens
     depths = (model.mean_recurrence, model.max_loops)

@@ -66,11 +66,12 @@ def flops_per_token(
     )
 
 
-def expected_flops_per_token(config: RunConfig, mean_backprop_depth: int) -> TokenFlops:
-    """FLOPs of one token averaged over the depth distribution, at the training sequence length."""
+def expected_flops_per_token(config: RunConfig, mean_backprop_depth: int, grows_from: int = 1) -> TokenFlops:
+    """FLOPs of one token averaged over the depth distribution, at the training sequence length; grows_from as in
+    `training_depth_pmf`."""
     recompute = config.parallel.activation_checkpointing == "loop"
     totals = [0.0] * 4
-    for index, probability in enumerate(training_depth_pmf(config)):
+    for index, probability in enumerate(training_depth_pmf(config, grows_from)):
         loops = index + 1
         cost = flops_per_token(config.model, context=config.training.seq_len, n_loops=loops,
                                n_grad_loops=mean_backprop_depth, recompute=recompute)  # fmt: skip
@@ -79,9 +80,10 @@ def expected_flops_per_token(config: RunConfig, mean_backprop_depth: int) -> Tok
     return TokenFlops(*totals)
 
 
-def training_depth_pmf(config: RunConfig) -> tuple[float, ...]:
-    """P(L = 1 .. max_loops) of the loops that a training step runs, over the whole run: those of its longest sequence
-    where each has a depth of its own, and with the steps of a curriculum in their share."""
+def training_depth_pmf(config: RunConfig, grows_from: int = 1) -> tuple[float, ...]:
+    """P(L = 1 .. max_loops) of the loops that a training step runs, over the whole run or training stage: those of its
+    longest sequence where each has a depth of its own, and with the steps of a curriculum in their share. grows_from:
+    the mean that the curriculum begins with."""
     model, training = config.model, config.training
     steps = steps_of(training)
     growing = min(training.depth_curriculum_steps, steps)
@@ -90,7 +92,7 @@ def training_depth_pmf(config: RunConfig) -> tuple[float, ...]:
     points = min(_CURRICULUM_POINTS, growing)
     for point in range(points):
         step = (2 * point + 1) * growing // (2 * points)
-        mean = growing_mean(step, model.mean_recurrence, training.depth_curriculum_steps)
+        mean = growing_mean(step, model.mean_recurrence, training.depth_curriculum_steps, grows_from)
         weights[mean] = weights.get(mean, 0.0) + growing / steps / points
     total = [0.0] * model.max_loops
     for mean, weight in weights.items():
@@ -101,9 +103,9 @@ def training_depth_pmf(config: RunConfig) -> tuple[float, ...]:
     return tuple(total)
 
 
-def mean_training_depth(config: RunConfig) -> float:
-    """Expected loop count that a training step runs."""
-    return mean_depth(training_depth_pmf(config))
+def mean_training_depth(config: RunConfig, grows_from: int = 1) -> float:
+    """Expected loop count that a training step runs; grows_from as in `training_depth_pmf`."""
+    return mean_depth(training_depth_pmf(config, grows_from))
 
 
 def cache_bytes_per_token(model: ModelConfig, n_loops: int, bytes_per_value: int = 2) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mythos_ds.config.resolve import planned_world_size, resolve
+from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve, resolve_stages
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.config.training_stages import TrainingStage
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, flops_per_token, mean_training_depth
@@ -42,14 +42,15 @@ def cost_row(name: str, config: RunConfig) -> list[str]:
 
 def recipe_rows(name: str, stages: Sequence[TrainingStage]) -> list[list[str]]:
     """How a preset is meant to be trained, a row for each training stage."""
-    return [_recipe_row(name if stage.name is None else f"{name}: {stage.name}", stage.config) for stage in stages]
+    resolved = resolve_stages(stages, planned_world_size(stages[0].config))
+    return [_recipe_row(name if stage.name is None else f"{name}: {stage.name}", stage.run) for stage in resolved]
 
 
-def _recipe_row(name: str, config: RunConfig) -> list[str]:
+def _recipe_row(name: str, run: ResolvedRun) -> list[str]:
+    config = run.config
     training, model, cluster = config.training, config.model, config.cluster
-    run = resolve(config, planned_world_size(config))
     tokens = run.total_tokens
-    cost = expected_flops_per_token(config, run.mean_backprop_depth).training * tokens
+    cost = expected_flops_per_token(config, run.mean_backprop_depth, run.grows_from).training * tokens
     place = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}" if cluster else "any machine"
     peak = f"{training.lr * training.lr_reference_dim / model.dim:.2g}"
     return [name, number_text(tokens), f"{number_text(run.tokens_per_step)} tokens", str(training.seq_len),

@@ -27,7 +27,7 @@ def comparison(resolved: ResolvedRun) -> list[dict[str, Any]]:
     """Rows: the looped model at mean and at full depth, and both others at equal training FLOPs and equal latency."""
     config, model = resolved.config, resolved.config.model
     context = config.training.seq_len
-    training = expected_flops_per_token(config, resolved.mean_backprop_depth).training
+    training = expected_flops_per_token(config, resolved.mean_backprop_depth, resolved.grows_from).training
     total, active = count_parameters(model).total, count_parameters(model).active
     full = flops_per_token(model, context=context, n_loops=model.max_loops)
     rows = [

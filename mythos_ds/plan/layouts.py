@@ -7,7 +7,7 @@ from math import gcd
 from typing import Any
 
 from mythos_ds.config.divisors import divisors
-from mythos_ds.config.resolve import ResolvedRun, resolve
+from mythos_ds.config.resolve import ResolvedRun, curriculum_starts, resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.errors import ConfigError
 from mythos_ds.hardware import Gpu
@@ -34,11 +34,12 @@ class Layout:
         return self.memory.total <= gpu.memory_bytes
 
 
-def examine(config: RunConfig, gpus: int, gpu: Gpu, changes: dict[str, Any]) -> Layout:
-    """A configuration with changes. Raises ConfigError where it contradicts itself, or is not of ZeRO-3."""
+def examine(config: RunConfig, gpus: int, gpu: Gpu, changes: dict[str, Any], grows_from: int = 1) -> Layout:
+    """A configuration with changes; grows_from as in `ResolvedRun`. Raises ConfigError where it contradicts itself, or
+    is not of ZeRO-3."""
     if config.parallel.zero_stage != 3:
         raise ConfigError(f"parallel.zero_stage: given {config.parallel.zero_stage}; allowed: 3, as in all presets")
-    resolved = resolve(with_changes(config, changes), gpus)
+    resolved = resolve(with_changes(config, changes), gpus, grows_from)
     return Layout(changes, resolved, memory(resolved), timing(resolved, gpu))
 
 
@@ -113,15 +114,22 @@ def remedied(configs: Sequence[RunConfig], gpus: int, gpu: Gpu) -> tuple[Layout,
         if len(configs) == 1:
             return (remedy,)
     layouts = [
-        _examined(config, gpus, gpu, {**common, **changes}) for config, changes in zip(configs, own, strict=True)
+        _examined(config, gpus, gpu, {**common, **changes}, mean)
+        for config, changes, mean in zip(configs, own, curriculum_starts(configs), strict=True)
     ]
     fitting = [layout for layout in layouts if layout is not None and layout.fits(gpu)]
     return tuple(fitting) if len(fitting) == len(configs) else None
 
 
-def _examined(config: RunConfig, gpus: int, gpu: Gpu, changes: dict[str, Any]) -> Layout | None:
+def examine_stages(configs: Sequence[RunConfig], gpus: int, gpu: Gpu) -> tuple[Layout, ...]:
+    """The layout of each training stage of a run as it is configured. Raises as `examine` does."""
+    means = curriculum_starts(configs)
+    return tuple(examine(config, gpus, gpu, {}, mean) for config, mean in zip(configs, means, strict=True))
+
+
+def _examined(config: RunConfig, gpus: int, gpu: Gpu, changes: dict[str, Any], grows_from: int = 1) -> Layout | None:
     try:
-        return examine(config, gpus, gpu, changes)
+        return examine(config, gpus, gpu, changes, grows_from)
     except ConfigError:
         return None
 
@@ -152,6 +160,7 @@ def ranked(configs: Sequence[RunConfig], gpus: int, gpu: Gpu, objective: str, *,
     """The best layouts that fit every training stage, as one `Layout` of each: by time of the run as built, or by
     memory of its fullest stage. Times come first, as they are quick to find; memory is looked at in that order until
     `most` layouts fit. A layout that has no room is not tried with more."""
+    means = curriculum_starts(configs)
     for number in range(len(_savers(configs[0]))):
         timed = []
         for candidate in candidates(configs[0], gpus, gpu):
@@ -159,7 +168,10 @@ def ranked(configs: Sequence[RunConfig], gpus: int, gpu: Gpu, objective: str, *,
             if objective == "memory" and of_stages[0]["parallel.activation_checkpointing"] == "none":
                 continue
             try:
-                runs = [resolve(with_changes(c, changes), gpus) for c, changes in zip(configs, of_stages, strict=True)]
+                runs = [
+                    resolve(with_changes(config, changes), gpus, mean)
+                    for config, changes, mean in zip(configs, of_stages, means, strict=True)
+                ]
             except ConfigError:
                 continue
             timed.append(([timing(run, gpu) for run in runs], runs, of_stages))

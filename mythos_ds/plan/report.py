@@ -73,10 +73,10 @@ def flops(resolved: ResolvedRun) -> dict[str, float]:
     """FLOPs of one token."""
     config = resolved.config
     model, length = config.model, config.training.seq_len
-    mean = expected_flops_per_token(config, resolved.mean_backprop_depth)
+    mean = expected_flops_per_token(config, resolved.mean_backprop_depth, resolved.grows_from)
     full = flops_per_token(model, context=length, n_loops=model.max_loops)
     return {
-        "mean_loops": mean_training_depth(config),
+        "mean_loops": mean_training_depth(config, resolved.grows_from),
         "max_loops": model.max_loops,
         "training_flops_per_token": mean.training,
         "recompute_flops_per_token": mean.recompute,
@@ -103,7 +103,8 @@ def reasons(layout: Layout) -> list[str]:
 
 def _kernel_share(layout: Layout) -> float:
     step = layout.timing
-    cost = expected_flops_per_token(layout.resolved.config, layout.resolved.mean_backprop_depth)
+    run = layout.resolved
+    cost = expected_flops_per_token(run.config, run.mean_backprop_depth, run.grows_from)
     done = step.model_flops * (cost.training + cost.recompute) / cost.training
     return done / (step.compute_s * step.peak_flops)
 

@@ -12,7 +12,7 @@ from mythos_ds.config.rules.check import steps_of
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.config.training_stages import STAGES, TrainingStage
 from mythos_ds.hardware import Gpu
-from mythos_ds.plan.layouts import COMMON, Layout, examine, remedied
+from mythos_ds.plan.layouts import COMMON, Layout, examine_stages, remedied
 from mythos_ds.plan.machine import machine, require_own_length
 from mythos_ds.plan.report import as_numbers, print_run
 from mythos_ds.plan.timing import run_costs
@@ -111,7 +111,7 @@ def plan_config(
     """The plan of a run's own layout. Raises ConfigError where it does not fit the number of GPUs."""
     require_own_length("tokens", tokens, stages)
     count, kind = machine(stages[0].config, gpus, gpu)
-    numbers, _ = plan_numbers([examine(stage.config, count, kind, {}) for stage in stages], stages, kind, tokens, [])
+    numbers, _ = plan_numbers(examine_stages([s.config for s in stages], count, kind), stages, kind, tokens, [])
     return RunPlan(name, numbers)
 
 

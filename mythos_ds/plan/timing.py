@@ -66,10 +66,10 @@ class Timing:
 def timing(resolved: ResolvedRun, gpu: Gpu) -> Timing:
     """The mean step of a run; of a pipeline the busiest stage."""
     config, world = resolved.config, resolved.world_size
-    cost = expected_flops_per_token(config, resolved.mean_backprop_depth)
+    cost = expected_flops_per_token(config, resolved.mean_backprop_depth, resolved.grows_from)
     tokens = resolved.tokens_per_step / world
     compute = (cost.training + cost.recompute) * tokens / (gpu.peak_flops * gpu.kernel_share)
-    loops, graded = mean_training_depth(config), mean_graded_loops(resolved)
+    loops, graded = mean_training_depth(config, resolved.grows_from), mean_graded_loops(resolved)
     moved = [
         transfers(resolved, traffic(resolved, loops, index, graded=graded), gpu, index)
         for index in range(len(resolved.stages))

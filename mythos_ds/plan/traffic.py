@@ -74,7 +74,7 @@ def node_limit(resolved: ResolvedRun, gpus_per_node: int) -> NodeLimit | None:
 
 def mean_graded_loops(resolved: ResolvedRun) -> float:
     """Expected loops with gradient of a step: of min(L, the depth of the gradient)."""
-    pmf = training_depth_pmf(resolved.config)
+    pmf = training_depth_pmf(resolved.config, resolved.grows_from)
     return sum(p * min(loops, resolved.mean_backprop_depth) for loops, p in enumerate(pmf, 1))
 
 

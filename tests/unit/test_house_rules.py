@@ -45,7 +45,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 LINES = {
     "root": 1_650,
     "kernels": 320,
-    "config": 3_720,
+    "config": 3_740,
     "costs": 1_200,
     "model": 1_990,
     "weights": 1_200,
@@ -56,9 +56,9 @@ LINES = {
     "engine": 870,
     "checkpoint": 1_770,
     "inference": 190,
-    "train": 2_100,
+    "train": 2_150,
     "conversion": 3_450,
-    "plan": 1_890,
+    "plan": 1_910,
     "analysis": 1_210,
     "cluster": 1_560,
     "lab": 3_750,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 10_100
+MAX_READING_PATH = 10_150
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 

@@ -9,8 +9,11 @@ import pytest
 import mythos_ds
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve_stages, starts_of
+from mythos_ds.costs.dry_run import dry_run_report
+from mythos_ds.costs.flops import mean_training_depth
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
+from mythos_ds.train.depth_sampler import DepthSampler
 from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
 
@@ -143,3 +146,26 @@ def test_a_step_is_rehearsed_in_the_stage_that_has_it(tmp_path):
     for step, nearest in ((114, 115), (878, 877)):
         with pytest.raises(ConfigError, match=rf"115 \.\. 877 in --stage long; nearest: {nearest}"):
             REHEARSE.place(stages, 1, step)
+
+
+def test_a_later_stages_curriculum_grows_from_the_mean_before_it(tmp_path):
+    """Planned FLOPs, time and what a dry run says; where the mean does not change, nothing grows."""
+    path = staged(tmp_path)
+    content = json.loads(path.read_text())
+    plain = mythos_ds.plan_run(path).numbers["stages"][1]
+    content["stages"][1]["training"]["depth_curriculum_steps"] = 400
+    content["stages"][2]["training"]["depth_curriculum_steps"] = None
+    path.write_text(json.dumps(content))
+    own = mythos_ds.plan_run(path).numbers["stages"][1]
+    for key in ("mean_loops", "training_flops_per_token"):
+        assert own["flops"][key] == pytest.approx(plain["flops"][key])
+    assert own["compute_s"] == pytest.approx(plain["compute_s"])
+    mean = content["model"]["mean_recurrence"]
+    content["stages"][1]["model"]["mean_recurrence"] = mean + 4
+    path.write_text(json.dumps(content))
+    stages = resolve_stages(load_config(str(path)).stages, 32)
+    long, start = stages[1].run, starts_of(stages)[1]
+    sampler = DepthSampler.of(long.config, start)
+    drawn = [sampler.loops_at(start.step + step) for step in range(long.max_steps)]
+    assert mean_training_depth(long.config, long.grows_from) == pytest.approx(sum(drawn) / long.max_steps, rel=0.04)
+    assert f"its mean grows from {mean} over 400 steps" in dry_run_report(long)
