@@ -31,6 +31,7 @@ from mythos_ds.train.run_manifest import (
 FIRST = "first"
 """What messages call the first stage of a run whose file listed none."""
 _DATA_KEYS = {"content": "datasets", "weights": "datasets", "conversations": "datasets"}
+"""Which setting names a part of the data's identity, where that is called otherwise."""
 _LOSS_MASK = "conversations.loss_mask"
 
 
@@ -198,8 +199,6 @@ def _data_changes(old: Any, new: Any, old_files: dict[str, Any], new_files: dict
     for key, now, then in _differences("", old, new):
         first = key.partition(".")[0]
         name = "loss_mask" if key == _LOSS_MASK else _DATA_KEYS.get(first, first)
-        if first == "conversations" and key != _LOSS_MASK and found:
-            continue  # they come and go with the datasets that are told
         values = [json.dumps(now), json.dumps(then)]
         if name in new_files or name in old_files:
             values = [_named(new_files.get(name)), _named(old_files.get(name))]

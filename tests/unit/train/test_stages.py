@@ -12,6 +12,7 @@ from mythos_ds.checkpoint.training_state import TrainingState
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedStage, resolve
 from mythos_ds.errors import CheckpointError
+from mythos_ds.train import run_changes
 from mythos_ds.train.metrics_logger import validation_history
 from mythos_ds.train.resume import names_of, where_to_start
 from mythos_ds.train.run_changes import StageEnd, begin_stage, check_former
@@ -186,6 +187,22 @@ def test_what_a_stage_cannot_change():
     lora = ["model.lora_rank=2", "training.max_steps=5"]
     with pytest.raises(CheckpointError, match=r"model\.max_loops: 17 given; allowed: 16"):
         begin_stage(staged_manifest([stage("a", *lora)]), end(5, BASE), stage("b", *lora, "model.max_loops=17"), NAMES)
+
+
+def test_conversations_are_told_by_the_settings_that_name_them():
+    """What is to be pasted into a stage has settings of the file only."""
+    chat: dict[str, Any] = {"packing": 1, "loss_mask": True, "chat_template": "x", "ends": [7]}
+    text: dict[str, Any] = {"tokenizer": "t", "content": ["0f"], "weights": [1.0]}
+    pinned = run_changes.with_dataset(staged_manifest([BASE]), text, BASE.run.config, NAMES)
+    with pytest.raises(CheckpointError) as caught:
+        run_changes.with_dataset(pinned, {**text, "content": ["1a"], "conversations": chat}, BASE.run.config, NAMES)
+    assert "data.datasets: the built-in corpus (with another content) now" in str(caught.value)
+    assert "conversations" not in str(caught.value)
+    pinned = run_changes.with_dataset(staged_manifest([BASE]), {**text, "conversations": chat}, BASE.run.config, NAMES)
+    every = {**text, "conversations": {**chat, "loss_mask": False}}
+    with pytest.raises(CheckpointError, match=r"data\.loss_mask: false now, true when the run was started") as caught:
+        run_changes.with_dataset(pinned, every, BASE.run.config, NAMES)
+    assert '"data": {"loss_mask": null}' in str(caught.value)
 
 
 def test_data_of_a_stage_that_is_behind():
