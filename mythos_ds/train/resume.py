@@ -47,6 +47,7 @@ def choose_checkpoint(
     else:
         tag = _checkpoint_at(groups, Path(resume))
         together(groups, lambda: _require_one_history(run, existing, tag))
+        together(groups, lambda: _require_new_name(run, tag, new_stage))
     return tag
 
 
@@ -108,6 +109,17 @@ def _place(known: list[str | None], stages: Sequence[ResolvedStage], new_stage: 
 def _has_stage(tag: Path, name: str) -> bool:
     stored = stored_manifest(tag)
     return name in (stored.stage, *(former.name for former in stored.former_stages))
+
+
+def _require_new_name(run: RunDirectory, tag: Path, new_stage: str | None) -> None:
+    """A stage that begins at another run's checkpoint is not one that this run has had: it would be that one still."""
+    if new_stage is None or tag.resolve().parent == run.checkpoints.resolve():
+        return
+    manifest_then = stored_manifest(tag).back_at(manifest.tag_step(tag))
+    if new_stage in (manifest_then.stage, *(former.name for former in manifest_then.former_stages)):
+        raise CheckpointError(
+            f"--stage {new_stage}: {tag} is of a run that has had a stage of that name; give another name"
+        )
 
 
 def names_of(tag: Path | None, config_file: str, overrides: Iterable[str]) -> RunNames:

@@ -1,6 +1,7 @@
 """One training run in one process of many: groups, checkpoint, data, engine, training, report."""
 
 import contextlib
+import functools
 import gc
 import time
 import warnings
@@ -124,6 +125,8 @@ def _train(
     tag = choose_checkpoint(groups, run, request.resume, request.new_stage)
     names = names_of(tag, request.config_file, request.argv)
     start = together(groups, lambda: where_to_start(tag, stages, names, request.new_stage))
+    if tag is not None:
+        on_rank_zero(groups, functools.partial(_take_metrics, run, tag))
     index, manifest, ended = start.index, start.manifest, start.ended
     _check_ahead(stages[index + 1 :], groups)
     starts = True
@@ -139,7 +142,9 @@ def _train(
             show_summary(Console(), summary, run, stages[index].run.config.model.mean_recurrence, stages[index].name)
         if not more or groups.any(stop.requested):
             break
-        tag, ended, starts = run.checkpoints / files.tag_name(summary.step), True, False
+        if tag is None or files.tag_step(tag) < summary.step:
+            tag = run.checkpoints / files.tag_name(summary.step)
+        ended, starts = True, False
         names = names_of(tag, request.config_file, request.argv)
     if claimed is not None:
         claimed.close()
@@ -201,9 +206,6 @@ def _begun(
 ) -> RunManifest:
     """The manifest of stage `index`, which begins at the checkpoint `tag`, where the stage of `manifest` ended."""
     step = files.tag_step(tag)
-    origin = RunDirectory(tag.parent.parent)
-    if tag.parent == origin.checkpoints and origin.root.resolve() != run.root.resolve():
-        on_rank_zero(groups, lambda: copy_metrics(origin, run))
     found: list[list[dict[str, Any]]] = []
     on_rank_zero(groups, lambda: found.append(validation_history(run.metrics, manifest.start_step, step)))
     history = groups.from_rank_zero(found[0] if found else None)
@@ -215,6 +217,13 @@ def _begun(
         return replace(begun, stages_ahead=planned_stages(request.stages[index + 1 :]))
 
     return together(groups, begun)
+
+
+def _take_metrics(run: RunDirectory, tag: Path) -> None:
+    """Begin with what another run, which goes on here, has measured: its evaluations are part of the history."""
+    origin = RunDirectory(tag.parent.parent)
+    if tag.parent == origin.checkpoints and origin.root.resolve() != run.root.resolve():
+        copy_metrics(origin, run)
 
 
 def _free_memory(groups: ParallelGroups) -> None:

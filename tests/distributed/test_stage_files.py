@@ -70,6 +70,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
         "without a checkpoint": {**staged, "folder": str(root / "none"), "resume": "auto"},
         "wider": {**staged, "config": files["_wider"], "folder": str(root / "wider")},
         "frozen": {"folder": str(root / "frozen"), "config": files["_frozen"]},
+        "listed": {"folder": str(root / "listed"), "config": files["_two"], "resume": old},
+        "had": {**staged, "folder": str(root / "had"), "resume": new},
         "appended": {"folder": old, "config": files["_two"]},
         "behind": {"folder": old, "config": files["_other_base"]},
         "renamed": {"folder": old, "config": files["_renamed"]},
@@ -82,22 +84,29 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
 
 def test_a_stage_of_its_own_file_is_that_of_the_list(found):
     root, results = found
-    assert [results[name]["error"] for name in ("list", "old", "new", "again", "appended", "shortened")] == [""] * 6
+    whole = ("list", "old", "new", "again", "listed", "appended", "shortened")
+    assert [results[name]["error"] for name in whole] == [""] * len(whole)
     expected = checkpoint_tensors(root / "list", 8)
-    for name in ("new", "old"):
+    for name in ("new", "listed", "old"):
         other = checkpoint_tensors(root / name, 8)
         assert [key for key, tensor in expected.items() if not tensor.equal(other[key])] == [], name
         assert steps_of(root / name) == steps_of(root / "list"), name
-    before = [[line for line in metrics(root / name) if line["step"] <= 4] for name in ("new", "old")]
-    assert before[0] == before[1]
+    before = [[line for line in metrics(root / name) if line["step"] <= 4] for name in ("new", "listed", "old")]
+    assert before[0] == before[1] == before[2]
 
 
-def test_the_former_stage_is_kept_in_the_new_directory(found):
+@pytest.mark.parametrize("name", ["new", "listed"])
+def test_the_former_stage_is_kept_in_the_new_directory(found, name):
     root, _ = found
-    content = json.loads((root / "new" / "manifest.json").read_text())
+    content = json.loads((root / name / "manifest.json").read_text())
     (former,) = content["former_stages"]
-    assert (former["name"], former["phases"][0]["end_step"], former["samples"]) == (None, 4, 32)
+    assert (former["name"], former["phases"][0]["end_step"]) == ({"new": None, "listed": "base"}[name], 4)
+    assert former["samples"] == 32
     assert [entry["step"] for entry in former["validation"]] == [0, 4]
+
+
+def test_every_start_is_kept(found):
+    root, _ = found
     assert [json.loads(line)["step"] for line in (root / "new" / "starts.jsonl").read_text().splitlines()] == [
         4,
         4,
@@ -127,6 +136,7 @@ def test_a_change_without_a_stage_names_key_files_values_and_both_ways(found):
 def test_what_no_stage_may_do_is_told(found):
     root, results = found
     assert "--stage long: there is no checkpoint to go on from" in results["without a checkpoint"]["error"]
+    assert "is of a run that has had a stage of that name; give another name" in results["had"]["error"]
     message = results["wider"]["error"]
     assert message.startswith(f"stage 'long' cannot go on from {root / 'old'}:")
     assert "model.ffn_dim: 64 in" in message
