@@ -35,7 +35,7 @@ from mythos_ds.train.callbacks import Callback
 from mythos_ds.train.data_loader import DataLoader, TextLoader
 from mythos_ds.train.metrics_logger import validation_history
 from mythos_ds.train.resume import choose_checkpoint, names_of, where_to_start
-from mythos_ds.train.run_changes import RunNames, StageEnd, begin_stage, with_dataset
+from mythos_ds.train.run_changes import RunNames, StageEnd, begin_stage, trained_on_before, with_dataset
 from mythos_ds.train.run_directory import RunDirectory, copy_metrics
 from mythos_ds.train.run_manifest import RunManifest, planned_stages, with_weights
 from mythos_ds.train.summary import RunSummary, show_summary
@@ -182,6 +182,8 @@ def _train_stage(
         manifest = with_weights(manifest, weights.identity)
     data = open_data(resolved, manifest, groups, step)
     manifest = together(groups, lambda: with_dataset(manifest, data.identity, resolved.config, part.names))
+    for note in trained_on_before(manifest) if groups.rank == 0 else ():
+        _logger.warning("%s", note)
     on_rank_zero(groups, lambda: _record(part, run, manifest, step, groups.world_size))
     engine = build_engine(resolved, groups, adapt)
     progress = Progress()

@@ -102,6 +102,33 @@ def with_dataset(manifest: RunManifest, identity: dict[str, Any], config: RunCon
     return replace(manifest, pinned={**manifest.pinned, DATASET: identity, DATA_FILES: files})
 
 
+def trained_on_before(manifest: RunManifest) -> list[str]:
+    """A note for each former training stage that has read what this one's losses on held-out text are computed on, by
+    digests and shares of the documents."""
+    held_out, notes = _shares(manifest.pinned, held_out=True), []
+    for former in manifest.former_stages:
+        read = _shares(former.pinned, held_out=False)
+        seen = [content for content, (start, _) in held_out.items() if start < read.get(content, (0.0, 0.0))[1] - 1e-9]
+        if seen:
+            names = _named(former.pinned.get(DATA_FILES, {}).get("datasets"))
+            notes.append(
+                f"held-out text of stage {manifest.stage or FIRST} was trained on in stage {former.name or FIRST} "
+                f"({names}): its losses are too low; keep data.split, or give data.validation other text"
+            )
+    return notes
+
+
+def _shares(pinned: dict[str, Any], *, held_out: bool) -> dict[str, tuple[float, float]]:
+    """The share of the documents of each dataset, by its digest, that is held out or is trained on."""
+    data = pinned.get(DATASET, {})
+    validation, split = data.get("validation"), data.get("split", [1.0, 0.0, 0.0])
+    if held_out and validation is not None:
+        return dict.fromkeys(validation["content"], (0.0, 1.0))
+    train, end = split[0] / sum(split), (split[0] + split[1]) / sum(split)
+    share = (train, end) if held_out else (0.0, train)
+    return dict.fromkeys(data.get("content", ()), share) if share[0] < share[1] else {}
+
+
 @dataclass(frozen=True)
 class StageEnd:
     """How a training stage ended: the completed steps, the training section of its last checkpoint, and its losses on

@@ -205,6 +205,33 @@ def test_conversations_are_told_by_the_settings_that_name_them():
     assert '"data": {"loss_mask": null}' in str(caught.value)
 
 
+def with_text(manifest: RunManifest, split: list[float], content: str = "0f", **more: Any) -> RunManifest:
+    """The manifest of a stage that has opened this text."""
+    identity = {"tokenizer": "t", "content": [content], "weights": [1.0], "split": split, **more}
+    return run_changes.with_dataset(manifest, identity, BASE.run.config, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "noted"),
+    [
+        ([90.0, 10.0, 0.0], {"split": [90.0, 10.0, 0.0]}, False),
+        ([90.0, 10.0, 0.0], {"split": [9.0, 1.0, 0.0]}, False),
+        ([90.0, 10.0, 0.0], {"split": [80.0, 10.0, 10.0]}, True),
+        ([100.0, 0.0, 0.0], {"split": [90.0, 10.0, 0.0]}, True),
+        ([100.0, 0.0, 0.0], {"split": [100.0, 0.0, 0.0]}, False),
+        ([100.0, 0.0, 0.0], {"split": [90.0, 10.0, 0.0], "content": "1a"}, False),
+        ([90.0, 10.0, 0.0], {"split": [1.0, 0.0, 0.0], "content": "1a", "validation": {"content": ["0f"]}}, True),
+        ([90.0, 10.0, 0.0], {"split": [1.0, 0.0, 0.0], "content": "0f", "validation": {"content": ["2b"]}}, False),
+    ],
+)
+def test_held_out_text_that_a_stage_before_has_read_is_told(before, now, noted):
+    base = with_text(staged_manifest([BASE]), before)
+    notes = run_changes.trained_on_before(with_text(begin_stage(base, end(10, BASE), LONG, NAMES), **now))
+    assert len(notes) == noted
+    assert all("held-out text of stage long was trained on in stage base" in note for note in notes)
+    assert run_changes.trained_on_before(base) == []
+
+
 def test_data_of_a_stage_that_is_behind():
     former = grown()[1].former_stages[0]
     pinned = {**former.pinned, "data_files": {"datasets": ["old"]}}
