@@ -34,9 +34,9 @@ def test_a_wrong_configuration_is_one_message(capsys):
 def test_the_indices_of_every_training_stage_are_built(tmp_path, capsys):
     path = three_stages(tmp_path)
     stages = resolve_stages(load_config(str(path)).stages, 1)
-    # The seed grows by one from stage to stage; sequences of 4 and of 3 steps, and of a ramp: 4, 4, 4, 6.
+    # The seed grows by one from stage to stage; sequences of 4 and of 3 steps, and of a ramp: 4, 4, 6, 8.
     sizes: dict[str | None, tuple[int, int, int, int]]
-    sizes = {"base": (16, 32, 8, 0), "long": (64, 18, 8, 1), "anneal": (64, 18, 6, 2)}
+    sizes = {"base": (16, 32, 8, 0), "long": (64, 22, 8, 1), "anneal": (64, 18, 6, 2)}
     assert main(["--config", str(path)]) == 0
     printed = capsys.readouterr().out
     for stage in stages:
