@@ -222,9 +222,10 @@ def _problems(name: str, everybody: Sequence[HostFacts], key: str, fine: str) ->
 
 
 def _disk_space(everybody: Sequence[HostFacts], stages: Sequence[ResolvedStage]) -> Check:
-    """A new checkpoint is written before the oldest is removed; the stage counts that keeps most."""
+    """A new checkpoint is written before the oldest is removed; the stages count that keep most, and write the largest,
+    as with another dtype."""
     keep = max(stage.run.config.checkpoint.keep for stage in stages)
-    need = checkpoint_disk_bytes(stages[0].run.config) * (keep + 1)
+    need = max(checkpoint_disk_bytes(stage.run.config) for stage in stages) * (keep + 1)
     known = [facts for facts in everybody if "free_bytes" in facts]
     if not known:
         return Check("disk space", False, "the run directory does not exist and cannot be made")

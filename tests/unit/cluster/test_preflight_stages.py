@@ -6,6 +6,7 @@ import shutil
 from mythos_ds.cluster.preflight.host_facts import Markers, _disk_space, config_hash, folders, gather
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve_stages
+from mythos_ds.costs.params import checkpoint_disk_bytes
 from tests.helpers.stages import changed, three_stages
 
 
@@ -47,6 +48,20 @@ def test_the_stage_that_keeps_most_says_how_much_room_is_needed(tmp_path):
     more = changed(path, "more", lambda content: content["stages"][1].update(checkpoint={"keep": 20}))
     assert "20 + 1 checkpoints" in _disk_space([{"host": "a", "free_bytes": 10**12}], stages_of(more)).detail
     assert config_hash(stages_of(path)) != config_hash(stages_of(more))
+
+
+def test_the_stage_with_the_largest_checkpoints_says_how_much_room_is_needed(tmp_path):
+    def half(content):
+        content["parallel"]["zero_stage"] = 1
+        content["training"]["dtype"] = "bfloat16"
+
+    path = changed(three_stages(tmp_path), "half", half)
+    whole = changed(path, "whole", lambda content: content["stages"][1]["training"].update(dtype="float32"))
+    need = max(checkpoint_disk_bytes(stage.run.config) for stage in stages_of(whole)) * (9 + 1)
+    assert checkpoint_disk_bytes(stages_of(path)[0].run.config) * (9 + 1) < need
+    room = [{"host": "a", "free_bytes": need - 1}]
+    assert _disk_space(room, stages_of(path)).ok
+    assert not _disk_space(room, stages_of(whole)).ok
 
 
 def test_every_index_cache_is_shared_storage(tmp_path):
