@@ -132,6 +132,15 @@ def build_datasets(
     return TokenDatasets(train, valid, request.tokenizer, request.identity())
 
 
+def data_identity(data: DataConfig, vocab_size: int) -> dict[str, Any] | None:
+    """What the configured text is, as a run pins it, by what stands beside it; None of the built-in corpus, and where
+    the text or the tokenizer is not here or does not fit."""
+    try:
+        return None if data.corpus is not None else _Request.resolve(data, 2, 0, 0, 0, vocab_size).identity()
+    except DataError:
+        return None
+
+
 def check_sources(data: DataConfig, vocab_size: int) -> None:
     """Raises DataError where the configured text and tokenizer are not here or do not fit; reads no text and writes
     nothing. The built-in corpus is made when it is needed."""

@@ -11,6 +11,7 @@ from mythos_ds.config.error_messages import show
 from mythos_ds.config.resolve import ResolvedStage
 from mythos_ds.config.schema import ModelConfig, RunConfig, TrainingConfig
 from mythos_ds.config.training_stages import FIXED_TRAINING_KEYS, MODEL_KEYS, loops_problem
+from mythos_ds.data.datasets import data_identity
 from mythos_ds.errors import CheckpointError
 from mythos_ds.train.lr_schedule import learning_rate
 from mythos_ds.train.run_manifest import (
@@ -185,7 +186,8 @@ def planned_manifests(stages: Sequence[ResolvedStage]) -> list[RunManifest]:
 
 
 def check_former(former: FormerStage, stage: ResolvedStage, index: int, names: RunNames) -> None:
-    """Raises CheckpointError where the file's settings of a stage that is behind are not those it was trained with."""
+    """Raises CheckpointError where the file's settings of a stage that is behind are not those it was trained with; its
+    data may be gone, or elsewhere."""
     wanted = new_manifest(stage.run)
     pinned = RunManifest(former.pinned, former.phases)
     found = [f"stages[{index}].{change.line(names)}" for change in changes(pinned, wanted)]
@@ -193,9 +195,9 @@ def check_former(former: FormerStage, stage: ResolvedStage, index: int, names: R
     if wanted.total_steps != length:
         found.append(f"stages[{index}]: training length: {wanted.total_steps} steps now, {length} when it was trained")
     stored, files = former.pinned.get(DATA_FILES), data_files(stage.run.config.data)
-    if stored is not None and stored != files:
+    if stored is not None and stored != files and not _is_moved(former, stage.run.config):
         found += [
-            f"stages[{index}].data.{key}: {show(files.get(key))} now, {show(stored.get(key))} when it was trained"
+            f"stages[{index}].data.{key}: {_named(files.get(key))} now, {_named(stored.get(key))} when it was trained"
             for key in dict.fromkeys((*stored, *files))
             if stored.get(key) != files.get(key)
         ]
@@ -203,6 +205,12 @@ def check_former(former: FormerStage, stage: ResolvedStage, index: int, names: R
         head = f"stage {former.name or FIRST!r} of {names.run} is behind and cannot change:"
         advice = "undo the change, and put what is to be trained now into a stage that comes after (docs/stages.md)"
         raise CheckpointError("\n".join([head, *found, advice]))
+
+
+def _is_moved(former: FormerStage, config: RunConfig) -> bool:
+    """Whether the files of other names are what the stage has read."""
+    pinned = former.pinned.get(DATASET)
+    return pinned is not None and data_identity(config.data, config.model.vocab_size) == pinned
 
 
 def changes(manifest: RunManifest, wanted: RunManifest) -> list[Change]:

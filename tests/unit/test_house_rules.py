@@ -56,7 +56,7 @@ LINES = {
     "engine": 870,
     "checkpoint": 1_770,
     "inference": 190,
-    "train": 2_150,
+    "train": 2_170,
     "conversion": 3_450,
     "plan": 1_910,
     "analysis": 1_210,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 10_150
+MAX_READING_PATH = 10_200
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 

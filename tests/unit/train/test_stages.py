@@ -1,6 +1,7 @@
 """What the manifest of a run of several training stages says, and where a start in it begins."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from mythos_ds.checkpoint import manifest as files
 from mythos_ds.checkpoint.training_state import TrainingState
 from mythos_ds.config.loader import load_config
-from mythos_ds.config.resolve import ResolvedStage, resolve
+from mythos_ds.config.resolve import ResolvedStage, resolve, resolve_stages
+from mythos_ds.data.datasets import data_identity
 from mythos_ds.errors import CheckpointError
 from mythos_ds.train import run_changes
 from mythos_ds.train.metrics_logger import validation_history
@@ -19,6 +21,7 @@ from mythos_ds.train.run_changes import StageEnd, begin_stage, check_former
 from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.train.run_manifest import FormerStage, Phase, RunManifest, planned_stages, staged_manifest
 from tests.helpers.mains import load_main
+from tests.helpers.stages import three_stages
 
 NAMES = names_of(None, "run.json", [])
 SIZES = ["training.warmup_steps=2", "training.micro_batch_size=1"]
@@ -238,6 +241,29 @@ def test_data_of_a_stage_that_is_behind():
     check_former(former, BASE, 0, NAMES)
     with pytest.raises(CheckpointError, match=r"stages\[0\]\.data\.datasets: .*built-in corpus.* now, .*old.* when"):
         check_former(replace(former, pinned=pinned), BASE, 0, NAMES)
+
+
+def test_data_of_a_stage_that_is_behind_may_move(tmp_path):
+    """Under other names it is known by its digests; other data, or none, is a change."""
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        three_stages(folder)
+    base, moved = (
+        resolve_stages(load_config(str(tmp_path / folder / "stages.json")).stages, 1)[0] for folder in ("here", "there")
+    )
+    data = base.run.config.data
+    pinned = run_changes.with_dataset(
+        staged_manifest([base]), data_identity(data, base.run.config.model.vocab_size) or {}, base.run.config, NAMES
+    )
+    ended = StageEnd(4, base.run.config.training.model_dump(mode="json"), 1.0, [])
+    (former,) = begin_stage(pinned, ended, replace(LONG, run=replace(base.run, max_steps=3)), NAMES).former_stages
+    check_former(former, moved, 0, NAMES)
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(tmp_path / "there" / f"second{suffix}", tmp_path / "there" / f"first{suffix}")
+    with pytest.raises(CheckpointError, match=r"stages\[0\]\.data\.datasets: .*there.* now, .*here.* when"):
+        check_former(former, moved, 0, NAMES)
+    shutil.rmtree(tmp_path / "here")
+    check_former(former, base, 0, NAMES)
 
 
 def test_the_validation_history_is_that_of_the_metrics(tmp_path):
