@@ -17,18 +17,10 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from mythos_hf.attention_mythos import MythosAttention, MythosRMSNorm
 from mythos_hf.configuration_mythos import MythosConfig, filled
-from mythos_hf.modeling_mythos import (
-    MythosAttention,
-    MythosInjection,
-    MythosLoopEmbedding,
-    MythosMLP,
-    MythosRecurrentBlock,
-    MythosRMSNorm,
-    MythosRouter,
-    add_norms,
-    residual,
-)
+from mythos_hf.experts_mythos import MythosMLP, MythosRouter
+from mythos_hf.recurrent_mythos import MythosInjection, MythosLoopEmbedding, MythosRecurrentBlock, add_norms, residual
 from mythos_hf.rotary_mythos import rotary_tables
 
 _EXPERT_PARTS = ("gate", "up", "down")
@@ -140,11 +132,11 @@ class RecurrentBlock(MythosRecurrentBlock):
         ]
         super().__init__(config, layers)
 
-    def run_layers(self, x: Tensor, loop: int, context: tuple[Tensor, Tensor]) -> Tensor:
-        """The layers once, [tokens, dim]. context: the rotary tables."""
+    def run_layers(self, x: Tensor, loop: int, context: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The layers once, [tokens, dim]; nothing else is kept. context: the rotary tables."""
         for layer in self.layers:
             x = layer(x, context, loop)
-        return x
+        return x, []
 
 
 class Model(nn.Module):

@@ -230,8 +230,8 @@ def write_side_files(model_folder: Path, output: Path, config: dict[str, Any], *
         import mythos_hf
 
         package = Path(mythos_hf.__file__).parent
-        for name in ("configuration_mythos", "modeling_mythos", "rotary_mythos", "tokenization_mythos"):
-            copy_file(package / f"{name}.py", output / f"{name}.py")
+        for code in sorted(package.glob("*_mythos.py")):
+            copy_file(code, output / code.name)
         config["auto_map"] = {
             "AutoConfig": "configuration_mythos.MythosConfig",
             "AutoModel": "modeling_mythos.MythosModel",

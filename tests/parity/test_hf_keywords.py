@@ -43,7 +43,7 @@ def test_no_forward_takes_what_it_does_not_name_but_those_that_check_it():
         "mythos_ds.model.mythos.MythosModel",
         "mythos_ds.model.pipeline_stage.StageModel",
         "mythos_vllm.model.MythosForCausalLM",
-        "mythos_hf.modeling_mythos.MythosLayer",
+        "mythos_hf.recurrent_mythos.MythosLayer",
     }
     assert some | CHECKED <= set(found)
     open_ended = {name for name, function in found.items() if function.args.kwarg or function.args.vararg}
