@@ -42,7 +42,7 @@ class MythosConfig(PreTrainedConfig):
     """
 
     model_type = "mythos"
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 4096
     hidden_size: int = 128
