@@ -41,15 +41,47 @@ def test_cached_is_uncached_in_left_padded_batches(search, loops, model, padded)
     assert torch.equal(cached, model.generate(**padded, **GREEDY, **search, **loops, use_cache=False))
 
 
-def test_a_static_cache_gives_the_same_and_has_the_entries_of_the_configuration_s_loops(model, tiny, padded):
-    static = {**GREEDY, "cache_implementation": "static"}
-    for loops in LOOPS[:2]:
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("loops", [{}, {"n_loops": 1}, {"n_loops": 3}, {"n_loops": 9}])
+def test_a_cache_by_name_has_the_entries_of_the_loops_that_are_asked_for(loops, kind, model, padded):
+    expected = model.generate(**padded, **GREEDY, **loops, use_cache=False)
+    made = model.generate(**padded, **GREEDY, **loops, cache_implementation=kind, return_dict_in_generate=True)
+    assert torch.equal(made.sequences, expected)
+    assert len(made[FIELD]) == 2 + loops.get("n_loops", 4)
+    assert model.config.n_loops == 4
+    assert torch.equal(model.generate(**padded, **GREEDY, use_cache=False), model.generate(**padded, **GREEDY))
+
+
+@pytest.mark.parametrize("kind", ["StaticCache", "DynamicCache"])
+def test_a_given_cache_serves_as_many_loops_as_its_configuration_has(kind, model, tiny, padded):
+    def made(**loops: int) -> Any:
+        config = mythos_hf.MythosConfig.from_pretrained(tiny, **loops)
+        return getattr(transformers, kind)(config=config, **({"max_cache_len": 40} if kind == "StaticCache" else {}))
+
+    for loops in LOOPS:
         expected = model.generate(**padded, **GREEDY, **loops, use_cache=False)
-        assert torch.equal(model.generate(**padded, **static, **loops), expected)
-    with pytest.raises(ValueError, match="n_loops: given 8; allowed with cache_implementation 'static'"):
-        model.generate(**padded, **static, n_loops=8)
-    deeper = mythos_hf.MythosForCausalLM.from_pretrained(tiny, n_loops=8).eval()
-    assert torch.equal(deeper.generate(**padded, **static), deeper.generate(**padded, **GREEDY, use_cache=False))
+        assert torch.equal(model.generate(**padded, **GREEDY, **loops, cache=made(n_loops=8)), expected)
+    small = made()
+    for call in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match=f"given a {kind} with 6 entries; allowed: 10 or more for n_loops=8"):
+            call(padded["input_ids"], cache=small, n_loops=8)
+    assert small.get_seq_length() == 0
+    assert model(padded["input_ids"], cache=small).logits.shape[1] == padded["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("kind", ["StaticCache", "DynamicCache", "grows"])
+def test_a_cache_that_fewer_loops_filled_does_not_go_on_with_more(kind, model, tiny):
+    config = mythos_hf.MythosConfig.from_pretrained(tiny, n_loops=8)
+    length = {"max_cache_len": 40} if kind == "StaticCache" else {}
+    cache = transformers.DynamicCache() if kind == "grows" else getattr(transformers, kind)(config=config, **length)
+    tokens = torch.tensor([[5, 77, 312]])
+    with torch.no_grad():
+        model(tokens, cache=cache, n_loops=2)
+        with pytest.raises(ValueError, match="given one with 3 tokens, and 0 in the entries of loop 6"):
+            model(tokens[:, :1], cache=cache, n_loops=6)
+        again = model(tokens[:, :1], cache=cache, n_loops=2).logits
+        whole = model(torch.cat([tokens, tokens[:, :1]], dim=1), use_cache=False, n_loops=2).logits
+    assert (again[:, -1] - whole[:, -1]).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("loops", LOOPS)
