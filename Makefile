@@ -111,7 +111,8 @@ python-versions: setup
 	done
 	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w .cache/wheel .
 
-# The export's tests on the oldest and on the newest transformers that setup.py allows, without DeepSpeed.
+# The export's tests on the oldest and on the newest transformers that setup.py allows, without DeepSpeed, and with what
+# people train and quantise it with: accelerate, peft, bitsandbytes.
 test-hf: setup
 	$(PY) tools/test_environments.py transformers --torch "$(TORCH)"
 

@@ -52,6 +52,11 @@ class MythosPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """transformers looks for the experts in this file, and would choose the slow implementation."""
+        return True
+
     def _grouped_mm_can_dispatch(self) -> bool:
         """torch's grouped matmul wants rows of whole 16-byte units; experts of other widths are computed one by one."""
         if self.config.hidden_size % 8 or self.config.moe_intermediate_size % 8:

@@ -1,6 +1,7 @@
 """Run the tests with other versions of the libraries, in environments of their own under .cache.
 
-    make test-hf        the export's tests on the oldest and the newest transformers that are allowed, without DeepSpeed
+    make test-hf        the export's tests, those with accelerate, peft and bitsandbytes too, on the oldest and the
+                        newest transformers that are allowed, without DeepSpeed
     make test-newest    the default suite with the newest published versions, upper bounds lifted
 
 Runs in a checkout, in the environment that `make setup` makes.
@@ -24,9 +25,11 @@ from mythos_ds.formatting import plain_table
 from mythos_ds.mains import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPORT_TESTS = ("tests/parity/test_hf*.py", "tests/unit/conversion/test_hf*.py")
+EXPORT_TESTS = ("tests/parity/test_hf*.py", "tests/unit/conversion/test_hf*.py", "tests/optional/hf_*.py")
 EXPORT_NEEDS = ("numpy", "packaging", "psutil", "pydantic", "pytest", "rich", "safetensors", "sentencepiece")
 """What the export's tests import beside torch, transformers and this project; psutil for continuous batching on CPU."""
+EXPORT_COMPANIONS = ("accelerate==1.15.0", "bitsandbytes==0.50.2", "peft==0.21.2")
+"""What people train and quantise the export with, and tests/optional runs: no part of any other environment."""
 OLDER_WITH_TRANSFORMERS = {"transformers", "huggingface-hub", "tokenizers"}
 """The libraries whose versions follow the version of transformers."""
 
@@ -122,6 +125,7 @@ def try_transformers(arguments: Namespace) -> list[str]:
         constraints = python.parents[1] / "constraints.txt"
         constraints.write_text("".join(f"{name}=={value}\n" for name, value in held.items()), encoding="utf-8")
         pip(python, "-c", str(constraints), f"transformers=={version}", *EXPORT_NEEDS)
+        pip(python, "--no-deps", *EXPORT_COMPANIONS)  # which would take torch's place
         install_project(python)
         broken[version] = run_tests(python, tests)
     rows = [(version, "green" if not failed else listed(failed)) for version, failed in broken.items()]

@@ -55,14 +55,20 @@ def write_tokenizer(place: Path, output: Path, *, with_remote_code: bool = False
 
 
 def write_generation_config(place: Path, output: Path, ids: dict[str, int]) -> None:
-    """generation_config.json: the source's own, where it has one, and ends at every id that ends text."""
+    """generation_config.json: the source's own, where it has one, and ends at every id that ends text.
+
+    A batch's shorter texts are filled with the id for padding, or with the first that ends text where there is none.
+    """
     path = place / "generation_config.json"
     given = read_json(path) if place.is_dir() and path.is_file() else {}
     ends = sorted(Tokenizer.load(place).ends()) if ids else []
     stop: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
     for own in ("transformers_version", "_from_model_config"):
         given.pop(own, None)
-    write_atomic(output / path.name, json.dumps({**given, **ids, **stop, "use_cache": True}, indent=2) + "\n")
+    content = {**given, **ids, **stop, "use_cache": True}
+    if content.get("pad_token_id") is None and ends:
+        content["pad_token_id"] = ends[0]
+    write_atomic(output / path.name, json.dumps(content, indent=2) + "\n")
 
 
 def _name(config: dict[str, Any], name: str) -> Any:

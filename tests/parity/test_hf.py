@@ -152,6 +152,38 @@ def test_what_transformers_saves_comes_back_as_a_model_folder(tiny, tmp_path):
     assert torch.equal(model.lm_head(base(tokens).last_hidden_state), model(tokens).logits)
 
 
+@pytest.mark.parametrize("rows", [4099, 4160])
+def test_added_tokens_and_their_rows_come_back(rows, tiny, tmp_path):
+    model, tokenizer = (
+        mythos_hf.MythosForCausalLM.from_pretrained(tiny),
+        transformers.AutoTokenizer.from_pretrained(tiny),
+    )
+    tokenizer.add_tokens(["<|user|>", "<|answer|>"], special_tokens=True)
+    tokenizer.add_tokens(["newword"])
+    tokenizer.chat_template = "{% for message in messages %}{{ '<|user|>' + message.content }}{% endfor %}"
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    mythos_ds.convert(tmp_path / "tuned", tmp_path / "back", from_format="hf", to_format="mythos")
+    ours = load_model(tmp_path / "back")
+    tokens = torch.tensor([[5, 4096, 77, 4098, 312]])
+    with torch.no_grad():
+        expected = model.eval()(tokens, n_loops=4).logits
+        assert (ours(tokens, n_loops=4) - expected).abs().max() <= 1e-5
+    own, first = Tokenizer.load(tmp_path / "back"), Tokenizer.load(TINY)
+    assert (own.eos_id, own.pad_id, own.vocab_size) == (first.eos_id, first.pad_id, 4099)
+    assert (own.special_tokens["<|answer|>"], own.encode("newword")[-1]) == (4097, 4098)
+    assert own.encode("</s> def main(") == first.encode("</s> def main(")
+    mythos_ds.convert(tmp_path / "back", tmp_path / "again", dtype="float32")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    chat = [{"role": "user", "content": "a newword </s>"}]
+    assert again.apply_chat_template(chat).input_ids == tokenizer.apply_chat_template(chat).input_ids
+    model.resize_token_embeddings(4090)
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(CheckpointError, match="tuned: has 4099 pieces; allowed: at most the model's 4090"):
+        mythos_ds.convert(tmp_path / "tuned", tmp_path / "short", from_format="hf", to_format="mythos")
+
+
 def test_a_gate_is_left_out_and_said(tmp_path):
     make_folder(tmp_path / "ours", {"halting": "gate"})
     assert "gate is left out" in hf_notes(tmp_path / "ours")[0]

@@ -144,3 +144,12 @@ def test_generating_batches_warns_of_nothing(tiny, tmp_path, caplog, monkeypatch
             model.generate(**batch, **GREEDY, n_loops=loops)
             model.generate(**batch, **GREEDY, n_loops=loops, cache_implementation="static")
     assert [record.message for record in caplog.records] == []
+
+
+def test_a_forward_is_one_graph(tiny):
+    model = mythos_hf.MythosForCausalLM.from_pretrained(tiny).eval()
+    assert (model.config._experts_implementation, model.config._attn_implementation) == ("grouped_mm", "sdpa")
+    options = {"n_loops": 2, "output_hidden_states": True, "use_cache": False}
+    with torch.no_grad():
+        out = torch.compile(model, backend="eager", fullgraph=True)(TOKENS, **options)
+        assert torch.equal(out.logits, model(TOKENS, **options).logits)
