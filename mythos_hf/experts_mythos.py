@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_mythos import MythosConfig, filled
 
@@ -86,7 +87,8 @@ class MythosRouter(nn.Module):
 
     def forward(self, x: Tensor, loop: int) -> tuple[Tensor, Tensor]:
         """x [tokens, dim] -> indices int64 and weights fp32, both [tokens, k]."""
-        logits = functional.linear(x.float(), self.weight.float())
+        with maybe_autocast(x.device.type, enabled=False):  # which would choose other experts
+            logits = functional.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
         # Loops deeper than any trained one use the last trained one's bias.
         trusted = ((self.loop_updates >= _MIN_ROW_UPDATES).sum() - 1).clamp_min(0).clamp_max(loop)

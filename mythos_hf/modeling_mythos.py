@@ -284,9 +284,8 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
             asked = copy.copy(self)
             asked.config = copy.deepcopy(self.config)
             asked.config.n_loops = loops
-        return super(MythosForCausalLM, asked)._prepare_cache_for_generation(
-            generation_config, model_kwargs, *args, **kwargs
-        )
+        above: Any = super(MythosForCausalLM, asked)
+        return above._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
 # Files hold experts one by one. Registered here, where loading needs it: without it experts would stay random.

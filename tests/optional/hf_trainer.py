@@ -32,7 +32,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 def trainer(folder: Path, output: Path, *, files: str = "10GB", **options: Any) -> Trainer:
     """A trainer of a freshly loaded model for four steps, with a checkpoint after two, in files of at most so much."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained = partial(model.save_pretrained, max_shard_size=files)
     settings = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2, **options}
     arguments = TrainingArguments(output_dir=str(output), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
@@ -76,7 +76,7 @@ def test_the_best_model_comes_back_at_the_end(files, tiny, tmp_path):
 def test_a_checkpoint_with_its_tokenizer_comes_back_as_a_model_folder(tiny, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = "{% for message in messages %}{{ '<s>' + message.content }}{% endfor %}"
-    run = trainer(tiny, tmp_path / "run")
+    run: Any = trainer(tiny, tmp_path / "run")
     run.processing_class = tokenizer
     run.train()
     mythos_ds.convert(tmp_path / "run" / "checkpoint-4", tmp_path / "back", from_format="hf", to_format="mythos")
@@ -123,5 +123,10 @@ def run_process(folder: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
+    # Versions before 5.24 load the optimizer to the device that accelerate names for several processes on the CPU, cpu:0,
+    # which torch.load does not know.
+    torch.serialization.register_package(
+        11, lambda _storage: None, lambda storage, location: storage if location == "cpu:0" else None
+    )
     assert mythos_hf.MythosConfig.model_type == "mythos"
     run_process(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -54,7 +54,7 @@ def test_a_cache_by_name_has_the_entries_of_the_loops_that_are_asked_for(loops, 
 
 @pytest.mark.parametrize("kind", ["StaticCache", "DynamicCache"])
 def test_a_given_cache_serves_as_many_loops_as_its_configuration_has(kind, model, tiny, padded):
-    def made(**loops: int) -> Any:
+    def made(**loops: Any) -> Any:
         config = mythos_hf.MythosConfig.from_pretrained(tiny, **loops)
         return getattr(transformers, kind)(config=config, **({"max_cache_len": 40} if kind == "StaticCache" else {}))
 

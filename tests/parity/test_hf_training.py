@@ -108,6 +108,23 @@ def test_a_cache_is_refused_where_activations_are_computed_again_and_serves_wher
     assert torch.equal(model.generate(TOKENS, max_new_tokens=4, do_sample=False), expected)  # without gradients
 
 
+def test_mixed_precision_leaves_the_choice_of_experts_in_fp32():
+    model = deep_model()
+    seen: list[tuple[torch.Tensor, ...]] = []
+    router = model.model.recurrent.layers[0].mlp.router
+    router.register_forward_hook(lambda _module, given, out: seen.append((given[0], *out)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(TOKENS, labels=TOKENS, n_loops=3).loss
+    assert len(seen) == 3
+    for loop, (x, indices, weights) in enumerate(list(seen)):
+        expected = router(x.float(), loop)
+        assert torch.equal(indices, expected[0])
+        assert torch.equal(weights, expected[1])
+    assert loss.item() == pytest.approx(model(TOKENS, labels=TOKENS, n_loops=3).loss.item(), rel=0.01)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A model, and its tensors as files hold them."""
