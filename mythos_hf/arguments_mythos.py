@@ -1,7 +1,8 @@
-"""What a forward takes beyond what it names: attention's arguments, and a cache under two names."""
+"""What a forward is given, checked: loops, attention's arguments, records, and a cache under two names."""
 
 import difflib
 import inspect
+import operator
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from transformers.generation.continuous_batching.input_outputs import PagedAtten
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_mythos import MythosConfig, filled
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """What this version of transformers calls the cache: in its own calls, and in outputs."""
@@ -30,6 +33,19 @@ def attention_keywords(module: PreTrainedModel, given: dict[str, Any]) -> dict[s
             meant = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{type(module).__name__}: unknown argument {name!r}{meant} (allowed: {', '.join(known)})")
     return given
+
+
+def loop_count(config: MythosConfig, given: Any) -> int:
+    """How often the block runs: as given, or as the configuration says. Raises ValueError for anything but a whole
+    number of 1 or more."""
+    loops = filled(config.n_loops) if given is None else given
+    try:
+        count = 0 if isinstance(loops, bool) else operator.index(loops)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"n_loops: given {loops!r}; allowed: a whole number, 1 or more")
+    return count
 
 
 def wanted_outputs(module: PreTrainedModel, hidden_states: bool | None, attentions: bool | None) -> tuple[bool, bool]:

@@ -16,9 +16,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .arguments_mythos import CACHE, attention_keywords, check_entries, one_cache, wanted_outputs
+from .arguments_mythos import CACHE, attention_keywords, check_entries, loop_count, one_cache, wanted_outputs
 from .attention_mythos import MythosContext, MythosRMSNorm
-from .configuration_mythos import MythosConfig, filled
+from .configuration_mythos import MythosConfig
 from .experts_mythos import MythosExperts, MythosRouter
 from .recurrent_mythos import MythosLayer, MythosRecord, MythosRecurrentBlock, checkpoints, run_part
 from .rotary_mythos import rotary_tables
@@ -144,15 +144,13 @@ class MythosModel(MythosPreTrainedModel):
         of all versions. output_hidden_states: the embedding and the stream after each layer, of prelude, every loop and
         coda, the last of them normed, num_hidden_layers + 1 in all, and h after each loop. output_attentions: the
         weights of each layer in the same order. kwargs: what transformers declares for attention. Raises ValueError for
-        n_loops below 1, for two caches, for one without the entries of n_loops or beside gradient checkpointing, and
-        for anything but one input, TypeError for an unknown argument.
+        n_loops that is no whole number of 1 or more, for two caches, for one without the entries of n_loops or beside
+        gradient checkpointing, and for anything but one input, TypeError for an unknown argument.
         """
         config, keywords = self.config, attention_keywords(self, kwargs)
         keeps = wanted_outputs(self, output_hidden_states, output_attentions)
         entries = one_cache(cache, past_key_values)
-        n_loops = filled(config.n_loops) if n_loops is None else int(n_loops)
-        if n_loops < 1:
-            raise ValueError(f"n_loops: given {n_loops}; allowed: 1 or more")
+        n_loops = loop_count(config, n_loops)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"input_ids, inputs_embeds: {'none' if input_ids is None else 'both'} given; allowed: one")
         if keywords.get("cu_seq_lens_q") is not None and position_ids is None:
@@ -278,9 +276,9 @@ class MythosForCausalLM(MythosPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Makes the cache, with the entries of the loops that are asked for: transformers counts the configuration's.
         A copy of the model's attributes carries another configuration there, so that no other thread sees it."""
-        loops = model_kwargs.get("n_loops")
+        loops = loop_count(self.config, model_kwargs.get("n_loops"))
         asked = self
-        if loops is not None and loops != self.config.n_loops:
+        if loops != self.config.n_loops:
             asked = copy.copy(self)
             asked.config = copy.deepcopy(self.config)
             asked.config.n_loops = loops

@@ -123,7 +123,7 @@ def run_process(folder: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    # Versions before 5.24 load the optimizer to the device that accelerate names for several processes on the CPU, cpu:0,
+    # Versions before 5.24 load the optimizer to the device that accelerate names for processes on the CPU, cpu:0,
     # which torch.load does not know.
     torch.serialization.register_package(
         11, lambda _storage: None, lambda storage, location: storage if location == "cpu:0" else None

@@ -103,6 +103,14 @@ def test_records_that_are_not_kept_are_refused(model, tiny):
         asked(TOKENS)
 
 
+@pytest.mark.parametrize("given", [0, -1, 2.5, "3", True, torch.tensor(2.0)])
+def test_loops_are_a_whole_number(given, model):
+    for call in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match=r"n_loops: given .+; allowed: a whole number"):
+            call(TOKENS, n_loops=given)
+    assert torch.equal(model(TOKENS, n_loops=torch.tensor(2)).logits, model(TOKENS, n_loops=2).logits)
+
+
 def test_one_input_is_asked_for(model):
     with pytest.raises(ValueError, match="none given"):
         model()

@@ -122,7 +122,7 @@ def test_mixed_precision_leaves_the_choice_of_experts_in_fp32():
         assert torch.equal(weights, expected[1])
     assert loss.item() == pytest.approx(model(TOKENS, labels=TOKENS, n_loops=3).loss.item(), rel=0.01)
     loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.fixture(scope="module")
