@@ -1,6 +1,17 @@
 """The studies by name."""
 
-from mythos_ds.lab.studies import decay, grokking, inspections, khop, language_studies, retrofit, scaling, stress, width
+from mythos_ds.lab.studies import (
+    context,
+    decay,
+    grokking,
+    inspections,
+    khop,
+    language_studies,
+    retrofit,
+    scaling,
+    stress,
+    width,
+)
 from mythos_ds.lab.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -19,5 +30,6 @@ STUDIES: dict[str, Study] = {
         inspections.HALTING,
         scaling.STUDY,
         width.STUDY,
+        context.STUDY,
     )
 }
