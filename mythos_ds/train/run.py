@@ -125,7 +125,7 @@ def _train(
     tag = choose_checkpoint(groups, run, request.resume, request.new_stage)
     names = names_of(tag, request.config_file, request.argv)
     start = together(groups, lambda: where_to_start(tag, stages, names, request.new_stage))
-    if tag is not None:
+    if tag is not None and stages[0].name is not None:
         on_rank_zero(groups, functools.partial(_take_metrics, run, tag))
     index, manifest, ended = start.index, start.manifest, start.ended
     _check_ahead(stages[index + 1 :], groups)
