@@ -126,11 +126,17 @@ def _from_hf(request: Request) -> Route:
     if request.cut or request.text is not None:
         flag = next(iter(request.cut), "text").replace("_", "-")
         raise ConfigError(f"--{flag}: given for a mythos model; allowed: for a dense one ({', '.join(FAMILIES)})")
+    method = (hf.get("quantization_config") or {"quant_method": "fp8"}).get("quant_method")
+    if method != "fp8":
+        field = f"{request.folder / CONFIG}: quantization_config"
+        raise ConfigError(f"{field}: given {method!r}; allowed: none, or fp8; give the folder that was quantised")
     weights = hf_weights(request.folder, allow_pickle=request.allow_pickle)
     given = Dequantised(weights) if "quantization_config" in hf else weights
     tensors, config = mythos_source(given, hf)
     notes = ["the matrices were fp8: what quantisation took away does not come back"] if given is not weights else []
     notes += unread_note(unread_by_mythos(hf))
+    if not has_tokenizer(request.folder):
+        notes.append(f"no tokenizer is written: {request.folder} has none")
     return _to_mythos(request, tensors, config, hf_metadata(hf) or {"source": "hf"}, notes)
 
 

@@ -14,7 +14,7 @@ import mythos_ds
 from mythos_ds.conversion.convert import Request, plan_route
 from mythos_ds.conversion.huggingface import hf_config, hf_notes
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import CheckpointError, ConfigError
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.weights.model_folder import load_model, read_metadata, save_model
 from mythos_ds.weights.writer import write_tensors
@@ -150,6 +150,17 @@ def test_what_transformers_saves_comes_back_as_a_model_folder(tiny, tmp_path):
     base = transformers.AutoModel.from_pretrained(tiny)
     tokens = torch.tensor([[5, 77, 312]])
     assert torch.equal(model.lm_head(base(tokens).last_hidden_state), model(tokens).logits)
+
+
+def test_a_folder_without_a_tokenizer_or_with_other_quantisation_is_told(tiny, tmp_path):
+    mythos_hf.MythosForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "saved")
+    request = Request("hf", "mythos", tmp_path / "saved", None)
+    assert plan_route(request).notes == [f"no tokenizer is written: {tmp_path / 'saved'} has none"]
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="quantization_config: given 'bitsandbytes'; allowed: none, or fp8"):
+        plan_route(request)
 
 
 @pytest.mark.parametrize("rows", [4099, 4160])
