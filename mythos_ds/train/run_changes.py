@@ -34,6 +34,7 @@ FIRST = "first"
 _DATA_KEYS = {"content": "datasets", "weights": "datasets", "conversations": "datasets"}
 """Which setting names a part of the data's identity, where that is called otherwise."""
 _LOSS_MASK = "conversations.loss_mask"
+_ANOTHER_RUN = "begin another run in a new --run-dir, without --resume; training.init_from takes this one's weights"
 
 
 @dataclass(frozen=True)
@@ -270,10 +271,10 @@ def _refuse(found: list[Change], config: RunConfig, names: RunNames, problems: S
             f'  "stages": [{{"name": "{FIRST}"}}, {json.dumps(entry)}]',
             f"or keep them and add --resume {names.run} --run-dir NEW --stage NAME; "
             "the stage then has this length of its own",
-            "else undo the change, or give another --run-dir",
+            f"else undo the change, or {_ANOTHER_RUN}",
         ]
     elif found:
-        lines.append("no training stage may change all of these: undo the change, or give another --run-dir")
+        lines.append(f"no training stage may change all of these: undo the change, or {_ANOTHER_RUN}")
     raise CheckpointError("\n".join(lines))
 
 
