@@ -1,7 +1,7 @@
-"""Builds the sample index of a run, for all its training stages, before it starts, on one machine, into data.data_dir
-(shared storage).
+"""Builds the sample index of a run, for all its training stages, on one machine, before it starts.
 
-A run builds it itself where it is missing, while its other processes wait; for trillions of tokens that is too long.
+It is written into data.data_dir (shared storage). A run builds it itself where it is missing, while its other processes
+wait; for trillions of tokens that is too long.
 """
 
 import sys

@@ -16,9 +16,15 @@ from tests.golden.tokens import TOKENS, write_tokens
 from tests.helpers.paths import ROOT
 
 DEFAULT = ("1t", "tiny")
-SAME, OTHER = 1e-5, 1e-3
-"""Relative tolerances: with the torch that recorded, and with any other. Losses ask for the same version; gradient
-norms, which a choice between two nearly equal experts moves a thousand times as far, for the same build of it."""
+SAME = 1e-5
+OTHER = {"loss": 1e-3, "grad_norm": 3e-2}
+"""Relative tolerances: where numbers are rounded as where they were recorded, and elsewhere, which is another build of
+torch or another processor (its library of matrix products then adds in another order). A last bit of the first step
+grows by a choice between two nearly equal experts: seen between two processors 3e-4 of the loss, 7e-3 of the norm."""
+FIRST = 2
+"""Steps in which nothing has grown yet: SAME everywhere with the version of torch that recorded."""
+ROUNDING = 1e-9
+"""Of the first step: below what another order of additions changes (6e-9 of tiny's norm between two processors)."""
 MAX_TOKEN_BYTES = 200_000
 
 
@@ -36,13 +42,15 @@ def version(torch_build: str) -> str:
 )
 def test_a_preset_trains_as_recorded(preset: str, tmp_path: Path) -> None:
     expected = recorded()
-    same_build = torch.__version__ == expected["torch"]
     same_version = version(torch.__version__) == version(expected["torch"])
-    tolerances = {"loss": SAME if same_version else OTHER, "grad_norm": SAME if same_build else OTHER}
-    found = record(preset, tmp_path)
-    assert found.keys() == expected["runs"][preset].keys()
-    for name, values in expected["runs"][preset].items():
-        assert found[name] == pytest.approx(values, rel=tolerances[name]), f"{preset}: {name}"
+    runs, found = expected["runs"][preset], record(preset, tmp_path)
+    assert found.keys() == runs.keys()
+    same_rounding = all(found[name][0] == pytest.approx(values[0], rel=ROUNDING) for name, values in runs.items())
+    for name, values in runs.items():
+        if same_version:
+            assert found[name][:FIRST] == pytest.approx(values[:FIRST], rel=SAME), f"{preset}: {name} at the start"
+        tolerance = SAME if same_rounding else OTHER[name]
+        assert found[name] == pytest.approx(values, rel=tolerance), f"{preset}: {name}"
 
 
 def test_every_preset_is_recorded_with_the_torch_that_is_installed_by_default() -> None:

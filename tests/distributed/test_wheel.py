@@ -139,7 +139,7 @@ def test_the_wheel_holds_what_an_installed_user_needs_and_no_more(installed, tmp
 @pytest.mark.slow
 def test_plans_need_no_file(installed, tmp_path):
     assert "parameters" in installed.run("mythos-ds", "pretrain", "--config", "tiny.json", "--dry-run", cwd=tmp_path)
-    assert "1t.json on 1,024 h200: fits" in installed.run("mythos-ds", "plan", "--config", "1t.json", cwd=tmp_path)
+    assert "1t.json on 1,024 h200, 2 training stages: fits" in installed.run("mythos-ds", "plan", "--config", "1t.json", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -212,7 +212,7 @@ def test_an_editable_install_does_what_the_wheel_does(inside, trained, settings,
         return done.stdout + done.stderr
 
     assert "parameters" in run("pretrain", "--config", "tiny.json", "--dry-run")
-    assert "1t.json on 1,024 h200: fits" in run("plan", "--config", "1t.json")
+    assert "1t.json on 1,024 h200, 2 training stages: fits" in run("plan", "--config", "1t.json")
     assert run("generate", "def", "--model", "tiny", "--tokens", "1").startswith("def")
     folder, losses = trained
     run("pretrain", "--processes", "2", "--config", "tiny.json", "--run-dir", output / "run", *settings)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mythos_ds.analysis.position_losses import position_parts
 from mythos_ds.config.resolve import resolve
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.lab import trained_models
 from mythos_ds.lab.spec import RunSpec
-from mythos_ds.lab.studies import inspections, retrofit
+from mythos_ds.lab.studies import context, inspections, retrofit
 from mythos_ds.lab.studies.grokking import WORKER
 from mythos_ds.lab.studies.registry import STUDIES
 from mythos_ds.lab.study import write_report
@@ -66,6 +67,12 @@ def _made_up(spec: RunSpec, draw: random.Random) -> dict:
             "loss": {n: sum(own) / 4 for n, own in result["sequences"].items()},
             "core_seconds": 9.0,
             "decay": [0.1],
+        }
+    elif spec.worker == context.WORKER:
+        documents = spec.chains["documents"] if spec.chains is not None else 0
+        result["parts"] = position_parts(context.LONG)
+        result["arms"] = {
+            arm: [[draw.uniform(2, 3) for _ in result["parts"]] for _ in range(documents)] for arm in context.LABELS
         }
     elif spec.chains is not None:
         hops = spec.chains["test_hops"]

@@ -44,7 +44,7 @@ def test_files_do_what_their_verbs_do(run):
     assert "parameters" in done.stdout
     code, printed, _ = run(ROOT / "tools" / "plan.py", "--config", "1t.json")
     assert code == 0
-    assert "1t.json on 1,024 h200: fits" in printed
+    assert "1t.json on 1,024 h200, 2 training stages: fits" in printed
 
 
 def test_the_built_in_model_is_converted_and_inspected_by_its_name(run, tmp_path):
