@@ -139,7 +139,9 @@ def test_the_wheel_holds_what_an_installed_user_needs_and_no_more(installed, tmp
 @pytest.mark.slow
 def test_plans_need_no_file(installed, tmp_path):
     assert "parameters" in installed.run("mythos-ds", "pretrain", "--config", "tiny.json", "--dry-run", cwd=tmp_path)
-    assert "1t.json on 1,024 h200, 2 training stages: fits" in installed.run("mythos-ds", "plan", "--config", "1t.json", cwd=tmp_path)
+    assert "1t.json on 1,024 h200, 2 training stages: fits" in installed.run(
+        "mythos-ds", "plan", "--config", "1t.json", cwd=tmp_path
+    )
     assert not list(tmp_path.iterdir())
 
 
