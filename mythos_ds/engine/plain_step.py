@@ -30,7 +30,7 @@ def counted_targets(batches: Sequence[Batch], groups: ParallelGroups) -> float |
     """The targets that count in these micro-batches of all ranks; None where all do. Collective."""
     if not batches or "counted" not in batches[0]:
         return None
-    own = torch.stack([batch["counted"].sum() for batch in batches]).sum().double()
+    own = torch.stack([batch["counted"].sum() for batch in batches]).sum().double().to(groups.device)
     if not groups.layout.is_last_stage:  # the other stages of a pipeline have the rows of the same micro-batches
         own = torch.zeros_like(own)
     return groups.all_reduce(own).item()

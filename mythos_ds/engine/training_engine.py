@@ -131,7 +131,7 @@ class TrainingEngine:
 
     def counted_targets(self, batches: Sequence[Batch]) -> float | None:
         """How many targets of all ranks' batches count in their loss; None where all do."""
-        return counted_targets([self._on_device(batch) for batch in batches], self.groups)
+        return counted_targets(batches, self.groups)
 
     def eval_loss(self, batches: Sequence[Batch], n_loops: int) -> float:
         """Mean cross-entropy over the targets of all ranks' batches (of one shape) that count, at any loop count, in

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.proxy import make_proxy
 from mythos_ds.config.schema import RunConfig
@@ -16,6 +18,8 @@ LOSSES = ROOT / "tests" / "golden" / "losses.json"
 STEPS = 20
 PROCESSES = 2
 RECORDED = ("loss", "grad_norm")
+OTHERS = "other_processors"
+"""Of the file: runs by the rounding of other machines than the one that recorded first; see `rounding`."""
 _COMMON: dict[str, dict[str, Any]] = {
     "training": {
         "dtype": "float32", "max_steps": STEPS, "warmup_steps": 2, "eval_interval": 0, "eval_batches": 1,
@@ -27,6 +31,23 @@ _COMMON: dict[str, dict[str, Any]] = {
 _FEW_LOOPS = {"mean_recurrence": 2, "max_loops": 8}
 """Of proxies: a step of 1t's at its own depths takes seconds."""
 TINY = "tiny"
+
+
+def rounding() -> str:
+    """Names how this machine rounds: libraries of matrix products add in an order that depends on the processor. A
+    digest of the bits of products, sums and exponentials in fp32 on one thread, none of them this project's code."""
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        bits = hashlib.sha256()
+        for rows, inner, columns in ((512, 128, 384), (96, 384, 128), (7, 64, 32), (1024, 128, 4096)):
+            x = torch.randn(rows, inner, generator=generator)
+            y = torch.nn.functional.linear(x, torch.randn(columns, inner, generator=generator))
+            for made in (y, y.softmax(-1), y.pow(2).mean(-1).rsqrt(), y.sum(0)):
+                bits.update(made.numpy().tobytes())
+        return bits.hexdigest()[:12]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def names() -> list[str]:
