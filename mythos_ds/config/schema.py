@@ -339,6 +339,13 @@ class MonitorConfig(Section):
 
     log_interval: int = Field(10, ge=1, le=STEPS)
     tensorboard: bool = True
+    csv: bool = Field(False, description="metrics.csv: a row for each logged step, a column for each number.")
+    wandb: str | None = Field(
+        None,
+        min_length=1,
+        description="Weights & Biases (extra `wandb`): the project to log to; null = none. Key and mode come from the "
+        "environment: WANDB_API_KEY, WANDB_MODE=offline.",
+    )
     sample_prompts: list[str] = Field(default_factory=list, description="Continued in text at each evaluation.")
     sample_tokens: int = Field(48, ge=1, le=1_000_000)
 

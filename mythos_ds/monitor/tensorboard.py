@@ -1,10 +1,12 @@
 """TensorBoard as a view of the metrics; the record is metrics.jsonl."""
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 from mythos_ds.io import partial_path, sync
+from mythos_ds.monitor.views import Values, flat
 
 _EVENT_FILES = "events.out.tfevents.*"
 _LENGTH = struct.Struct("<Q")
@@ -28,24 +30,17 @@ class TensorBoardWriter:
         # A TensorBoard that has the former files open drops the same events when it sees this.
         self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
 
-    def write(self, step: int, values: Mapping[str, float | list[float]]) -> None:
+    def write(self, step: int, values: Values) -> None:
         """One point per number; flushed, so that a killed run keeps them."""
-        for name, value in values.items():
-            if isinstance(value, list):
-                for index, each in enumerate(value):
-                    self._scalar(f"{name}/{index}", each, step)
-            else:
-                self._scalar(name, value, step)
+        for name, value in flat(values).items():
+            if self._is_new(name, step):
+                self._writer.add_scalar(name, value, step)
         self._writer.flush()
-
-    def _scalar(self, name: str, value: float, step: int) -> None:
-        if self._is_new(name, step):
-            self._writer.add_scalar(name, value, step)
 
     def text(self, step: int, name: str, text: str) -> None:
         """A piece of text, shown as written."""
         if self._is_new(f"{name}/text_summary", step):
-            self._writer.add_text(name, f"<pre>{_escape(text)}</pre>", step)
+            self._writer.add_text(name, f"<pre>{escape(text, quote=False)}</pre>", step)
             self._writer.flush()
 
     def _is_new(self, tag: str, step: int) -> bool:
@@ -55,10 +50,6 @@ class TensorBoardWriter:
     def close(self) -> None:
         """Flushes and closes the event file."""
         self._writer.close()
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def truncate_events(directory: Path, step: int) -> set[str]:

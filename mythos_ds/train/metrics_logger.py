@@ -1,13 +1,16 @@
-"""Where the numbers of a run go: metrics.jsonl (the record), TensorBoard (a view of it) and the progress line."""
+"""Where the numbers of a run go: metrics.jsonl (the record), its views (TensorBoard, CSV, W&B), the progress line."""
 
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mythos_ds.config.schema import MonitorConfig
+from mythos_ds.monitor.csv_table import CsvWriter
 from mythos_ds.monitor.metrics import MetricsWriter, read_lines
 from mythos_ds.monitor.progress import ProgressLine
 from mythos_ds.monitor.tensorboard import TensorBoardWriter
+from mythos_ds.monitor.views import View
+from mythos_ds.monitor.weights_and_biases import WandbWriter
 from mythos_ds.train.run_directory import RunDirectory
 
 Values = dict[str, float | list[float]]
@@ -27,6 +30,18 @@ def validation_history(metrics: Path, start_step: int, end_step: int) -> list[di
     return [{"step": step, "losses": losses} for step, losses in sorted(found.items()) if losses]
 
 
+def _views(run: RunDirectory, monitor: MonitorConfig, kept: int) -> list[View]:
+    """The views, with the steps up to `kept`."""
+    views: list[View] = []
+    if monitor.tensorboard:
+        views.append(TensorBoardWriter(run.tensorboard, kept))
+    if monitor.csv:
+        views.append(CsvWriter(run.csv, run.metrics, kept))
+    if monitor.wandb is not None:
+        views.append(WandbWriter(run.root, run.wandb, monitor.wandb, run.configuration))
+    return views
+
+
 class MetricsLogger:
     """Writes on rank 0 and is silent elsewhere.
 
@@ -36,14 +51,13 @@ class MetricsLogger:
 
     def __init__(self, run: RunDirectory, monitor: MonitorConfig, enabled: bool, start_step: int, total_steps: int):
         self._metrics: MetricsWriter | None = None
-        self._tensorboard: TensorBoardWriter | None = None
+        self._views: list[View] = []
         self._there: set[tuple[int, str]] = set()
         if enabled:
             kept = start_step if start_step else -1
             self._metrics = MetricsWriter(run.metrics)
             self._there = {(kept, name) for name in self._metrics.truncate_after(kept)}
-            if monitor.tensorboard:
-                self._tensorboard = TensorBoardWriter(run.tensorboard, kept)
+            self._views = _views(run, monitor, kept)
         self._progress = ProgressLine(total_steps, enabled, start_step)
 
     def __enter__(self) -> "MetricsLogger":
@@ -52,7 +66,7 @@ class MetricsLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for sink in (self._progress, self._tensorboard, self._metrics):
+        for sink in (self._progress, *self._views, self._metrics):
             if sink is not None:
                 sink.close()
 
@@ -73,18 +87,18 @@ class MetricsLogger:
 
     def checkpoint(self, step: int, seconds: dict[str, float]) -> None:
         """How long the save took that has come to its end, if one has."""
-        if seconds and self._tensorboard is not None:
-            self._tensorboard.write(step, seconds)
+        for view in self._views if seconds else ():
+            view.write(step, dict(seconds))
 
     def samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Generated text, as (prompt, continuation)."""
-        if self._tensorboard is not None:
+        for view in self._views:
             for index, (prompt, continuation) in enumerate(samples):
-                self._tensorboard.text(step, f"sample/{index}", f"{prompt}|{continuation}")
+                view.text(step, f"sample/{index}", f"{prompt}|{continuation}")
 
     def _write(self, step: int, values: Values) -> None:
         new = {name: value for name, value in values.items() if (step, name) not in self._there}
         if self._metrics is not None and new:
             self._metrics.write(step, new)
-        if self._tensorboard is not None and values:
-            self._tensorboard.write(step, values)
+        for view in self._views if values else ():
+            view.write(step, values)

@@ -27,6 +27,7 @@ from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import CheckpointError, ConfigError, DataError, MythosError
 from mythos_ds.guard import files_of_the_group
 from mythos_ds.hardware import host_memory_bytes
+from mythos_ds.monitor.weights_and_biases import require_wandb
 from mythos_ds.parallel.collective import on_rank_zero, together
 from mythos_ds.parallel.groups import ParallelGroups, init_parallel
 from mythos_ds.resilience.failure import abort
@@ -128,6 +129,8 @@ def _train(
     if tag is not None and stages[0].name is not None:
         on_rank_zero(groups, functools.partial(_take_metrics, run, tag))
     index, manifest, ended = start.index, start.manifest, start.ended
+    for stage in stages[index:]:
+        on_rank_zero(groups, functools.partial(require_wandb, stage.run.config.monitor.wandb))
     _check_ahead(stages[index + 1 :], groups)
     starts = True
     while True:

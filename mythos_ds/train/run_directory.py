@@ -58,6 +58,8 @@ class RunDirectory:
         self.checkpoints = root / "checkpoints"
         self.metrics = root / "metrics.jsonl"
         self.tensorboard = root / "tensorboard"
+        self.csv = root / "metrics.csv"
+        self.wandb = root / "wandb_run.json"
         self.manifest = root / "manifest.json"
         self.configuration = root / "config.resolved.json"
 

@@ -49,6 +49,8 @@ def show_summary(
     places: dict[str, object] = {"metrics": run.metrics}
     if run.tensorboard.is_dir():
         places["TensorBoard"] = f"tensorboard --logdir {run.tensorboard}"
+    if run.csv.is_file():
+        places["table"] = run.csv
     tags = manifest.list_tags(run.checkpoints)
     if tags:
         places["checkpoint"] = tags[0]

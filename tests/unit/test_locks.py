@@ -1,4 +1,4 @@
-"""The locks hold what setup.py asks for, and nothing that belongs to one machine."""
+"""The locks hold what pyproject.toml asks for, and nothing that belongs to one machine."""
 
 import re
 from importlib.metadata import requires

@@ -1,5 +1,6 @@
-"""metrics.jsonl and TensorBoard hold every step once, wherever a run is killed and goes on."""
+"""metrics.jsonl, TensorBoard, CSV and W&B hold every step once, wherever a run is killed and goes on."""
 
+import csv
 import json
 import random
 from collections import Counter
@@ -30,7 +31,7 @@ class Start:
 
     def __init__(self, run, step, calls):
         self.step, self.calls, self.saved = step, calls, []
-        self.logger = MetricsLogger(run, MonitorConfig(log_interval=LOG), True, step, TOTAL)
+        self.logger = MetricsLogger(run, MonitorConfig(log_interval=LOG, csv=True), True, step, TOTAL)
 
     def tick(self):
         self.calls -= 1
@@ -103,6 +104,8 @@ def _tear(run, pick):
         newest = max(run.tensorboard.glob("events*"), key=lambda path: path.stat().st_mtime)
         with newest.open("ab") as file:
             file.write(b"\x20\0\0\0\0\0\0\0torn")
+        with run.csv.open("a") as file:
+            file.write(pick.choice(["99,0.", '99,"', "7\n", "x,y\n"]))
 
 
 def _check(run):
@@ -114,6 +117,15 @@ def _check(run):
     logged = {1, TOTAL, *range(LOG, TOTAL + 1, LOG)}
     assert {step for step, name in points if name == "loss"} == logged
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    with run.csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [str(step) for step in sorted({int(row["step"]) for row in rows})]
+    cells = {(int(row["step"]), name): cell for row in rows for name, cell in row.items() if cell and name != "step"}
+    assert {key for key in cells if key[1] == "load/1"} == {(step, "load/1") for step in logged}
+    assert {key for key in cells if not key[1].startswith(("load", "checkpoint"))} == {
+        key for key in points if key[1] != "load"
+    }
+    assert all(float(cells[step, "loss"]) == 1.0 / step for step in logged)
     for purge in (True, False):
         events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0}, purge_orphaned_data=purge)
         events.Reload()
