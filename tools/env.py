@@ -19,7 +19,7 @@ from mythos_ds.provenance import git_commit
 
 PACKAGES = (
     "torch", "deepspeed", "megatron-core", "sentencepiece", "pydantic", "numpy", "safetensors", "transformers",
-    "flash-attn", "vllm", "tensorboard",
+    "flash-attn", "vllm", "tensorboard", "wandb",
 )  # fmt: skip
 VARIABLES = (
     "DS_ACCELERATOR",
