@@ -20,7 +20,7 @@ from pathlib import Path
 from mythos_ds.cluster.preflight.report import Check, as_json, show
 from mythos_ds.cluster.preflight.run import Preflight
 from mythos_ds.environment import ProcessEnvironment
-from mythos_ds.errors import USER_ERROR_EXIT_CODE, ConfigError, MythosError, ParallelError
+from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError, OptionError, ParallelError
 from mythos_ds.guard import guarded
 from mythos_ds.slurm_step import in_shell
 
@@ -56,7 +56,7 @@ def preflight_of(arguments: argparse.Namespace) -> Preflight:
 def run(arguments: argparse.Namespace) -> int:
     """Look as the command line says; the exit code. Raises MythosError for what the user can mend."""
     if not 0 < arguments.timeout < float("inf"):
-        raise ConfigError(f"--timeout: given {arguments.timeout:g}; allowed: seconds above 0; nearest: 180")
+        raise OptionError(f"--timeout: given {arguments.timeout:g}; allowed: seconds above 0; nearest: 180")
     preflight = preflight_of(arguments)
     if arguments.facts:
         token, processes = arguments.facts
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     try:
         return run(parse_arguments(argv))
     except MythosError as error:
-        complain(f"error: {error}")
+        complain(f"error: {error.report()}")
         return USER_ERROR_EXIT_CODE
 
 

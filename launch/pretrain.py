@@ -25,8 +25,8 @@ from mythos_ds.config.resolve import ResolvedRun, ResolvedStage, planned_world_s
 from mythos_ds.config.schema import PROCESSES
 from mythos_ds.config.training_stages import stages_from
 from mythos_ds.environment import ProcessEnvironment
-from mythos_ds.errors import ConfigError, MythosError
-from mythos_ds.guard import DEBUG, guarded, user_message
+from mythos_ds.errors import MythosError, OptionError
+from mythos_ds.guard import DEBUG, guarded, user_error
 from mythos_ds.mains import add_common, add_share
 from mythos_ds.resilience.failure import fail
 from mythos_ds.slurm_step import in_shell
@@ -80,10 +80,10 @@ def trained(arguments: argparse.Namespace, argv: list[str]) -> int:
     except MythosError as error:
         return fail(error, environment)
     except OSError as error:
-        message = user_message(error)
-        if message is None or isinstance(error, BrokenPipeError):
+        mendable = user_error(error)
+        if mendable is None or isinstance(error, BrokenPipeError):
             raise
-        return fail(MythosError(message), environment)
+        return fail(mendable, environment)
     return 0
 
 
@@ -104,20 +104,20 @@ def check_counts(arguments: argparse.Namespace, environment: ProcessEnvironment)
     for name in ("world_size", "processes"):
         asked = getattr(arguments, name)
         if asked is not None and asked < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: given {asked}; allowed: at least 1; nearest: 1")
+            raise OptionError(f"--{name.replace('_', '-')}: given {asked}; allowed: at least 1; nearest: 1")
         if asked is not None and asked > PROCESSES:
-            raise ConfigError(f"--{name.replace('_', '-')}: given {asked}; allowed: at most {PROCESSES}")
+            raise OptionError(f"--{name.replace('_', '-')}: given {asked}; allowed: at most {PROCESSES}")
     if arguments.world_size is not None and not is_plan(arguments):
         given = f"--world-size: given {arguments.world_size}"
-        raise ConfigError(f"{given}; allowed: with --dry-run (a launcher or --processes starts the processes)")
+        raise OptionError(f"{given}; allowed: with --dry-run (a launcher or --processes starts the processes)")
     if arguments.processes is None:
         return
     if arguments.world_size not in (None, arguments.processes):
-        raise ConfigError(
+        raise OptionError(
             f"--processes: given {arguments.processes} with --world-size {arguments.world_size}; give one"
         )
     if environment.launcher != "python" and environment.world_size != arguments.processes:
-        raise ConfigError(
+        raise OptionError(
             f"--processes: given {arguments.processes}; allowed: without a launcher, and {environment.launcher} has "
             f"started {environment.world_size} processes; nearest: none"
         )

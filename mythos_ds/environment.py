@@ -49,12 +49,14 @@ class ProcessEnvironment:
         if not (inside and inside_node):
             raise ParallelError(
                 f"{self.launcher}: given rank {self.rank} of {self.world_size} processes, local rank {self.local_rank} "
-                f"of {self.local_world_size}; allowed: 0 <= rank < processes, on each node and in all."
+                f"of {self.local_world_size}; allowed: 0 <= rank < processes, on each node and in all.",
+                code="MDS702",
             )
         if not 0 < self.master_port <= LAST_PORT:
             raise ParallelError(
                 f"{self.launcher}: MASTER_PORT: given {self.master_port}; allowed: 1 to {LAST_PORT}; "
-                f"nearest: {min(max(self.master_port, 1), LAST_PORT)}"
+                f"nearest: {min(max(self.master_port, 1), LAST_PORT)}",
+                code="MDS703",
             )
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -89,10 +91,12 @@ def _integer(environ: Mapping[str, str], *names: str, default: int | None = None
         if text is None or text == "":
             continue
         if not re.fullmatch(r"\d+", text.strip()):
-            raise ParallelError(f"environment variable {name}: given {text!r}; allowed: a number >= 0.")
+            raise ParallelError(f"environment variable {name}: given {text!r}; allowed: a number >= 0.", code="MDS702")
         return int(text)
     if default is None:
-        raise ParallelError(f"environment: none of {', '.join(names)} is set, but the launcher's other variables are.")
+        raise ParallelError(
+            f"environment: none of {', '.join(names)} is set, but the launcher's other variables are.", code="MDS702"
+        )
     return default
 
 
@@ -104,7 +108,8 @@ def _master_address(environ: Mapping[str, str], launcher: str, world_size: int, 
         return LOOPBACK
     raise ParallelError(
         f"{launcher}: {world_size} processes on several nodes, but MASTER_ADDR is not set. "
-        "Set it to the host of rank 0 (mpirun: -x MASTER_ADDR=host)."
+        "Set it to the host of rank 0 (mpirun: -x MASTER_ADDR=host).",
+        code="MDS701",
     )
 
 
@@ -192,7 +197,9 @@ def _slurm_master(environ: Mapping[str, str], nodes: int) -> str:
     node_list = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     address = first_host(node_list) if node_list else environ.get("SLURM_LAUNCH_NODE_IPADDR")
     if not address:
-        raise ParallelError("srun: several nodes, but neither MASTER_ADDR nor SLURM_JOB_NODELIST is set.")
+        raise ParallelError(
+            "srun: several nodes, but neither MASTER_ADDR nor SLURM_JOB_NODELIST is set.", code="MDS701"
+        )
     return address
 
 

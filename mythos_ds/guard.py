@@ -56,18 +56,18 @@ def told(error: BaseException, prog: str, folder: Path | None = None) -> int:
     if isinstance(error, KeyboardInterrupt) or _interrupted:
         _say(f"{prog}: {_STOPPED}")
         return INTERRUPTED_EXIT_CODE
-    message = user_message(error)
-    if message is not None:
-        _say(f"{prog}: {message}")
+    mendable = user_error(error)
+    if mendable is not None:
+        _say(f"{prog}: {mendable.report()}")
         return USER_ERROR_EXIT_CODE
     _say(f"{prog}: {fault(error, folder)}")
     return FAULT_EXIT_CODE
 
 
-def user_message(error: BaseException) -> str | None:
-    """What to say of an error that the user can mend; None for a fault of ours."""
+def user_error(error: BaseException) -> MythosError | None:
+    """The error as one that the user can mend, with its message and code; None for a fault of ours."""
     if isinstance(error, MythosError):
-        return str(error)
+        return error
     if isinstance(error, OSError) and error.errno is not None:
         name = "standard output" if error.filename is None and _is_of_stdout(error) else error.filename or "a file"
         other = f" -> {_shown(error.filename2)}" if error.filename2 else ""
@@ -76,9 +76,11 @@ def user_message(error: BaseException) -> str | None:
             from mythos_ds.io import where_searched
 
             where = where_searched(error.filename)
-        return f"{_shown(name)}{other}: {(error.strerror or str(error)).lower()}{where}"
+        message = f"{_shown(name)}{other}: {(error.strerror or str(error)).lower()}{where}"
+        return MythosError(message, code="MDS002")
     if _is_out_of_memory(error):
-        return f"out of memory ({_first_line(error)}); give it less at a time, or a machine with more"
+        message = f"out of memory ({_first_line(error)}); give it less at a time, or a machine with more"
+        return MythosError(message, code="MDS003")
     return None
 
 
@@ -88,12 +90,13 @@ def fault(error: BaseException, folder: Path | None = None) -> str:
     import traceback
 
     text = "".join(traceback.format_exception(error))
+    head = f"a fault of this program: {type(error).__name__}: {_first_line(error)}"
     if os.environ.get(DEBUG):
         _say(text.rstrip())
-        return f"a fault of this program: {type(error).__name__}: {_first_line(error)}"
+        return MythosError(head, code="MDS001").report()
     where = _written(text, folder)
     said = f"its traceback is in {where} (--debug prints it)" if where else f"its traceback:\n{text.rstrip()}"
-    return f"a fault of this program: {type(error).__name__}: {_first_line(error)}; {said}"
+    return MythosError(f"{head}; {said}", code="MDS001").report()
 
 
 @contextmanager

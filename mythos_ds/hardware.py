@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import ConfigError, OptionError
 from mythos_ds.io import read_json
 
 _LARGEST = 1e30
@@ -77,28 +77,28 @@ def read_gpu(name: str) -> Gpu:
     if name in GPUS:
         return GPUS[name]
     if not name.endswith(".json"):
-        raise ConfigError(f"--gpu: given {name}; allowed: {', '.join(GPUS)}, or a JSON file")
+        raise OptionError(f"--gpu: given {name}; allowed: {', '.join(GPUS)}, or a JSON file")
     try:
         content = read_json(Path(name), dict[str, Any], ConfigError)
     except ConfigError as error:
-        raise ConfigError(f"--gpu: {error}") from None
+        raise OptionError(f"--gpu: {error}") from None
     known = {field.name: field for field in fields(Gpu)}
     if unknown := sorted(set(content) - set(known)):
-        raise ConfigError(f"--gpu: {name}: unknown {unknown[0]!r}; allowed: {', '.join(known)}")
+        raise OptionError(f"--gpu: {name}: unknown {unknown[0]!r}; allowed: {', '.join(known)}")
     try:
         made = Gpu(**content)
     except TypeError as error:
-        raise ConfigError(f"--gpu: {name}: {error}") from None
+        raise OptionError(f"--gpu: {name}: {error}") from None
     if not isinstance(made.name, str) or not made.name:
-        raise ConfigError(f"--gpu: {name}: name: given {made.name!r}; allowed: a text")
+        raise OptionError(f"--gpu: {name}: name: given {made.name!r}; allowed: a text")
     numbers = {field: getattr(made, field) for field in known if field != "name"}
     for field, value in numbers.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= _LARGEST:
-            raise ConfigError(f"--gpu: {name}: {field}: given {value!r}; allowed: 0 < number <= {_LARGEST:g}")
+            raise OptionError(f"--gpu: {name}: {field}: given {value!r}; allowed: 0 < number <= {_LARGEST:g}")
     if not isinstance(made.gpus_per_node, int):
-        raise ConfigError(f"--gpu: {name}: gpus_per_node: given {made.gpus_per_node}; allowed: a whole number")
+        raise OptionError(f"--gpu: {name}: gpus_per_node: given {made.gpus_per_node}; allowed: a whole number")
     if made.kernel_share > 1:
-        raise ConfigError(f"--gpu: {name}: kernel_share: given {made.kernel_share}; allowed: at most 1")
+        raise OptionError(f"--gpu: {name}: kernel_share: given {made.kernel_share}; allowed: at most 1")
     return made
 
 

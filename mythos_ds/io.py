@@ -67,7 +67,7 @@ def writing_to(path: Path) -> Iterator[None]:
         if error.filename is not None and Path(error.filename).parent not in (path.parent, path.parent.parent):
             raise
         kept = "; what was there before is as it was" if path.exists() else ""
-        raise OutputError(f"{path}: not written ({error.strerror or error}){kept}") from error
+        raise OutputError(f"{path}: not written ({error.strerror or error}){kept}", code="MDS602") from error
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def copy_folder(source: Path, target: Path) -> None:
 def real_folder(path: Path) -> Path:
     """Make a folder in an output. Raises OutputError for a link there, through which files would get elsewhere."""
     if path.is_symlink():
-        raise OutputError(f"{path}: is a link; allowed: a folder, or nothing")
+        raise OutputError(f"{path}: is a link; allowed: a folder, or nothing", code="MDS602")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -145,7 +145,7 @@ def parse_json(text: str | bytes, where: str, shape: Any = Any, error: type[Myth
         first = problem.errors(include_url=False, include_context=False)[0]
         key = ".".join(map(str, first["loc"]))
         given = "" if first["type"] == "json_invalid" else f", {_shortened(first['input'])} given"
-        raise error(f"{where}: {f'{key}: ' if key else ''}{first['msg']}{given}") from problem
+        raise error(f"{where}: {f'{key}: ' if key else ''}{first['msg']}{given}", code="MDS006") from problem
 
 
 def read_bytes(path: Path, error: type[MythosError] = CheckpointError, max_bytes: int = _MAX_BYTES) -> bytes:
@@ -153,7 +153,7 @@ def read_bytes(path: Path, error: type[MythosError] = CheckpointError, max_bytes
     with open_regular(path, error) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
-            raise error(f"{path}: {size:,} bytes given; allowed: at most {max_bytes:,}")
+            raise error(f"{path}: {size:,} bytes given; allowed: at most {max_bytes:,}", code="MDS006")
         return file.read()
 
 
@@ -163,10 +163,11 @@ def open_regular(path: Path, error: type[MythosError] = CheckpointError) -> Iter
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise error(f"{path}: no regular file")
+                raise error(f"{path}: no regular file", code="MDS006")
             yield file
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
-        raise error(f"{looked_for(path)}: not readable ({getattr(problem, 'strerror', None) or problem})") from problem
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{looked_for(path)}: not readable ({reason})", code="MDS006") from problem
 
 
 def looked_for(path: Path | str) -> str:

@@ -89,8 +89,12 @@ def _acquire(target: Path, folder: bool, record: LockRecord, break_lock: bool) -
                 _take(path, record, target, break_lock)
                 return path, made
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead back to themselves
-        raise OutputError(f"{target}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
-    raise OutputError(f"{target}: cannot be written ({path.parent} takes no files, or is removed again and again)")
+        raise OutputError(
+            f"{target}: cannot be written ({getattr(error, 'strerror', None) or error})", code="MDS602"
+        ) from error
+    raise OutputError(
+        f"{target}: cannot be written ({path.parent} takes no files, or is removed again and again)", code="MDS602"
+    )
 
 
 def _make_folders(folder: Path) -> list[Path]:
@@ -118,12 +122,14 @@ def _take(path: Path, record: LockRecord, target: Path, break_lock: bool) -> Non
                 _put(path, record)
                 return
             else:
-                raise OutputError(_refusal(target, found))
+                raise OutputError(_refusal(target, found), code="MDS603")
         elif found is not None and break_lock:
             _put(path, record)
             return
         time.sleep(_PAUSE_SECONDS)  # where links are unknown, one that is just being created is not readable
-    raise OutputError(f"{target}: its lock {path.name} is not readable; if no job writes there, give --break-lock")
+    raise OutputError(
+        f"{target}: its lock {path.name} is not readable; if no job writes there, give --break-lock", code="MDS604"
+    )
 
 
 def _taken_over(path: Path, found: LockRecord, record: LockRecord, target: Path, break_lock: bool) -> bool:

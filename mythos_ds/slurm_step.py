@@ -27,7 +27,8 @@ def require_task(environment: ProcessEnvironment, environ: Mapping[str, str]) ->
         raise ParallelError(
             f"SLURM_PROCID=0 and {tasks} tasks are set, but no other task of this step runs here: an interactive Slurm "
             f"shell (srun --pty). Start it with srun (srun -n {tasks} mythos-ds ...), or on this node alone: "
-            f"mythos-ds pretrain --processes {tasks}"
+            f"mythos-ds pretrain --processes {tasks}",
+            code="MDS709",
         )
 
 

@@ -29,7 +29,7 @@ from mythos_ds.conversion.average import (
 from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_input, check_writing
 from mythos_ds.conversion.written_model import refuse_input, write_model
-from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.errors import CheckpointError, ConfigError, OptionError
 from mythos_ds.mains import add_share, run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.reader import TensorFolder
@@ -86,7 +86,7 @@ def checked_weights(arguments: Namespace) -> list[float]:
     weights: list[float] = arguments.weights or [1.0] * len(models)
     if len(weights) != len(models) or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
         given = " ".join(f"{weight:g}" for weight in weights)
-        raise ConfigError(
+        raise OptionError(
             f"--weights: given {given}; allowed: {len(models)} numbers that are not negative, one for each folder"
         )
     return weights
@@ -100,7 +100,8 @@ def check_lineage(arguments: Namespace, alike: list[float]) -> None:
         raise CheckpointError(
             f"{arguments.models[first]}: its matrices have a cosine of {alike[first]:.2f} with those of "
             f"{arguments.models[-1]}; allowed: at least {SAME_LINEAGE:g}, as models of one start have (a mean of "
-            "others is no model); nearest: --force"
+            "others is no model); nearest: --force",
+            code="MDS517",
         )
 
 

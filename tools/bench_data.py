@@ -24,12 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(arguments: Namespace) -> None:
     if min(arguments.megabytes, arguments.row_groups, arguments.workers) < 1:
-        raise DataError("--megabytes, --row-groups and --workers: allowed: 1 or more")
+        raise DataError("--megabytes, --row-groups and --workers: allowed: 1 or more", code="MDS120")
     inputs = make_inputs(arguments.folder, arguments.megabytes, arguments.row_groups)
     first: Preparation | None = None
     for name in arguments.only or inputs:
         if name not in inputs:
-            raise DataError(f"--only {name} given; allowed: {', '.join(inputs)}")
+            raise DataError(f"--only {name} given; allowed: {', '.join(inputs)}", code="MDS120")
         found = measure(inputs[name], model_path(arguments.tokenizer), arguments.workers)
         first = first or found
         sys.stdout.write(_line(found, first) + "\n")

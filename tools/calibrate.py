@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from mythos_ds.bench.calibration import CASES, PIPELINES, measure, measure_idle, write_calibration
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import OptionError
 from mythos_ds.mains import run_tool
 
 
@@ -26,7 +26,7 @@ def parser() -> ArgumentParser:
 def work(arguments: Namespace) -> None:
     names = [case.name for case in (*CASES, *PIPELINES)]
     if unknown := [name for name in arguments.only or () if name not in names]:
-        raise ConfigError(f"--only: given {unknown[0]!r}; allowed: {', '.join(names)}")
+        raise OptionError(f"--only: given {unknown[0]!r}; allowed: {', '.join(names)}")
     rows, pipelines = [], []
     for case in CASES:
         if not arguments.only or case.name in arguments.only:

@@ -1,4 +1,4 @@
-"""Writes ds_configs/schema.json (for editors) and docs/config.md from the configuration's models."""
+"""Writes the configuration's schema for editors, docs/config.md and docs/troubleshooting.md from the code."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mythos_ds.config.reference import json_schema, reference_page
+from mythos_ds.error_codes import troubleshooting_page
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,6 +18,7 @@ def main() -> int:
     contents = {
         ROOT / "ds_configs" / "schema.json": json.dumps(json_schema(), indent=2) + "\n",
         ROOT / "docs" / "config.md": reference_page(),
+        ROOT / "docs" / "troubleshooting.md": troubleshooting_page(),
     }
     stale = [path for path, text in contents.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in stale:

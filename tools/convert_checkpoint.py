@@ -24,7 +24,7 @@ from mythos_ds.conversion.convert import CUT_FLAGS, DTYPES, FORMATS, Request, Ro
 from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_input, check_writing
 from mythos_ds.conversion.written_model import refuse_input, write_model
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import OptionError
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.built_in import model_path
@@ -93,11 +93,11 @@ def check(arguments: Namespace) -> None:
     """Raises ConfigError for arguments that do not fit together, or without effect."""
     check_writing(arguments)
     if arguments.data_dir is not None and not arguments.evaluate:
-        raise ConfigError("--data-dir: given without --evaluate; allowed: with it")
+        raise OptionError("--data-dir: given without --evaluate; allowed: with it")
     if arguments.evaluate and arguments.target != "hf":
-        raise ConfigError(f"--evaluate: given with --to {arguments.target}; allowed: with --to hf")
+        raise OptionError(f"--evaluate: given with --to {arguments.target}; allowed: with --to hf")
     if arguments.evaluate and arguments.dry_run:
-        raise ConfigError("--evaluate: given with --dry-run, which writes nothing to measure; allowed: without it")
+        raise OptionError("--evaluate: given with --dry-run, which writes nothing to measure; allowed: without it")
     refuse_input(arguments.output, [arguments.input])
 
 

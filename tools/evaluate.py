@@ -22,7 +22,7 @@ from mythos_ds.api import open_model
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.config.training_stages import index_of
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import OptionError
 from mythos_ds.formatting import markdown_table
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
@@ -53,7 +53,7 @@ def work(arguments: Namespace) -> None:
     config = loaded.stages[number].config
     model = open_model(arguments.model).float()
     if model.config.vocab_size < config.model.vocab_size:
-        raise ConfigError(
+        raise OptionError(
             f"--config: given a text of {config.model.vocab_size} pieces; allowed: at most the model's "
             f"{model.config.vocab_size}"
         )

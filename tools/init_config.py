@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.conversion.init_config import file_text, init_config
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import OptionError
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
 
@@ -32,7 +32,7 @@ def parser() -> ArgumentParser:
 def work(arguments: Namespace) -> None:
     output = arguments.output or Path(f"{arguments.weights.resolve().name}.json")
     if output.exists():
-        raise ConfigError(f"--output: given {output}, which exists; allowed: a new file")
+        raise OptionError(f"--output: given {output}, which exists; allowed: a new file")
     run, notes = init_config(arguments.weights, load_config(arguments.like), arguments.overrides, data=arguments.data)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, file_text(run))

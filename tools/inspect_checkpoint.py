@@ -24,7 +24,7 @@ from mythos_ds.checkpoint.health import measure_tensor, part_of
 from mythos_ds.checkpoint.portable import open_state
 from mythos_ds.checkpoint.training_state import read_layout, read_state
 from mythos_ds.conversion.merge import newest_tag
-from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.errors import CheckpointError, OptionError
 from mythos_ds.formatting import byte_text
 from mythos_ds.io import read_json
 from mythos_ds.mains import run_tool
@@ -77,7 +77,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, TensorSource]]:
         if not isinstance(content, dict) or "model" not in content:
             raise CheckpointError(f"{path / CONFIG}: not a model folder's configuration")
         if executes_pickles():
-            raise ConfigError(f"--allow-pickle: given for {path}, whose weights are not pickled")
+            raise OptionError(f"--allow-pickle: given for {path}, whose weights are not pickled")
         return {"model folder": str(path), "facts": content.get("facts", {})}, {"weights": TensorFolder(path)}
     tag = newest_tag(path)
     state = read_state(tag)

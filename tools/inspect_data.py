@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _inspect(arguments: Namespace) -> None:
     view = DatasetView(arguments.prefix)
     if arguments.boundaries and view.info.is_chat:
-        raise DataError(f"--boundaries: {view.prefix} holds conversations, which end as their template does; remove it")
+        raise DataError(
+            f"--boundaries: {view.prefix} holds conversations, which end as their template does; remove it",
+            code="MDS120",
+        )
     tokenizer = Tokenizer.load(arguments.tokenizer) if arguments.tokenizer else None
     bins = length_histogram(view.lengths)
     out = sys.stdout

@@ -22,7 +22,7 @@ from mythos_ds.conversion.init_config import file_text, init_config
 from mythos_ds.conversion.recipe import choose_cut, dense_config, recipe_cut, recipe_overrides
 from mythos_ds.conversion.writing_options import add_break_lock, check_input
 from mythos_ds.conversion.written_model import refuse_input, write_model
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import OptionError
 from mythos_ds.io import write_atomic
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
@@ -75,15 +75,15 @@ def planned(arguments: Namespace) -> Route:
     """The conversion, with the cut chosen where it is not given, and what there is to say of it."""
     output, file = arguments.output, run_file(arguments)
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output: given {output}, which is a file; allowed: a new folder")
+        raise OptionError(f"--output: given {output}, which is a file; allowed: a new folder")
     refuse_input(output, [arguments.folder, file])
     if file.exists():
-        raise ConfigError(f"--config: given {file}, which exists; allowed: a new file")
+        raise OptionError(f"--config: given {file}, which exists; allowed: a new file")
     given = {name: getattr(arguments, name) for name in CUT_FLAGS if getattr(arguments, name) is not None}
     parts = {name: given[name] for name in _PARTS if name in given}
     if 0 < len(parts) < len(_PARTS):
         missing = next(name for name in _PARTS if name not in parts)
-        raise ConfigError(f"--{missing}: not given; give all of --prelude, --recurrent and --coda, or none of them")
+        raise OptionError(f"--{missing}: not given; give all of --prelude, --recurrent and --coda, or none of them")
     hf = dense_config(arguments.folder)
     weights = hf_weights(arguments.folder, allow_pickle=arguments.allow_pickle)
     sink = search_sink(weights, hf, arguments.folder, parts.get("coda", 0), arguments.text)

@@ -18,7 +18,7 @@ import torch
 from mythos_ds.analysis.loop_report import DEFAULT_SEQ_LEN, ROWS, measure_all, report_text, write_report_page
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel
 from mythos_ds.conversion.openmythos import read_openmythos
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import OptionError
 from mythos_ds.mains import run_tool
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.monitor.throughput import gpu_name
@@ -49,9 +49,9 @@ def work(arguments: Namespace) -> None:
     seq_len = arguments.seq_len
     for name, value, least in (("--batches", arguments.batches, 1), ("--seq-len", seq_len, 2)):
         if value is not None and value < least:
-            raise ConfigError(f"{name}: given {value}; allowed: at least {least}; nearest: {least}")
+            raise OptionError(f"{name}: given {value}; allowed: at least {least}; nearest: {least}")
     if arguments.output.exists() and not arguments.output.is_dir():
-        raise ConfigError(f"--output: given {arguments.output}, which is a file; allowed: a folder, or a new one")
+        raise OptionError(f"--output: given {arguments.output}, which is a file; allowed: a folder, or a new one")
     place = model_path(arguments.checkpoint)
     model = load(place, arguments.openmythos_config)
     if seq_len is None:
@@ -76,11 +76,11 @@ def load(path: Path, openmythos: Path | None) -> MythosModel:
     """The model of a folder or of OpenMythos weights. Raises CheckpointError or ConfigError."""
     if path.is_dir() or not path.exists():
         if openmythos is not None and path.is_dir():
-            raise ConfigError("--openmythos-config: given with a model folder; allowed: with a state_dict file only")
+            raise OptionError("--openmythos-config: given with a model folder; allowed: with a state_dict file only")
         require_whole(path)
         return load_model(path)
     if openmythos is None:
-        raise ConfigError(f"--openmythos-config: missing; a state_dict file ({path}) needs its MythosConfig as JSON")
+        raise OptionError(f"--openmythos-config: missing; a state_dict file ({path}) needs its MythosConfig as JSON")
     tensors, config, _ = read_openmythos(path, fields_file=openmythos)
     return model_of(WholeModel(tensors, config, torch.float32, ROUTER_BUFFERS), config)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import OptionError
 from mythos_ds.formatting import plain_table
 from mythos_ds.io import write_json
 from mythos_ds.lab.smollm.recipe_run import RecipeRun, Settings, fastest_dtype
@@ -47,11 +47,11 @@ def parser() -> ArgumentParser:
 
 def work(arguments: Namespace) -> None:
     if arguments.full and arguments.tune:
-        raise ConfigError("--full and --tune: both given; allowed: one of them")
+        raise OptionError("--full and --tune: both given; allowed: one of them")
     for name, least in (("processes", 1), ("sequences", 2)):
         if getattr(arguments, name) < least:
             given = getattr(arguments, name)
-            raise ConfigError(f"--{name}: given {given}; allowed: at least {least}; nearest: {least}")
+            raise OptionError(f"--{name}: given {given}; allowed: at least {least}; nearest: {least}")
     signal.signal(signal.SIGTERM, _interrupt)
     folder = (arguments.work or arguments.cache / "loop").resolve()
     dtype = arguments.dtype or fastest_dtype()

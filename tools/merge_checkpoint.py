@@ -24,7 +24,7 @@ from mythos_ds.conversion.model_target import folder_dtype
 from mythos_ds.conversion.planned_checkpoint import planned_tensors
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_writing, refuse_output_in_run
 from mythos_ds.data.tokenizer_files import has_tokenizer
-from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.errors import CheckpointError, OptionError
 from mythos_ds.mains import add_share, run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.reader import TensorSpec
@@ -55,7 +55,7 @@ def work(arguments: Namespace) -> None:
         plan_for_configuration(arguments)
         return
     if arguments.checkpoint is None or arguments.processes is not None:
-        raise ConfigError("give a checkpoint, or --config (and --processes) with --dry-run")
+        raise OptionError("give a checkpoint, or --config (and --processes) with --dry-run")
     with executing_pickles(arguments.allow_pickle):
         merge_newest(arguments)
 
@@ -70,7 +70,7 @@ def merge_newest(arguments: Namespace) -> None:
         print_estimate(f"{tag}", made, arguments.json)
         return
     if arguments.output is None:
-        raise ConfigError("--output: not given; the folder to write the model to")
+        raise OptionError("--output: not given; the folder to write the model to")
     refuse_output_in_run(arguments.output)
     if arguments.tokenizer is not None and not has_tokenizer(arguments.tokenizer):
         raise CheckpointError(f"--tokenizer: {arguments.tokenizer} is neither a file nor a folder with a tokenizer")
@@ -91,18 +91,18 @@ def merge_newest(arguments: Namespace) -> None:
 def plan_for_configuration(arguments: Namespace) -> None:
     """--config: the plan for a checkpoint that does not exist."""
     if not arguments.dry_run or arguments.checkpoint is not None or arguments.output is not None:
-        raise ConfigError("--config: goes with --dry-run only, without a checkpoint and --output")
+        raise OptionError("--config: goes with --dry-run only, without a checkpoint and --output")
     if arguments.allow_pickle:
-        raise ConfigError("--allow-pickle: given with --config; allowed: with a checkpoint")
+        raise OptionError("--allow-pickle: given with --config; allowed: with a checkpoint")
     config = load_config(arguments.config, []).config
     cluster = config.cluster
     processes = arguments.processes
     if processes is None and cluster is not None:
         processes = cluster.nodes * cluster.gpus_per_node
     if processes is not None and processes < 1:
-        raise ConfigError(f"--processes: given {processes}; allowed: at least 1; nearest: 1")
+        raise OptionError(f"--processes: given {processes}; allowed: at least 1; nearest: 1")
     if processes is None:
-        raise ConfigError("--processes: not given, and the configuration names no cluster")
+        raise OptionError("--processes: not given, and the configuration names no cluster")
     tensors = planned_tensors(resolve(config, processes))
     dtype = torch.float32 if arguments.dtype == "float32" else torch.bfloat16
     specs = {n: TensorSpec(folder_dtype(n, s, dtype), s.shape) for n, s in expected_specs(config.model).items()}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve_stages
 from mythos_ds.config.training_stages import STAGES, TrainingStage, given_file
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import ConfigError, OptionError
 from mythos_ds.hardware import Gpu
 from mythos_ds.io import where_searched, write_atomic
 from mythos_ds.mains import run_tool
@@ -55,7 +55,7 @@ def work(arguments: Namespace) -> None:
     stages = load_config(arguments.config, arguments.overrides).stages
     configs = [stage.config for stage in stages]
     if arguments.layouts < 1:
-        raise ConfigError(f"--layouts: given {arguments.layouts}; allowed: 1 or more; nearest: 1")
+        raise OptionError(f"--layouts: given {arguments.layouts}; allowed: 1 or more; nearest: 1")
     gpus, gpu = machine(configs[0], arguments.gpus, arguments.gpu)
     _require_files(arguments)
     tokens = read_tokens(arguments.tokens) if arguments.tokens else None
@@ -122,13 +122,13 @@ def read_tokens(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise ConfigError(f"--tokens: given {text}; allowed: a number above 0 with {', '.join(_SUFFIXES)} or nothing")
+        raise OptionError(f"--tokens: given {text}; allowed: a number above 0 with {', '.join(_SUFFIXES)} or nothing")
     return value
 
 
 def _require_files(arguments: Namespace) -> None:
     if arguments.picture is not None and arguments.picture.suffix != ".png":
-        raise ConfigError(f"--picture: given {arguments.picture}; allowed: a name that ends in .png")
+        raise OptionError(f"--picture: given {arguments.picture}; allowed: a name that ends in .png")
     for option, path in (("--picture", arguments.picture), ("--write", arguments.write)):
         _require_file(option, path)
 
@@ -136,9 +136,9 @@ def _require_files(arguments: Namespace) -> None:
 def _require_file(option: str, path: Path | None) -> None:
     """Before minutes of planning: raises ConfigError for what no file can be written to."""
     if path is not None and path.is_dir():
-        raise ConfigError(f"{option}: given {path}, a folder; allowed: a file, such as {path / 'plan.json'}")
+        raise OptionError(f"{option}: given {path}, a folder; allowed: a file, such as {path / 'plan.json'}")
     if path is not None and not path.parent.is_dir():
-        raise ConfigError(f"{option}: given {path}; its folder does not exist{where_searched(path)}")
+        raise OptionError(f"{option}: given {path}; its folder does not exist{where_searched(path)}")
 
 
 def write(
@@ -151,7 +151,7 @@ def write(
 ) -> None:
     """The configuration with the best layout of those that were looked at. Raises ConfigError where none fits."""
     if chosen is None:
-        raise ConfigError(f"--write: nothing that was looked at fits {gpus} {gpu.name}; give --objective")
+        raise OptionError(f"--write: nothing that was looked at fits {gpus} {gpu.name}; give --objective")
     from mythos_ds.plan.layouts import with_changes
 
     made = given_file(

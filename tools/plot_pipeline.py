@@ -13,7 +13,7 @@ from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, planned_world_size, resolve
 from mythos_ds.costs.pipeline import PipelinePrediction, VisitCost, predict
-from mythos_ds.errors import ConfigError, MythosError
+from mythos_ds.errors import ConfigError, MythosError, OptionError
 from mythos_ds.formatting import number_text
 from mythos_ds.mains import run_tool, tool_parser
 
@@ -44,7 +44,7 @@ def _plot(arguments: Namespace) -> None:
         raise ConfigError("parallel.pp_size: given 1, which is no pipeline; allowed: at least 2 stages; nearest: 2.")
     loops = config.model.mean_recurrence if arguments.loops is None else arguments.loops
     if loops < 1:
-        raise ConfigError(f"--loops: given {loops}; allowed: at least 1; nearest: 1.")
+        raise OptionError(f"--loops: given {loops}; allowed: at least 1; nearest: 1.")
     world_size = planned_world_size(config) if arguments.world_size is None else arguments.world_size
     resolved = resolve(config, world_size)
     prediction = predict(resolved, loops)
@@ -83,7 +83,7 @@ def _draw(prediction: PipelinePrediction, title: str, path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise MythosError("the drawing needs matplotlib: pip install 'mythos_ds[dev]'") from error
+        raise MythosError("the drawing needs matplotlib: pip install 'mythos_ds[dev]'", code="MDS004") from error
     timeline = prediction.simulation.timeline
     figure = Figure(figsize=(14, 1.6 + 0.7 * len(timeline)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -114,19 +114,19 @@ def _template(path: Path | None) -> str | None:
     try:
         text = read_bytes(path, DataError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"--chat-template {path}: not UTF-8 text ({error})") from error
+        raise DataError(f"--chat-template {path}: not UTF-8 text ({error})", code="MDS120") from error
     if not text.strip():
-        raise DataError(f"--chat-template {path}: an empty file; allowed: a template in Jinja")
+        raise DataError(f"--chat-template {path}: an empty file; allowed: a template in Jinja", code="MDS120")
     return text
 
 
 def _check_chat(arguments: Namespace) -> None:
     """Raises DataError for an option that has no effect."""
     if not arguments.chat and arguments.chat_template is not None:
-        raise DataError("--chat-template has no effect without --chat; add --chat, or remove it")
+        raise DataError("--chat-template has no effect without --chat; add --chat, or remove it", code="MDS120")
     for name, default in (("key", _KEY), ("text_documents", "file")):
         if arguments.chat and getattr(arguments, name) != default:
-            raise DataError(f"--{name.replace('_', '-')} has no effect with --chat; remove it")
+            raise DataError(f"--{name.replace('_', '-')} has no effect with --chat; remove it", code="MDS120")
 
 
 def _documents(arguments: Namespace) -> tuple[Iterator[Row], list[Path], list[str]]:
@@ -162,9 +162,9 @@ def _check_numbers(arguments: Namespace) -> None:
     for name, (least, most) in bounds.items():
         given = getattr(arguments, name)
         if given is not None and not least <= given <= most:
-            raise DataError(f"--{name.replace('_', '-')} {given} given; allowed: {least} .. {most}")
+            raise DataError(f"--{name.replace('_', '-')} {given} given; allowed: {least} .. {most}", code="MDS120")
     if not 0 <= arguments.shuffle_seed < 1 << 128:
-        raise DataError(f"--shuffle-seed {arguments.shuffle_seed} given; allowed: 0 .. 2**128 - 1")
+        raise DataError(f"--shuffle-seed {arguments.shuffle_seed} given; allowed: 0 .. 2**128 - 1", code="MDS120")
 
 
 def _report(prefix: Path, info: DatasetInfo) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedStage, planned_world_size, resolve_stages, starts_of
 from mythos_ds.config.training_stages import index_of
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import ConfigError, OptionError
 from mythos_ds.formatting import byte_text
 from mythos_ds.mains import run_tool
 
@@ -48,12 +48,12 @@ def work(arguments: Namespace) -> None:
     config = loaded.config
     gpus = planned_world_size(config) if arguments.gpus is None else arguments.gpus
     if gpus < 1:
-        raise ConfigError(f"--gpus: given {gpus}; allowed: 1 or more; nearest: 1")
+        raise OptionError(f"--gpus: given {gpus}; allowed: 1 or more; nearest: 1")
     if not 0 <= arguments.rank < gpus:
         nearest = min(max(arguments.rank, 0), gpus - 1)
-        raise ConfigError(f"--rank: given {arguments.rank}; allowed: 0 .. {gpus - 1}; nearest: {nearest}")
+        raise OptionError(f"--rank: given {arguments.rank}; allowed: 0 .. {gpus - 1}; nearest: {nearest}")
     if arguments.step is not None and arguments.step < 0:
-        raise ConfigError(f"--step: given {arguments.step}; allowed: 0 or more; nearest: 0")
+        raise OptionError(f"--step: given {arguments.step}; allowed: 0 or more; nearest: 0")
     if config.parallel.zero_stage != 3:
         raise ConfigError(f"parallel.zero_stage: given {config.parallel.zero_stage}; a rehearsal is of 3")
     named = None if arguments.stage is None else index_of(arguments.stage, loaded.stages, loaded.path)
@@ -83,7 +83,7 @@ def place(stages: Sequence[ResolvedStage], named: int | None, step: int | None) 
     if not first[named] <= step <= last:
         nearest = min(max(step, first[named]), last)
         allowed = f"{first[named]} .. {last} in --stage {stages[named].name}"
-        raise ConfigError(f"--step: given {step}; allowed: {allowed}; nearest: {nearest}")
+        raise OptionError(f"--step: given {step}; allowed: {allowed}; nearest: {nearest}")
     return named, step
 
 

@@ -22,7 +22,7 @@ from mythos_ds.conversion.estimate import estimate, print_estimate
 from mythos_ds.conversion.merge import newest_tag
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_writing
 from mythos_ds.conversion.written_model import refuse_input
-from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.errors import CheckpointError, OptionError
 from mythos_ds.io import new_file, read_bytes
 from mythos_ds.mains import add_share, run_tool
 from mythos_ds.monitor.progress import byte_progress
@@ -61,7 +61,7 @@ def reshard(arguments: Namespace) -> None:
         print_estimate(f"{tag}", made, arguments.json)
         return
     if arguments.output is None:
-        raise ConfigError("--output: not given; the run directory to write the checkpoint to")
+        raise OptionError("--output: not given; the run directory to write the checkpoint to")
     target = RunDirectory(arguments.output)
     refuse_input(arguments.output, [tag])
     locked = locked_output(arguments.output, "reshard", break_lock=arguments.break_lock)

@@ -23,7 +23,7 @@ from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import TokenDataset
 from mythos_ds.data.held_out import open_text
 from mythos_ds.data.tokenizer_files import copy_tokenizer
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import OptionError
 from mythos_ds.mains import run_tool
 from mythos_ds.output_lock import locked_output
 from mythos_ds.train.exit_gate import explained_share, train_exit_gate, with_exit_gate
@@ -94,13 +94,13 @@ def check(arguments: Namespace) -> None:
     for name, least in _LEAST.items():
         given, flag = getattr(arguments, name), "--" + name.replace("_", "-")
         if given is not None and given < least:
-            raise ConfigError(f"{flag}: given {given}; allowed: {least} or more; nearest: {least}")
+            raise OptionError(f"{flag}: given {given}; allowed: {least} or more; nearest: {least}")
     if arguments.loops is not None and arguments.loops > LOOPS:
-        raise ConfigError(f"--loops: given {arguments.loops}; allowed: at most {LOOPS}; nearest: {LOOPS}")
+        raise OptionError(f"--loops: given {arguments.loops}; allowed: at most {LOOPS}; nearest: {LOOPS}")
     if not (0 < arguments.lr < math.inf):
-        raise ConfigError(f"--lr: given {arguments.lr}; allowed: above 0; nearest: 1e-3")
+        raise OptionError(f"--lr: given {arguments.lr}; allowed: above 0; nearest: 1e-3")
     if (arguments.output / CONFIG).exists():
-        raise ConfigError(f"--output: {arguments.output} holds a model; allowed: a new folder")
+        raise OptionError(f"--output: {arguments.output} holds a model; allowed: a new folder")
 
 
 def stream(dataset: TokenDataset, rows: int, device: torch.device) -> Iterator[Batch]:

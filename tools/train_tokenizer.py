@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: Namespace) -> None:
     if arguments.output.exists() and not arguments.overwrite:
-        raise DataError(f"{arguments.output} exists; give --overwrite to replace it, or another --output")
+        raise DataError(
+            f"{arguments.output} exists; give --overwrite to replace it, or another --output", code="MDS601"
+        )
     found = find_inputs(arguments.inputs)
     sys.stderr.write(found.report())
     tokenizer = train_tokenizer(

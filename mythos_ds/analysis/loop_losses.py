@@ -14,7 +14,7 @@ from mythos_ds.config.schema import IGNORED_LABEL, LOOPS, RunConfig
 from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import build_datasets, prepare_index_cache
 from mythos_ds.data.validation import held_out
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import ConfigError, OptionError
 from mythos_ds.model.mythos import MythosModel
 
 _ROWS = 2
@@ -27,18 +27,20 @@ def held_out_sequences(config: RunConfig, count: int) -> list[Batch]:
     the text has: read twice, a sequence says nothing new of the spread."""
     if not 2 <= count <= _MOST_SEQUENCES:
         nearest = min(max(count, 2), _MOST_SEQUENCES)
-        raise ConfigError(
+        raise OptionError(
             f"sequences: given {count}; allowed: at least 2, at most {_MOST_SEQUENCES}; nearest: {nearest}"
         )
     if not config.data.validates:
-        raise ConfigError("data.validation: the run has no held-out text; give some: data.validation=PREFIX")
+        raise ConfigError(
+            "data.validation: the run has no held-out text; give some: data.validation=PREFIX", code="MDS418"
+        )
     count += count % _ROWS
     length = {"seq_len": config.training.seq_len, "train_samples": 0, "valid_samples": count, "seed": 0}
     prepare_index_cache(config.data, **length, vocab_size=config.model.vocab_size)
     found = held_out(config.data, config.training, exact=True)
     there = (found.tokens - 1) // config.training.seq_len if found is not None else count
     if count > there:
-        raise ConfigError(
+        raise OptionError(
             f"sequences: given {count}; the held-out text has {there} of training.seq_len {config.training.seq_len}; "
             f"allowed: 2 to {there - there % _ROWS}, or more text by data.validation"
         )
@@ -77,9 +79,9 @@ def token_losses(
     loop count below 1, and for a model with ACT, whose output is no state of one loop."""
     counts = sorted(set(loops))
     if not counts or counts[0] < 1:
-        raise ConfigError(f"loops: given {list(loops)}; allowed: whole numbers of 1 or more; nearest: 1")
+        raise OptionError(f"loops: given {list(loops)}; allowed: whole numbers of 1 or more; nearest: 1")
     if counts[-1] > LOOPS:
-        raise ConfigError(f"loops: given {list(loops)}; allowed: at most {LOOPS}; nearest: {LOOPS}")
+        raise OptionError(f"loops: given {list(loops)}; allowed: at most {LOOPS}; nearest: {LOOPS}")
     if model.recurrent.halting is not None:
         raise ConfigError(f"halting: the model's is {model.config.halting}; allowed: none")
     device = next(model.parameters()).device

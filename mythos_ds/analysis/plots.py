@@ -19,7 +19,7 @@ def new_panels(rows: int, columns: int) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise LabError("pictures need matplotlib: pip install 'mythos_ds[lab]'") from error
+        raise LabError("pictures need matplotlib: pip install 'mythos_ds[lab]'", code="MDS004") from error
     figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 

@@ -17,7 +17,7 @@ from mythos_ds.data.datasets import check_vocabulary, data_sources
 from mythos_ds.data.inspection import DatasetView
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.data.validation import held_out_documents
-from mythos_ds.errors import ConfigError, DataError
+from mythos_ds.errors import ConfigError, DataError, OptionError
 from mythos_ds.model.mythos import MythosModel
 
 SHORTEST = 16
@@ -32,9 +32,11 @@ def long_documents(config: RunConfig, length: int, count: int) -> list[Batch]:
     and where there are not so many, DataError for conversations, data of another tokenizer, or damaged."""
     if not SHORTEST <= length <= _MOST:
         nearest = min(max(length, SHORTEST), _MOST)
-        raise ConfigError(f"--by-position: given {length}; allowed: {SHORTEST} to {_MOST:,} tokens; nearest: {nearest}")
+        raise OptionError(f"--by-position: given {length}; allowed: {SHORTEST} to {_MOST:,} tokens; nearest: {nearest}")
     if not config.data.validates:
-        raise ConfigError("data.validation: the run has no held-out text; give some: data.validation=PREFIX")
+        raise ConfigError(
+            "data.validation: the run has no held-out text; give some: data.validation=PREFIX", code="MDS418"
+        )
     if config.data.corpus == "builtin":
         prepare_builtin(Path(config.data.data_dir))
     tokenizer, vocab_size = Tokenizer.load(data_sources(config.data)[1]), config.model.vocab_size
@@ -42,12 +44,13 @@ def long_documents(config: RunConfig, length: int, count: int) -> list[Batch]:
     for view, _ in views:
         if view.info.is_chat:
             raise DataError(
-                f"--by-position: {view.prefix} holds conversations, of which only answers count; allowed: text"
+                f"--by-position: {view.prefix} holds conversations, of which only answers count; allowed: text",
+                code="MDS120",
             )
         check_vocabulary(view.prefix, view.info, tokenizer, vocab_size)
     found = [(view, number) for view, numbers in views for number in numbers if view.lengths[number] > length]
     if not 2 <= count <= len(found):
-        raise ConfigError(
+        raise OptionError(
             f"--sequences: given {count}; the held-out text has {len(found)} documents of more than {length} tokens; "
             f"allowed: 2 to that many, or more text by data.validation"
         )

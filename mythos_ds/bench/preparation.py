@@ -42,7 +42,7 @@ def make_inputs(folder: Path, megabytes: int, row_groups: int) -> dict[str, Path
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError("the measurement needs an extra: pip install 'mythos_ds[hf]'") from error
+        raise DataError("the measurement needs an extra: pip install 'mythos_ds[hf]'", code="MDS004") from error
     folder.mkdir(parents=True, exist_ok=True)
     names = ("documents.jsonl", "one.txt", "tiny.jsonl", "groups.parquet", "documents.jsonl.zst")
     inputs = {name: folder / name for name in names}

@@ -56,5 +56,5 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
         variables = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "OMP_NUM_THREADS": threads}
         code = run_processes(command, processes, variables=variables, limit_s=TIME_LIMIT_S)
         if code:
-            raise LabError(f"the {case['side']} side failed (exit code {code})")
+            raise LabError(f"the {case['side']} side failed (exit code {code})", code="MDS901")
         return json.loads(result.read_text(encoding="utf-8"))

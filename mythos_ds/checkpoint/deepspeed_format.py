@@ -19,7 +19,7 @@ from torch import Tensor
 from mythos_ds.checkpoint.manifest import MANIFEST, STATE
 from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.layout import RankLayout
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import DamagedCheckpointError
 from mythos_ds.io import read_bytes
 from mythos_ds.model.parameter_roles import is_expert, is_frozen, role_of
 from mythos_ds.weights.reader import TensorSpec
@@ -93,14 +93,16 @@ def plan(stages: Iterable[Iterable[RankFile]], ep_size: int) -> dict[str, Logica
                     cut = is_expert(name) and ep_size > 1
                     shape = (local[0] * ep_size, *local[1:]) if cut else local
                     if shapes.setdefault(name, shape) != shape:
-                        raise CheckpointError(f"{rank_file.file}: {name} is {shape}, {shapes[name]} in another file")
+                        raise DamagedCheckpointError(
+                            f"{rank_file.file}: {name} is {shape}, {shapes[name]} in another file"
+                        )
                     offset = piece.offset + (rank_file.ep_rank * prod(local) if cut else 0)
                     pieces.setdefault(name, []).append(Piece(offset, piece.numel, piece.file, piece.group, piece.start))
         for name, parts in pieces.items():
             tiling = _tile(name, prod(shapes[name]), parts)
             shape, tilings = found.setdefault(name, (shapes[name], []))
             if shape != shapes[name]:
-                raise CheckpointError(f"{name}: stages disagree on its shape, {shape} and {shapes[name]}")
+                raise DamagedCheckpointError(f"{name}: stages disagree on its shape, {shape} and {shapes[name]}")
             tilings.append(tiling)
     return {name: LogicalTensor(shape, tuple(tilings)) for name, (shape, tilings) in found.items()}
 
@@ -133,10 +135,12 @@ def _tile(name: str, numel: int, pieces: list[Piece]) -> tuple[Piece, ...]:
     end = 0
     for piece in ordered:
         if piece.offset != end:
-            raise CheckpointError(f"{name}: element {min(end, piece.offset)} is in no file, or in two ({piece.file})")
+            raise DamagedCheckpointError(
+                f"{name}: element {min(end, piece.offset)} is in no file, or in two ({piece.file})"
+            )
         end += piece.numel
     if end != numel:
-        raise CheckpointError(f"{name}: {end} of {numel} elements are in the files")
+        raise DamagedCheckpointError(f"{name}: {end} of {numel} elements are in the files")
     return tuple(ordered)
 
 
@@ -203,7 +207,7 @@ class ShardReader:
         """The flat elements of a piece of the tensor `name`."""
         found = self.flat(piece.file, piece.group, name, kind).detach()[piece.start : piece.start + piece.numel]
         if found.numel() != piece.numel or not found.dtype.is_floating_point:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{self.tag / piece.file}: {kind} of {name} has {found.numel()} elements of {found.dtype}; "
                 f"{piece.numel} floating-point numbers are planned"
             )
@@ -225,7 +229,7 @@ class ShardReader:
                 return _first(state, "fp32_flat_groups", "single_partition_of_fp32_groups")[group].reshape(-1)
             return _first(state, "optimizer_state_dict", "base_optimizer_state")["state"][group][kind].reshape(-1)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.tag / file}: has no {kind} of {name} ({error!r})") from None
+            raise DamagedCheckpointError(f"{self.tag / file}: has no {kind} of {name} ({error!r})") from None
 
     def kinds(self, file: str, group: int | None, name: str) -> dict[str, float | None]:
         """Optimizer states kept for a parameter; for `step`, its value."""
@@ -315,7 +319,7 @@ class CheckpointTensors:
         """Elements start:stop of the flattened tensor, fp32."""
         first, *copies = (self._gather(tiling, name, start, stop) for tiling in self.tensors[name].tilings)
         if any(not torch.equal(first, copy) for copy in copies):
-            raise CheckpointError(f"{self.tag}: the pipeline stages' copies of {name} ({self.kind}) differ")
+            raise DamagedCheckpointError(f"{self.tag}: the pipeline stages' copies of {name} ({self.kind}) differ")
         return first
 
     def _gather(self, tiling: tuple[Piece, ...], name: str, start: int, stop: int) -> Tensor:
@@ -341,7 +345,9 @@ def open_checkpoint(tag: Path, ep_size: int, n_stages: int) -> tuple[dict[str, C
         ValueError,
         RuntimeError,
     ) as error:
-        raise CheckpointError(f"{tag / reader.last}: not of the form that DeepSpeed writes ({error!r})") from error
+        raise DamagedCheckpointError(
+            f"{tag / reader.last}: not of the form that DeepSpeed writes ({error!r})"
+        ) from error
 
 
 def _opened(reader: ShardReader, ep_size: int, n_stages: int) -> tuple[dict[str, CheckpointTensors], float]:
@@ -362,7 +368,7 @@ def _opened(reader: ShardReader, ep_size: int, n_stages: int) -> tuple[dict[str,
             else:
                 by_kind.setdefault(kind, {})[name] = tensor
     if len(steps) > 1:
-        raise CheckpointError(f"{tag}: its parameters have been updated {sorted(steps)} times")
+        raise DamagedCheckpointError(f"{tag}: its parameters have been updated {sorted(steps)} times")
     own_buffers = {WEIGHTS: buffers}
     sources = {kind: CheckpointTensors(tag, kind, own, own_buffers.get(kind, {})) for kind, own in by_kind.items()}
     return sources, steps.pop() if steps else 0.0
@@ -373,7 +379,7 @@ def _rank_files(reader: ShardReader, folder: Path, ep_size: int) -> list[RankFil
     if not paths:
         return [_whole_file(reader, str(folder / "mp_rank_00_model_states.pt"))]
     if [_dp_rank(path) for path in paths] != list(range(len(paths))):
-        raise CheckpointError(f"{reader.tag / folder}: the files of some ranks are missing")
+        raise DamagedCheckpointError(f"{reader.tag / folder}: the files of some ranks are missing")
     layouts = [RankLayout(rank, (len(paths),), run_ep_size=ep_size) for rank in range(len(paths))]
     found = zip(paths, layouts, strict=True)
     return [file for path, layout in found for file in _rank_file(reader, path, layout)]
@@ -442,7 +448,7 @@ def _buffers(reader: ShardReader, folder: Path) -> dict[str, tuple[str, TensorSp
             tensor = content["module"][name]
             first = found.setdefault(name, (file, TensorSpec(tensor.dtype, tuple(tensor.shape))))
             if not torch.equal(reader.content(first[0])["module"][name], tensor):
-                raise CheckpointError(f"{path}: its {name} differs from that of another rank")
+                raise DamagedCheckpointError(f"{path}: its {name} differs from that of another rank")
     return found
 
 

@@ -11,7 +11,7 @@ from mythos_ds.checkpoint.save import layout_of, random_state_file, shards_of
 from mythos_ds.checkpoint.training_state import TrainingState, read_state
 from mythos_ds.engine.optimizer import keeping_settings
 from mythos_ds.engine.training_engine import TrainingEngine
-from mythos_ds.errors import CheckpointError, RankError, ReportedElsewhere
+from mythos_ds.errors import DamagedCheckpointError, RankError, ReportedElsewhere
 from mythos_ds.log import get_logger
 from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
@@ -99,7 +99,7 @@ def _load_shards(engine: TrainingEngine, groups: ParallelGroups, tag: Path, step
     path, client_state = engine.deepspeed.load_checkpoint(str(shards.parent), tag=shards.name)
     saved: dict[str, Any] = client_state or {}
     if path is None or saved.get("step") != step:
-        raise CheckpointError(f"{tag}: the model files are of step {saved.get('step')}, expected {step}")
+        raise DamagedCheckpointError(f"{tag}: the model files are of step {saved.get('step')}, expected {step}")
 
 
 def _restore_random_states(tag: Path, groups: ParallelGroups, state: TrainingState) -> None:

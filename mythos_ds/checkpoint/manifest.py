@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import CheckpointError, DamagedCheckpointError
 from mythos_ds.io import open_regular, read_json, remove_leftovers, write_atomic
 
 MANIFEST = "manifest.json"
@@ -82,7 +82,7 @@ def read_manifest(tag: Path) -> dict[str, FileRecord]:
     content: _Manifest = read_json(tag / MANIFEST, _Manifest)
     for name in content.files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{tag / MANIFEST}: files: names {name!r}, which is not below the checkpoint")
+            raise DamagedCheckpointError(f"{tag / MANIFEST}: files: names {name!r}, which is not below the checkpoint")
     return content.files
 
 
@@ -118,7 +118,7 @@ def _readable_digest(path: Path) -> FileRecord | str:
 def verify(tag: Path, rank: int, world_size: int) -> None:
     """Raises CheckpointError at the first of a checkpoint's `faults`."""
     for fault in faults(tag, rank, world_size):
-        raise CheckpointError(fault)
+        raise DamagedCheckpointError(fault)
 
 
 def point_latest(directory: Path, tag: Path) -> None:

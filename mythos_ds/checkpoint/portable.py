@@ -14,7 +14,7 @@ from torch import Tensor
 from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.deepspeed_format import WEIGHTS, open_checkpoint
 from mythos_ds.checkpoint.training_state import PORTABLE, STEPS, layout_of_state, read_layout, read_state
-from mythos_ds.errors import CheckpointError, naming
+from mythos_ds.errors import CheckpointError, DamagedCheckpointError, naming
 from mythos_ds.io import copy_file, read_json, real_folder, remove_leftovers, sync, write_json
 from mythos_ds.weights.model_folder import checked_config
 from mythos_ds.weights.reader import TensorFolder, TensorSource, elements
@@ -45,7 +45,7 @@ def open_state(tag: Path) -> tuple[dict[str, StateTensors], float]:
     layout = layout_of_state(read_state(tag), tag / manifest.STATE)
     if layout.portable is not None:
         if WEIGHTS not in layout.portable:
-            raise CheckpointError(f"{tag / manifest.STATE}: layout.{PORTABLE}: names no {WEIGHTS}")
+            raise DamagedCheckpointError(f"{tag / manifest.STATE}: layout.{PORTABLE}: names no {WEIGHTS}")
         return {kind: PortableTensors(tag, kind) for kind in layout.portable}, layout.optimizer_steps
     tensors, steps = open_checkpoint(tag, layout.ep_size, layout.stages)
     return dict(tensors), steps
@@ -63,7 +63,7 @@ def open_whole_state(tag: Path) -> tuple[dict[str, StateTensors], float]:
     for kind, source in sources.items():
         for name, spec in source.specs().items():
             if name not in weights or spec.shape != weights[name].shape:
-                raise CheckpointError(f"{tag}: {kind} of {name} has the shape {spec.shape}, unlike the weight")
+                raise DamagedCheckpointError(f"{tag}: {kind} of {name} has the shape {spec.shape}, unlike the weight")
     return sources, steps
 
 
@@ -86,7 +86,7 @@ def write_portable(
         manifest.verify(target, 0, 1)
         return _named_latest(target)
     if target.exists():
-        raise CheckpointError(f"{target}: exists; choose another output, or remove it")
+        raise CheckpointError(f"{target}: exists; choose another output, or remove it", code="MDS601")
     _begin(partial, tag, max_file_bytes)
     for kind, source in sources.items():
         write_tensors(source, partial, stem=kind, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)

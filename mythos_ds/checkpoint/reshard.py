@@ -16,7 +16,7 @@ from mythos_ds.checkpoint.deepspeed_format import STEP, WEIGHTS
 from mythos_ds.checkpoint.portable import StateTensors, open_state
 from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.engine.training_engine import TrainingEngine
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import CheckpointError, TensorMismatchError
 from mythos_ds.log import get_logger
 from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.parallel.groups import ParallelGroups
@@ -109,7 +109,7 @@ def load_weights(engine: TrainingEngine, groups: ParallelGroups, source: TensorS
         shape = _shape(parameter)
         whole = (shape[0] * groups.layout.ep_size, *shape[1:]) if is_expert(own) else shape
         if (found := weights.specs()[own].shape) != whole:
-            raise CheckpointError(f"{name}: {own} has the shape {list(found)}; the model's has {list(whole)}")
+            raise TensorMismatchError(f"{name}: {own} has the shape {list(found)}; the model's has {list(whole)}")
     _place(engine, groups, weights, {}, 0.0)
 
 
@@ -127,7 +127,7 @@ class _Finite:
         """The tensor or some of its rows. Raises CheckpointError for a value that is not finite."""
         value = self.source.read(name, rows)
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{self.name}: {name} holds NaN or infinite values")
+            raise CheckpointError(f"{self.name}: {name} holds NaN or infinite values", code="MDS515")
         return value
 
     def elements(self, name: str, start: int, stop: int) -> Tensor:
@@ -179,7 +179,7 @@ def _check_names(name: str, module: nn.Module, weights: StateTensors) -> None:
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     persistent = set(module.state_dict(keep_vars=True)) & set(own)
     if missing := sorted(persistent - set(stored)):
-        raise CheckpointError(f"{name}: has no {missing[0]} ({len(missing)} tensors of the model are missing)")
+        raise TensorMismatchError(f"{name}: has no {missing[0]} ({len(missing)} tensors of the model are missing)")
 
 
 def _base(name: str, parameter: nn.Parameter, groups: ParallelGroups) -> int:

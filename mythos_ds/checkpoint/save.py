@@ -135,7 +135,8 @@ class CheckpointWriter:
                 work()
             except (OSError, MythosError) as error:
                 raise CheckpointError(
-                    f"checkpoint {tag.name} could not be {name}: {error}; the checkpoints before it are as they were"
+                    f"checkpoint {tag.name} could not be {name}: {error}; the checkpoints before it are as they were",
+                    code="MDS512",
                 ) from error
 
         self._running = self._thread.submit(run)
@@ -183,7 +184,7 @@ def _make_room(tag: Path, partial: Path) -> None:
                 shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(f"{partial}: cannot be written ({error})") from error
+        raise CheckpointError(f"{partial}: cannot be written ({error})", code="MDS512") from error
 
 
 def random_state_file(rank: int) -> str:

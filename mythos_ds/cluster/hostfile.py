@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mythos_ds.errors import ParallelError
+from mythos_ds.errors import Coded, ParallelError
 from mythos_ds.io import read_bytes
 
 MAX_SLOTS = 1 << 16
@@ -36,28 +36,28 @@ def read_hostfile(path: Path) -> list[Line]:
         text = read_bytes(path, ParallelError, _MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ParallelError(f"{path}:{line}: no UTF-8 text; allowed: lines of 'host slots=8'") from None
+        raise ParallelError(f"{path}:{line}: no UTF-8 text; allowed: lines of 'host slots=8'", code="MDS710") from None
     except ParallelError as error:
-        raise ParallelError(f"hostfile {error}; allowed: lines of 'host slots=8'") from None
+        raise ParallelError(f"hostfile {error}; allowed: lines of 'host slots=8'", code="MDS710") from None
     lines: list[Line] = []
     seen: dict[str, tuple[str, int]] = {}
-    problems: list[str] = []
+    problems: list[Coded] = []
     for number, raw in enumerate(_LINE_ENDS.split(text), 1):
         content = raw.strip()
         if not content or content.startswith("#"):
             continue
         problem = _problem(content, seen)
         if problem is not None:
-            problems.append(f"{path}:{number}: {problem}")
+            problems.append(Coded("MDS710", f"{path}:{number}: {problem}"))
             continue
         match = _LINE.match(content)
         assert match is not None
         seen[_meant(match["host"])] = match["host"], number
         lines.append(Line(match["host"], int(match["slots"])))
     if not lines and not problems:
-        problems.append(f"{path}: names no host; allowed: lines of 'host slots=8'")
+        problems.append(Coded("MDS710", f"{path}: names no host; allowed: lines of 'host slots=8'"))
     if problems:
-        raise ParallelError("\n".join(problems))
+        raise ParallelError(problems)
     return lines
 
 

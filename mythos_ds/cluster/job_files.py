@@ -16,7 +16,7 @@ from typing import Any
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve_stages
 from mythos_ds.config.schema import ClusterConfig
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import ConfigError, OptionError
 from mythos_ds.train.run_directory import default_run_directory
 
 SHUTDOWN_S = 30
@@ -88,7 +88,7 @@ class Job(ABC):
         """Writes the job's file. Raises ConfigError, by the command's option, for a configuration or value that does
         not fit."""
         if not _DNS_LABEL.fullmatch(self.name):
-            raise ConfigError(
+            raise OptionError(
                 f"--name: given {_shown(self.name)}; allowed: small letters, digits and '-'; nearest: mythos"
             )
         return self._render(self._cluster())
@@ -163,17 +163,17 @@ class SlurmJob(Job):
         limit = _seconds(self.time)
         if not limit:
             allowed = "minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, above 0"
-            raise ConfigError(f"--time: given {_shown(self.time)}; allowed: {allowed}; nearest: 24:00:00")
+            raise OptionError(f"--time: given {_shown(self.time)}; allowed: {allowed}; nearest: 24:00:00")
         if not 0 < self.grace < limit:
-            raise ConfigError(f"--grace: given {self.grace}; allowed: 1 to {limit - 1} s, below --time; nearest: 300")
+            raise OptionError(f"--grace: given {self.grace}; allowed: 1 to {limit - 1} s, below --time; nearest: 300")
         if not 1 <= self.cpus < _MOST_CPUS:
             nearest = 1 if self.cpus < 1 else _MOST_CPUS - 1
-            raise ConfigError(f"--cpus: given {self.cpus}; allowed: 1 to {_MOST_CPUS - 1}; nearest: {nearest}")
+            raise OptionError(f"--cpus: given {self.cpus}; allowed: 1 to {_MOST_CPUS - 1}; nearest: {nearest}")
         for option in ("partition", "account", "qos"):
             value = getattr(self, option)
             if value is not None and not _NAME.fullmatch(value):
                 allowed = "names of letters, digits, '_', '-', '.', '@' and '+', with ',' between them"
-                raise ConfigError(f"--{option}: given {_shown(value)}; allowed: {allowed}")
+                raise OptionError(f"--{option}: given {_shown(value)}; allowed: {allowed}")
         if self.array is not None:
             self._check_array(self.array)
 
@@ -181,16 +181,16 @@ class SlurmJob(Job):
         match = _ARRAY.fullmatch(array)
         if match is None:
             allowed = "numbers and ranges such as 0-7, 1,3,5 or 0-30:10, with %n for n at once"
-            raise ConfigError(f"--array: given {_shown(array)}; allowed: {allowed}")
+            raise OptionError(f"--array: given {_shown(array)}; allowed: {allowed}")
         backwards = [
             part for part in re.findall(r"\d+-\d+", array) if int(part.split("-")[0]) > int(part.split("-")[1])
         ]
         if backwards:
             first, last = backwards[0].split("-")
-            raise ConfigError(f"--array: given {array}; allowed: rising ranges; nearest: {last}-{first}")
+            raise OptionError(f"--array: given {array}; allowed: rising ranges; nearest: {last}-{first}")
         several = not re.fullmatch(r"\d+(%\d+)?", array) and match["at_once"] != "1"
         if several and _ARRAY_TASK not in (self.run_dir or ""):
-            raise ConfigError(
+            raise OptionError(
                 f"--array: given {array}, whose tasks run at once, in one run directory; allowed: one for each, "
                 f"such as --run-dir runs/{self.name}-{_ARRAY_TASK}, or one after the other: {array.partition('%')[0]}%1"
             )
@@ -206,13 +206,13 @@ class SlurmJob(Job):
             key, equals, value = pair.partition("=")
             key = key.removeprefix("--")
             if not _KEY.fullmatch(key):
-                raise ConfigError(
+                raise OptionError(
                     f"--sbatch: given {_shown(pair)}; allowed: key=value, or key, of sbatch's long options"
                 )
             if key in _OWN:
-                raise ConfigError(f"--sbatch: given {_shown(pair)}; {key} is said by {_OWN[key]}")
+                raise OptionError(f"--sbatch: given {_shown(pair)}; {key} is said by {_OWN[key]}")
             if key in seen:
-                raise ConfigError(f"--sbatch: {key} is given twice")
+                raise OptionError(f"--sbatch: {key} is given twice")
             seen.add(key)
             options.append(f"--{key}={_directive_value(f'--sbatch {key}', value)}" if equals else f"--{key}")
         return options
@@ -258,17 +258,17 @@ class KubernetesJob(Job):
             value = getattr(self, option)
             _require_text(f"--{option}", value)
             if not value.strip():
-                raise ConfigError(f"--{option}: given {value!r}; allowed: a name")
+                raise OptionError(f"--{option}: given {value!r}; allowed: a name")
         if not self.mount.startswith("/"):
             nearest = _shown("/" + self.mount)
-            raise ConfigError(f"--mount: given {_shown(self.mount)}; allowed: a path from the root; nearest: {nearest}")
+            raise OptionError(f"--mount: given {_shown(self.mount)}; allowed: a path from the root; nearest: {nearest}")
         most = _MOST_FAILURES // nodes
         if not 0 <= self.restarts <= most:
             bound = 0 if self.restarts < 0 else most
-            raise ConfigError(f"--restarts: given {self.restarts}; allowed: 0 to {most}; nearest: {bound}")
+            raise OptionError(f"--restarts: given {self.restarts}; allowed: 0 to {most}; nearest: {bound}")
         if not SHUTDOWN_S < self.grace <= _LONGEST_GRACE_S:
             allowed = f"{SHUTDOWN_S + 1} to {_LONGEST_GRACE_S} s"
-            raise ConfigError(f"--grace: given {self.grace}; allowed: {allowed}; nearest: 300")
+            raise OptionError(f"--grace: given {self.grace}; allowed: {allowed}; nearest: 300")
 
 
 def render_script(name: str) -> str:

@@ -9,9 +9,10 @@ DeepSpeed.
 import copy
 from typing import Any
 
-from mythos_ds.config.error_messages import Problem, did_you_mean
+from mythos_ds.config.error_messages import did_you_mean
 from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.errors import Coded, Problem
 
 # Larger than any run: the progress line is ours.
 _NO_PRINTS = 10**9
@@ -115,7 +116,7 @@ def check(section: dict[str, Any]) -> list[Problem]:
     if isinstance(zero, dict):
         problems += [_key_problem(key, KNOWN_ZERO_KEYS, f"{ZERO}.") for key in zero]
     else:
-        problems.append((f"deepspeed.{ZERO}", f"{zero!r} given; allowed: an object"))
+        problems.append((f"deepspeed.{ZERO}", Coded("MDS154", f"{zero!r} given; allowed: an object")))
     return [problem for problem in problems if problem is not None]
 
 
@@ -123,17 +124,17 @@ def _key_problem(key: str, known: tuple[str, ...], prefix: str) -> Problem | Non
     name = prefix + key
     where = f"deepspeed.{name}"
     if name in DERIVED_KEYS:
-        return where, f"must not be set here: {DERIVED_KEYS[name]}"
+        return where, Coded("MDS150", f"must not be set here: {DERIVED_KEYS[name]}")
     if name in UNSUPPORTED_KEYS:
-        return where, f"is not supported: {UNSUPPORTED_KEYS[name]}"
+        return where, Coded("MDS151", f"is not supported: {UNSUPPORTED_KEYS[name]}")
     if name in REMOVED_KEYS:
-        return where, "was removed from DeepSpeed; remove it"
+        return where, Coded("MDS152", "was removed from DeepSpeed; remove it")
     if key in known:
         return None
     taken = {*DERIVED_KEYS, *UNSUPPORTED_KEYS}
     free = [candidate for candidate in known if prefix + candidate not in taken]
     hint = did_you_mean(key, free) or did_you_mean(key, known)
-    return where, f"unknown to DeepSpeed, which would ignore it{hint}"
+    return where, Coded("MDS153", f"unknown to DeepSpeed, which would ignore it{hint}")
 
 
 def build(config: RunConfig, gradient_accumulation_steps: int) -> dict[str, Any]:

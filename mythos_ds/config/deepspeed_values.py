@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from mythos_ds.config.error_messages import Problem, did_you_mean, show
+from mythos_ds.config.error_messages import did_you_mean, show
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.errors import Coded, Problem
 
 _LARGEST = 2**63 - 1
 _MOST_ELEMENTS = 10**11
@@ -147,32 +148,27 @@ def check(section: dict[str, Any]) -> list[Problem]:
     for name, module in _MODULES.items():
         writer = section.get(name)
         if isinstance(writer, dict) and writer.get("enabled") is True and find_spec(module) is None:
-            problems.append(
-                (
-                    f"deepspeed.{name}.enabled",
-                    f"true given, and {module} is not installed: pip install {module}, or false",
-                )
-            )
+            message = f"true given, and {module} is not installed: pip install {module}, or false"
+            problems.append((f"deepspeed.{name}.enabled", Coded("MDS155", message)))
     return problems
 
 
 def _wrong(section: dict[str, Any], known: Keys, at: str) -> list[Problem]:
-    problems = []
+    problems: list[Problem] = []
     for key, value in section.items():
         kind, here = known.get(key), f"{at}.{key}"
         if value is None:
             continue
         if isinstance(kind, _Kind):
             if not kind.takes(value):
-                problems.append((here, f"{show(value)} given; allowed: {kind.allowed}"))
+                problems.append((here, Coded("MDS154", f"{show(value)} given; allowed: {kind.allowed}")))
         elif kind is not None and not isinstance(value, dict):
-            problems.append((here, f"{show(value)} given; allowed: an object"))
+            problems.append((here, Coded("MDS154", f"{show(value)} given; allowed: an object")))
         elif kind is not None:
             problems += _wrong(value, kind, here)
         elif known is not VALUES and known is not VALUES[_ZERO]:
-            problems.append(
-                (here, f"unknown to DeepSpeed{did_you_mean(key, known) or '; allowed: ' + ', '.join(known)}")
-            )
+            hint = did_you_mean(key, known) or "; allowed: " + ", ".join(known)
+            problems.append((here, Coded("MDS153", f"unknown to DeepSpeed{hint}")))
     return problems
 
 
@@ -181,19 +177,24 @@ def check_together(config: RunConfig) -> list[Problem]:
     section, stage = config.deepspeed, config.parallel.zero_stage
     zero = section.get(_ZERO)
     zero = zero if isinstance(zero, dict) else {}
-    problems = []
+    problems: list[Problem] = []
     if stage in (2, 3) and zero.get("reduce_scatter") is not False:
         why = f"with zero_stage {stage} and zero_optimization.reduce_scatter"
         if section.get("gradient_predivide_factor") not in (None, 1):
             factor = section["gradient_predivide_factor"]
-            problems.append(("deepspeed.gradient_predivide_factor", f"{factor} given {why}; allowed: 1; nearest: 1"))
+            message = Coded("MDS156", f"{factor} given {why}; allowed: 1; nearest: 1")
+            problems.append(("deepspeed.gradient_predivide_factor", message))
         if section.get("prescale_gradients") is True:
-            problems.append(("deepspeed.prescale_gradients", f"true given {why}; allowed: false; nearest: false"))
+            message = Coded("MDS156", f"true given {why}; allowed: false; nearest: false")
+            problems.append(("deepspeed.prescale_gradients", message))
     if stage == 3 and section.get("gradient_allreduce_op") == "sum":
-        problems.append(("deepspeed.gradient_allreduce_op", '"sum" given with zero_stage 3; allowed: "mean"'))
+        message = Coded("MDS157", '"sum" given with zero_stage 3; allowed: "mean"')
+        problems.append(("deepspeed.gradient_allreduce_op", message))
     if config.parallel.ep_size != 1:
         if stage == 2 and zero.get("contiguous_gradients") is False:
-            problems.append((f"deepspeed.{_ZERO}.contiguous_gradients", "false given with experts and zero_stage 2"))
+            message = Coded("MDS158", "false given with experts and zero_stage 2")
+            problems.append((f"deepspeed.{_ZERO}.contiguous_gradients", message))
         if stage in (1, 2) and zero.get("reduce_scatter") is False:
-            problems.append((f"deepspeed.{_ZERO}.reduce_scatter", f"false given with experts and zero_stage {stage}"))
+            message = Coded("MDS158", f"false given with experts and zero_stage {stage}")
+            problems.append((f"deepspeed.{_ZERO}.reduce_scatter", message))
     return problems

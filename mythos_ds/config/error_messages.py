@@ -8,10 +8,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.errors import Coded, Problem
 
 Location = tuple[str | int, ...]
-Problem = tuple[str, str]
-"""A key of the configuration, and what is wrong with it."""
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _TYPE_NAMES = {
     "integer": "an integer",
@@ -53,10 +52,10 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def explain(error: ValidationError) -> list[tuple[str, str]]:
+def explain(error: ValidationError) -> list[Problem]:
     """One (key path, message) per wrong place."""
     schema = RunConfig.model_json_schema()
-    explained: dict[str, str] = {}
+    explained: dict[str, Coded] = {}
     for item in error.errors(include_url=False):
         location = _field_location(item["loc"])
         key = dotted(location)
@@ -97,16 +96,16 @@ def _plural(item: dict[str, Any]) -> str:
     return f"{item['type']}s"
 
 
-def _explain_one(schema: dict[str, Any], location: Location, item: Any) -> str:
+def _explain_one(schema: dict[str, Any], location: Location, item: Any) -> Coded:
     if item["type"] == "extra_forbidden":
-        return _unknown_key(schema, location)
+        return Coded("MDS101", _unknown_key(schema, location))
     node = _node_at(schema, location)
     allowed = allowed_values(schema, node) if node is not None else item["msg"]
     if item["type"] == "missing" and location == item["loc"]:
         about = (node or {}).get("description")
-        return f"missing; required: {allowed}" + (f" ({about.rstrip('.')})" if about else "")
+        return Coded("MDS102", f"missing; required: {allowed}" + (f" ({about.rstrip('.')})" if about else ""))
     given = item["input"]
-    return f"{show(given)} given; allowed: {allowed}{_nearest(schema, node or {}, given)}"
+    return Coded("MDS103", f"{show(given)} given; allowed: {allowed}{_nearest(schema, node or {}, given)}")
 
 
 def _unknown_key(schema: dict[str, Any], location: Location) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import Coded, ConfigError, Problem
 from mythos_ds.io import read_bytes
 
 MAX_BYTES = 1 << 22
@@ -15,8 +15,6 @@ MAX_DIGITS = 64
 """Digits of a whole number; every bound of the schema has fewer."""
 _WIDE = (b"\xff\xfe", b"\xfe\xff")
 _SHOWN_DIGITS = 12
-
-Problem = tuple[str, str]
 
 
 class Pairs(list[tuple[str, Any]]):
@@ -33,15 +31,17 @@ def text_of(path: Path, shown: str) -> str:
     try:
         content = read_bytes(path, ConfigError, MAX_BYTES)
     except ConfigError as error:
-        raise ConfigError(str(error).replace(str(path), shown, 1)) from None
+        raise ConfigError(str(error).replace(str(path), shown, 1), code="MDS106") from None
     if content.startswith(_WIDE) or b"\0" in content[:4]:
-        raise ConfigError(f"{shown}: UTF-16 or UTF-32 text, or no text; allowed: UTF-8 (save it as UTF-8)")
+        message = f"{shown}: UTF-16 or UTF-32 text, or no text; allowed: UTF-8 (save it as UTF-8)"
+        raise ConfigError(message, code="MDS106")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         given = f"byte 0x{content[error.start]:02x}"
-        raise ConfigError(f"{shown}: line {line}: {given} is no UTF-8 text (save it as UTF-8)") from None
+        message = f"{shown}: line {line}: {given} is no UTF-8 text (save it as UTF-8)"
+        raise ConfigError(message, code="MDS106") from None
 
 
 def parse(text: str, source: str, refuse_constant: Callable[[str], Any]) -> Any:
@@ -50,7 +50,8 @@ def parse(text: str, source: str, refuse_constant: Callable[[str], Any]) -> Any:
     try:
         return json.loads(text, object_pairs_hook=Pairs, parse_constant=refuse_constant, parse_int=_integer)
     except RecursionError:
-        raise ConfigError(f"{source}: nested too deep; allowed: {MAX_DEPTH} levels") from None
+        message = f"{source}: nested too deep; allowed: {MAX_DEPTH} levels"
+        raise ConfigError(message, code="MDS108") from None
 
 
 def _integer(digits: str) -> Any:
@@ -61,7 +62,7 @@ def unusable(value: Any, at: str = "", depth: int = 0) -> list[Problem]:
     """(key path, message) of each place in a configuration that no setting can hold, whatever its key: half a surrogate
     pair or a null character in a text, a number of too many digits, too deep nesting, what is no JSON value."""
     if depth > MAX_DEPTH:
-        return [(at[:80], f"nested too deep; allowed: {MAX_DEPTH} levels")]
+        return [(at[:80], Coded("MDS108", f"nested too deep; allowed: {MAX_DEPTH} levels"))]
     if isinstance(value, dict):
         found = [problem for key in value for problem in _bad_key(key, at)]
         inside = [(f"{at}.{key}" if at else str(key), item) for key, item in value.items()]
@@ -70,15 +71,15 @@ def unusable(value: Any, at: str = "", depth: int = 0) -> list[Problem]:
         items = enumerate(value)
         return [problem for index, item in items for problem in unusable(item, f"{at}[{index}]", depth + 1)]
     message = _bad_value(value)
-    return [] if message is None else [(at, message)]
+    return [] if message is None else [(at, Coded("MDS108", message))]
 
 
 def _bad_key(key: Any, at: str) -> list[Problem]:
     where = at or "the configuration"
     if not isinstance(key, str):
-        return [(where, f"the key {key!r} given; allowed: texts")]
+        return [(where, Coded("MDS108", f"the key {key!r} given; allowed: texts"))]
     message = _bad_text(key)
-    return [] if message is None else [(where, f"the key {key!a} {message}")]
+    return [] if message is None else [(where, Coded("MDS108", f"the key {key!a} {message}"))]
 
 
 def _bad_value(value: Any) -> str | None:

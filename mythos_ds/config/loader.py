@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mythos_ds.config import json_values
-from mythos_ds.config.error_messages import Problem, did_you_mean, explain, section_type
+from mythos_ds.config.error_messages import did_you_mean, explain, section_type
 from mythos_ds.config.rules import check
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.config.secrets import is_secret, secrets, told
@@ -26,7 +26,7 @@ from mythos_ds.config.training_stages import (
     stage_problems,
     unfold,
 )
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import Coded, ConfigError, Problem
 from mythos_ds.io import where_searched
 
 COMMENT = "_"
@@ -64,7 +64,7 @@ def load_config(name: str, overrides: Sequence[str] = (), *, allow_pickle: bool 
     """
     path = find_config(name)
     text = json_values.text_of(path, _shown(path))
-    problems: list[str] = []
+    problems: list[Coded] = []
     raw = parse_json(text, _shown(path), problems)
     return LoadedConfig(_checked(raw, overrides, path, problems, allow_pickle), path, text)
 
@@ -90,13 +90,13 @@ def check_raw(raw: dict[str, Any], overrides: Sequence[str], path: Path) -> Load
 
 
 def _checked(
-    raw: dict[str, Any], overrides: Sequence[str], path: Path, problems: list[str], allow_pickle: bool = False
+    raw: dict[str, Any], overrides: Sequence[str], path: Path, problems: list[Coded], allow_pickle: bool = False
 ) -> tuple[TrainingStage, ...]:
     """The stages of `raw` with overrides, or ConfigError with `problems` and every other one."""
     overridden = apply_overrides(raw, overrides, problems)
     unusable = json_values.unusable(raw) or secrets(raw)
     stages, found = ((), unusable) if unusable else _staged(raw, allow_pickle)
-    problems += [f"{_source(key, path, overridden)}: {key}: {message}" for key, message in found]
+    problems += [message.after(f"{_source(key, path, overridden)}: {key}: ") for key, message in found]
     if problems:
         raise ConfigError(problems)
     return stages
@@ -116,7 +116,8 @@ def find_config(name: str) -> Path:
     presets = list_presets()
     hint = did_you_mean(given.name.removesuffix(".json"), presets)
     raise ConfigError(
-        f"{name}: no such file and no such preset{hint}{where_searched(name)}; presets: {', '.join(presets)}"
+        f"{name}: no such file and no such preset{hint}{where_searched(name)}; presets: {', '.join(presets)}",
+        code="MDS104",
     )
 
 
@@ -128,7 +129,7 @@ def _is_there(name: str) -> bool:
         return False
     except (OSError, ValueError) as error:  # ValueError: characters that no name can have
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{ascii(name)[1:-1]}: not readable ({reason})") from None
+        raise ConfigError(f"{ascii(name)[1:-1]}: not readable ({reason})", code="MDS106") from None
 
 
 def list_presets() -> list[str]:
@@ -148,7 +149,7 @@ def _preset_folders() -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-def parse_json(text: str, source: str, problems: list[str]) -> dict[str, Any]:
+def parse_json(text: str, source: str, problems: list[Coded]) -> dict[str, Any]:
     """The object a text holds, without comments. Duplicate keys and NaN are added to `problems`.
 
     Raises:
@@ -156,7 +157,7 @@ def parse_json(text: str, source: str, problems: list[str]) -> dict[str, Any]:
     """
 
     def refuse_constant(constant: str) -> None:
-        problems.append(f"{source}: {constant} is not a number that JSON or a run knows")
+        problems.append(Coded("MDS105", f"{source}: {constant} is not a number that JSON or a run knows"))
 
     try:
         parsed = json_values.parse(text, source, refuse_constant)
@@ -164,18 +165,20 @@ def parse_json(text: str, source: str, problems: list[str]) -> dict[str, Any]:
         lines = text.split("\n")  # as the decoder counts
         line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
         where = f"line {error.lineno} column {error.colno}"
-        raise ConfigError(f"{source}: {where}: not valid JSON: {error.msg}; the line reads: {line[:80]}") from None
+        message = f"{source}: {where}: not valid JSON: {error.msg}; the line reads: {line[:80]}"
+        raise ConfigError(message, code="MDS105") from None
     if not isinstance(parsed, json_values.Pairs):
-        raise ConfigError(f"{source}: a JSON object with the sections of a run is expected")
+        raise ConfigError(f"{source}: a JSON object with the sections of a run is expected", code="MDS105")
     plain: dict[str, Any] = _plain(parsed, source, "", problems)
     plain.pop(SCHEMA_KEY, None)
     return plain
 
 
-def _plain(value: Any, source: str, at: str, problems: list[str], depth: int = 0) -> Any:
+def _plain(value: Any, source: str, at: str, problems: list[Coded], depth: int = 0) -> Any:
     """Dicts without comment keys; a key given twice is a problem. Raises ConfigError for too deep nesting."""
     if depth > json_values.MAX_DEPTH:
-        raise ConfigError(f"{source}: {at[:80]}: nested too deep; allowed: {json_values.MAX_DEPTH} levels")
+        message = f"{source}: {at[:80]}: nested too deep; allowed: {json_values.MAX_DEPTH} levels"
+        raise ConfigError(message, code="MDS108")
     if isinstance(value, json_values.Pairs):
         result: dict[str, Any] = {}
         for key, item in value:
@@ -184,10 +187,10 @@ def _plain(value: Any, source: str, at: str, problems: list[str], depth: int = 0
                 # Left out of the configuration, but not of the file's copy in the run's directory.
                 noted = _plain(item, source, here, problems, depth + 1)
                 found = [told(here)] if is_secret(key, noted) else secrets(noted, here)
-                problems += [f"{source}: {': '.join(problem)}" for problem in found]
+                problems += [message.after(f"{source}: {key}: ") for key, message in found]
                 continue
             if key in result:
-                problems.append(f"{source}: {here}: given twice; keep one")
+                problems.append(Coded("MDS107", f"{source}: {here}: given twice; keep one"))
             result[key] = _plain(item, source, here, problems, depth + 1)
         return result
     if isinstance(value, list):
@@ -195,7 +198,7 @@ def _plain(value: Any, source: str, at: str, problems: list[str], depth: int = 0
     return value
 
 
-def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> set[str]:
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: list[Coded]) -> set[str]:
     """Writes `section.key=value`, and `stages.NAME.section.key=value` of a stage by name or number, into `raw`; returns
     the key paths written. Bad ones go to `problems`."""
     written: set[str] = set()
@@ -206,22 +209,26 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: lis
         if parts[0] == STAGES and len(parts) > 1:
             entry = entry_at(raw, parts[1])
             if entry is None:
-                problems.append(f"override {override!r}: no stage {parts[1]!r}; allowed: the name or number of a stage")
+                wrong = f"no stage {parts[1]!r}; allowed: the name or number of a stage"
+                problems.append(Coded("MDS135", f"override {override!r}: {wrong}"))
                 continue
             (index, target), parts = entry, parts[2:]
             before = f"{STAGES}[{index}]."
         if not equals or not all(parts) or len(parts) < 2:
-            problems.append(f"override {override!r}: allowed: section.key=value, such as training.lr=0.001")
+            wrong = "allowed: section.key=value, such as training.lr=0.001"
+            problems.append(Coded("MDS109", f"override {override!r}: {wrong}"))
             continue
         hidden = entry_at(raw, "0") if not before else None
         if hidden is not None and parts[1] in (_section(hidden[1], parts[0]) or {}):
             name = hidden[1].get(NAME)
-            problems.append(f"override {override!r}: stage {name!r} sets this; write {STAGES}.{name}.{key.strip()}=")
+            wrong = f"stage {name!r} sets this; write {STAGES}.{name}.{key.strip()}="
+            problems.append(Coded("MDS111", f"override {override!r}: {wrong}"))
         elif _write(target, parts, _override_value(text, problems)):
             written.add(before + ".".join(parts))
             named.setdefault(before, (target, {}))[1].setdefault(parts[0], {})[parts[1]] = None
         else:
-            problems.append(f"override {override!r}: '{'.'.join(parts[:-1])}' is a value, not a section")
+            wrong = f"'{'.'.join(parts[:-1])}' is a value, not a section"
+            problems.append(Coded("MDS109", f"override {override!r}: {wrong}"))
     for target, given in named.values():
         drop_alternatives(target, given)
     return written
@@ -232,7 +239,7 @@ def _section(raw: dict[str, Any], name: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _override_value(text: str, problems: list[str]) -> Any:
+def _override_value(text: str, problems: list[Coded]) -> Any:
     try:
         pairs = json_values.parse(text, "override", float)
     except ValueError:
@@ -289,7 +296,7 @@ def _validated(raw: dict[str, Any], contradictions: list[Problem]) -> tuple[RunC
     return config, contradictions + check.check(config)
 
 
-def _other_problems(raw: dict[str, Any], error: ValidationError, wrong: set[str]) -> list[tuple[str, str]]:
+def _other_problems(raw: dict[str, Any], error: ValidationError, wrong: set[str]) -> list[Problem]:
     """Problems with combinations of the values that are right one by one."""
     remaining = copy.deepcopy(raw)
     for item in error.errors(include_url=False):

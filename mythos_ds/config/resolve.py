@@ -13,7 +13,7 @@ from mythos_ds.config.layout import RankLayout, Stage, expert_stage_size, rows_p
 from mythos_ds.config.rules import check
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.config.training_stages import STAGES, TrainingStage, as_file
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import Coded, ConfigError
 
 BIAS_RATE = 1e-3
 
@@ -73,7 +73,7 @@ def resolve(config: RunConfig, world_size: int, grows_from: int = FRESH.mean_rec
     """
     problems = check.check(config) + check.check_world(config, world_size)
     if problems:
-        raise ConfigError([f"{key}: {message}" for key, message in problems])
+        raise ConfigError([message.after(f"{key}: ") for key, message in problems])
     training, model = config.training, config.model
     accumulation = training.global_batch_size // rows_per_micro_batch(config, world_size)
     bias_rate = training.router_bias_rate
@@ -107,17 +107,17 @@ def resolve_stages(stages: Sequence[TrainingStage], world_size: int) -> tuple[Re
         ConfigError: as `resolve`, with the problems of all stages; one that a stage has inherited is told once.
     """
     resolved: list[ResolvedStage] = []
-    problems: list[str] = []
-    told: list[str] = []
+    problems: list[Coded] = []
+    told: list[Coded] = []
     means = curriculum_starts([stage.config for stage in stages])
     for index, (stage, mean) in enumerate(zip(stages, means, strict=True)):
         try:
             resolved.append(ResolvedStage(stage.name, resolve(stage.config, world_size, mean)))
-            found: list[str] = []
+            found: list[Coded] = []
         except ConfigError as error:
             found = error.problems
         before = f"{STAGES}[{index}]." if index else ""
-        problems += [before + problem for problem in found if problem not in told]
+        problems += [problem.after(before) for problem in found if problem not in told]
         told = found
     if problems:
         raise ConfigError(problems)

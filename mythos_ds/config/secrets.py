@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from mythos_ds.config.error_messages import Problem
+from mythos_ds.errors import Coded, Problem
 
 _SECRET_KEY = re.compile(
     r"(api|access|private|secret|experiment|auth|wandb|comet|hf|ssh|signing|encryption)_?key|token$|secret|passw|"
@@ -40,7 +40,7 @@ def secrets(value: Any, at: str = "") -> list[Problem]:
     if not isinstance(value, str):
         return []
     if _IN_ADDRESS.search(value):
-        return [(at, f"an address with a password given; {_HEAD}; leave the password out of it")]
+        return [(at, Coded("MDS110", f"an address with a password given; {_HEAD}; leave the password out of it"))]
     return [told(at)] if _LOOKS_LIKE_ONE.search(value) else []
 
 
@@ -49,4 +49,4 @@ def told(at: str) -> Problem:
     *_, section, key = ["", *at.split(".")]
     name = _VARIABLES.get(section)
     how = f"set the environment variable {name.format(key.upper())}" if name else "give it in an environment variable"
-    return at, f"{_HEAD}; remove it, and {how}"
+    return at, Coded("MDS110", f"{_HEAD}; remove it, and {how}")

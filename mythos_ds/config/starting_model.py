@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from mythos_ds.config.built_in import BUILT_IN
 from mythos_ds.config.rules.check import check_model
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.errors import ConfigError, MythosError
+from mythos_ds.errors import Coded, ConfigError, MythosError, Problem
 from mythos_ds.io import read_json
 
 FREE = ("mean_recurrence", "embedding_std", "init_std", "act_threshold", "state_dtype")
@@ -23,7 +23,7 @@ _RUN_MANIFEST, _CHECKPOINTS = "manifest.json", "checkpoints"
 _TRAINING_STATE = "training_state.json"
 
 
-def complete_model(raw: dict[str, Any], *, allow_pickle: bool = False) -> list[tuple[str, str]]:
+def complete_model(raw: dict[str, Any], *, allow_pickle: bool = False) -> list[Problem]:
     """Fill in what the model section of `raw` leaves out, from the weights that `training.init_from` names; (key path,
     message) of each setting that contradicts them. Does nothing for a run from random weights, nor where a whole model
     section is given and the weights are not here: on the machine that plans it, or once the run needs them no more."""
@@ -39,7 +39,7 @@ def complete_model(raw: dict[str, Any], *, allow_pickle: bool = False) -> list[t
         needed = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
         if needed <= set(given) and not is_here(source):
             return []
-        return [("training.init_from", problem) for problem in getattr(error, "problems", [str(error)])]
+        return [("training.init_from", problem) for problem in error.problems]
     raw["model"] = {**own, **given}
     return [(f"model.{key}", message) for key, message in differences(own, given, source)]
 
@@ -70,7 +70,7 @@ def model_section(
                 path, given, context=context, allow_pickle=allow_pickle
             )
     except OSError as error:  # a name that no file can have, a folder that may not be read
-        raise ConfigError(f"given {path}; not readable ({error.strerror})") from None
+        raise ConfigError(f"given {path}; not readable ({error.strerror})", code="MDS141") from None
     defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
     lists = {name: list(value) for name, value in defaults.items() if isinstance(value, tuple)}
     return {**defaults, **lists, **found}
@@ -100,18 +100,18 @@ def _check(section: dict[str, Any], file: Path, keys: tuple[str, ...]) -> None:
     try:
         found = check_model(ModelConfig.model_validate(section))
     except ValidationError as error:
-        found = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()]
+        found = [(".".join(map(str, item["loc"])), Coded("MDS141", item["msg"])) for item in error.errors()]
     if found:
-        raise ConfigError([f"{file}: {'.'.join((*keys, key))}: {message}" for key, message in found])
+        raise ConfigError([message.after(f"{file}: {'.'.join((*keys, key))}: ") for key, message in found])
 
 
 def _json(file: Path) -> Any:
     return read_json(file, Any, ConfigError) if os.path.lexists(file) and not file.is_dir() else None
 
 
-def differences(own: Mapping[str, Any], given: Mapping[str, Any], source: str) -> list[tuple[str, str]]:
+def differences(own: Mapping[str, Any], given: Mapping[str, Any], source: str) -> list[Problem]:
     """(key, message) of each setting of a model section that the weights contradict."""
-    problems = []
+    problems: list[Problem] = []
     for key, value in given.items():
         if (
             key not in own
@@ -124,7 +124,8 @@ def differences(own: Mapping[str, Any], given: Mapping[str, Any], source: str) -
         if key == "vocab_size":
             allowed = f"{own[key]} or more"
         nearest = json.dumps(own[key])
-        problems.append((key, f"{json.dumps(value)} given; the weights of {source} have {allowed}; nearest: {nearest}"))
+        message = f"{json.dumps(value)} given; the weights of {source} have {allowed}; nearest: {nearest}"
+        problems.append((key, Coded("MDS140", message)))
     return problems
 
 

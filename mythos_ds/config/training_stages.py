@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from mythos_ds.config.error_messages import Problem, did_you_mean, show
+from mythos_ds.config.error_messages import did_you_mean, show
 from mythos_ds.config.schema import ModelConfig, RunConfig, TrainingConfig
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import Coded, ConfigError, Problem, coded
 
 STAGES = "stages"
 NAME = "name"
@@ -49,10 +49,10 @@ class StageEntry:
     given: dict[str, Any]
     sections: dict[str, Any]
 
-    def told(self, key: str, message: str) -> Problem:
+    def told(self, key: str, message: Coded) -> Problem:
         """A problem of the stage's sections with its place."""
         if self.index and not _is_given(self.given, key):
-            message = message.replace("remove it", "write null for it in this stage")
+            message = Coded(message.code, message.replace("remove it", "write null for it in this stage"))
         return self.key(key), message
 
     def key(self, key: str) -> str:
@@ -69,12 +69,13 @@ def stages_from(stages: Sequence[TrainingStage], name: str | None, source: str) 
     if name is None:
         return tuple(stages)
     if not _is_name(name):
-        raise ConfigError(f"--stage: given {name!r}; allowed: {_NAMES}")
+        raise ConfigError(f"--stage: given {name!r}; allowed: {_NAMES}", code="MDS131")
     if names == [None]:
         return (TrainingStage(name, stages[0].config),)
     if name not in names:
         hint = did_you_mean(name, [str(each) for each in names])
-        raise ConfigError(f"--stage: given {name!r}; {source} lists {', '.join(map(str, names))}{hint}")
+        listed = ", ".join(map(str, names))
+        raise ConfigError(f"--stage: given {name!r}; {source} lists {listed}{hint}", code="MDS135")
     return tuple(stages[names.index(name) :])
 
 
@@ -82,15 +83,14 @@ def unfold(raw: dict[str, Any]) -> tuple[list[StageEntry], list[Problem]]:
     """The entries of a file's list, and (key path, message) of each that is none."""
     listed = raw[STAGES]
     if not isinstance(listed, list) or not listed:
-        return [], [
-            (STAGES, f"{show(listed)} given; allowed: a list of at least one {{{NAME}, {', '.join(SECTIONS)}}}")
-        ]
+        allowed = f"a list of at least one {{{NAME}, {', '.join(SECTIONS)}}}"
+        return [], [(STAGES, Coded("MDS130", f"{show(listed)} given; allowed: {allowed}"))]
     entries: list[StageEntry] = []
     problems: list[Problem] = []
     sections = {key: value for key, value in raw.items() if key != STAGES}
     for index, given in enumerate(listed):
         if not isinstance(given, dict):
-            problems.append((f"{STAGES}[{index}]", f"{show(given)} given; allowed: an object"))
+            problems.append((f"{STAGES}[{index}]", Coded("MDS130", f"{show(given)} given; allowed: an object")))
             continue
         problems += _name_problems(given, index, [entry.name for entry in entries])
         problems += _key_problems(given, index)
@@ -104,12 +104,13 @@ def stage_problems(entry: StageEntry, former: StageEntry | None) -> list[Problem
     training, own = entry.given.get("training"), []
     if former is not None and not (isinstance(training, dict) and {"max_steps", "max_tokens"} & set(training)):
         key = f"{STAGES}[{entry.index}].training.max_steps"
-        own.append((key, "missing; required: the stage's own length, max_steps or max_tokens"))
+        own.append((key, Coded("MDS133", "missing; required: the stage's own length, max_steps or max_tokens")))
     if former is not None and (message := loops_problem(former.sections.get("model"), entry.sections.get("model"))):
         own.append((entry.key("model.max_loops"), message))
     return own
 
 
+@coded("MDS134")
 def loops_problem(before: Any, now: Any) -> str | None:
     """Why `max_loops` cannot change between two model sections, where it does and cannot."""
     if not isinstance(before, dict) or not isinstance(now, dict) or not now.get("lora_rank"):
@@ -209,16 +210,17 @@ def index_of(name: str, stages: Sequence[TrainingStage], file: object) -> int:
         return names.index(name)
     listed = ", ".join(each for each in names if each is not None) or "no training stages"
     hint = did_you_mean(name, [each for each in names if each is not None])
-    raise ConfigError(f"--stage: given {name!r}; {file} lists {listed}{hint}")
+    raise ConfigError(f"--stage: given {name!r}; {file} lists {listed}{hint}", code="MDS135")
 
 
 def _name_problems(given: dict[str, Any], index: int, before: list[str]) -> list[Problem]:
     key, name = f"{STAGES}[{index}].{NAME}", given.get(NAME)
     if name is None:
-        return [(key, "missing; required: a word that names the stage")]
+        return [(key, Coded("MDS131", "missing; required: a word that names the stage"))]
     if not _is_name(name):
-        return [(key, f"{show(name)} given; allowed: {_NAMES}")]
-    return [(key, f"{show(name)} names two stages; give each its own")] if name in before else []
+        return [(key, Coded("MDS131", f"{show(name)} given; allowed: {_NAMES}"))]
+    twice = Coded("MDS131", f"{show(name)} names two stages; give each its own")
+    return [(key, twice)] if name in before else []
 
 
 def _is_name(name: Any) -> bool:
@@ -227,17 +229,18 @@ def _is_name(name: Any) -> bool:
 
 
 def _key_problems(given: dict[str, Any], index: int) -> list[Problem]:
-    problems = []
+    problems: list[Problem] = []
     for section, inside in given.items():
         at = f"{STAGES}[{index}].{section}"
         if section in _OUTSIDE:
             way = "a file of its own with --resume OLD --run-dir NEW --stage NAME"
-            problems.append((at, f"given in a stage; it is the same in all stages of a file; another one: {way}"))
+            message = f"given in a stage; it is the same in all stages of a file; another one: {way}"
+            problems.append((at, Coded("MDS132", message)))
         elif section not in (NAME, *SECTIONS):
             hint = did_you_mean(section, [NAME, *SECTIONS]) or f"; allowed here: {NAME}, {', '.join(SECTIONS)}"
-            problems.append((at, f"unknown key{hint}"))
+            problems.append((at, Coded("MDS101", f"unknown key{hint}")))
         elif isinstance(inside, dict):
-            problems += [(f"{at}.{key}", message) for key in inside if (message := _fixed(section, key)) is not None]
+            problems += [(f"{at}.{key}", fixed) for key in inside if (fixed := _fixed(section, key)) is not None]
     return problems
 
 
@@ -246,6 +249,7 @@ def may_change(section: str, key: str) -> bool:
     return _fixed(section, key) is None
 
 
+@coded("MDS132")
 def _fixed(section: str, key: str) -> str | None:
     if section == "model" and key in ModelConfig.model_fields and key not in MODEL_KEYS:
         return f"given in a stage; the weights depend on it; allowed: {', '.join(MODEL_KEYS)}"

@@ -68,11 +68,15 @@ def sink_tokens(folder: Path, vocab_size: int, text_file: Path | None) -> tuple[
         tokenizer = Tokenizer.load(folder)
     except DataError as error:
         if text_file is not None:
-            raise DataError(f"--text: given {text_file}, but the source has no tokenizer for it ({error})") from None
+            raise DataError(
+                f"--text: given {text_file}, but the source has no tokenizer for it ({error})", code="MDS120"
+            ) from None
         return _random_tokens(vocab_size), "random tokens: the source has no tokenizer that is known here"
     ids = tokenizer.encode(TEXT if text_file is None else _read_text(text_file))[:_TOKENS]
     if len(set(ids)) < _DIFFERENT:
-        raise DataError(f"--text: given {text_file}, with {len(set(ids))} tokens; allowed: at least {_DIFFERENT}")
+        raise DataError(
+            f"--text: given {text_file}, with {len(set(ids))} tokens; allowed: at least {_DIFFERENT}", code="MDS120"
+        )
     if max(ids) >= vocab_size:
         return _random_tokens(vocab_size), "random tokens: the source's tokenizer has more pieces than its embedding"
     return ids, None
@@ -86,7 +90,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise DataError(f"--text: {path} is not readable as text ({error})") from None
+        raise DataError(f"--text: {path} is not readable as text ({error})", code="MDS120") from None
 
 
 def layers_to_run(n_layers: int, coda: int) -> int:

@@ -54,9 +54,13 @@ class SourceModel:
         """Reads a mythos or Hugging Face folder. Raises CheckpointError where it is neither."""
         content = read_json(folder / CONFIG)
         if not isinstance(content, dict) or not ({"format", "model"} <= set(content) or "model_type" in content):
-            raise CheckpointError(f"{folder / CONFIG}: neither a mythos model's nor a Hugging Face configuration")
+            raise CheckpointError(
+                f"{folder / CONFIG}: neither a mythos model's nor a Hugging Face configuration", code="MDS517"
+            )
         if "quantization_config" in content:
-            raise CheckpointError(f"{folder}: is quantised; allowed: models in fp32 or bf16 (average, then quantise)")
+            raise CheckpointError(
+                f"{folder}: is quantised; allowed: models in fp32 or bf16 (average, then quantise)", code="MDS516"
+            )
         mythos = "model" in content and "format" in content
         config = _settled(folder) if mythos else {k: v for k, v in content.items() if k not in _NOT_CONFIGURATION}
         files = [folder / name for name in _TOKENIZERS if is_regular(folder / name)]
@@ -128,12 +132,14 @@ def check_alike(models: Sequence[SourceModel]) -> None:
         if odd:
             mine, other = (json.dumps(each.config.get(odd[0])) for each in (model, first))
             raise CheckpointError(
-                f"{model.folder}: has {odd[0]} {mine}, {first.folder} {other}; allowed: models of one configuration"
+                f"{model.folder}: has {odd[0]} {mine}, {first.folder} {other}; allowed: models of one configuration",
+                code="MDS517",
             )
         if model.tokenizer != first.tokenizer:
             raise CheckpointError(
                 f"{model.folder}: has another tokenizer than {first.folder} ({_short(model.tokenizer)} and "
-                f"{_short(first.tokenizer)}); allowed: models of one tokenizer"
+                f"{_short(first.tokenizer)}); allowed: models of one tokenizer",
+                code="MDS517",
             )
 
 
@@ -187,11 +193,11 @@ def _is_state(name: str, spec: TensorSpec) -> bool:
 def _same_specs(given: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], number: int) -> None:
     odd = sorted(set(given) ^ set(wanted))
     if odd:
-        raise CheckpointError(f"model {number}: {odd[0]} is in it or in the last one, not in both")
+        raise CheckpointError(f"model {number}: {odd[0]} is in it or in the last one, not in both", code="MDS517")
     for name, spec in wanted.items():
         if given[name] != spec:
             found, expected = (f"{each.dtype} {each.shape}" for each in (given[name], spec))
-            raise CheckpointError(f"model {number}: {name} is {found}, in the last one {expected}")
+            raise CheckpointError(f"model {number}: {name} is {found}, in the last one {expected}", code="MDS517")
 
 
 def _short(digest: str | None) -> str:

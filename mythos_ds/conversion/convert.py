@@ -26,7 +26,7 @@ from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel, check_
 from mythos_ds.conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmythos_fields, read_openmythos
 from mythos_ds.conversion.retrofit import Cut, Retrofitted, context_of, describe, retrofit_config
 from mythos_ds.data.tokenizer_files import copy_tokenizer, has_tokenizer
-from mythos_ds.errors import ConfigError, MythosError, naming
+from mythos_ds.errors import ConfigError, MythosError, OptionError, naming
 from mythos_ds.io import read_json
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.model_folder import CONFIG, read_config, read_metadata
@@ -94,7 +94,7 @@ def plan_route(request: Request) -> Route:
     pair = request.source, request.target
     if pair not in routes:
         allowed = ", ".join(f"{source} to {target}" for source, target in routes)
-        raise ConfigError(f"--from {pair[0]} --to {pair[1]}: given; allowed: {allowed}; others go through mythos")
+        raise OptionError(f"--from {pair[0]} --to {pair[1]}: given; allowed: {allowed}; others go through mythos")
     _refuse_without_effect(request)
     with naming(request.folder):
         return routes[pair](request)
@@ -102,17 +102,17 @@ def plan_route(request: Request) -> Route:
 
 def _refuse_without_effect(request: Request) -> None:
     if request.with_remote_code and request.target != "hf":
-        raise ConfigError(f"--with-remote-code: given with --to {request.target}; allowed: with --to hf")
+        raise OptionError(f"--with-remote-code: given with --to {request.target}; allowed: with --to hf")
     if request.dtype == "fp8" and request.target != "hf":
-        raise ConfigError(f"--dtype: given fp8 with --to {request.target}; allowed: with --to hf; nearest: bfloat16")
+        raise OptionError(f"--dtype: given fp8 with --to {request.target}; allowed: with --to hf; nearest: bfloat16")
     if request.dtype is not None and request.target == "openmythos":
-        raise ConfigError("--dtype: given with --to openmythos; allowed: none (its code runs in fp32 only)")
+        raise OptionError("--dtype: given with --to openmythos; allowed: none (its code runs in fp32 only)")
     if (request.cut or request.text is not None) and (request.source, request.target) != ("hf", "mythos"):
         flag = next(iter(request.cut), "text").replace("_", "-")
-        raise ConfigError(f"--{flag}: given with --from {request.source} --to {request.target}; allowed: hf to mythos")
+        raise OptionError(f"--{flag}: given with --from {request.source} --to {request.target}; allowed: hf to mythos")
     pickled = request.folder.is_file() or not has_safetensors(request.folder)
     if request.allow_pickle and (request.source == "mythos" or not pickled):
-        raise ConfigError(f"--allow-pickle: given for {request.folder}, whose weights are not pickled")
+        raise OptionError(f"--allow-pickle: given for {request.folder}, whose weights are not pickled")
 
 
 def _from_hf(request: Request) -> Route:
@@ -125,7 +125,7 @@ def _from_hf(request: Request) -> Route:
         raise ConfigError(f"{request.folder / CONFIG}: given model_type {kind!r}; allowed: {allowed}")
     if request.cut or request.text is not None:
         flag = next(iter(request.cut), "text").replace("_", "-")
-        raise ConfigError(f"--{flag}: given for a mythos model; allowed: for a dense one ({', '.join(FAMILIES)})")
+        raise OptionError(f"--{flag}: given for a mythos model; allowed: for a dense one ({', '.join(FAMILIES)})")
     method = (hf.get("quantization_config") or {"quant_method": "fp8"}).get("quant_method")
     if method != "fp8":
         field = f"{request.folder / CONFIG}: quantization_config"
@@ -192,7 +192,7 @@ def _to_openmythos(request: Request) -> Route:
 def _retrofit(request: Request, hf: Mapping[str, Any]) -> Route:
     missing = [name for name in ("prelude", "recurrent", "coda") if name not in request.cut]
     if missing:
-        raise ConfigError(f"--{missing[0]}: not given; needed for a dense model ({hf['model_type']})")
+        raise OptionError(f"--{missing[0]}: not given; needed for a dense model ({hf['model_type']})")
     given = {"n_experts" if name == "experts" else name: value for name, value in request.cut.items()}
     cut = Cut(**given)  # type: ignore[arg-type]
     config = retrofit_config(hf, cut)

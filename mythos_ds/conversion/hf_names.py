@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import TensorMismatchError
 
 _OUTPUT = ("attn.o.weight", "self_attn.o_proj.weight")
 LAYER_NORMS = {
@@ -94,5 +94,5 @@ def _translate(name: str, rules: dict[str, str]) -> str:
     number = re.search(r"(?<=\.)\d+(?=\.)", name)
     pattern = name if number is None else f"{name[: number.start()]}#{name[number.end() :]}"
     if pattern not in rules:
-        raise CheckpointError(f"{name}: a tensor that has no counterpart in the other format")
+        raise TensorMismatchError(f"{name}: a tensor that has no counterpart in the other format")
     return rules[pattern] if number is None else rules[pattern].replace("#", number.group(0))

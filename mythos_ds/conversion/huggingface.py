@@ -15,7 +15,7 @@ from mythos_ds.conversion.hf_names import LEFT_OUT, Names
 from mythos_ds.conversion.hf_tokenizer import write_generation_config, write_tokenizer
 from mythos_ds.conversion.model_target import WholeModel, folder_dtype
 from mythos_ds.data.tokenizer_files import copy_tokenizer, has_tokenizer
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import CheckpointError, TensorMismatchError
 from mythos_ds.io import copy_file, write_atomic
 from mythos_ds.weights.checksums import seal
 from mythos_ds.weights.model_folder import read_config, read_metadata
@@ -96,13 +96,13 @@ class _MythosTensors:
                 continue
             missing = [expert for expert in range(len(parts)) if expert not in parts]
             if missing:
-                raise CheckpointError(f"{ours}: expert {missing[0]} is not in the given weights")
+                raise TensorMismatchError(f"{ours}: expert {missing[0]} is not in the given weights")
             shapes = {given[name].shape for name in parts.values()}
             if len(shapes) > 1:
-                raise CheckpointError(f"{ours}: experts of different shapes, {sorted(shapes)}")
+                raise TensorMismatchError(f"{ours}: experts of different shapes, {sorted(shapes)}")
             kinds = {given[name].dtype for name in parts.values()}
             if len(kinds) > 1:
-                raise CheckpointError(f"{ours}: experts of different types, {sorted(map(str, kinds))}")
+                raise TensorMismatchError(f"{ours}: experts of different types, {sorted(map(str, kinds))}")
             first = given[parts[0]]
             specs[ours] = TensorSpec(first.dtype, (len(parts), *first.shape))
         return specs

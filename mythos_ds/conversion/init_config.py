@@ -11,7 +11,7 @@ from mythos_ds.config.starting_model import model_section
 from mythos_ds.conversion.merge import newest_tag, tokenizer_of
 from mythos_ds.data.builtin import existing_builtin
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.errors import ConfigError, MythosError
+from mythos_ds.errors import Coded, ConfigError, MythosError
 from mythos_ds.weights.built_in import model_path
 from mythos_ds.weights.model_folder import CONFIG
 
@@ -28,7 +28,7 @@ def init_config(
     """
     raw = like.config.model_dump(mode="json", exclude_unset=True)
     asked: dict[str, Any] = {}
-    problems: list[str] = []
+    problems: list[Coded] = []
     apply_overrides(asked, overrides, problems)
     if problems:
         raise ConfigError(problems)

@@ -41,7 +41,7 @@ def newest_tag(path: Path) -> Path:
         except CheckpointError as error:
             faults.append(str(error))
     where = "" if folder.exists() else where_searched(folder)
-    raise CheckpointError("\n".join([f"{folder}: no complete checkpoint{where}", *faults]))
+    raise CheckpointError("\n".join([f"{folder}: no complete checkpoint{where}", *faults]), code="MDS502")
 
 
 def merged_source(tag: Path, model: ModelConfig, dtype: str) -> TensorSource:

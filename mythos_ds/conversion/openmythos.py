@@ -28,7 +28,7 @@ from mythos_ds.conversion.tensor_joins import (
     Stacked,
     Transposed,
 )
-from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.errors import CheckpointError, ConfigError, TensorMismatchError
 from mythos_ds.weights.pickled import PickledTensors, open_weights
 from mythos_ds.weights.prefixes import without_prefix
 from mythos_ds.weights.reader import TensorSource, TensorSpec
@@ -158,7 +158,7 @@ def openmythos_fields(config: ModelConfig, max_seq_len: int) -> dict[str, Any]:
         if wanted[key] != able[key]
     ]
     if reasons:
-        raise ConfigError(["OpenMythos cannot express this model:", *reasons])
+        raise ConfigError("\n".join(["OpenMythos cannot express this model:", *reasons]), code="MDS172")
     return fields
 
 
@@ -205,7 +205,7 @@ def openmythos_source(source: TensorSource, config: ModelConfig) -> TensorSource
     specs = source.specs()
     unknown = sorted(set(specs) - known)
     if unknown:
-        raise CheckpointError(f"{unknown[0]}: not a tensor of this OpenMythos configuration")
+        raise TensorMismatchError(f"{unknown[0]}: not a tensor of this OpenMythos configuration")
     if _HEAD in specs and _EMBED in specs and not same_values(source, _HEAD, _EMBED):
         raise CheckpointError(f"{_HEAD}: is not the embedding, to which OpenMythos ties it")
     return Joined(_refuse_bias(source), rows)
@@ -233,18 +233,20 @@ def _fields_in(file: Path) -> tuple[dict[str, Any], ModelConfig]:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: missing; the fields of OpenMythos's MythosConfig as JSON ({error})") from None
+        raise ConfigError(
+            f"{file}: missing; the fields of OpenMythos's MythosConfig as JSON ({error})", code="MDS172"
+        ) from None
     return fields, _config_of(fields, file)
 
 
 def _config_of(fields: dict[str, Any], where: Path) -> ModelConfig:
     if not isinstance(fields, dict) or (missing := [name for name in _LEAST if name not in fields]):
         says = f"{missing[0]} is missing" if isinstance(fields, dict) else "not an object"
-        raise ConfigError(f"{where}: not an OpenMythos configuration ({says})")
+        raise ConfigError(f"{where}: not an OpenMythos configuration ({says})", code="MDS172")
     try:
         return openmythos_config(SimpleNamespace(**{**_ABSENT, **fields}))
     except (TypeError, AttributeError, ValidationError) as error:
-        raise ConfigError(f"{where}: not an OpenMythos configuration ({error})") from None
+        raise ConfigError(f"{where}: not an OpenMythos configuration ({error})", code="MDS172") from None
 
 
 class OpenMythosTensors:
@@ -255,7 +257,7 @@ class OpenMythosTensors:
         expected = expected_specs(config)
         unknown = sorted(set(source.specs()) - set(expected))
         if unknown:
-            raise CheckpointError(f"{unknown[0]}: not a tensor of this configuration")
+            raise TensorMismatchError(f"{unknown[0]}: not a tensor of this configuration")
         prefix = "recurrent.layers.0.moe.router"
         for name in (f"{prefix}.bias", f"{prefix}.loop_bias"):
             if bool(source.read(name).any()):

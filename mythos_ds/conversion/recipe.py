@@ -14,7 +14,7 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.attention_sink import Sink
 from mythos_ds.conversion.dense_source import source_problems
 from mythos_ds.conversion.retrofit import Cut
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import Coded, ConfigError
 from mythos_ds.io import read_json
 from mythos_ds.weights.model_folder import CONFIG
 
@@ -57,7 +57,7 @@ def dense_config(folder: Path) -> dict[str, Any]:
     if not problems and hf["num_hidden_layers"] < 2:
         problems = [f"num_hidden_layers: given {hf['num_hidden_layers']}; allowed: at least 2, for prelude and block"]
     if problems:
-        raise ConfigError([f"{folder / CONFIG}: {problem}" for problem in problems])
+        raise ConfigError([Coded("MDS170", f"{folder / CONFIG}: {problem}") for problem in problems])
     return dict(hf)
 
 

@@ -24,7 +24,7 @@ from mythos_ds.config.rules.model import head_dim, kv_heads, loop_embedding_widt
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.dense_source import layer_problems, model_fields, source_problems, value_of
 from mythos_ds.conversion.hf_names import LAYER_NORMS
-from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.errors import CheckpointError, Coded, ConfigError, OptionError, TensorMismatchError
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.injection import INITIAL_DT
 from mythos_ds.weights.reader import TensorSource, TensorSpec
@@ -72,10 +72,10 @@ class Cut:
         """Source layers by part, and the dropped ones. Raises ConfigError for a cut the source is too short for."""
         for name, least in (("prelude", 1), ("recurrent", 1), ("coda", 0)):
             if getattr(self, name) < least:
-                raise ConfigError(f"--{name}: given {getattr(self, name)}; allowed: at least {least}; nearest: {least}")
+                raise OptionError(f"--{name}: given {getattr(self, name)}; allowed: at least {least}; nearest: {least}")
         room = n_layers - self.prelude - self.coda
         if self.recurrent > room:
-            raise ConfigError(
+            raise OptionError(
                 f"--prelude {self.prelude} --recurrent {self.recurrent} --coda {self.coda}: given "
                 f"{self.prelude + self.recurrent + self.coda} layers; allowed: at most the {n_layers} of the source; "
                 f"nearest: --recurrent {max(room, 0)}"
@@ -84,7 +84,7 @@ class Cut:
         start = last if self.recurrent_from is None else self.recurrent_from
         if not self.prelude <= start <= last:
             nearest = min(max(start, self.prelude), last)
-            raise ConfigError(
+            raise OptionError(
                 f"--recurrent-from: given {start}; allowed: {self.prelude} to {last} (after the prelude, before the "
                 f"coda); nearest: {nearest}"
             )
@@ -106,7 +106,7 @@ def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
         taken = [layer for part in ("prelude", "recurrent", "coda") for layer in parts[part]]
         problems = layer_problems(source, taken, context_of(source, cut))
     if problems:
-        raise ConfigError(["this source cannot be retrofitted:", *problems])
+        raise ConfigError("\n".join(["this source cannot be retrofitted:", *problems]), code="MDS170")
     hidden = int(source["intermediate_size"])
     g, n, k = cut.granularity, cut.n_experts, cut.experts_per_token
     if g < 1 or hidden % g:
@@ -127,7 +127,7 @@ def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
     if not 1 <= cut.mean_recurrence <= cut.max_loops:
         problems.append(f"--mean-recurrence: given {cut.mean_recurrence}; allowed: 1 to --max-loops = {cut.max_loops}")
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([Coded("MDS171", problem) for problem in problems])
     try:
         config = ModelConfig(
             **model_fields(source, taken),
@@ -144,11 +144,12 @@ def retrofit_config(source: Mapping[str, Any], cut: Cut) -> ModelConfig:
         )
     except ValidationError as error:
         wrong = [f"model.{item['loc'][0]}: {item['msg']}, given {item['input']!r}" for item in error.errors()]
-        raise ConfigError(["config.json: not a model that can be made here:", *wrong]) from None
+        message = "\n".join(["config.json: not a model that can be made here:", *wrong])
+        raise ConfigError(message, code="MDS170") from None
     broken = {"head_dim": head_dim(config), "num_key_value_heads": kv_heads(config)}
     broken["hidden_size"] = loop_embedding_width(config)
-    if wrong := [f"config.json: {key}: {message}" for key, message in broken.items() if message is not None]:
-        raise ConfigError(wrong)
+    if found := [message.after(f"config.json: {key}: ") for key, message in broken.items() if message is not None]:
+        raise ConfigError(found)
     return config
 
 
@@ -158,7 +159,7 @@ def context_of(source: Mapping[str, Any], cut: Cut) -> int:
     given = longest if cut.context_length is None else cut.context_length
     if not 1 <= given <= longest:
         nearest = min(max(given, 1), longest)
-        raise ConfigError(
+        raise OptionError(
             f"--context-length: given {given}; allowed: 1 to the source's max_position_embeddings = {longest}; "
             f"nearest: {nearest}"
         )
@@ -223,7 +224,7 @@ class Retrofitted:
     def _finite(self, theirs: str, rows: slice | None = None) -> Tensor:
         value = self.source.read(theirs, rows)
         if not all_finite(value):
-            raise CheckpointError(f"{theirs}: has values that are not finite, in the given weights")
+            raise CheckpointError(f"{theirs}: has values that are not finite, in the given weights", code="MDS515")
         return value
 
     def _router(self, name: str) -> Tensor:
@@ -270,16 +271,18 @@ class Retrofitted:
                 wanted[self._dense_name(layer, part)] = sizes
         for name, shape in wanted.items():
             if name not in specs:
-                raise CheckpointError(f"{name}: not in the given weights{self._absent_head(name)}")
+                raise TensorMismatchError(f"{name}: not in the given weights{self._absent_head(name)}")
             if specs[name].shape != shape:
-                raise CheckpointError(f"{name}: has the shape {specs[name].shape}, config.json says {shape}")
+                raise TensorMismatchError(f"{name}: has the shape {specs[name].shape}, config.json says {shape}")
             if specs[name].dtype not in _TYPES:
-                raise CheckpointError(f"{name}: is {specs[name].dtype}; allowed: float16, bfloat16, float32, float64")
+                raise TensorMismatchError(
+                    f"{name}: is {specs[name].dtype}; allowed: float16, bfloat16, float32, float64"
+                )
         dropped = tuple(f"model.layers.{number}." for number in layers["dropped"])
         known = {*wanted, *_HEAD.values()}
         for name in specs:
             if name not in known and not name.startswith(dropped) and not name.endswith("rotary_emb.inv_freq"):
-                raise CheckpointError(f"{name}: nothing here stands for it; the model would not be the source's")
+                raise TensorMismatchError(f"{name}: nothing here stands for it; the model would not be the source's")
         self._check_tied(specs, config)
 
     @staticmethod

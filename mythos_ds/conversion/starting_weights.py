@@ -24,7 +24,7 @@ from mythos_ds.conversion.merge import merged_source, model_of, newest_tag
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel
 from mythos_ds.conversion.openmythos import read_openmythos
 from mythos_ds.conversion.retrofit import Cut, Retrofitted, describe, retrofit_config
-from mythos_ds.errors import CheckpointError, ConfigError
+from mythos_ds.errors import CheckpointError, Coded, ConfigError
 from mythos_ds.io import read_json, where_searched
 from mythos_ds.weights.built_in import model_path
 from mythos_ds.weights.checksums import require_whole
@@ -71,11 +71,12 @@ def foreign_section(
         hf = read_json(place / CONFIG)
         return _dumped(mythos_config(hf) if kind == "mythos" else retrofit_config(hf, _cut_of(hf, given, context)))
     except ConfigError as error:
-        raise ConfigError(
-            [_OPTION.sub(lambda found: _SETTINGS[found[0]], problem) for problem in error.problems]
-        ) from None
+        renamed = [
+            Coded(problem.code, _OPTION.sub(lambda found: _SETTINGS[found[0]], problem)) for problem in error.problems
+        ]
+        raise ConfigError(renamed) from None
     except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(error.problems) from None
 
 
 def open_starting_weights(resolved: ResolvedRun, rank: int, *, allow_pickle: bool = False) -> StartingWeights:
@@ -86,9 +87,10 @@ def open_starting_weights(resolved: ResolvedRun, rank: int, *, allow_pickle: boo
     try:
         kind, source, notes = _fitted(path, config, training, allow_pickle)
     except ConfigError as error:
-        raise ConfigError([f"training.init_from: {problem}" for problem in error.problems]) from None
+        raise ConfigError([problem.after("training.init_from: ") for problem in error.problems]) from None
     except CheckpointError as error:
-        raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        before = "" if str(path) in str(error) else f"{path}: "
+        raise CheckpointError([problem.after(before) for problem in error.problems]) from None
     identity = {"name": path.resolve().name, "kind": kind, "sha256": _digest(path) if rank == 0 else None}
     return StartingWeights(source, identity, tuple(notes))
 
@@ -158,15 +160,20 @@ def _foreign_kind(path: Path) -> str:
     if _is_pickle(path) or (path.is_file() and path.suffix in _ENDINGS):
         return "openmythos"
     if path.is_file():
-        raise ConfigError(f"given {path}, a file; allowed: a folder, or a file that ends in {', '.join(_ENDINGS)}")
+        raise ConfigError(
+            f"given {path}, a file; allowed: a folder, or a file that ends in {', '.join(_ENDINGS)}", code="MDS141"
+        )
     if not path.is_dir():
         raise ConfigError(
             f"given {path}; no such file or folder{where_searched(path)}; allowed: a model, a run, a checkpoint "
-            f'or "{BUILT_IN}"'
+            f'or "{BUILT_IN}"',
+            code="MDS141",
         )
     content = read_json(path / CONFIG) if (path / CONFIG).is_file() else None
     if not isinstance(content, dict):
-        raise ConfigError(f"given {path}, which has no {CONFIG}, no checkpoint and no run's manifest.json")
+        raise ConfigError(
+            f"given {path}, which has no {CONFIG}, no checkpoint and no run's manifest.json", code="MDS141"
+        )
     kind = content.get("model_type")
     if kind is None and "max_loop_iters" in content:
         return "openmythos"
@@ -174,7 +181,8 @@ def _foreign_kind(path: Path) -> str:
         return str(kind)
     raise ConfigError(
         f"given {path}, whose {CONFIG} says model_type {kind!r}; allowed: a mythos model, OpenMythos weights, "
-        f"{', '.join(FAMILIES)}"
+        f"{', '.join(FAMILIES)}",
+        code="MDS141",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import TensorMismatchError
 from mythos_ds.weights.reader import TensorSource, TensorSpec
 
 Shape = tuple[int, ...]
@@ -175,7 +175,7 @@ class Joined:
         specs = source.specs()
         for name in (name for row in rows for name in row.sources):
             if name not in specs:
-                raise CheckpointError(f"{name}: not in the given weights")
+                raise TensorMismatchError(f"{name}: not in the given weights")
         self._parts = {row.target: [specs[name] for name in row.sources] for row in rows}
 
     def specs(self) -> dict[str, TensorSpec]:
@@ -202,10 +202,10 @@ class Parted:
         specs = source.specs()
         for row in rows:
             if row.target not in specs:
-                raise CheckpointError(f"{row.target}: not in the given weights")
+                raise TensorMismatchError(f"{row.target}: not in the given weights")
             whole = row.join.whole([self._shapes[name] for name in row.sources])
             if specs[row.target].shape != whole:
-                raise CheckpointError(f"{row.target}: has the shape {specs[row.target].shape}, expected {whole}")
+                raise TensorMismatchError(f"{row.target}: has the shape {specs[row.target].shape}, expected {whole}")
         self._types = {name: specs[row.target].dtype for name, (row, _) in self._places.items()}
 
     def specs(self) -> dict[str, TensorSpec]:

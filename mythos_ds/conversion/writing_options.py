@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from mythos_ds.checkpoint.manifest import list_tags
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import ConfigError, OptionError
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.checksums import checked_bytes, require_whole
 from mythos_ds.weights.writer import MAX_FILE_BYTES
@@ -40,15 +40,17 @@ def check_writing(arguments: Namespace) -> None:
     for name in ("jobs", "max_file_bytes", "bandwidth"):
         value = getattr(arguments, name)
         if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')}: given {value:g}; allowed: more than 0; nearest: 1")
+            raise OptionError(f"--{name.replace('_', '-')}: given {value:g}; allowed: more than 0; nearest: 1")
     if arguments.bandwidth is not None and not arguments.dry_run:
-        raise ConfigError("--bandwidth: given without --dry-run; allowed: with it, for the time it prints")
+        raise OptionError("--bandwidth: given without --dry-run; allowed: with it, for the time it prints")
     if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
-        raise ConfigError(f"--output: given {arguments.output}, which is a file; allowed: a new folder")
+        raise ConfigError(f"--output: given {arguments.output}, which is a file; allowed: a new folder", code="MDS601")
 
 
 def refuse_output_in_run(output: Path) -> None:
     """Raises ConfigError for an output that is a run, or lies in its checkpoints: files of two kinds would mix."""
     place = output.resolve()
     if (place / "checkpoints").is_dir() or any(list_tags(folder) for folder in (place, *place.parents)):
-        raise ConfigError(f"--output: given {output}, which is a run or lies in its checkpoints; allowed: a new folder")
+        raise ConfigError(
+            f"--output: given {output}, which is a run or lies in its checkpoints; allowed: a new folder", code="MDS601"
+        )

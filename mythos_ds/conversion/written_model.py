@@ -35,6 +35,8 @@ def refuse_input(output: Path, inputs: Sequence[Path], name: str = "--output", w
         place = output.resolve()
         same = any(place == given.resolve() or (place.exists() and place.samefile(given)) for given in inputs)
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead back to themselves
-        raise ConfigError(f"{name}: given {output}, which is not readable ({error}); allowed: a new folder") from None
+        raise ConfigError(
+            f"{name}: given {output}, which is not readable ({error}); allowed: a new folder", code="MDS601"
+        ) from None
     if same:
-        raise ConfigError(f"{name}: given {output}, which is {what}; allowed: a new folder")
+        raise ConfigError(f"{name}: given {output}, which is {what}; allowed: a new folder", code="MDS601")

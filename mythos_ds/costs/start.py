@@ -2,7 +2,7 @@
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.params import count_parameters
-from mythos_ds.errors import ConfigError
+from mythos_ds.errors import Coded, ConfigError
 from mythos_ds.formatting import byte_text, number_text
 
 _MASTER_BYTES = 4
@@ -43,4 +43,4 @@ def require_room(resolved: ResolvedRun, memory_bytes: float, local_processes: in
             "give fewer or shorter sequences"
         )
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([Coded("MDS162", problem) for problem in problems])

@@ -95,7 +95,8 @@ def _read_ahead(dataset: SampleSource, indices: _MicroBatches, num_workers: int)
             raise
         raise DataError(
             f"a process that reads data was killed ({error}), most likely for want of memory; "
-            f"data.num_workers {num_workers} given: allowed are fewer, or 0"
+            f"data.num_workers {num_workers} given: allowed are fewer, or 0",
+            code="MDS426",
         ) from error
 
 

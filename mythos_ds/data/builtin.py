@@ -70,5 +70,5 @@ def existing_builtin(data_dir: Path) -> BuiltinData:
     data = BuiltinData.under(data_dir)
     if not data.folder.is_dir():
         command = f"mythos-ds build-corpus --data-dir {data_dir}"
-        raise DataError(f"no built-in corpus in {looked_for(data_dir)}; make it with: {command}")
+        raise DataError(f"no built-in corpus in {looked_for(data_dir)}; make it with: {command}", code="MDS410")
     return data

@@ -32,6 +32,8 @@ _MOST_SECONDS, _MOST_CHARACTERS = 20.0, 1 << 28
 class TemplateFault(DataError):
     """What a chat template does is wrong for every conversation."""
 
+    code = "MDS402"
+
 
 @dataclass(frozen=True)
 class EncodedChat:
@@ -56,14 +58,15 @@ class ChatTemplate:
         if found is None:
             raise DataError(
                 f"{tokenizer.path}: has no chat template; allowed: a model whose folder has chat_template.jinja, or "
-                '"chat_template" in tokenizer_config.json; prepare-data also takes --chat-template FILE'
+                '"chat_template" in tokenizer_config.json; prepare-data also takes --chat-template FILE',
+                code="MDS434",
             )
         try:
             import jinja2.sandbox
 
             from mythos_hf.tokenization_mythos import ChatMarks
         except ImportError as error:
-            raise DataError("chat templates need an extra: pip install 'mythos_ds[hf]'") from error
+            raise DataError("chat templates need an extra: pip install 'mythos_ds[hf]'", code="MDS004") from error
         self.text, self.tokenizer, self._marks_of = found, tokenizer, ChatMarks
         self._faults = (jinja2.TemplateSyntaxError, jinja2.sandbox.SecurityError, RecursionError, MemoryError, _TooLong)
         symbols = tokenizer.symbols()
@@ -118,7 +121,7 @@ class ChatTemplate:
             raise self._fault(str(error) or "it takes more memory than there is") from None
         except Exception as error:  # what a template does is its author's
             raise DataError(
-                f"{self.tokenizer.path}: its chat template does not take these messages ({error})"
+                f"{self.tokenizer.path}: its chat template does not take these messages ({error})", code="MDS435"
             ) from None
         text = str(made[0][0])
         if len(text) > _MOST_CHARACTERS:
@@ -202,7 +205,8 @@ class _Chat:
         else:
             raise DataError(
                 f"{template.tokenizer.path}: its chat template decides by special tokens inside of messages, where "
-                f"they are text; allowed: messages without {', '.join(marks.special)}"
+                f"they are text; allowed: messages without {', '.join(marks.special)}",
+                code="MDS435",
             )
 
     def _render(self, messages: Any, add_generation_prompt: bool, template: str | None = None) -> str:
@@ -228,7 +232,9 @@ class _Chat:
         given = self._marked() if self._template.marks_answers else self._turns()
         found = [(start, end) for start, end in given if start < end]
         if not found:
-            raise DataError(f"{self._template.tokenizer.path}: its chat template marks nothing as the assistant's")
+            raise DataError(
+                f"{self._template.tokenizer.path}: its chat template marks nothing as the assistant's", code="MDS435"
+            )
         return [(self._plain_place(start), self._plain_place(end)) for start, end in found]
 
     def _plain_place(self, place: int) -> int:
@@ -244,7 +250,8 @@ class _Chat:
         if "".join(texts) != self.rendered or marks != [start, end] * (len(marks) // 2):
             raise DataError(
                 f"{self._template.tokenizer.path}: its chat template changes or cuts what its marks of generation hold "
-                "after they were set; allowed: marks around what is written as it is"
+                "after they were set; allowed: marks around what is written as it is",
+                code="MDS435",
             )
         places = list(accumulate(map(len, texts)))
         yield from zip(places[::2], places[1::2], strict=False)
@@ -301,7 +308,8 @@ class _Chat:
         return DataError(
             f"{self._template.tokenizer.path}: its chat template does not show where the assistant's turn {what} "
             f"(message {number}); allowed: a template with {{% generation %}} ... {{% endgeneration %}} around what "
-            "the assistant says"
+            "the assistant says",
+            code="MDS435",
         )
 
 

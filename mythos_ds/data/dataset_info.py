@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from mythos_ds.errors import DataError
+from mythos_ds.errors import DamagedDatasetError, DataError
 from mythos_ds.io import read_json, where_searched, write_json
 
 FORMAT = 1
@@ -79,7 +79,9 @@ def require_name(prefix: Path) -> None:
     """Raises DataError for a prefix such as "", "/" or "..", which is a folder and nothing in it."""
     if prefix.name in ("", ".."):
         nearest = prefix / "tokens"
-        raise DataError(f"{prefix}: a folder given; allowed: a prefix of files in a folder; nearest: {nearest}")
+        raise DataError(
+            f"{prefix}: a folder given; allowed: a prefix of files in a folder; nearest: {nearest}", code="MDS411"
+        )
 
 
 def write_info(prefix: Path, info: DatasetInfo) -> None:
@@ -100,17 +102,19 @@ def read_info(prefix: Path) -> DatasetInfo:
     if missing:
         command = f"mythos-ds prepare-data INPUT --tokenizer TOKENIZER --output {prefix}"
         where = where_searched(prefix)
-        raise DataError(f"no dataset at {prefix}: {', '.join(missing)} missing{where}; make it with: {command}")
+        raise DataError(
+            f"no dataset at {prefix}: {', '.join(missing)} missing{where}; make it with: {command}", code="MDS411"
+        )
     info = _parse(info_path)
     sizes = [(bin_path, info.bin_bytes), (idx_path, info.idx_bytes)]
     if info.is_chat:
         if not (mask_path := mask_file(prefix)).is_file():
-            raise DataError(f"{mask_path} is missing, of conversations at {prefix}; prepare them again")
+            raise DamagedDatasetError(f"{mask_path} is missing, of conversations at {prefix}; prepare them again")
         sizes.append((mask_path, info.tokens))
     for path, size in sizes:
         if path.stat().st_size != size:
             given = f"{path.stat().st_size} bytes given, {size} written"
-            raise DataError(f"{path} is damaged or of another run of prepare-data: {given}; prepare it again")
+            raise DamagedDatasetError(f"{path} is damaged or of another run of prepare-data: {given}; prepare it again")
     return info
 
 
@@ -118,10 +122,12 @@ def _parse(path: Path) -> DatasetInfo:
     try:
         info: DatasetInfo = read_json(path, DatasetInfo, DataError)
     except DataError as error:
-        raise DataError(f"{error}; this does not describe a dataset: prepare it again") from error
+        raise DamagedDatasetError(f"{error}; this does not describe a dataset: prepare it again") from error
     if info.format != FORMAT:
-        raise DataError(f"{path}: format {info.format} given; this version reads format {FORMAT}")
+        raise DamagedDatasetError(f"{path}: format {info.format} given; this version reads format {FORMAT}")
     for name, least in (("documents", 1), ("tokens", 1), ("vocab_size", 1), ("eos_id", 0)):
         if getattr(info, name) < least:
-            raise DataError(f"{path}: {name}: {getattr(info, name)} given; allowed: at least {least}; prepare it again")
+            raise DamagedDatasetError(
+                f"{path}: {name}: {getattr(info, name)} given; allowed: at least {least}; prepare it again"
+            )
     return info

@@ -18,7 +18,7 @@ from mythos_ds.data.index_files import check_digests, check_samples, is_complete
 from mythos_ds.data.packing import ConversationSource
 from mythos_ds.data.token_files import pair_faults
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.errors import DataError, RankError
+from mythos_ds.errors import DamagedDatasetError, DamagedIndexError, DataError, RankError
 from mythos_ds.io import published_directory
 from mythos_ds.log import get_logger
 
@@ -34,6 +34,8 @@ _logger = get_logger(__name__)
 
 class DamagedSampleError(DataError, RankError):
     """Tokens that one rank reads are not those that were prepared."""
+
+    code = "MDS401"
 
 
 class TokenDataset:
@@ -126,7 +128,8 @@ def build_datasets(
     if not is_complete(cache):
         raise DataError(
             f"no index of this run's samples at {cache}. Process 0 makes it before the others read: "
-            f"is data.data_dir ({data.data_dir}) a folder that every node sees?"
+            f"is data.data_dir ({data.data_dir}) a folder that every node sees?",
+            code="MDS415",
         )
     train, valid = (request.open(part, cache) for part in megatron.SPLITS)
     return TokenDatasets(train, valid, request.tokenizer, request.identity())
@@ -169,7 +172,9 @@ def prepare_index_cache(
         request.report()
         return request.cache
     if request.cache.exists():
-        raise DataError(f"index {request.cache} is damaged: no complete.json; remove the folder to have it made anew")
+        raise DamagedIndexError(
+            f"index {request.cache} is damaged: no complete.json; remove the folder to have it made anew"
+        )
     with published_directory(request.cache) as work:
         for part in megatron.SPLITS:
             request.build(part, work)
@@ -317,7 +322,9 @@ class _Request:
     def _blend_arrays(self, part: str, cache: Path) -> tuple[NDArray[Any], NDArray[Any]]:
         order, numbers = (load_array(cache / f"{part}-blend-{name}.npy", 1) for name in ("dataset", "sample"))
         if len(order) != self.samples[part] or len(numbers) != self.samples[part]:
-            raise DataError(f"index {cache} is damaged: {part}-blend-*.npy; remove the folder to have it made anew")
+            raise DamagedIndexError(
+                f"index {cache} is damaged: {part}-blend-*.npy; remove the folder to have it made anew"
+            )
         return order, numbers
 
     def check(self, part: megatron.Part) -> None:
@@ -336,9 +343,13 @@ class _Request:
             order, numbers = self._blend_arrays(part, self.cache)
             sizes = np.array([len(made) for made in datasets])
             if order.min() < 0 or order.max() >= len(datasets) or numbers.min() < 0 or (numbers >= sizes[order]).any():
-                raise DataError(f"index {self.cache} is damaged: {part}-blend-*.npy; remove the folder to have it anew")
+                raise DamagedIndexError(
+                    f"index {self.cache} is damaged: {part}-blend-*.npy; remove the folder to have it anew"
+                )
         elif len(datasets[0]) < self.samples[part]:
-            raise DataError(f"index {self.cache} is damaged: too few samples; remove the folder to have it made anew")
+            raise DamagedIndexError(
+                f"index {self.cache} is damaged: too few samples; remove the folder to have it made anew"
+            )
 
     def check_tokens(self, *, first_use: bool) -> None:
         """Compare the token files with what was written: at their first use whole, where they are not very large."""
@@ -349,7 +360,7 @@ class _Request:
                 chat = " --chat" if component.info.is_chat else ""
                 command = f"mythos-ds prepare-data INPUT{chat} --output {component.prefix} --overwrite"
                 again = f"prepare the data again: {command}"
-                raise DataError(f"{faults[0]}; {again}")
+                raise DamagedDatasetError(f"{faults[0]}; {again}")
 
     def report(self) -> None:
         """Say how the conversations of each part were packed, and which of their tokens count."""
@@ -409,7 +420,7 @@ def data_sources(data: DataConfig) -> tuple[list[tuple[Path, float]], Path]:
         builtin = existing_builtin(Path(data.data_dir))
         return [(builtin.prefix, 1.0)], builtin.tokenizer
     if not data.datasets or data.tokenizer is None:
-        raise DataError("data.datasets and data.tokenizer are needed where data.corpus is not given")
+        raise DataError("data.datasets and data.tokenizer are needed where data.corpus is not given", code="MDS411")
     return [(Path(dataset.prefix), dataset.weight) for dataset in data.datasets], Path(data.tokenizer)
 
 
@@ -420,15 +431,19 @@ def _check_conversations(components: list[_Component], loss_mask: bool | None) -
     if loss_mask and text is not None:
         raise DataError(
             f"data.loss_mask: true given, but {text.prefix} is text, of which every token counts; allowed: "
-            "conversations, made by mythos-ds prepare-data --chat; nearest: null, which uses a mask where there is one"
+            "conversations, made by mythos-ds prepare-data --chat; nearest: null, which uses a mask where there is one",
+            code="MDS416",
         )
     if loss_mask is False and not chats:
-        raise DataError("data.loss_mask: false given, but no dataset has a mask: it has no effect; remove it")
+        raise DataError(
+            "data.loss_mask: false given, but no dataset has a mask: it has no effect; remove it", code="MDS416"
+        )
     other = next((each for each in chats if each.info.chat_template != chats[0].info.chat_template), None)
     if other is not None:
         raise DataError(
             f"{chats[0].prefix} and {other.prefix} were made with different chat templates; a model has one: prepare "
-            "one of them again"
+            "one of them again",
+            code="MDS435",
         )
 
 
@@ -441,10 +456,12 @@ def check_vocabulary(prefix: Path, info: DatasetInfo, tokenizer: Tokenizer, voca
             f"than data.tokenizer {tokenizer.path} ({tokenizer.sha256[:12]}, {tokenizer.vocab_size} pieces); "
             "prepare it again with: "
             f"mythos-ds prepare-data INPUT{' --chat' if info.is_chat else ''} --tokenizer {tokenizer.path} "
-            f"--output {prefix} --overwrite"
+            f"--output {prefix} --overwrite",
+            code="MDS412",
         )
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"model.vocab_size {vocab_size} given, but {prefix} holds ids up to {tokenizer.vocab_size - 1}; "
-            f"allowed: at least {tokenizer.vocab_size}"
+            f"allowed: at least {tokenizer.vocab_size}",
+            code="MDS413",
         )

@@ -189,7 +189,8 @@ def encoder_pool(tokenizer_path: Path, workers: int, chat_template: str | None =
         fewer = f"give fewer --workers ({workers} given)" if workers > 1 else "give it more memory"
         raise DataError(
             f"{who}, most likely because memory ran out: {fewer}; finished parts are kept, the same command goes on "
-            "from them"
+            "from them",
+            code="MDS426",
         ) from error
     finally:
         if pool is not None:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mythos_ds.errors import DataError
+from mythos_ds.errors import DamagedIndexError, DataError
 from mythos_ds.io import read_json, write_json
 
 COMPLETE = "complete.json"
@@ -39,7 +39,7 @@ class _Complete:
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading. Raises DataError where it is missing, a link or anything but a regular file."""
     if path.is_symlink():
-        raise DataError(f"{path}: a link, which no file of an index is")
+        raise DamagedIndexError(f"{path}: a link, which no file of an index is")
     return _opened(path, os.O_NOFOLLOW)
 
 
@@ -53,10 +53,10 @@ def _opened(path: Path, flags: int) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         said = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: not readable ({said})") from error
+        raise DamagedIndexError(f"{path}: not readable ({said})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise DataError(f"{path}: no regular file")
+        raise DamagedIndexError(f"{path}: no regular file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -88,16 +88,18 @@ def load_array(path: Path, ndim: int) -> NDArray[np.integer[Any]]:
             }[version]
             shape, fortran, dtype = read(file)
         except _HEADER_FAULTS as error:
-            raise DataError(f"{path}: not an array of numbers ({error})") from error
+            raise DamagedIndexError(f"{path}: not an array of numbers ({error})") from error
         plain = dtype.kind in "iu" and dtype.isnative and not fortran and len(shape) == ndim
         if not plain or min(shape, default=0) < 0:
-            raise DataError(f"{path}: not a plain array of integers of {ndim} dimensions: {dtype} of shape {shape}")
+            raise DamagedIndexError(
+                f"{path}: not a plain array of integers of {ndim} dimensions: {dtype} of shape {shape}"
+            )
         start, count = file.tell(), 1
         for size in shape:
             count *= size
         expected, found = start + count * dtype.itemsize, os.fstat(file.fileno()).st_size
         if found != expected:
-            raise DataError(f"{path}: {found:,} bytes given, {expected:,} written")
+            raise DamagedIndexError(f"{path}: {found:,} bytes given, {expected:,} written")
         if not count:
             return np.zeros(shape, dtype)
         return np.memmap(file, dtype=dtype, mode="r", offset=start, shape=shape)
@@ -125,7 +127,7 @@ def check_digests(folder: Path) -> None:
 
 def _raise_first(folder: Path, faults: Iterable[str]) -> None:
     for fault in faults:
-        raise DataError(f"index {folder} is damaged: {fault}; remove the folder to have it made anew")
+        raise DamagedIndexError(f"index {folder} is damaged: {fault}; remove the folder to have it made anew")
 
 
 def cache_faults(folder: Path, *, full: bool) -> list[str]:

@@ -75,11 +75,11 @@ def find_inputs(inputs: Iterable[Path]) -> FoundInputs:
                 continue
             there = path.exists()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-            raise DataError(f"input {path}: {getattr(error, 'strerror', None) or error}") from error
+            raise DataError(f"input {path}: {getattr(error, 'strerror', None) or error}", code="MDS420") from error
         if there:
-            raise DataError(f"input {path} is no regular file; allowed: files and folders of files")
+            raise DataError(f"input {path} is no regular file; allowed: files and folders of files", code="MDS420")
         hint = "; text from standard input is not read: write it to a file" if str(path) == "-" else ""
-        raise DataError(f"input {path} not found{where_searched(path)}{hint}")
+        raise DataError(f"input {path} not found{where_searched(path)}{hint}", code="MDS420")
     return found
 
 
@@ -102,12 +102,12 @@ def _search(folder: Path, found: FoundInputs) -> None:
     if not inside:
         some = [name for names in found.left_out.values() for name in names[:_SHOWN]]
         held = f"; left out: {', '.join(some)}" if sum(map(len, found.left_out.values())) > before else ""
-        raise DataError(f"{folder}: no file ending in {KNOWN} in it{held}")
+        raise DataError(f"{folder}: no file ending in {KNOWN} in it{held}", code="MDS420")
     found.files.extend(sorted(inside))
 
 
 def _refuse(error: OSError) -> None:
-    raise DataError(f"input {error.filename}: {error.strerror}") from error
+    raise DataError(f"input {error.filename}: {error.strerror}", code="MDS420") from error
 
 
 def _left_out(path: Path) -> str | None:
@@ -141,5 +141,5 @@ def format_of(path: Path, given: FileFormat | None) -> FileFormat:
     """The format that a file is read as. Raises DataError for an ending that says none."""
     chosen = given or FORMATS.get(ending(path))
     if chosen is None:
-        raise DataError(f"{path}: unknown ending; allowed: {KNOWN}, or give --format")
+        raise DataError(f"{path}: unknown ending; allowed: {KNOWN}, or give --format", code="MDS420")
     return chosen

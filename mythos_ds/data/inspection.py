@@ -11,7 +11,7 @@ from mythos_ds.data.dataset_info import DatasetInfo, read_info
 from mythos_ds.data.megatron import open_tokens
 from mythos_ds.data.token_files import pair_faults
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.errors import DataError
+from mythos_ds.errors import DamagedDatasetError, DataError
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DatasetView:
         self.prefix = prefix
         self.info: DatasetInfo = read_info(prefix)
         for fault in pair_faults(prefix, self.info, full=False):
-            raise DataError(f"{fault}; prepare the data again")
+            raise DamagedDatasetError(f"{fault}; prepare the data again")
         self._tokens = open_tokens(prefix)
         self.lengths: NDArray[np.int64] = np.asarray(self._tokens.sequence_lengths, dtype=np.int64)
         """Tokens of each document, its end included [documents]."""
@@ -67,7 +67,7 @@ class DatasetView:
     def text(self, number: int, tokenizer: Tokenizer, *, limit: int | None = None) -> str:
         """The text of one document's first `limit` tokens. Raises DataError for a tokenizer of other data."""
         if tokenizer.sha256 != self.info.tokenizer_sha256:
-            raise DataError(f"{tokenizer.path} is not the tokenizer that {self.prefix} was made with")
+            raise DataError(f"{tokenizer.path} is not the tokenizer that {self.prefix} was made with", code="MDS412")
         return tokenizer.decode(self.document(number)[:limit].tolist())
 
     def boundaries(self) -> Boundaries:
@@ -96,7 +96,7 @@ def save_histogram(bins: list[LengthBin], path: Path, title: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DataError("a histogram image needs matplotlib: pip install 'mythos_ds[dev]'") from error
+        raise DataError("a histogram image needs matplotlib: pip install 'mythos_ds[dev]'", code="MDS004") from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     places = range(len(bins))

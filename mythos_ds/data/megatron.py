@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mythos_ds.data.index_files import load_array
 from mythos_ds.data.token_files import read_header
 from mythos_ds.data.tokenizer import Tokenizer
-from mythos_ds.errors import DataError
+from mythos_ds.errors import DamagedDatasetError, DataError
 
 Part = Literal["train", "valid"]
 SPLITS: tuple[Part, Part] = ("train", "valid")
@@ -34,7 +34,7 @@ def open_tokens(prefix: Path) -> Any:
     try:
         return _import_indexed().IndexedDataset(str(prefix))
     except (AssertionError, OSError, ValueError) as error:
-        raise DataError(f"{prefix}.bin/.idx is no indexed dataset: {error}") from error
+        raise DamagedDatasetError(f"{prefix}.bin/.idx is no indexed dataset: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def packed_samples(
     available = int(tokens.sequence_lengths[documents].sum())
     if available < 2:
         count = len(tokens.sequence_lengths)
-        raise DataError(f"{prefix}: data.split {list(plan.split)} leaves no {part} text of its {count} documents")
+        raise DataError(
+            f"{prefix}: data.split {list(plan.split)} leaves no {part} text of its {count} documents", code="MDS417"
+        )
     made = GPTDataset if build else _reader_of(GPTDataset, cache)
     return made(tokens, content, documents, samples, Split[part], config)
 

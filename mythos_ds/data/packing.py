@@ -15,7 +15,7 @@ from mythos_ds.data.dataset_info import DatasetInfo, documents_of
 from mythos_ds.data.index_files import load_array
 from mythos_ds.data.megatron import PackingPlan, Part
 from mythos_ds.data.token_files import open_ids, open_lengths, open_mask
-from mythos_ds.errors import DataError
+from mythos_ds.errors import DamagedIndexError, DataError
 from mythos_ds.io import read_json, write_json
 
 
@@ -126,7 +126,7 @@ class ConversationSource:
             taken = sizes[documents]
             sound = bool((taken > 0).all() and (np.add.reduceat(taken, starts[:-1]) <= self._plan.seq_len).all())
         if not sound:
-            raise DataError(
+            raise DamagedIndexError(
                 f"index {cache} is damaged: {self._name(part, '*.npy')} points outside of the conversations; remove "
                 "the folder to have it made anew"
             )
@@ -167,7 +167,9 @@ class ConversationSource:
         names = (self._name(part, ending) for ending in ("conversations.npy", "samples.npy"))
         documents, starts = (load_array(cache / name, 1) for name in names)
         if len(starts) < 2:
-            raise DataError(f"index {cache} is damaged: no sample in it; remove the folder to have it made anew")
+            raise DamagedIndexError(
+                f"index {cache} is damaged: no sample in it; remove the folder to have it made anew"
+            )
         return documents, starts
 
     def _usable(self, part: Part) -> _Usable:
@@ -182,7 +184,8 @@ class ConversationSource:
         if not kept.any():
             raise DataError(
                 f"{self._prefix}: data.split {list(self._plan.split)} leaves no {part} conversation of its "
-                f"{len(self._lengths)} with an answer within training.seq_len {self._plan.seq_len}"
+                f"{len(self._lengths)} with an answer within training.seq_len {self._plan.seq_len}",
+                code="MDS417",
             )
         cut = int((longer & kept).sum())
         return _Usable(documents[kept], sizes[kept].clip(max=self._plan.seq_len), cut, int((~kept).sum()))

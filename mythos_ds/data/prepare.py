@@ -174,9 +174,11 @@ def _text_or_none(template: ChatTemplate | None) -> str | None:
 def _nothing_found(found: _Documents, bad: BadRows, sources: Sequence[str], *, chat: bool) -> DataError:
     where = f"{', '.join(sources[:3])}: " if sources else ""
     if chat:
-        return DataError(f"{where}no conversation to prepare: {bad.count} rows read, none of them is one")
+        return DataError(
+            f"{where}no conversation to prepare: {bad.count} rows read, none of them is one", code="MDS427"
+        )
     skipped = sum(part.skipped for part in found.parts)
-    return DataError(f"{where}no text to prepare: {skipped} documents read, all empty")
+    return DataError(f"{where}no text to prepare: {skipped} documents read, all empty", code="MDS427")
 
 
 def _half_published(prefix: Path) -> bool:
@@ -197,7 +199,9 @@ def _half_published(prefix: Path) -> bool:
 def _check_names(prefix: Path, sources: Iterable[Path]) -> None:
     """Raises DataError where there is no name for files, and where one of them is what the text is made from."""
     if prefix.name in ("", ".."):
-        raise DataError(f"--output {str(prefix)!r} given, which names no file; allowed: a path such as data/docs")
+        raise DataError(
+            f"--output {str(prefix)!r} given, which names no file; allowed: a path such as data/docs", code="MDS120"
+        )
     for target in (*dataset_files(prefix), mask_file(prefix)):
         for source in sources:
             with suppress(OSError, ValueError):  # what is not there is told by whoever reads it
@@ -209,7 +213,7 @@ def _refuse_existing(prefix: Path, overwrite: bool, *, chat: bool) -> None:
     files = (*dataset_files(prefix), mask_file(prefix)) if chat else dataset_files(prefix)
     existing = [path for path in files if path.exists() or path.is_symlink()]
     if existing and not overwrite:
-        raise DataError(f"{existing[0]} exists; give --overwrite to replace it, or another --output")
+        raise DataError(f"{existing[0]} exists; give --overwrite to replace it, or another --output", code="MDS601")
 
 
 def _first_rows(documents: Iterable[Row]) -> tuple[list[Row], Iterator[Row]]:

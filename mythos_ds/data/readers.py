@@ -101,7 +101,7 @@ def read_hub(
     try:
         import datasets
     except ImportError as error:
-        raise DataError("Hugging Face datasets need an extra: pip install 'mythos_ds[hf]'") from error
+        raise DataError("Hugging Face datasets need an extra: pip install 'mythos_ds[hf]'", code="MDS004") from error
     which = f"Hugging Face dataset {name!r} ({config or 'default'}, {split})"
     number = 0
     try:
@@ -112,12 +112,12 @@ def read_hub(
             rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
         rows = iter(rows)
     except Exception as error:  # the library raises what its readers and its network stack raise
-        raise DataError(f"{which}: {_first_line(error)}") from error
+        raise DataError(f"{which}: {_first_line(error)}", code="MDS425") from error
     while True:
         try:
             row = next(rows, None)
         except Exception as error:  # the same
-            raise DataError(f"{which}, row {number}: {_first_line(error)}") from error
+            raise DataError(f"{which}, row {number}: {_first_line(error)}", code="MDS425") from error
         if row is None:
             return
         yield options.row_of(row, f"{name} row {number}")
@@ -303,7 +303,9 @@ def _read_table(path: Path, options: ReadOptions, file_format: Literal["csv", "t
                 return
             if options.key not in header:
                 shown = ", ".join(map(repr, header[:10])) or "none"
-                raise DataError(f"{path}: no column {options.key!r} in its first line; allowed for --key: {shown}")
+                raise DataError(
+                    f"{path}: no column {options.key!r} in its first line; allowed for --key: {shown}", code="MDS422"
+                )
             _check_once(path, header, options.key)
             yield from _table_rows(path, reader, header, options, dropped)
         except csv.Error as error:
@@ -314,7 +316,9 @@ def _read_table(path: Path, options: ReadOptions, file_format: Literal["csv", "t
 
 def _check_once(path: Path, names: list[str], key: str) -> None:
     if names.count(key) > 1:
-        raise DataError(f"{path}: {names.count(key)} columns {key!r}; allowed: a column that is read is there once")
+        raise DataError(
+            f"{path}: {names.count(key)} columns {key!r}; allowed: a column that is read is there once", code="MDS422"
+        )
 
 
 def _table_rows(
@@ -348,13 +352,13 @@ def _read_parquet(path: Path, options: ReadOptions) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise DataError("Parquet files need an extra: pip install 'mythos_ds[hf]'") from error
+        raise DataError("Parquet files need an extra: pip install 'mythos_ds[hf]'", code="MDS004") from error
     failures = (ArrowException, OSError, ValueError, OverflowError)
     row = 0
     try:
         file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK, page_checksum_verification=True)
     except failures as error:
-        raise DataError(f"{path}: not readable as Parquet ({_first_line(error)})") from error
+        raise DataError(f"{path}: not readable as Parquet ({_first_line(error)})", code="MDS425") from error
     with file:
         if not options.chat:
             _check_column(path, file, options.key)
@@ -378,7 +382,7 @@ def _check_column(path: Path, file: Any, key: str) -> None:
     tops = list(file.schema_arrow.names)
     if key not in names and key not in tops:
         some = ", ".join(map(repr, dict.fromkeys([*tops, *(name for name in names if ".list." not in name)])))
-        raise DataError(f"{path}: no column {key!r}; allowed for --key: {some}")
+        raise DataError(f"{path}: no column {key!r}; allowed for --key: {some}", code="MDS422")
     _check_once(path, tops, key.split(".")[0] if key not in tops else key)
 
 

@@ -94,16 +94,19 @@ class BadRows:
         if not self.count or (self.skip and not self._damage):
             return
         if self.skip:
-            raise DataError(f"{self._damage}; --on-bad-row skip leaves out rows, not damaged files: mend or remove it")
+            raise DataError(
+                f"{self._damage}; --on-bad-row skip leaves out rows, not damaged files: mend or remove it",
+                code="MDS425",
+            )
         them = "it" if self.count == 1 else "them"
         skipped = "" if self._damage else f", or leave {them} out with --on-bad-row skip"
         parts = f"; finished parts are in {kept}, and a rerun goes on from them" if kept else ""
         after = f"nothing published: mend {them}{skipped}{parts}"
         if self.count == 1:
-            raise DataError(f"{self.examples[0]}; {after}")
+            raise DataError(f"{self.examples[0]}; {after}", code="MDS423")
         ended = ", after which reading ended" if self.full else ""
         listed = "\n  ".join(self.examples)
-        raise DataError(f"{self.count} bad rows{ended} ({self.by_reason()}); {after}\n  {listed}")
+        raise DataError(f"{self.count} bad rows{ended} ({self.by_reason()}); {after}\n  {listed}", code="MDS423")
 
     def by_reason(self) -> str:
         """Counts by reason."""
@@ -125,5 +128,5 @@ def text_pieces(rows: Iterable[Row]) -> Iterator[str]:
 def _pieces(row: Row) -> Iterator[str]:
     for piece in row.pieces if isinstance(row, LongText) else (row,):
         if isinstance(piece, BadRow):
-            raise DataError(str(piece))
+            raise DataError(str(piece), code="MDS423")
         yield piece if isinstance(piece, str) else piece.text

@@ -48,10 +48,10 @@ def open_text(path: Path, encoding: str = UTF_8) -> tuple[BinaryIO, str]:
     found = next((ending for ending, starts in _STARTS.items() if start.startswith(starts)), None)
     named = path.suffix.lower()
     if named in _STARTS and named != found and start:
-        raise DataError(f"{path}: holds no {named} data; it begins with {start[:8]!r}")
+        raise DataError(f"{path}: holds no {named} data; it begins with {start[:8]!r}", code="MDS425")
     other = next((name for magic, name in _OTHER_STARTS.items() if start.startswith(magic)), None)
     if other:
-        raise DataError(f"{path}: is {other}; unpack it first; allowed: {', '.join(_STARTS)}")
+        raise DataError(f"{path}: is {other}; unpack it first; allowed: {', '.join(_STARTS)}", code="MDS425")
     stream = _decompressed(path, file, found) if found else file
     return _decoded(path, stream, encoding)
 
@@ -92,7 +92,7 @@ def _unpacked_zst(path: Path, file: BinaryIO) -> BinaryIO:
     try:
         import pyarrow
     except ImportError as error:
-        raise DataError(f"{path}: .zst files need an extra: pip install 'mythos_ds[hf]'") from error
+        raise DataError(f"{path}: .zst files need an extra: pip install 'mythos_ds[hf]'", code="MDS004") from error
     stream: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
     return io.BufferedReader(stream, BLOCK)
 
@@ -111,7 +111,8 @@ def _decoded(path: Path, stream: BinaryIO, encoding: str) -> tuple[BinaryIO, str
     if wide:
         raise DataError(
             f"{path}: is {wide} text, UTF-8 is needed: give --encoding {wide.lower()}, or convert it: "
-            f"iconv -f {wide} -t UTF-8"
+            f"iconv -f {wide} -t UTF-8",
+            code="MDS424",
         )
     if start.startswith(MARK):
         buffered.read(len(MARK))
@@ -170,7 +171,9 @@ def checked_encoding(name: str) -> str:
         "a\n".encode(name)
         codecs.getincrementaldecoder(name)
     except (LookupError, UnicodeError, ValueError, TypeError) as error:
-        raise DataError(f"--encoding {name!r} given; allowed: utf-8, utf-16, latin-1, cp1252, gb18030 ...") from error
+        raise DataError(
+            f"--encoding {name!r} given; allowed: utf-8, utf-16, latin-1, cp1252, gb18030 ...", code="MDS424"
+        ) from error
     return UTF_8 if found.name == "utf-8-sig" else found.name
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, mask_file
 from mythos_ds.data.index_files import open_regular_or_link
-from mythos_ds.errors import DataError
+from mythos_ds.errors import DamagedDatasetError, DataError
 from mythos_ds.io import writing_to
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -130,13 +130,17 @@ def read_header(prefix: Path) -> PairHeader:
     with open_regular_or_link(idx_path) as file:
         start, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
     if len(start) < _HEADER.size or not start.startswith(_MAGIC):
-        raise DataError(f"{idx_path}: not the index of a .bin file; prepare the data again")
+        raise DamagedDatasetError(f"{idx_path}: not the index of a .bin file; prepare the data again")
     _, version, code, sequences, ends = _HEADER.unpack(start)
     if version != 1 or code not in _DTYPES:
-        raise DataError(f"{idx_path}: version {version}, type {code} given; allowed: version 1, types 4 and 8")
+        raise DamagedDatasetError(
+            f"{idx_path}: version {version}, type {code} given; allowed: version 1, types 4 and 8"
+        )
     expected = _HEADER.size + sequences * (_LENGTH_BYTES + _PLACE_BYTES) + ends * _PLACE_BYTES
     if ends != sequences + 1 or expected != size:
-        raise DataError(f"{idx_path} is damaged: {size:,} bytes for {sequences:,} documents; prepare the data again")
+        raise DamagedDatasetError(
+            f"{idx_path} is damaged: {size:,} bytes for {sequences:,} documents; prepare the data again"
+        )
     return PairHeader(_DTYPES[code], sequences)
 
 

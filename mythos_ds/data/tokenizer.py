@@ -64,7 +64,7 @@ class Tokenizer(ABC):
         path = tokenizer_file(model_path(path))
         if not path.is_file():
             command = f"mythos-ds train-tokenizer INPUT --output {path}"
-            raise DataError(f"tokenizer {path} not found{where_searched(path)}; make it with: {command}")
+            raise DataError(f"tokenizer {path} not found{where_searched(path)}; make it with: {command}", code="MDS430")
         if kind_of(path) == "sentencepiece":
             return SentencePieceTokenizer(read_bytes(path, DataError), path)
         from mythos_ds.data.tokenizer_json import open_tokenizer
@@ -149,7 +149,8 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, ValueError) as error:  # ValueError: its own message of damage is no UTF-8 text
             raise DataError(
                 f"{path} is no sentencepiece model, tokenizer.json or tiktoken file; mythos-ds train-tokenizer makes "
-                "a sentencepiece model"
+                "a sentencepiece model",
+                code="MDS431",
             ) from error
         self._processor = pieces
         self._going_on: SentencePieceProcessor | None = None
@@ -157,7 +158,8 @@ class SentencePieceTokenizer(Tokenizer):
         if self.eos_id < 0:
             raise DataError(
                 f"{path} has no end-of-sentence piece, which must end every document; allowed: models trained with "
-                "eos_id of 0 or more"
+                "eos_id of 0 or more",
+                code="MDS432",
             )
         size = int(pieces.GetPieceSize())
         control = [i for i in range(size) if pieces.IsControl(i) or pieces.IsUnknown(i)]
@@ -198,7 +200,8 @@ class SentencePieceTokenizer(Tokenizer):
         pieces: Any = self._going_on if place == "within" else self._processor
         if not hasattr(pieces, "EncodeAsOffsetMapping"):
             raise DataError(
-                f"{self.path}: conversations need a newer sentencepiece: pip install 'sentencepiece>=0.2.2'"
+                f"{self.path}: conversations need a newer sentencepiece: pip install 'sentencepiece>=0.2.2'",
+                code="MDS004",
             )
         found = pieces.EncodeAsOffsetMapping(well_formed(text))
         return with_places(found["ids"], found["offsets"], len(text))

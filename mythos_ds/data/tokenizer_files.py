@@ -48,7 +48,7 @@ def kind_of(file: Path) -> str:
     with file.open("rb") as opened:
         start = opened.read(1024)
     if start.startswith(b"version https://git-lfs"):
-        raise DataError(f"{file}: is a Git LFS pointer, not the file; fetch it with: git lfs pull")
+        raise DataError(f"{file}: is a Git LFS pointer, not the file; fetch it with: git lfs pull", code="MDS005")
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
         return "json"
     first = start.split(b"\n")[0].split()
@@ -73,7 +73,8 @@ class Companions:
         place = folder / "tokenizer_config.json"
         if not isinstance(decoder, dict):
             raise DataError(
-                f"{place}: added_tokens_decoder: {type(decoder).__name__} given; allowed: ids with their tokens"
+                f"{place}: added_tokens_decoder: {type(decoder).__name__} given; allowed: ids with their tokens",
+                code="MDS431",
             )
         for number, token in decoder.items():
             self.added[_content(token) or ""] = _id(number, place, f"added_tokens_decoder.{number}")
@@ -127,7 +128,9 @@ def end_of_document(special: list[str], companions: Companions, ids: dict[str, i
     named = companions.named("eos_token")
     if named is not None:
         if named not in ids:
-            raise DataError(f"{path}: eos_token {named!r} of {companions.folder} is not in the vocabulary")
+            raise DataError(
+                f"{path}: eos_token {named!r} of {companions.folder} is not in the vocabulary", code="MDS432"
+            )
         return ids[named]
     listed = [number for number in companions.ends() if number in ids.values()]
     if listed:
@@ -139,7 +142,8 @@ def end_of_document(special: list[str], companions: Companions, ids: dict[str, i
     example = usual[0] if usual else special[0] if special else "TOKEN"
     raise DataError(
         f'{path}: no token is named to end every document; write {{"eos_token": "{example}"}} to '
-        f"{companions.folder / 'special_tokens_map.json'}; allowed: a special token of it ({some})"
+        f"{companions.folder / 'special_tokens_map.json'}; allowed: a special token of it ({some})",
+        code="MDS432",
     )
 
 
@@ -149,7 +153,7 @@ def is_regular(path: Path) -> bool:
     if path.is_file():
         return True
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise DataError(f"{path}: no regular file, and no link to one")
+        raise DataError(f"{path}: no regular file, and no link to one", code="MDS431")
     return False
 
 
@@ -170,14 +174,16 @@ def _text(path: Path) -> str:
     try:
         return read_bytes(path, DataError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error})") from error
+        raise DataError(f"{path}: not UTF-8 text ({error})", code="MDS431") from error
 
 
 def _id(given: Any, path: Path, key: str) -> int:
     """A token's id, which may be written as text. Raises DataError for anything else."""
     text = str(given) if isinstance(given, int | str) and not isinstance(given, bool) else ""
     if not re.fullmatch(r"-?[0-9]{1,10}", text) or int(text) > _LARGEST_ID:
-        raise DataError(f"{path}: {key[:80]}: {str(given)[:40]!r} given; allowed: an id, up to {_LARGEST_ID}")
+        raise DataError(
+            f"{path}: {key[:80]}: {str(given)[:40]!r} given; allowed: an id, up to {_LARGEST_ID}", code="MDS431"
+        )
     return int(text)
 
 

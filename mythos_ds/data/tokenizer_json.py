@@ -26,14 +26,16 @@ def open_tokenizer(path: Path) -> "JsonTokenizer":
     try:
         import tokenizers
     except ImportError as error:
-        raise DataError(f"{path}: needs the library tokenizers: pip install 'mythos_ds[hf]'") from error
+        raise DataError(f"{path}: needs the library tokenizers: pip install 'mythos_ds[hf]'", code="MDS004") from error
     content, companions = read_bytes(path, DataError), Companions(path.parent)
     if kind_of(path) == "tiktoken":
         return JsonTokenizer(_converted(path, content, companions), content, path, companions)
     try:
         made = tokenizers.Tokenizer.from_buffer(content.removeprefix(b"\xef\xbb\xbf"))
     except Exception as error:  # the library raises Exception itself
-        raise DataError(f"{path}: not a tokenizer.json that the library tokenizers reads ({error})") from None
+        raise DataError(
+            f"{path}: not a tokenizer.json that the library tokenizers reads ({error})", code="MDS431"
+        ) from None
     return JsonTokenizer(made, content, path, companions)
 
 
@@ -155,7 +157,7 @@ def _converted(path: Path, content: bytes, companions: Companions) -> "tokenizer
         from transformers.convert_slow_tokenizer import TikTokenConverter
     except ImportError as error:
         raise DataError(
-            f"{path}: is a tiktoken file; reading it needs an extra: pip install 'mythos_ds[hf]'"
+            f"{path}: is a tiktoken file; reading it needs an extra: pip install 'mythos_ds[hf]'", code="MDS004"
         ) from error
     pattern = _pattern(path, companions)
     ranks = _ranks(path, content)
@@ -180,12 +182,15 @@ def _ranks(path: Path, content: bytes) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
-            raise DataError(f"{path} line {number}: not a tiktoken line, base64 and a rank ({error})") from None
+            raise DataError(
+                f"{path} line {number}: not a tiktoken line, base64 and a rank ({error})", code="MDS431"
+            ) from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise DataError(
             f"{path}: {len(ranks)} tokens, without the byte 0x{missing[0]:02x}; allowed: tiktoken files with all 256 "
-            "bytes"
+            "bytes",
+            code="MDS431",
         )
     return ranks
 
@@ -202,7 +207,8 @@ def _pattern(path: Path, companions: Companions) -> str | None:
     raise DataError(
         f"{path}: a tiktoken file, whose pattern for cutting text is unknown ({why}); put the model's tokenizer.json "
         f'or tokenizer_config.json beside it, or write {{"pattern": "...", "eos_token": "...", '
-        f'"extra_special_tokens": [...]}} to {path.parent / "tokenizer_config.json"}'
+        f'"extra_special_tokens": [...]}} to {path.parent / "tokenizer_config.json"}',
+        code="MDS431",
     )
 
 

@@ -45,7 +45,9 @@ def held_out(data: DataConfig, training: TrainingConfig, *, exact: bool = False)
     if own:
         for prefix, info in zip(prefixes, infos, strict=True):
             if info.tokens < 2:
-                raise DataError(f"data.validation: {prefix} holds {info.tokens} tokens; {needed:,} are needed")
+                raise DataError(
+                    f"data.validation: {prefix} holds {info.tokens} tokens; {needed:,} are needed", code="MDS418"
+                )
         whole = (
             _tokens(prefix, info, range(info.documents), training) for prefix, info in zip(prefixes, infos, strict=True)
         )
@@ -109,7 +111,8 @@ def _estimated(prefix: Path, info: DatasetInfo, data: DataConfig, training: Trai
     if not documents:
         raise DataError(
             f"{prefix}: data.split {list(data.used_split)} leaves no valid text of its {info.documents} documents, and "
-            f"{needed:,} tokens are needed; give a larger share, data.validation, or 0 for no validation"
+            f"{needed:,} tokens are needed; give a larger share, data.validation, or 0 for no validation",
+            code="MDS417",
         )
     return info.tokens * len(documents) // info.documents
 

@@ -20,7 +20,7 @@ from mythos_ds.engine.deepspeed_patches import require_checked_version
 from mythos_ds.engine.float_buffers import restore_float_buffers
 from mythos_ds.engine.optimizer import make_optimizer, parameter_groups
 from mythos_ds.engine.training_engine import TrainingEngine
-from mythos_ds.errors import ConfigError, ParallelError
+from mythos_ds.errors import Coded, ConfigError, ParallelError
 from mythos_ds.kernels.attention import AttentionCore, causal_attention
 from mythos_ds.model.layers import DenseLayer
 from mythos_ds.model.moe import MoE
@@ -94,11 +94,12 @@ def _settings_told(resolved: ResolvedRun) -> Iterator[None]:
         yield
     except ValidationError as error:
         problems = [f"deepspeed: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ConfigError(problems) from None
+        raise ConfigError([Coded("MDS160", problem) for problem in problems]) from None
     except (AssertionError, ValueError, NotImplementedError) as error:
         if not resolved.config.deepspeed:
             raise
-        raise ConfigError(f"deepspeed: DeepSpeed does not start with this section: {error}") from error
+        message = f"deepspeed: DeepSpeed does not start with this section: {error}"
+        raise ConfigError(message, code="MDS160") from error
 
 
 def build_model(
@@ -166,7 +167,7 @@ def check_frozen(resolved: ResolvedRun, groups: ParallelGroups) -> None:
             "expert-parallel weights in no checkpoint; allowed: ep_size 1; nearest: parallel.ep_size=1"
         )
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([Coded("MDS161", problem) for problem in problems])
 
 
 def _idle_stages(resolved: ResolvedRun) -> list[str]:

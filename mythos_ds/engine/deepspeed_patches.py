@@ -38,7 +38,8 @@ def require_checked_version(version: str = deepspeed_version) -> None:
         allowed = f"{_dotted(first)} up to, not including, {_dotted(end)}"
         raise ParallelError(
             f"parallel.pp_size: the pipeline changes DeepSpeed in two places and was not checked on version {version}; "
-            f"allowed: {allowed}; nearest: {_dotted(first)}, or pp_size 1."
+            f"allowed: {allowed}; nearest: {_dotted(first)}, or pp_size 1.",
+            code="MDS711",
         )
 
 

@@ -109,7 +109,9 @@ class TrainingEngine:
         after_backward(run.loss)
         if not math.isfinite(run.loss):
             raise NumericsError(
-                f"loss is {run.loss} at {n_loops} loops, learning rate {lr}; the step was not applied.", loss=run.loss
+                f"loss is {run.loss} at {n_loops} loops, learning rate {lr}; the step was not applied.",
+                loss=run.loss,
+                code="MDS801",
             )
         grad_norm = self._optimizer_step()
         if not math.isfinite(grad_norm):
@@ -117,6 +119,7 @@ class TrainingEngine:
                 f"gradient norm is {grad_norm} (loss {run.loss}) at {n_loops} loops, learning rate {lr}.",
                 loss=run.loss,
                 grad_norm=grad_norm,
+                code="MDS802",
             )
         routing = self._finish_routing(run.records, n_loops, statistics)
         pipeline = self._pipeline_metrics(run.pipeline) if statistics and run.pipeline is not None else {}

@@ -50,7 +50,7 @@ def run_all(specs: Mapping[Any, RunSpec], output: Path, *, jobs: int, limit_s: f
                         continue
                     folder = output / "runs" / key
                     if process.returncode != 0 or _result(folder) is None:
-                        raise LabError(_failure(folder, process.returncode, limit_s))
+                        raise LabError(_failure(folder, process.returncode, limit_s), code="MDS901")
                     del running[key]
                     advance()
                 time.sleep(_POLL_SECONDS)

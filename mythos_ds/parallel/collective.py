@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 
 from mythos_ds.errors import MythosError, RankError, ReportedElsewhere
-from mythos_ds.guard import user_message
+from mythos_ds.guard import user_error
 from mythos_ds.parallel.groups import ParallelGroups
 
 Result = TypeVar("Result")
@@ -29,7 +29,8 @@ def together(groups: ParallelGroups, action: Callable[[], Result]) -> Result:
         return result  # type: ignore[return-value]
     if lowest == groups.rank:
         assert failure is not None
-        raise RankError(user_message(failure) or str(failure)) from failure
+        mendable = user_error(failure) or MythosError(str(failure), code="MDS002")
+        raise RankError(mendable.problems) from failure
     raise ReportedElsewhere(f"rank {lowest} failed")
 
 

@@ -185,7 +185,8 @@ def _start(env: ProcessEnvironment, device: torch.device, timeout: timedelta) ->
     except (torch_distributed.DistNetworkError, torch_distributed.DistStoreError) as error:
         raise ParallelError(
             f"rank {env.rank} of {env.world_size}: no process group at {env.master_addr}:{env.master_port} within "
-            f"{timeout.total_seconds():.0f} s ({first_line(error)})"
+            f"{timeout.total_seconds():.0f} s ({first_line(error)})",
+            code="MDS708",
         ) from None
     del store  # its server is torch's own from here
 
@@ -279,7 +280,9 @@ def select_device(env: ProcessEnvironment) -> torch.device:
         return torch.device("cpu")
     present = torch.cuda.device_count()
     if env.local_rank >= present:
-        raise ParallelError(f"{env.local_world_size} processes on this node, but {present} GPUs; allowed: one per GPU.")
+        raise ParallelError(
+            f"{env.local_world_size} processes on this node, but {present} GPUs; allowed: one per GPU.", code="MDS707"
+        )
     torch.cuda.set_device(env.local_rank)
     return torch.device("cuda", env.local_rank)
 

@@ -36,7 +36,8 @@ def require_torch(version: str = torch.__version__) -> None:
     if numbers < _FIRST_TORCH:
         first = ".".join(map(str, _FIRST_TORCH))
         raise ParallelError(
-            f"parallel.pp_size: the pipeline needs torch >= {first}, this is {version}; nearest: pp_size 1."
+            f"parallel.pp_size: the pipeline needs torch >= {first}, this is {version}; nearest: pp_size 1.",
+            code="MDS711",
         )
 
 

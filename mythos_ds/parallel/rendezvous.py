@@ -62,7 +62,7 @@ def listen(env: ProcessEnvironment) -> tuple[ProcessEnvironment, socket.socket]:
         listener = ports.handed_on(env.master_port) or ports.listening(ports.ANY if alone else env.master_port)
     except OSError as error:
         why = ports.taken(str(env.master_port)) or error.strerror  # free again meanwhile
-        raise ParallelError(f"rank 0 cannot listen at {_at(env)}: {why}") from None
+        raise ParallelError(f"rank 0 cannot listen at {_at(env)}: {why}", code="MDS705") from None
     env = replace(env, master_port=ports.port_of(listener))
     try:
         reach(env, SELF_S)
@@ -82,11 +82,13 @@ def reach(env: ProcessEnvironment, limit_s: float) -> None:
         except (OSError, UnicodeError) as error:
             waited = time.monotonic() - started
             if isinstance(error, UnicodeError):  # no name server ever knows it
-                raise ParallelError(f"MASTER_ADDR: given {env.master_addr!r}, which is no host name") from None
+                raise ParallelError(
+                    f"MASTER_ADDR: given {env.master_addr!r}, which is no host name", code="MDS704"
+                ) from None
             unknown = isinstance(error, socket.gaierror)
             limit = min(limit_s, RESOLVE_S) if unknown else limit_s
             if waited >= limit:
-                raise ParallelError(_not_reached(env, error, limit, unknown)) from None
+                raise ParallelError(_not_reached(env, error, limit, unknown), code="MDS704") from None
             if waited > NOTICE_S and not noticed:
                 noticed = True
                 _logger.warning("waiting for rank 0 at %s (%s), up to %.0f s", _at(env), error, limit)
@@ -122,7 +124,8 @@ def open_store(env: ProcessEnvironment, limit_s: float, listener: socket.socket 
     if isinstance(found, Exception):
         raise ParallelError(
             f"rank {env.rank} of {env.world_size}: what listens at {_at(env)} is not rank 0 of this run "
-            f"({first_line(found)}); where another program has that port, {ports.OTHER_PORT}"
+            f"({first_line(found)}); where another program has that port, {ports.OTHER_PORT}",
+            code="MDS705",
         )
     return found
 
@@ -141,7 +144,7 @@ def _gather(env: ProcessEnvironment, store: torch_distributed.Store, limit_s: fl
     while missing := {rank for rank in missing if not store.check([f"{_KEY}/{rank}"])}:
         waited = time.monotonic() - started
         if waited >= limit_s:
-            raise ParallelError(_missing(env, missing, limit_s))
+            raise ParallelError(_missing(env, missing, limit_s), code="MDS706")
         if waited > NOTICE_S and not noticed:
             noticed = True
             _logger.warning("waiting at %s for %s, up to %.0f s", _at(env), _names(missing), limit_s)

@@ -28,10 +28,10 @@ def fail(error: MythosError, environment: ProcessEnvironment | None) -> int:
     if isinstance(error, ReportedElsewhere):
         _wait(PATIENCE_TOGETHER_SECONDS)
     elif rank == 0 or isinstance(error, RankError):
-        _report(error, rank)
+        _report(error.report(), rank)
     else:
         _wait(PATIENCE_SECONDS)
-        _report(error, rank)
+        _report(error.report(), rank)
     return USER_ERROR_EXIT_CODE
 
 
@@ -41,14 +41,14 @@ def abort(error: Exception, rank: int, folder: Path) -> NoReturn:
 
     The other ranks wait in a collective, and closing the process groups would wait for them; the launcher ends them.
     """
-    message = guard.user_message(error)
-    _report(guard.fault(error, folder) if message is None else message, rank)
-    os._exit(guard.FAULT_EXIT_CODE if message is None else USER_ERROR_EXIT_CODE)
+    mendable = guard.user_error(error)
+    _report(guard.fault(error, folder) if mendable is None else mendable.report(), rank)
+    os._exit(guard.FAULT_EXIT_CODE if mendable is None else USER_ERROR_EXIT_CODE)
 
 
-def _report(error: MythosError | str, rank: int) -> None:
+def _report(report: str, rank: int) -> None:
     where = f" (rank {rank})" if rank else ""
-    sys.stderr.write(f"error{where}: {error}\n")
+    sys.stderr.write(f"error{where}: {report}\n")
     sys.stderr.flush()
 
 

@@ -71,7 +71,7 @@ def where_to_start(
     if tag is None:
         if new_stage is not None:
             raise CheckpointError(
-                f"--stage {new_stage}: there is no checkpoint to go on from; give --resume RUN as well"
+                f"--stage {new_stage}: there is no checkpoint to go on from; give --resume RUN as well", code="MDS136"
             )
         return Start(0, staged_manifest(stages))
     step, stored = manifest.tag_step(tag), stored_manifest(tag)
@@ -101,7 +101,8 @@ def _place(known: list[str | None], stages: Sequence[ResolvedStage], new_stage: 
             had = ", ".join(each or FIRST for each in known)
             raise CheckpointError(
                 f"{names.config_file}: stages: {listed} given; {names.run} has trained {had}: stages that have begun "
-                "keep their names and their order, and new ones come after them (docs/stages.md)"
+                "keep their names and their order, and new ones come after them (docs/stages.md)",
+                code="MDS136",
             )
     return len(known) - behind - 1
 
@@ -118,7 +119,8 @@ def _require_new_name(run: RunDirectory, tag: Path, new_stage: str | None) -> No
     manifest_then = stored_manifest(tag).back_at(manifest.tag_step(tag))
     if new_stage in (manifest_then.stage, *(former.name for former in manifest_then.former_stages)):
         raise CheckpointError(
-            f"--stage {new_stage}: {tag} is of a run that has had a stage of that name; give another name"
+            f"--stage {new_stage}: {tag} is of a run that has had a stage of that name; give another name",
+            code="MDS136",
         )
 
 
@@ -168,29 +170,37 @@ def _refuse_other(path: Path) -> None:
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: characters that no name can have
-        raise CheckpointError(f"--resume: given {looked_for(path)}; no such folder") from None
+        raise CheckpointError(f"--resume: given {looked_for(path)}; no such folder", code="MDS501") from None
     except OSError as error:
-        raise CheckpointError(f"--resume: given {looked_for(path)}; {str(error.strerror).lower()}") from None
+        raise CheckpointError(
+            f"--resume: given {looked_for(path)}; {str(error.strerror).lower()}", code="MDS501"
+        ) from None
     if not manifest.is_tag(path.name) and (path / manifest.STATE).is_file():
         name = manifest.tag_name(read_state(path).step)
-        raise CheckpointError(f"--resume: given {path}, a checkpoint under another name; rename it to {name}")
+        raise CheckpointError(
+            f"--resume: given {path}, a checkpoint under another name; rename it to {name}", code="MDS501"
+        )
     if path.is_file() or (path / CONFIG).is_file():
         raise CheckpointError(
             f"--resume: given {path}, a model and no training checkpoint; to start a new run from its weights: "
-            f"training.init_from={path}"
+            f"training.init_from={path}",
+            code="MDS503",
         )
 
 
 def _require_any(folder: Path, tag: Path | None, *, required: bool) -> None:
     if tag is None and required:
-        raise CheckpointError(f"{folder}: no complete checkpoint (the warnings above say what is damaged)")
+        raise CheckpointError(
+            f"{folder}: no complete checkpoint (the warnings above say what is damaged)", code="MDS502"
+        )
 
 
 def _require_empty(run: RunDirectory, existing: list[Path], why: str) -> None:
     if existing:
         raise CheckpointError(
             f"{run.checkpoints}: holds {existing[0].name}, which {why} would mix with another history; "
-            "give a new --run-dir, or remove that folder"
+            "give a new --run-dir, or remove that folder",
+            code="MDS505",
         )
 
 
@@ -199,5 +209,6 @@ def _require_one_history(run: RunDirectory, existing: list[Path], tag: Path) -> 
         _require_empty(run, existing, f"--resume {tag}")
     elif existing[0].name != tag.name:
         raise CheckpointError(
-            f"{tag}: {run.root} also holds {existing[0].name}; to branch off at an earlier step give a new --run-dir"
+            f"{tag}: {run.root} also holds {existing[0].name}; to branch off at an earlier step give a new --run-dir",
+            code="MDS505",
         )

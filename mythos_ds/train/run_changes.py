@@ -155,7 +155,9 @@ def begin_stage(manifest: RunManifest, end: StageEnd, stage: ResolvedStage, name
     if stage.name in used:
         problems.append(f"stage {stage.name!r}: {names.run} has had a stage of that name; give another name")
     if problems:
-        raise CheckpointError("\n".join([f"stage {stage.name!r} cannot go on from {names.run}:", *problems]))
+        raise CheckpointError(
+            "\n".join([f"stage {stage.name!r} cannot go on from {names.run}:", *problems]), code="MDS504"
+        )
     phases = tuple(replace(phase, end_step=min(phase.end_step, end.step)) for phase in manifest.phases)
     own = end.step - manifest.start_step
     training = TrainingConfig.model_validate(end.training)
@@ -205,7 +207,7 @@ def check_former(former: FormerStage, stage: ResolvedStage, index: int, names: R
     if found:
         head = f"stage {former.name or FIRST!r} of {names.run} is behind and cannot change:"
         advice = "undo the change, and put what is to be trained now into a stage that comes after (docs/stages.md)"
-        raise CheckpointError("\n".join([head, *found, advice]))
+        raise CheckpointError("\n".join([head, *found, advice]), code="MDS504")
 
 
 def _is_moved(former: FormerStage, config: RunConfig) -> bool:
@@ -275,7 +277,7 @@ def _refuse(found: list[Change], config: RunConfig, names: RunNames, problems: S
         ]
     elif found:
         lines.append(f"no training stage may change all of these: undo the change, or {_ANOTHER_RUN}")
-    raise CheckpointError("\n".join(lines))
+    raise CheckpointError("\n".join(lines), code="MDS504")
 
 
 def _other_weights(manifest: RunManifest, wanted: RunManifest) -> list[str]:

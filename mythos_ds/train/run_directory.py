@@ -70,13 +70,16 @@ class RunDirectory:
             handle = (self.root / ".lock").open("a", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(
-                f"run directory {looked_for(self.root)}: cannot be written ({error.strerror}); give another --run-dir"
+                f"run directory {looked_for(self.root)}: cannot be written ({error.strerror}); give another --run-dir",
+                code="MDS602",
             ) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.close()
-            raise CheckpointError(f"{self.root}: another run is using it; wait, or give another --run-dir") from None
+            raise CheckpointError(
+                f"{self.root}: another run is using it; wait, or give another --run-dir", code="MDS603"
+            ) from None
         except OSError:  # a file system without locks
             pass
         return handle
@@ -88,7 +91,8 @@ class RunDirectory:
         if content.get("total_steps") != stored.planned_steps:
             raise CheckpointError(
                 f"{self.manifest}: total_steps: given {content.get('total_steps')!r}, but phases end at step "
-                f"{stored.planned_steps}; one of them was changed by hand or is damaged"
+                f"{stored.planned_steps}; one of them was changed by hand or is damaged",
+                code="MDS506",
             )
         return stored
 

@@ -119,7 +119,9 @@ class RunManifest:
             config = RunConfig.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            raise CheckpointError(f"{where}: config.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise CheckpointError(
+                f"{where}: config.{'.'.join(map(str, first['loc']))}: {first['msg']}", code="MDS506"
+            ) from None
         made = _manifest(config, steps_of(config.training))
         return made if init_from is None else with_weights(made, init_from)
 
@@ -212,11 +214,13 @@ def _check_pinned(pinned: dict[str, Any], where: str) -> None:
     needed = {"model": dict, "seq_len": int, "global_batch_size": int}
     wrong = [name for name, kind in needed.items() if type(pinned.get(name)) is not kind]
     if wrong:
-        raise CheckpointError(f"{where}: pinned.{wrong[0]}: missing, or of another kind")
+        raise CheckpointError(f"{where}: pinned.{wrong[0]}: missing, or of another kind", code="MDS506")
     try:
         BatchRamp.model_validate(pinned[RAMP]) if RAMP in pinned else None
     except ValidationError:
-        raise CheckpointError(f"{where}: pinned.{RAMP}: given {pinned[RAMP]!r}; allowed: a ramp") from None
+        raise CheckpointError(
+            f"{where}: pinned.{RAMP}: given {pinned[RAMP]!r}; allowed: a ramp", code="MDS506"
+        ) from None
 
 
 def _checked_end(phases: Sequence[Phase], start: int, where: str) -> int:
@@ -225,7 +229,9 @@ def _checked_end(phases: Sequence[Phase], start: int, where: str) -> int:
     if not phases or any(
         not phase.start_step == former < phase.end_step for phase, former in zip(phases, ends, strict=False)
     ):
-        raise CheckpointError(f"{where}: phases: given {ends[1:]} as their ends; allowed: steps that follow each other")
+        raise CheckpointError(
+            f"{where}: phases: given {ends[1:]} as their ends; allowed: steps that follow each other", code="MDS506"
+        )
     return ends[-1]
 
 

@@ -129,7 +129,7 @@ class Trainer:
             self.state = replace(self.state, loss=error.loss, grad_norm=error.grad_norm)
             self.callbacks.on_anomaly(self.state)
             advice = "earlier checkpoints are intact: resume with a lower training.lr or a longer warm-up"
-            raise NumericsError(f"step {self.step + 1}: {error}\n{advice}") from error
+            raise NumericsError(f"step {self.step + 1}: {error}\n{advice}", code=error.code) from error
         self.step += 1
         self.state = replace(self.state, step=self.step, grad_norm=result.grad_norm)
         self.throughput.add(n_loops, time.perf_counter() - started, self.manifest.batches.at(own_step))

@@ -33,7 +33,8 @@ def find_model(source: str | Path) -> Path:
     near = f'; nearest: "{BUILT_IN}"' if place.name.lower().startswith(BUILT_IN) else ""
     raise CheckpointError(
         f"{source}: no such folder{where_searched(source)}; allowed: a model folder, a run, a "
-        f'checkpoint or "{BUILT_IN}"{near}'
+        f'checkpoint or "{BUILT_IN}"{near}',
+        code="MDS513",
     )
 
 
@@ -44,7 +45,8 @@ def refuse_hub_name(source: str | Path) -> None:
         return
     raise CheckpointError(
         f"{name}: no such folder{where_searched(name)}; allowed: a folder. If it is a name of the Hugging Face hub, "
-        f"this downloads it: hf download {name} --local-dir {place.name}"
+        f"this downloads it: hf download {name} --local-dir {place.name}",
+        code="MDS513",
     )
 
 

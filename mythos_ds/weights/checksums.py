@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import CheckpointError, DamagedCheckpointError
 from mythos_ds.io import read_json, write_atomic, write_json
 from mythos_ds.weights.model_folder import CONFIG, read_config
 from mythos_ds.weights.writer import CHECKSUMS, FileChecksum, checksum, read_checksums
@@ -82,4 +82,4 @@ def require_whole(folder: Path, report: Callable[[int], None] = lambda done: Non
     """Raises CheckpointError where a folder's files are not those that its checksums name; without checksums there is
     nothing to compare. `report` gets the bytes of each file that was read."""
     if (folder / CHECKSUMS).is_file() and (faults := folder_faults(folder, report)):
-        raise CheckpointError(f"{folder}: {'; '.join(faults)}")
+        raise DamagedCheckpointError(f"{folder}: {'; '.join(faults)}")

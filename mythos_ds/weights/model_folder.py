@@ -44,7 +44,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
             sync(temporary)
             temporary.replace(path)
     except SafetensorError as error:  # the disk's errors, by its own name
-        raise OutputError(f"{path}: not written ({error})") from error
+        raise OutputError(f"{path}: not written ({error})", code="MDS602") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -67,9 +67,9 @@ def checked_config(fields: dict[str, Any], where: str) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join((where, *map(str, first["loc"])))
-        raise CheckpointError(f"{place}: {first['msg']}, given {first['input']!r}") from None
+        raise CheckpointError(f"{place}: {first['msg']}, given {first['input']!r}", code="MDS518") from None
     for key, message in check_model(config):
-        raise CheckpointError(f"{where}.{key}: {message}")
+        raise CheckpointError(f"{where}.{key}: {message}", code="MDS518")
     return config
 
 
@@ -108,5 +108,5 @@ def _read(folder: Path) -> dict[str, Any]:
     content = read_json(path)
     parts = (content.get("model"), content.get("facts")) if isinstance(content, dict) else ()
     if not parts or content.get("format") != _FORMAT or not all(isinstance(part, dict) for part in parts):
-        raise CheckpointError(f"{path}: not a model folder of format {_FORMAT}")
+        raise CheckpointError(f"{path}: not a model folder of format {_FORMAT}", code="MDS518")
     return content

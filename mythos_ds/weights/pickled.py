@@ -73,7 +73,7 @@ class PickledTensors:
         odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
         if odd or not state:
             holds = f"{odd[0]!r} is {type(state[odd[0]]).__name__}" if odd else "it is empty"
-            raise CheckpointError(f"{self.path}: not a state_dict (tensors by name): {holds}")
+            raise CheckpointError(f"{self.path}: not a state_dict (tensors by name): {holds}", code="MDS516")
         return state
 
     def _content(self) -> dict[str, Any]:
@@ -97,10 +97,12 @@ class PickledShards:
         self._places: dict[str, tuple[str, TensorSpec]] = {}
         for name in names:
             if not (self.folder / name).is_file():
-                raise CheckpointError(f"{self.folder / name}: missing; the index of the weights names it")
+                raise CheckpointError(
+                    f"{self.folder / name}: missing; the index of the weights names it", code="MDS511"
+                )
             for tensor, spec in self._shard(name).specs().items():
                 if tensor in self._places:
-                    raise CheckpointError(f"{self.folder / name}: {tensor} is in two files")
+                    raise CheckpointError(f"{self.folder / name}: {tensor} is in two files", code="MDS511")
                 self._places[tensor] = name, spec
         if listed is not None:
             refuse_odd_index(self.folder / f"{_STEM}.bin.index.json", listed, self._places)
@@ -127,7 +129,7 @@ class PickledShards:
 def _load(path: Path, allow_pickle: bool) -> dict[str, Any]:
     content = safe_load(path, mapped=_is_zip(path), classes=_STAND_INS, allow_pickle=allow_pickle)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a state_dict (tensors by name)")
+        raise CheckpointError(f"{path}: not a state_dict (tensors by name)", code="MDS516")
     return content
 
 
@@ -158,11 +160,15 @@ def open_weights(path: Path, *, allow_pickle: bool = False) -> TensorSource:
         return PickledTensors(path, allow_pickle=allow_pickle)
     if path.is_file():
         allowed = ", ".join(PICKLES)
-        raise CheckpointError(f"{path}: is a file; allowed: a folder with {SINGLE}, or a file that ends in {allowed}")
+        raise CheckpointError(
+            f"{path}: is a file; allowed: a folder with {SINGLE}, or a file that ends in {allowed}", code="MDS516"
+        )
     if not path.is_dir():
         return TensorFolder(path)
     if (path / "adapter_config.json").is_file():
-        raise CheckpointError(f"{path}: holds an adapter; merge it into its base model first (PEFT: merge_and_unload)")
+        raise CheckpointError(
+            f"{path}: holds an adapter; merge it into its base model first (PEFT: merge_and_unload)", code="MDS514"
+        )
     if (stem := _safetensors_stem(path)) is not None:
         return TensorFolder(path, stem)
     index = path / f"{_STEM}.bin.index.json"
@@ -183,5 +189,5 @@ def _only_pickle(folder: Path) -> Path:
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         allowed = f"{SINGLE}, {_STEM}.bin, either in a whole set of files, or one .safetensors, .pt, .pth or .bin"
-        raise CheckpointError(f"{folder}: given files of weights: {names}; allowed: {allowed}")
+        raise CheckpointError(f"{folder}: given files of weights: {names}; allowed: {allowed}", code="MDS516")
     return found[0]

@@ -13,7 +13,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from mythos_ds.errors import CheckpointError
+from mythos_ds.errors import CheckpointError, DamagedCheckpointError
 from mythos_ds.io import open_regular, read_json
 
 SINGLE = "model.safetensors"
@@ -79,7 +79,8 @@ def refuse_pointer(path: Path) -> None:
         if file.read(len(_POINTER)) == _POINTER:
             raise CheckpointError(
                 f"{path}: is a pointer of Git LFS, the weights themselves were not downloaded. In {path.parent}: "
-                "git lfs pull"
+                "git lfs pull",
+                code="MDS005",
             )
 
 
@@ -93,7 +94,9 @@ def whole_set(folder: Path, stem: str, ending: str) -> list[str]:
         return []
     totals = sorted({match.group(2) for match in found})
     if len(totals) > 1:
-        raise CheckpointError(f"{folder}: holds files -of-{totals[0]} and -of-{totals[1]}{ending}; allowed: one set")
+        raise CheckpointError(
+            f"{folder}: holds files -of-{totals[0]} and -of-{totals[1]}{ending}; allowed: one set", code="MDS511"
+        )
     digits, total = len(found[0].group(1)), totals[0]
     there = {match.group(0) for match in found if (folder / match.group(0)).is_file()}
     names = (f"{stem}-{number:0{digits}d}-of-{total}{ending}" for number in count(1))
@@ -101,7 +104,9 @@ def whole_set(folder: Path, stem: str, ending: str) -> list[str]:
     if len(whole) != int(total):
         absent = f"{stem}-{len(whole) + 1:0{digits}d}-of-{total}{ending}"
         missing = int(total) - len(there)
-        raise CheckpointError(f"{folder / absent}: missing; {missing} of {total} files of the weights are")
+        raise CheckpointError(
+            f"{folder / absent}: missing; {missing} of {total} files of the weights are", code="MDS511"
+        )
     return whole
 
 
@@ -111,17 +116,17 @@ def indexed_files(index: Path) -> dict[str, str]:
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map")
+        raise CheckpointError(f"{index}: has no weight_map", code="MDS511")
     outside = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
     if outside:
-        raise CheckpointError(f"{index}: names {outside[0]!r}, which is not a file of the folder")
+        raise CheckpointError(f"{index}: names {outside[0]!r}, which is not a file of the folder", code="MDS511")
     return weight_map
 
 
 def refuse_odd_index(index: Path, listed: Iterable[str], found: Iterable[str]) -> None:
     """Raises CheckpointError where an index and its files hold different tensors."""
     if odd := sorted(set(listed) ^ set(found)):
-        raise CheckpointError(f"{index}: {odd[0]} is in the index or the files, not in both")
+        raise CheckpointError(f"{index}: {odd[0]} is in the index or the files, not in both", code="MDS511")
 
 
 class TensorFolder:
@@ -148,7 +153,7 @@ class TensorFolder:
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor or some of its rows, as a copy. Raises CheckpointError for an unknown name."""
         if name not in self._places:
-            raise CheckpointError(f"{self.folder}: has no tensor {name}")
+            raise CheckpointError(f"{self.folder}: has no tensor {name}", code="MDS511")
         file = self._open(self._places[name][0])
         return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
@@ -165,7 +170,7 @@ class TensorFolder:
             refuse_pointer(self.folder / name)
             found = (self.folder / name).stat()
         except OSError as error:
-            raise CheckpointError(f"{self.folder / name}: not readable ({error})") from None
+            raise DamagedCheckpointError(f"{self.folder / name}: not readable ({error})") from None
         return found.st_size, found.st_mtime_ns
 
     def _open(self, name: str) -> Any:
@@ -174,7 +179,7 @@ class TensorFolder:
             try:
                 handles[name] = safetensors.safe_open(str(self.folder / name), "pt")  # type: ignore[attr-defined]
             except (OSError, safetensors.SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / name}: not readable ({error})") from None
+                raise DamagedCheckpointError(f"{self.folder / name}: not readable ({error})") from None
         return handles[name]
 
     @cached_property
@@ -187,7 +192,7 @@ class TensorFolder:
                 part = handle.get_slice(name)
                 if name in places or part.get_dtype() not in DTYPES:
                     reason = "is in two files" if name in places else f"has the unknown type {part.get_dtype()}"
-                    raise CheckpointError(f"{self.folder / file}: {name} {reason}")
+                    raise CheckpointError(f"{self.folder / file}: {name} {reason}", code="MDS511")
                 places[name] = file, TensorSpec(DTYPES[part.get_dtype()], tuple(part.get_shape()))
         if self._index.is_file():
             refuse_odd_index(self._index, indexed_files(self._index), places)

@@ -44,13 +44,14 @@ def safe_load(path: Path, *, mapped: bool = True, classes: Sequence[Any] = (), a
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=not execute)
     except pickle.UnpicklingError as error:
         if "unsupported operand" in str(error).lower():
-            raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote") from None
+            raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote", code="MDS509") from None
         found = str(error).partition("Unsupported global: ")[2].split(" was not")[0] or "other objects"
         raise CheckpointError(
             f"{path}: holds {found} beside tensors and plain values; nothing was executed. If you trust the file: "
-            "--allow-pickle"
+            "--allow-pickle",
+            code="MDS508",
         ) from None
     except (LookupError, TypeError):
-        raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote") from None
+        raise CheckpointError(f"{path}: damaged, or not a file that torch.save wrote", code="MDS509") from None
     except (OSError, RuntimeError, EOFError, ValueError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"{path}: not readable ({error})") from None
+        raise CheckpointError(f"{path}: not readable ({error})", code="MDS509") from None

@@ -182,7 +182,9 @@ def _start(folder: Path, job: str, names: set[str], stem: str) -> dict[str, File
         half = (
             " (of a job that has not finished: start that one again, or remove the folder)" if records.exists() else ""
         )
-        raise CheckpointError(f"{folder}: holds {existing[0].name} of something else{half}; choose an empty folder")
+        raise CheckpointError(
+            f"{folder}: holds {existing[0].name} of something else{half}; choose an empty folder", code="MDS601"
+        )
     else:
         found = {}
     real_folder(records)
@@ -257,7 +259,8 @@ def _in_workers(
         except BrokenProcessPool as error:
             raise OutputError(
                 f"a worker of --jobs {jobs} was ended by the system, as it does where memory is short; finished files "
-                "are kept: start again with fewer --jobs"
+                "are kept: start again with fewer --jobs",
+                code="MDS003",
             ) from error
         except BaseException:
             for process in list(pool._processes.values()):  # they would finish files of gigabytes first
@@ -311,7 +314,7 @@ def _write_file(
                 report(piece.nbytes)
     size = temporary.stat().st_size
     if size != 8 + len(text) + end:
-        raise OutputError(f"{folder / file.name}: {size} bytes written, {8 + len(text) + end} planned")
+        raise OutputError(f"{folder / file.name}: {size} bytes written, {8 + len(text) + end} planned", code="MDS602")
     return FileChecksum(size, digest.hexdigest())
 
 
@@ -323,7 +326,7 @@ def _pieces(source: TensorSource, name: str, spec: TensorSpec) -> Iterator[Tenso
             found = f"{piece.dtype} {tuple(piece.shape)}"
             raise CheckpointError(f"{name}: read as {found}, announced as {spec.dtype} {shape}")
         if spec.dtype.is_floating_point and not all_finite(piece):
-            raise CheckpointError(f"{name}: has values that are not finite")
+            raise CheckpointError(f"{name}: has values that are not finite", code="MDS515")
         yield piece
 
 

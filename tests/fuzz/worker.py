@@ -82,9 +82,9 @@ def _tried(artefacts: Path, root: Path, target: str, number: int, seed: int, who
         how = str(ended.code)
         fault = _unplaced(str(ended), case) if ended.code == USER_ERROR else f"exit code {how}: {str(ended)[-1500:]}"
     except BaseException as error:
-        message = guard.user_message(error)
-        how = "2" if message else "traceback"
-        fault = _unplaced(message, case) if message else traceback.format_exc()[-1500:]
+        mendable = guard.user_error(error)
+        how = "2" if mendable else "traceback"
+        fault = _unplaced(str(mendable), case) if mendable else traceback.format_exc()[-1500:]
     finally:
         os.chdir("/")
     return Verdict(target, number, f"{mutation.what}: {how}", fault or _misdeed(artefacts, case, target, before))

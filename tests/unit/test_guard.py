@@ -47,12 +47,15 @@ def test_a_console_whose_reader_has_left_is_a_broken_pipe(ended):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ConfigError("x: 3 given"), "it: x: 3 given\n"),
-        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "it: a/b: permission denied\n"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "it: aaa: file name too long\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "it: a/b: no space left on device\n"),
-        (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "it: a -> b: invalid cross-device link\n"),
-        (MemoryError(), "it: out of memory (no message); give it less at a time, or a machine with more\n"),
+        (ConfigError("x: 3 given"), "it: x: 3 given [MDS100]\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "it: a/b: permission denied [MDS002]\n"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "it: aaa: file name too long [MDS002]\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "it: a/b: no space left on device [MDS002]\n"),
+        (
+            OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"),
+            "it: a -> b: invalid cross-device link [MDS002]\n",
+        ),
+        (MemoryError(), "it: out of memory (no message); give it less at a time, or a machine with more [MDS003]\n"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
     ],
 )
@@ -116,7 +119,7 @@ def test_an_output_that_is_full_is_said():
         done = subprocess.run(
             command(*DRY_RUN), stdout=full, stderr=subprocess.PIPE, env=environment(), check=False, timeout=120
         )
-    assert (done.returncode, done.stderr) == (2, b"error: standard output: no space left on device\n")
+    assert (done.returncode, done.stderr) == (2, b"error: standard output: no space left on device [MDS002]\n")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ class Preflight:
         try:
             stages = self._resolved_here(meeting.environment)
         except MythosError as error:
-            self.complain(f"error: {error}")
+            self.complain(f"error: {error.report()}")
             return _part(meeting, USER_ERROR_EXIT_CODE)
         token = uuid.uuid4().hex[:12]
         checks: list[Check] = []

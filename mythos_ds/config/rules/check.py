@@ -8,7 +8,6 @@ from mythos_ds.config import deepspeed_section, deepspeed_values
 from mythos_ds.config.batch_ramp import MAX_SIZES, BatchSchedule
 from mythos_ds.config.depth_distribution import deep_shares, depth_pmf
 from mythos_ds.config.divisors import divisors, nearest_divisors
-from mythos_ds.config.error_messages import Problem
 from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.rules import model as model_rules
 from mythos_ds.config.rules import pipeline as pipeline_rules
@@ -21,6 +20,7 @@ from mythos_ds.config.schema import (
     Section,
     TrainingConfig,
 )
+from mythos_ds.errors import Coded, Problem, coded
 
 BUILTIN_VOCABULARY = 4096
 MINIMUM_DEEP_SHARE = 0.01
@@ -42,10 +42,10 @@ _ADAM_ONLY = ("beta1", "beta2", "eps")
 
 @dataclass(frozen=True)
 class Rule:
-    """`broken(config)` is a message about `key`, or None."""
+    """`broken(config)` is a message about `key` with the rule's code, or None."""
 
     key: str
-    broken: Callable[[RunConfig], str | None]
+    broken: Callable[[RunConfig], Coded | None]
 
 
 def given(section: Section, field: str) -> bool:
@@ -79,14 +79,14 @@ def check_partial(config: RunConfig) -> list[Problem]:
 def check_model(model: ModelConfig) -> list[Problem]:
     """(key, message) of every rule without which a model cannot be built, also one that is not to be trained."""
     needed = [name for name in _MLA_NEEDED if model.attn_type == "mla" and getattr(model, name) is None]
-    problems = [(name, 'missing; required with attn_type "mla"') for name in needed]
+    problems = [(name, Coded("MDS207", 'missing; required with attn_type "mla"')) for name in needed]
     found = ((key, rule(model)) for key, rule in _BUILT)
     return problems + [(key, message) for key, message in found if message is not None]
 
 
 def _first_of_each_key(problems: list[Problem]) -> list[Problem]:
     """One message per key: RULES has the stricter rule of a key first."""
-    first: dict[str, str] = {}
+    first: dict[str, Coded] = {}
     for key, message in problems:
         first.setdefault(key, message)
     return list(first.items())
@@ -98,7 +98,7 @@ def check_world(config: RunConfig, world_size: int) -> list[Problem]:
     The length is looked at here and not in `check`, because a proxy shortens it and its warm-up together.
     """
     if world_size > PROCESSES:
-        return [("cluster.nodes", f"{world_size:,} processes in all; allowed: at most {PROCESSES:,}")]
+        return [("cluster.nodes", Coded("MDS260", f"{world_size:,} processes in all; allowed: at most {PROCESSES:,}"))]
     problems: list[Problem] = []
     if (message := _warmup(config.training)) is not None:
         problems.append(("training.warmup_steps", message))
@@ -115,6 +115,7 @@ def check_world(config: RunConfig, world_size: int) -> list[Problem]:
     return problems
 
 
+@coded("MDS263")
 def _batch_problem(training: TrainingConfig, world_size: int) -> str | None:
     unit = training.micro_batch_size * world_size
     batch = training.global_batch_size
@@ -128,6 +129,7 @@ def _batch_problem(training: TrainingConfig, world_size: int) -> str | None:
     )
 
 
+@coded("MDS265")
 def _ep_world_problem(config: RunConfig, world_size: int) -> str | None:
     ep_size = config.parallel.ep_size
     if ep_size == "auto" or ep_size < 1 or world_size % ep_size == 0:
@@ -139,6 +141,7 @@ def _ep_world_problem(config: RunConfig, world_size: int) -> str | None:
     )
 
 
+@coded("MDS243")
 def _ep_divides_experts(config: RunConfig) -> str | None:
     ep_size, n_experts = config.parallel.ep_size, config.model.n_experts
     if ep_size == "auto" or (ep_size >= 1 and n_experts % ep_size == 0):
@@ -147,6 +150,7 @@ def _ep_divides_experts(config: RunConfig) -> str | None:
     return f'{ep_size} given; allowed: "auto" or a divisor of n_experts = {n_experts}; nearest: {nearest}'
 
 
+@coded("MDS244")
 def _ep_fits_nodes(config: RunConfig) -> str | None:
     """Expert groups are consecutive ranks: a group inside a node, or of whole nodes, shares no node's network card."""
     ep_size, cluster, n_experts = config.parallel.ep_size, config.cluster, config.model.n_experts
@@ -163,10 +167,13 @@ def _ep_fits_nodes(config: RunConfig) -> str | None:
     )
 
 
-def _no_effect(fields: tuple[str, ...], section: str, why: str, when: Callable[[RunConfig], bool]) -> list[Rule]:
+def _no_effect(
+    code: str, fields: tuple[str, ...], section: str, why: str, when: Callable[[RunConfig], bool]
+) -> list[Rule]:
     """Rules that refuse a setting that would do nothing."""
 
     def rule(field: str) -> Rule:
+        @coded(code)
         def broken(config: RunConfig) -> str | None:
             is_set = given(getattr(config, section), field)
             return f"has no effect {why}; remove it" if is_set and when(config) else None
@@ -176,10 +183,13 @@ def _no_effect(fields: tuple[str, ...], section: str, why: str, when: Callable[[
     return [rule(field) for field in fields]
 
 
-def _needed(fields: tuple[str, ...], section: str, why: str, when: Callable[[RunConfig], bool]) -> list[Rule]:
+def _needed(
+    code: str, fields: tuple[str, ...], section: str, why: str, when: Callable[[RunConfig], bool]
+) -> list[Rule]:
     """Rules that ask for a setting."""
 
     def rule(field: str) -> Rule:
+        @coded(code)
         def broken(config: RunConfig) -> str | None:
             is_null = getattr(getattr(config, section), field) is None
             return f"missing; required {why}" if is_null and when(config) else None
@@ -189,22 +199,23 @@ def _needed(fields: tuple[str, ...], section: str, why: str, when: Callable[[Run
     return [rule(field) for field in fields]
 
 
-def _model(key: str, broken: Callable[[ModelConfig], str | None]) -> Rule:
+def _model(key: str, broken: Callable[[ModelConfig], Coded | None]) -> Rule:
     return Rule(f"model.{key}", lambda config: broken(config.model))
 
 
-def _training(key: str, broken: Callable[[TrainingConfig], str | None]) -> Rule:
+def _training(key: str, broken: Callable[[TrainingConfig], Coded | None]) -> Rule:
     return Rule(f"training.{key}", lambda config: broken(config.training))
 
 
-def _parallel(key: str, broken: Callable[[ParallelConfig], str | None]) -> Rule:
+def _parallel(key: str, broken: Callable[[ParallelConfig], Coded | None]) -> Rule:
     return Rule(f"parallel.{key}", lambda config: broken(config.parallel))
 
 
-def _data(key: str, broken: Callable[[DataConfig], str | None]) -> Rule:
+def _data(key: str, broken: Callable[[DataConfig], Coded | None]) -> Rule:
     return Rule(f"data.{key}", lambda config: broken(config.data))
 
 
+@coded("MDS242")
 def _backprop_depth(config: RunConfig) -> str | None:
     depth, max_loops = config.training.mean_backprop_depth, config.model.max_loops
     if depth is None or depth <= max_loops:
@@ -212,6 +223,7 @@ def _backprop_depth(config: RunConfig) -> str | None:
     return f"{depth} given; allowed: 1 to max_loops = {max_loops}; nearest: {max_loops}"
 
 
+@coded("MDS222")
 def _deep_loops_are_trained(config: RunConfig) -> str | None:
     """Loops beyond max_loops / 2 must be drawn often enough, or max_loops promises a depth never trained."""
     model, training = config.model, config.training
@@ -234,6 +246,7 @@ def _deep_loops_are_trained(config: RunConfig) -> str | None:
     )
 
 
+@coded("MDS228")
 def _length(training: TrainingConfig) -> str | None:
     if (training.max_steps is None) == (training.max_tokens is None):
         which = "neither is" if training.max_steps is None else "both are"
@@ -248,6 +261,7 @@ def steps_of(training: TrainingConfig) -> int:
     return BatchSchedule.of(training).steps(-(-(training.max_tokens or 0) // training.seq_len))
 
 
+@coded("MDS261")
 def _warmup(training: TrainingConfig) -> str | None:
     steps = steps_of(training)
     if steps == 0 or training.warmup_steps < steps:
@@ -255,6 +269,7 @@ def _warmup(training: TrainingConfig) -> str | None:
     return f"{training.warmup_steps} given; allowed: less than the run's {steps} steps; nearest: {steps - 1}"
 
 
+@coded("MDS262")
 def _curriculum(training: TrainingConfig) -> str | None:
     steps = steps_of(training)
     if steps == 0 or training.depth_curriculum_steps <= steps:
@@ -262,6 +277,7 @@ def _curriculum(training: TrainingConfig) -> str | None:
     return f"{training.depth_curriculum_steps} given; allowed: at most the run's {steps} steps; nearest: {steps}"
 
 
+@coded("MDS230")
 def _ramp(training: TrainingConfig) -> str | None:
     ramp, size = training.global_batch_ramp, training.global_batch_size
     if ramp is None:
@@ -277,6 +293,7 @@ def _ramp(training: TrainingConfig) -> str | None:
     return None if sizes <= MAX_SIZES else f"{sizes:,} increments; allowed: at most {MAX_SIZES:,}"
 
 
+@coded("MDS264")
 def _ramp_unit(training: TrainingConfig, unit: int) -> str | None:
     """Every size must give each process whole micro-batches."""
     ramp, size = training.global_batch_ramp, training.global_batch_size
@@ -295,6 +312,7 @@ def _ramp_unit(training: TrainingConfig, unit: int) -> str | None:
     return None
 
 
+@coded("MDS239")
 def _depth_per(config: RunConfig) -> str | None:
     if config.training.depth_per == "step":
         return None
@@ -309,6 +327,7 @@ def _depth_per(config: RunConfig) -> str | None:
     return f'"sequence" given with {why}; nearest: "step"'
 
 
+@coded("MDS229")
 def _micro_batch(training: TrainingConfig) -> str | None:
     if training.global_batch_size % training.micro_batch_size == 0:
         return None
@@ -319,6 +338,7 @@ def _micro_batch(training: TrainingConfig) -> str | None:
     )
 
 
+@coded("MDS248")
 def _corpus(data: DataConfig) -> str | None:
     if (data.corpus is None) == (data.datasets is None):
         which = "neither is" if data.corpus is None else "both are"
@@ -326,6 +346,7 @@ def _corpus(data: DataConfig) -> str | None:
     return None
 
 
+@coded("MDS249")
 def _datasets(data: DataConfig) -> str | None:
     if data.datasets is None:
         return None
@@ -336,12 +357,14 @@ def _datasets(data: DataConfig) -> str | None:
     return f"{twice[0]} is listed twice; give it once, with the sum of the weights" if twice else None
 
 
+@coded("MDS250")
 def _split(data: DataConfig) -> str | None:
     if min(data.split) < 0 or sum(data.split) <= 0:
         return f"{list(data.split)} given; allowed: three shares >= 0 with a positive sum"
     return f"{list(data.split)} given; the share of training must be > 0" if data.split[0] == 0 else None
 
 
+@coded("MDS251")
 def _validation(data: DataConfig) -> str | None:
     if data.validation in ("", []):
         return f'{data.validation!r} given; allowed: a prefix, at least one {{prefix, weight}}, or "none"'
@@ -353,6 +376,7 @@ def _validation(data: DataConfig) -> str | None:
     return f"{trained[0]} is also in data.datasets, which is trained on; give other text, or none" if trained else None
 
 
+@coded("MDS255")
 def _vocabulary(config: RunConfig) -> str | None:
     size = config.model.vocab_size
     if config.data.corpus != "builtin" or size >= BUILTIN_VOCABULARY:
@@ -361,6 +385,7 @@ def _vocabulary(config: RunConfig) -> str | None:
     return f"{size} given; allowed: >= {least} with the built-in corpus; nearest: {least}"
 
 
+@coded("MDS245")
 def _zero_stage(config: RunConfig) -> str | None:
     if config.parallel.zero_stage == 0 and config.parallel.ep_size not in (0, 1, "auto"):
         return (
@@ -368,6 +393,20 @@ def _zero_stage(config: RunConfig) -> str | None:
             "allowed: 1, 2 or 3; nearest: 1"
         )
     return None
+
+
+@coded("MDS246")
+def _offload_params(parallel: ParallelConfig) -> str | None:
+    if parallel.offload_params != "cpu" or parallel.zero_stage == 3:
+        return None
+    return f'"cpu" given with zero_stage {parallel.zero_stage}; allowed: zero_stage 3'
+
+
+@coded("MDS247")
+def _offload_optimizer(parallel: ParallelConfig) -> str | None:
+    if parallel.offload_optimizer != "cpu" or parallel.zero_stage != 0:
+        return None
+    return '"cpu" given with zero_stage 0; allowed: zero_stage 1, 2 or 3'
 
 
 def _is_mla(config: RunConfig) -> bool:
@@ -378,6 +417,7 @@ def _is_gqa(config: RunConfig) -> bool:
     return config.model.attn_type == "gqa"
 
 
+@coded("MDS236")
 def _muon_clip(config: RunConfig) -> str | None:
     clip = config.training.grad_clip
     if not _is_muon(config) or clip == 0:
@@ -385,6 +425,7 @@ def _muon_clip(config: RunConfig) -> str | None:
     return f"{clip} given; DeepSpeed would clip Muon's update, not the gradient; allowed with muon: 0; nearest: 0"
 
 
+@coded("MDS237")
 def _muon_layout(config: RunConfig) -> str | None:
     parallel = config.parallel
     if not _is_muon(config):
@@ -413,18 +454,11 @@ RULES: tuple[Rule, ...] = (
     Rule("parallel.zero_stage", pipeline_rules.zero_stage),
     Rule("training.optimizer", pipeline_rules.optimizer),
     Rule("parallel.offload_params", pipeline_rules.offload_params),
-    *_needed(_MLA_NEEDED, "model", 'with attn_type "mla"', _is_mla),
-    *_no_effect(_GQA_ONLY, "model", 'with attn_type "mla"', _is_mla),
-    *_no_effect(_MLA_ONLY, "model", 'with attn_type "gqa"', _is_gqa),
-    _model(
-        "qk_norm",
-        lambda m: (
-            'true given; allowed: false with attn_type "mla" (its latents are normed)'
-            if m.qk_norm and m.attn_type == "mla"
-            else None
-        ),
-    ),
-    *_no_effect(("qk_norm_span",), "model", "unless qk_norm is true", lambda c: not c.model.qk_norm),
+    *_needed("MDS207", _MLA_NEEDED, "model", 'with attn_type "mla"', _is_mla),
+    *_no_effect("MDS208", _GQA_ONLY, "model", 'with attn_type "mla"', _is_mla),
+    *_no_effect("MDS209", _MLA_ONLY, "model", 'with attn_type "gqa"', _is_gqa),
+    _model("qk_norm", model_rules.qk_norm),
+    *_no_effect("MDS211", ("qk_norm_span",), "model", "unless qk_norm is true", lambda c: not c.model.qk_norm),
     _model("rope_scaling", model_rules.rope_scaling),
     _model("no_rope_layers", model_rules.no_rope_layers),
     _model("n_kv_heads", model_rules.kv_heads),
@@ -433,32 +467,34 @@ RULES: tuple[Rule, ...] = (
     _model("n_experts_per_tok", model_rules.top_k),
     _model("n_expert_groups", model_rules.groups),
     _model("n_limited_groups", model_rules.limited_groups),
-    *_no_effect(("shared_expert_dim",), "model", "with n_shared_experts 0", lambda c: c.model.n_shared_experts == 0),
+    *_no_effect(
+        "MDS220", ("shared_expert_dim",), "model", "with n_shared_experts 0", lambda c: c.model.n_shared_experts == 0
+    ),
     _model("mean_recurrence", model_rules.mean_recurrence),
     Rule("model.max_loops", _deep_loops_are_trained),
-    _model(
-        "discretisation",
-        lambda m: (
-            '"direct" given; allowed with injection "pre": "euler" or "zoh"'
-            if m.discretisation == "direct" and m.injection == "pre"
-            else None
-        ),
-    ),
+    _model("discretisation", model_rules.discretisation),
     _model("dim", model_rules.loop_embedding_width),
     _model("dim", model_rules.size),
-    *_no_effect(("lora_target",), "model", "with lora_rank 0", lambda c: c.model.lora_rank == 0),
-    *_no_effect(("act_threshold",), "model", 'with halting "none"', lambda c: c.model.halting == "none"),
+    *_no_effect("MDS226", ("lora_target",), "model", "with lora_rank 0", lambda c: c.model.lora_rank == 0),
+    *_no_effect("MDS227", ("act_threshold",), "model", 'with halting "none"', lambda c: c.model.halting == "none"),
     _training("max_steps", _length),
     _training("micro_batch_size", _micro_batch),
     _training("global_batch_ramp", _ramp),
-    *_no_effect(("decay_fraction",), "training", 'unless schedule is "wsd"', lambda c: c.training.schedule != "wsd"),
-    *_no_effect(("min_lr_ratio",), "training", 'with schedule "constant"', lambda c: c.training.schedule == "constant"),
-    *_no_effect(_ADAM_ONLY, "training", 'with optimizer "sgd"', lambda c: c.training.optimizer == "sgd"),
-    *_no_effect(("muon_lr", "muon_momentum"), "training", 'unless optimizer is "muon"', lambda c: not _is_muon(c)),
-    *_needed(("muon_lr",), "training", 'with optimizer "muon"', _is_muon),
+    *_no_effect(
+        "MDS231", ("decay_fraction",), "training", 'unless schedule is "wsd"', lambda c: c.training.schedule != "wsd"
+    ),
+    *_no_effect(
+        "MDS232", ("min_lr_ratio",), "training", 'with schedule "constant"', lambda c: c.training.schedule == "constant"
+    ),
+    *_no_effect("MDS233", _ADAM_ONLY, "training", 'with optimizer "sgd"', lambda c: c.training.optimizer == "sgd"),
+    *_no_effect(
+        "MDS234", ("muon_lr", "muon_momentum"), "training", 'unless optimizer is "muon"', lambda c: not _is_muon(c)
+    ),
+    *_needed("MDS235", ("muon_lr",), "training", 'with optimizer "muon"', _is_muon),
     Rule("training.grad_clip", _muon_clip),
     Rule("training.optimizer", _muon_layout),
     *_no_effect(
+        "MDS238",
         ("depth_sigma",),
         "training",
         'unless depth_distribution is "lognormal_poisson"',
@@ -466,43 +502,33 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("training.depth_per", _depth_per),
     *_no_effect(
+        "MDS240",
         ("depth_curriculum_steps",),
         "training",
         "with mean_recurrence 1",
         lambda c: c.model.mean_recurrence == 1,
     ),
-    *_no_effect(("ponder_cost",), "training", 'unless halting is "act"', lambda c: c.model.halting != "act"),
+    *_no_effect("MDS241", ("ponder_cost",), "training", 'unless halting is "act"', lambda c: c.model.halting != "act"),
     Rule("training.mean_backprop_depth", _backprop_depth),
     Rule("parallel.ep_size", _ep_divides_experts),
     Rule("parallel.ep_size", _ep_fits_nodes),
     Rule("parallel.zero_stage", _zero_stage),
-    _parallel(
-        "offload_params",
-        lambda p: (
-            f'"cpu" given with zero_stage {p.zero_stage}; allowed: zero_stage 3'
-            if p.offload_params == "cpu" and p.zero_stage != 3
-            else None
-        ),
-    ),
-    _parallel(
-        "offload_optimizer",
-        lambda p: (
-            '"cpu" given with zero_stage 0; allowed: zero_stage 1, 2 or 3'
-            if p.offload_optimizer == "cpu" and p.zero_stage == 0
-            else None
-        ),
-    ),
+    _parallel("offload_params", _offload_params),
+    _parallel("offload_optimizer", _offload_optimizer),
     _data("corpus", _corpus),
     _data("datasets", _datasets),
     _data("split", _split),
     _data("validation", _validation),
-    *_needed(("tokenizer",), "data", "with datasets", lambda c: c.data.datasets is not None),
+    *_needed("MDS252", ("tokenizer",), "data", "with datasets", lambda c: c.data.datasets is not None),
     *_no_effect(
+        "MDS253",
         ("tokenizer",),
         "data",
         "with the built-in corpus, which makes its own",
         lambda c: c.data.corpus is not None and c.data.datasets is None,
     ),
-    *_no_effect(("loss_mask",), "data", "with the built-in corpus, which is text", lambda c: c.data.corpus is not None),
+    *_no_effect(
+        "MDS254", ("loss_mask",), "data", "with the built-in corpus, which is text", lambda c: c.data.corpus is not None
+    ),
     Rule("model.vocab_size", _vocabulary),
 )

@@ -3,6 +3,7 @@
 from mythos_ds.config.attention_shapes import attention_matmul
 from mythos_ds.config.divisors import nearest_divisors
 from mythos_ds.config.schema import ModelConfig, RopeScaling
+from mythos_ds.errors import coded
 
 MAX_PARAMETERS = 10**16
 """Above it, sizes of tensors in bytes leave 64 bits once batches are multiplied in."""
@@ -17,6 +18,7 @@ SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """What a kind of RoPE scaling needs beside its factor, and what it may have."""
 
 
+@coded("MDS224")
 def loop_embedding_width(model: ModelConfig) -> str | None:
     """The "scaled" sinusoid has pairs over all channels; the "raw" one, over an eighth, drops a last cosine."""
     unit = 2 if model.loop_embedding == "scaled" else 1
@@ -29,6 +31,7 @@ def loop_embedding_width(model: ModelConfig) -> str | None:
     )
 
 
+@coded("MDS214")
 def kv_heads(model: ModelConfig) -> str | None:
     if model.attn_type != "gqa" or model.n_heads % model.resolved_kv_heads == 0:
         return None
@@ -38,6 +41,7 @@ def kv_heads(model: ModelConfig) -> str | None:
     )
 
 
+@coded("MDS215")
 def head_dim(model: ModelConfig) -> str | None:
     if model.attn_type != "gqa":
         return None
@@ -47,6 +51,7 @@ def head_dim(model: ModelConfig) -> str | None:
     return f"{width} given; allowed: even numbers (RoPE rotates pairs); nearest: {width + 1}" if width % 2 else None
 
 
+@coded("MDS212")
 def rope_scaling(model: ModelConfig) -> str | None:
     """Each kind has keys of its own; a key of another would do nothing."""
     if model.rope_scaling is None:
@@ -73,6 +78,14 @@ def scaling_problem(scaling: RopeScaling) -> str | None:
     return f"{scales[0]} has no effect alone; allowed: mscale and mscale_all_dim together" if len(scales) == 1 else None
 
 
+@coded("MDS210")
+def qk_norm(model: ModelConfig) -> str | None:
+    if not model.qk_norm or model.attn_type != "mla":
+        return None
+    return 'true given; allowed: false with attn_type "mla" (its latents are normed)'
+
+
+@coded("MDS213")
 def no_rope_layers(model: ModelConfig) -> str | None:
     n_layers, given = model.prelude_layers + model.recurrent_layers + model.coda_layers, list(model.no_rope_layers)
     if given == sorted(set(given)) and all(0 <= layer < n_layers for layer in given):
@@ -81,6 +94,7 @@ def no_rope_layers(model: ModelConfig) -> str | None:
     return f"{given} given; allowed: rising numbers from 0 to {n_layers - 1}; nearest: {nearest}"
 
 
+@coded("MDS216")
 def rope_dim(model: ModelConfig) -> str | None:
     width = model.qk_rope_head_dim
     if width is None or width % 2 == 0:
@@ -88,6 +102,7 @@ def rope_dim(model: ModelConfig) -> str | None:
     return f"{width} given; allowed: even numbers (RoPE rotates pairs); nearest: {width - 1} or {width + 1}"
 
 
+@coded("MDS217")
 def top_k(model: ModelConfig) -> str | None:
     top_k, n_experts = model.n_experts_per_tok, model.n_experts
     if top_k > n_experts:
@@ -100,6 +115,7 @@ def top_k(model: ModelConfig) -> str | None:
     return None
 
 
+@coded("MDS218")
 def groups(model: ModelConfig) -> str | None:
     groups = model.n_expert_groups
     if groups is None:
@@ -112,6 +128,7 @@ def groups(model: ModelConfig) -> str | None:
     )
 
 
+@coded("MDS219")
 def limited_groups(model: ModelConfig) -> str | None:
     groups, limited = model.n_expert_groups, model.n_limited_groups
     if groups is None:
@@ -121,6 +138,7 @@ def limited_groups(model: ModelConfig) -> str | None:
     return f"{limited} given; allowed: 1 to n_expert_groups = {groups}" if limited > groups else None
 
 
+@coded("MDS221")
 def mean_recurrence(model: ModelConfig) -> str | None:
     if model.mean_recurrence <= model.max_loops:
         return None
@@ -128,6 +146,14 @@ def mean_recurrence(model: ModelConfig) -> str | None:
     return f"{model.mean_recurrence} given; allowed: 1 to max_loops = {limit}; nearest: {limit}"
 
 
+@coded("MDS223")
+def discretisation(model: ModelConfig) -> str | None:
+    if model.discretisation != "direct" or model.injection != "pre":
+        return None
+    return '"direct" given; allowed with injection "pre": "euler" or "zoh"'
+
+
+@coded("MDS202")
 def halting(model: ModelConfig) -> str | None:
     """A gate learns from a model that does not change any more."""
     if model.halting != "gate":
@@ -138,6 +164,7 @@ def halting(model: ModelConfig) -> str | None:
     )
 
 
+@coded("MDS225")
 def size(model: ModelConfig) -> str | None:
     """Whether the model is of a size that torch can address, by the part that has most of it."""
     dim, dense = model.dim, model.prelude_layers + model.coda_layers

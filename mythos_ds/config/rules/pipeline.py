@@ -4,9 +4,9 @@ import math
 
 from mythos_ds.config.batch_ramp import BatchSchedule
 from mythos_ds.config.divisors import nearest_divisors
-from mythos_ds.config.error_messages import Problem
 from mythos_ds.config.layout import expert_stage_size, is_pipelined, rows_per_micro_batch, stage_sizes
 from mythos_ds.config.schema import RunConfig
+from mythos_ds.errors import Coded, Problem, coded
 
 LITERAL_STAGES = 3
 _ZERO = "zero_optimization"
@@ -19,6 +19,7 @@ _GATHERING_KEYS = (
 )
 
 
+@coded("MDS201")
 def form(config: RunConfig) -> str | None:
     """pp_size by itself, and against the recurrent layers."""
     given, layers = config.parallel.pp_size, config.model.recurrent_layers
@@ -37,6 +38,7 @@ def form(config: RunConfig) -> str | None:
     )
 
 
+@coded("MDS203")
 def halting(config: RunConfig) -> str | None:
     if not _is_sound(config) or config.model.halting == "none":
         return None
@@ -46,6 +48,7 @@ def halting(config: RunConfig) -> str | None:
     )
 
 
+@coded("MDS204")
 def zero_stage(config: RunConfig) -> str | None:
     stage = config.parallel.zero_stage
     if not _is_sound(config) or stage == 3:
@@ -53,12 +56,14 @@ def zero_stage(config: RunConfig) -> str | None:
     return f"{stage} given with pp_size {config.parallel.pp_size}; allowed: 3; nearest: 3"
 
 
+@coded("MDS205")
 def optimizer(config: RunConfig) -> str | None:
     if not _is_sound(config) or config.training.optimizer != "muon":
         return None
     return f'"muon" given with pp_size {config.parallel.pp_size}; allowed: "adamw" or "sgd", or pp_size 1'
 
 
+@coded("MDS206")
 def offload_params(config: RunConfig) -> str | None:
     if not _is_sound(config) or config.parallel.offload_params == "none":
         return None
@@ -74,7 +79,7 @@ def gathering_keys(config: RunConfig) -> list[Problem]:
     if not _is_sound(config) or not isinstance(zero, dict):
         return []
     why = "has no effect with a pipeline, which gathers a stage's weights once per step; remove it, or set it to null"
-    return [(f"deepspeed.{_ZERO}.{key}", why) for key in _GATHERING_KEYS if zero.get(key) is not None]
+    return [(f"deepspeed.{_ZERO}.{key}", Coded("MDS159", why)) for key in _GATHERING_KEYS if zero.get(key) is not None]
 
 
 def layout_problem(config: RunConfig, world_size: int) -> Problem | None:
@@ -85,14 +90,14 @@ def layout_problem(config: RunConfig, world_size: int) -> Problem | None:
             return None
         nearest = _nearest_stages(given, world_size) if world_size >= LITERAL_STAGES else "1 (no pipeline)"
         allowed = f"stages of {world_size} processes in all"
-        return "parallel.pp_size", f"{given} given; allowed: {allowed}; nearest: {nearest}"
+        return "parallel.pp_size", Coded("MDS266", f"{given} given; allowed: {allowed}; nearest: {nearest}")
     if world_size % given == 0:
         return None
-    return (
-        "parallel.pp_size",
+    message = (
         f"{given} given; allowed: divisors of the {world_size} processes and of recurrent_layers = {layers}; nearest: "
-        f"{nearest_divisors(given, world_size, layers)}",
+        f"{nearest_divisors(given, world_size, layers)}"
     )
+    return "parallel.pp_size", Coded("MDS266", message)
 
 
 def expert_problem(config: RunConfig, world_size: int) -> Problem | None:
@@ -101,12 +106,12 @@ def expert_problem(config: RunConfig, world_size: int) -> Problem | None:
     if ep_size == "auto" or ep_size < 1 or holders % ep_size == 0:
         return None
     which = "a" if isinstance(config.parallel.pp_size, int) else "the recurrent"
-    return (
-        "parallel.ep_size",
+    message = (
         f"{ep_size} given; allowed: divisors of the {holders} processes of {which} pipeline stage and of the "
         f"{config.model.n_experts} experts; nearest: {nearest_divisors(ep_size, config.model.n_experts, holders)}, or "
-        '"auto"',
+        '"auto"'
     )
+    return "parallel.ep_size", Coded("MDS267", message)
 
 
 def row_problem(config: RunConfig, world_size: int) -> Problem | None:
@@ -117,11 +122,11 @@ def row_problem(config: RunConfig, world_size: int) -> Problem | None:
     if given % unit == 0:
         return None
     below, above = given // unit * unit, (given // unit + 1) * unit
-    return (
-        "training.micro_batch_size",
+    message = (
         f"{given} given; a micro-batch of {given} x {holders} sequences is shared by stages of {list(sizes)} "
-        f"processes; allowed: multiples of {unit}; nearest: {f'{below} or {above}' if below else above}",
+        f"processes; allowed: multiples of {unit}; nearest: {f'{below} or {above}' if below else above}"
     )
+    return "training.micro_batch_size", Coded("MDS268", message)
 
 
 def batch_problem(config: RunConfig, world_size: int) -> Problem | None:
@@ -137,11 +142,11 @@ def batch_problem(config: RunConfig, world_size: int) -> Problem | None:
     fitting = [count * unit for count in counts if _fits(count, stages, ring)]
     nearest = [size for size in fitting if size < batch][-1:] + [size for size in fitting if size > batch][:1]
     rounds = f", in whole rounds of {stages} or more" if ring else ""
-    return (
-        "training.global_batch_size",
+    message = (
         f"{batch} given; allowed: at least {stages} micro-batches for {stages} pipeline stages{rounds}, of "
-        f"{unit} sequences each; nearest: {' or '.join(map(str, nearest))}",
+        f"{unit} sequences each; nearest: {' or '.join(map(str, nearest))}"
     )
+    return "training.global_batch_size", Coded("MDS269", message)
 
 
 def ramp_problem(config: RunConfig, world_size: int) -> Problem | None:
@@ -150,7 +155,7 @@ def ramp_problem(config: RunConfig, world_size: int) -> Problem | None:
         training = config.training.model_copy(update={"global_batch_size": size})
         found = batch_problem(config.model_copy(update={"training": training}), world_size)
         if found is not None:
-            return "training.global_batch_ramp", f"its batch of {found[1]}"
+            return "training.global_batch_ramp", Coded("MDS270", f"its batch of {found[1]}")
     return None
 
 
@@ -176,20 +181,20 @@ def node_problem(config: RunConfig, world_size: int) -> Problem | None:
     if isinstance(given, int):
         if sizes[0] % per_node == 0 or per_node % sizes[0] == 0:
             return None
-        return (
-            "parallel.pp_size",
+        message = (
             f"{given} given; its stages of {sizes[0]} processes would meet across the network cards of nodes of "
-            f"{per_node}; allowed: stages of whole nodes, or several in a node",
+            f"{per_node}; allowed: stages of whole nodes, or several in a node"
         )
+        return "parallel.pp_size", Coded("MDS271", message)
     ep_size = config.parallel.ep_size
     unit = min(math.gcd(config.model.n_experts, sizes[1]) if ep_size == "auto" else ep_size, per_node)
     if sizes[0] % unit == 0:
         return None
-    return (
-        "parallel.pp_size",
+    message = (
         f"{given} given; expert groups of {ep_size} would begin at rank {sizes[0]} and hold parts of nodes of "
-        f"{per_node}; allowed: a first stage of a multiple of {unit} processes",
+        f"{per_node}; allowed: a first stage of a multiple of {unit} processes"
     )
+    return "parallel.pp_size", Coded("MDS271", message)
 
 
 def _nearest_stages(given: list[int], world_size: int) -> list[int]:

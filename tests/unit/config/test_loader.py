@@ -14,7 +14,7 @@ from tests.helpers.paths import ROOT
 def problems(*overrides: str, name: str = "tiny") -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load_config(name, overrides)
-    return caught.value.problems
+    return list(caught.value.problems)
 
 
 @pytest.fixture

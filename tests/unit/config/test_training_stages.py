@@ -28,7 +28,7 @@ def file(folder: Path, *stages: Any, **sections: Any) -> str:
 def problems(name: str, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         resolve_stages(load_config(name, overrides).stages, 1)
-    return caught.value.problems
+    return list(caught.value.problems)
 
 
 LONG = {"name": "long", "model": {"rope_scaling": YARN}, "training": {"max_steps": 50, "seq_len": 1024}}
