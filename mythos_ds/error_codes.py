@@ -389,9 +389,9 @@ CODES = {
         "Make room and start the same command again; `mythos-ds plan` says how large a checkpoint is.",
     ),
     "MDS513": Code(
-        "No such model folder",
+        "No such model, run or checkpoint",
         "The path is wrong, or it is a name of the Hugging Face hub: nothing is downloaded on the way.",
-        "Check the path, or run the `hf download` command of the message.",
+        "Check the path, or run the `hf download` command that the message shows for a name of the hub.",
     ),
     "MDS514": Code("An adapter in place of a model"),
     "MDS515": Code("Weights that hold NaN or infinite values"),

@@ -170,7 +170,7 @@ def naming(place: object) -> Iterator[None]:
     except CheckpointError as error:
         if str(place) in str(error):
             raise
-        raise CheckpointError([problem.after(f"{place}: ") for problem in error.problems]) from error
+        raise type(error)([problem.after(f"{place}: ") for problem in error.problems]) from error
 
 
 class ReportedElsewhere(MythosError):

@@ -58,8 +58,10 @@ def verify(path: Path, *, full: bool = False) -> dict[str, list[str]]:
         return of_data
     if not tags:
         if not path.exists():
-            raise CheckpointError(f"{looked_for(path)}: no such folder")
-        raise CheckpointError(f"{path}: no checkpoint, no prepared data, and no model folder with {CHECKSUMS}")
+            raise CheckpointError(f"{looked_for(path)}: no such folder", code="MDS513")
+        raise CheckpointError(
+            f"{path}: no checkpoint, no prepared data, and no model folder with {CHECKSUMS}", code="MDS518"
+        )
     faults = {str(tag): manifest_faults(tag) for tag in tags}
     latest = folder / manifest.LATEST
     named = manifest.read_latest(folder)

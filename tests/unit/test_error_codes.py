@@ -149,6 +149,7 @@ def test_a_place_that_is_put_before_keeps_the_code():
     with pytest.raises(CheckpointError) as caught, errors.naming("folder"):
         raise errors.TensorMismatchError("a.weight: missing")
     assert caught.value.report() == "folder: a.weight: missing [MDS510]"
+    assert isinstance(caught.value, errors.TensorMismatchError)
 
 
 def test_faults_and_errors_of_the_system_have_codes(capsys, tmp_path):
