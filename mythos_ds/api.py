@@ -46,9 +46,14 @@ def __getattr__(name: str) -> Any:
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> "RunConfig":
-    """A checked configuration: of a file, or of a preset such as "tiny" or "1t"; of training stages the first one's.
+    """Read and check a configuration; of training stages the first one's.
 
-    overrides: `section.key=value`, as on the command line. Raises ConfigError with every problem found.
+    Args:
+        name: a file, or a preset such as "tiny" or "1t".
+        overrides: `section.key=value`, as on the command line.
+
+    Raises:
+        ConfigError: with every problem found.
     """
     from mythos_ds.config import loader
 
@@ -126,7 +131,7 @@ def generate(
     seed: int = 0,
     context_length: int | None = None,
 ) -> str:
-    """The continuation of `prompt`, without the prompt. Text is text: special tokens in it stay characters.
+    """Continue `prompt`; returns the new text without the prompt. Special tokens in a text stay characters.
 
     Args:
         model: a model, or what `MythosModel.from_pretrained` takes.
@@ -134,7 +139,9 @@ def generate(
             tokenizer makes a prompt of, and the answer to them is returned.
         tokenizer: a tokenizer, its file, or a model folder or "tiny", which has one; a source's own where None.
         loops: how often the block is run for every token; the mean of training where None.
-        temperature: 0 takes the likeliest token.
+        new_tokens: at most so many; the end of a document, or of an answer, comes earlier.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        seed: of the drawing; the same seed gives the same text.
         context_length: tokens seen at once; that of training where None, where the model's folder says.
 
     Raises:
@@ -248,9 +255,10 @@ def _trained_length(place: Path | None) -> int | None:
 def evaluate(
     model: "MythosModel", data: "Iterable[Tensor | Mapping[str, Tensor]]", loops: Sequence[int] | None = None
 ) -> dict[int, float]:
-    """The mean loss (nats per token) on `data`, by loop count.
+    """Measure the mean loss on `data`; returns nats per token by loop count.
 
     Args:
+        model: in either mode, which it has again afterwards; on its own device.
         data: batches, each tokens int64 [batch, seq], of which each predicts the next, or {tokens, targets, positions}
             as the trainer reads them: targets are the tokens after each, -100 where none counts. It is read once; all
             counts see the same.
@@ -306,7 +314,7 @@ def pretrain(
     callbacks: "Sequence[Callback]" = (),
     share: bool = False,
 ) -> Path:
-    """Train in this process, alone or as one of a launcher's; the run's directory.
+    """Train in this process, alone or as one of a launcher's; returns the run's directory.
 
     Reading data takes worker processes, which import the calling script again: call it below
     `if __name__ == "__main__"`.
@@ -314,6 +322,7 @@ def pretrain(
     Args:
         config: a file, a preset, or a configuration made in Python.
         run_dir: needed for one made in Python; the same default as on the command line for others.
+        overrides: `section.key=value`, as on the command line.
         resume: "auto" goes on from the directory's newest checkpoint, "never" refuses one, a path goes on from there.
         callbacks: called on every rank, in this order; `mythos_ds/train/callbacks.py` says when.
         share: the run's files are for all whom the umask lets read them, not for the owner's group at most.
@@ -361,11 +370,14 @@ def convert(
     jobs: int = 1,
     **cut: float,
 ) -> list[str]:
-    """Write the model of `source` to the new folder `destination` in another format; what there is to say of it.
+    """Write the model of `source` to the new folder `destination` in another format; returns notes for the user.
 
     Args:
         source: a model folder ("tiny" is the built-in one); of OpenMythos also a file.
+        from_format: of the source.
+        to_format: of what is written; one of the two formats is mythos.
         dtype: of matrices; bfloat16 to hf, else as in the source, where None.
+        with_remote_code: put the model's code into an hf folder, for users without this package.
         allow_pickle: let a pickled source run the code it names.
         jobs: files written at once.
         cut: how a dense model (hf) becomes a looped one (mythos): prelude, recurrent, coda and so on.
@@ -399,12 +411,14 @@ def plan_run(
     tokens: float | None = None,
     overrides: Sequence[str] = (),
 ) -> "RunPlan":
-    """What a run needs and costs: memory, traffic, time and money. `.numbers` has it all, `print` shows it.
+    """Plan a run: the memory, traffic, time and money it needs. `.numbers` has it all, `print` shows it.
 
     Args:
+        config: a file, a preset, or a configuration made in Python.
         gpus: how many; those of the configuration's cluster where None, as is the next.
         gpu: h100, h200, b200, mi300x or a JSON file.
         tokens: of the run; the configuration's where None. Not with training stages, which have lengths of their own.
+        overrides: `section.key=value`, as on the command line.
 
     Raises:
         ConfigError: where the layout does not fit the GPUs' number, or neither is known.

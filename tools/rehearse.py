@@ -1,4 +1,4 @@
-"""Be one rank of a large run, on a laptop: what it holds, with whom it speaks, what it computes and sends.
+"""Simulate one rank of a large run on a laptop: what it holds and sends, and which ranks it communicates with.
 
     mythos-ds rehearse --config 1t.json --rank 777
     mythos-ds rehearse --config 1t.json --rank 777 --stage anneal

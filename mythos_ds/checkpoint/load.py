@@ -27,7 +27,7 @@ def list_checkpoints(groups: ParallelGroups, directory: Path) -> list[Path]:
 
 
 def find_checkpoint(groups: ParallelGroups, directory: Path) -> Path | None:
-    """The newest checkpoint below `directory` that is complete for all ranks; damaged ones are skipped aloud."""
+    """Finds the newest checkpoint in `directory` that is complete for all ranks; skips damaged ones with a warning."""
     tags = list_checkpoints(groups, directory)
     if tags and groups.rank == 0 and (named := manifest.read_latest(directory)) != tags[0].name:
         _logger.warning("%s says %s; the newest checkpoint is %s", directory / manifest.LATEST, named, tags[0].name)

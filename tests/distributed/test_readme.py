@@ -1,7 +1,7 @@
-"""The README's commands, from top to bottom in one copy of the checkout.
+"""The commands of the README, and of the tutorial, from top to bottom in one copy of the checkout each.
 
-Those for a laptop run as they are written, trainings of tiny with fewer steps and `make test` left out; those for a
-cluster meet a hostfile that names this host, and train nothing.
+Those for a laptop run as they are written, trainings of tiny with fewer steps; `make test` and what installs are left
+out. Those for a cluster meet a hostfile that names this host, and train nothing.
 """
 
 import json
@@ -19,11 +19,21 @@ import pytest
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size
 from tests.helpers.pretrain import ROOT, environment
-from tests.helpers.readme import CLUSTER, LAPTOP, OUTPUT, README, Command, fenced_blocks
+from tests.helpers.readme import (
+    CLUSTER,
+    INSTALL,
+    LAPTOP,
+    OUTPUT,
+    README,
+    TUTORIAL,
+    Command,
+    fenced_blocks,
+    marked_blocks,
+)
 
 LIMIT_S = 600
 """Of each command; on two idle cores the longest, a proxy of 1t, takes a minute or two."""
-LEFT_OUT = ("make test",)
+LEFT_OUT = ("make test", *INSTALL)
 FEWER = {
     "training.warmup_steps": "1",
     "training.eval_interval": "0",
@@ -112,6 +122,20 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
         ran += [command.text for command in todo]
     assert len(ran) >= 10
     assert len(list(checkout.root.glob("runs/1t-proxy*/checkpoints/latest"))) == 2
+
+
+@pytest.mark.slow
+def test_the_tutorial_from_top_to_bottom(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path)
+    for block in marked_blocks(TUTORIAL.read_text()):
+        for command in block.commands():
+            words = shlex.split(command.text) if block.language == "sh" else []
+            if {"pretrain"} & set(words) and "--run-dir" in words:
+                fewer = {**FEWER, "training.max_steps": STEPS}
+                command = Command(f"{command.text} {shlex.join(f'{key}={value}' for key, value in fewer.items())}")
+            {LAPTOP: run_on_a_laptop, CLUSTER: run_without_a_cluster}[block.kind](checkout, command)
+    assert (checkout.root / "own" / "hf" / "model.safetensors").is_file()
+    assert len(list(checkout.root.glob("runs/1t-proxy*/checkpoints/latest"))) == 1
 
 
 def run_on_a_laptop(checkout: Checkout, command: Command) -> str:

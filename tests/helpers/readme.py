@@ -1,4 +1,4 @@
-"""The fenced blocks of README.md and the commands in them, in their order."""
+"""The fenced blocks of README.md and of pages of docs/, and the commands in them, in their order."""
 
 import re
 from collections.abc import Iterator
@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from tests.helpers.pretrain import ROOT
 
 README = ROOT / "README.md"
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 LAPTOP, CLUSTER, OUTPUT = "laptop", "cluster", "output"
 KINDS = (LAPTOP, CLUSTER, OUTPUT)
+INSTALL = ("pip install torch==2.13.0", "pip install -e .")
+"""Commands that would change the environment that tests run in; `make setup` does the same."""
 _FENCE = re.compile(r"\s*(?P<marks>`{3,}|~{3,})(?P<info>.*)")
+_MARK = re.compile(r"<!-- (?P<kind>\w+) -->")
 _PROMPT = "$ "
 
 
@@ -61,6 +65,31 @@ def fenced_blocks(markdown: str) -> list[Block]:
         if kind not in KINDS:
             raise ValueError(f"line {number}: a block marked {fence['info']!r}; allowed: a language and one of {KINDS}")
         blocks.append(Block(language, kind, number, tuple(_inside(lines, fence["marks"], number))))
+    return blocks
+
+
+def marked_blocks(markdown: str) -> list[Block]:
+    """The blocks of a page of the site that run: a comment of one word before the fence says where.
+
+    Other blocks are left out. Raises ValueError with the line of a mark that is unknown or stands before no block.
+    """
+    blocks: list[Block] = []
+    lines = iter(enumerate(markdown.splitlines(), 1))
+    marked: str | None = None
+    for number, line in lines:
+        fence = _FENCE.fullmatch(line)
+        if marked is not None and fence is None:
+            raise ValueError(f"line {number}: no block follows the mark")
+        if fence is not None:
+            block = Block(
+                fence["info"].strip(), marked or OUTPUT, number, tuple(_inside(lines, fence["marks"], number))
+            )
+            blocks += [block] if marked is not None else []
+            marked = None
+        elif mark := _MARK.fullmatch(line):
+            if mark["kind"] not in KINDS:
+                raise ValueError(f"line {number}: {line} given; allowed: a comment with one of {KINDS}")
+            marked = mark["kind"]
     return blocks
 
 

@@ -63,7 +63,7 @@ LINES = {
     "cluster": 1_560,
     "lab": 3_750,
     "bench": 900,
-    "api": 420,
+    "api": 440,
     "__init__": 60,
     "__main__": 100,
     "mains": 90,

@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 
 from tests.helpers.paths import ROOT
 
-LOCKS = ("requirements.lock", "requirements-vllm.lock")
+LOCKS = ("requirements.lock", "requirements-docs.lock", "requirements-vllm.lock")
 PYTHONS = ("3.11", "3.12", "3.13")
 OF_A_MACHINE = re.compile(r"^(torch|torchvision|torchaudio|torchcodec|triton|nvidia-.*|cuda-.*|pytorch-.*)$")
 PINNED = re.compile(r"[a-z0-9-]+==[A-Za-z0-9.!+]+( ; [^/@\\]+)?")
@@ -55,6 +55,17 @@ def test_the_lock_satisfies_every_requirement_but_torch(python: str) -> None:
         if one.name != "torch":
             assert one.specifier.contains(versions[canonicalize_name(one.name)]), one
     assert {"open-mythos", "pytest", "ruff", "mypy", "uv"} <= versions.keys()
+
+
+def test_the_lock_of_the_site_satisfies_its_extra_and_agrees_with_the_other() -> None:
+    pins, others = ({canonicalize_name(pin.name): str(pin.specifier) for pin in map(Requirement, _lines(name))}
+                    for name in ("requirements-docs.lock", "requirements.lock"))  # fmt: skip
+    asked = [Requirement(line) for line in requires("mythos_ds") or []]
+    for one in asked:
+        if one.marker is not None and one.marker.evaluate({"extra": "docs"}) and not one.marker.evaluate({"extra": ""}):
+            assert one.specifier.contains(pins[canonicalize_name(one.name)].removeprefix("==")), one
+    assert {name for name in pins.keys() & others.keys() if pins[name] != others[name]} == set()
+    assert {"mkdocs", "mkdocs-material", "mkdocstrings-python"} <= pins.keys()
 
 
 def test_what_is_patched_or_subclassed_has_an_upper_bound() -> None:

@@ -6,7 +6,18 @@ import pytest
 
 from mythos_ds.config.loader import load_config
 from mythos_ds.train.run_directory import default_run_directory
-from tests.helpers.readme import CLUSTER, LAPTOP, OUTPUT, README, Command, fenced_blocks
+from tests.helpers.paths import ROOT
+from tests.helpers.readme import (
+    CLUSTER,
+    INSTALL,
+    LAPTOP,
+    OUTPUT,
+    README,
+    TUTORIAL,
+    Command,
+    fenced_blocks,
+    marked_blocks,
+)
 
 TEXT = """Text.
 
@@ -93,3 +104,33 @@ def test_no_two_runs_of_the_readme_share_a_directory():
             chosen.append(default_run_directory(load_config(config, overrides), processes))
     assert len(chosen) >= 3
     assert len(set(chosen)) == len(chosen), chosen
+
+
+def test_the_readme_installs_what_make_does():
+    commands = [
+        one.text for block in fenced_blocks(README.read_text()) if block.kind == LAPTOP for one in block.commands()
+    ]
+    assert [text for text in commands if text.startswith("pip")] == list(INSTALL)
+    assert f"TORCH ?= {INSTALL[0].split()[-1]}\n" in (ROOT / "Makefile").read_text()
+
+
+def test_marked_blocks_of_a_page():
+    unmarked = "text\n```python\ntwo\n```\n```\nthree\n```\n"
+    page = f"<!-- laptop -->\n```sh\none\n```\n{unmarked}<!-- cluster -->\n```sh\nfour\n```\n"
+    assert [(block.kind, block.line, block.lines) for block in marked_blocks(page)] == [
+        (LAPTOP, 2, ("one",)),
+        (CLUSTER, 13, ("four",)),
+    ]
+    for wrong, message in (
+        ("<!-- desktop -->\n", "line 1: <!-- desktop --> given"),
+        ("<!-- laptop -->\ntext\n", "line 2: no"),
+    ):
+        with pytest.raises(ValueError, match="line") as caught:
+            marked_blocks(wrong)
+        assert str(caught.value).startswith(message)
+
+
+def test_the_tutorial_runs_what_it_shows():
+    blocks = marked_blocks(TUTORIAL.read_text())
+    assert {block.kind for block in blocks} == {LAPTOP, CLUSTER}
+    assert len(blocks) >= 6
