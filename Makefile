@@ -34,7 +34,7 @@ export OMP_NUM_THREADS ?= 1
 # Private to the checkout, so that the locks removed below are only ever our own.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart continue loop-smollm loop-smollm-full test test-slow test-hf test-newest fuzz torture coverage lint python-versions lock bench vllm-parity clean setup help
+.PHONY: quickstart continue loop-smollm loop-smollm-full test test-slow test-hf test-newest fuzz torture coverage help lint bench docs docs-serve docs-setup setup lock python-versions vllm-parity clean
 
 quickstart: setup  ## set up, train a small model on two processes (the default)
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
@@ -90,7 +90,6 @@ bench: setup  ## time a step on DeepSpeed against plain torch
 	$(PY) tools/bench_step.py --config tiny.json --processes $(PROCESSES)
 
 # The pages of docs/ as a site in site/; fails at a link, an anchor or a docstring that is wrong. `make docs-serve` shows it.
-.PHONY: docs docs-serve docs-setup
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs
 docs: docs-setup  ## build the site of docs/ in site/, strictly
 	$(MKDOCS) build --strict
@@ -98,7 +97,7 @@ docs: docs-setup  ## build the site of docs/ in site/, strictly
 docs-serve: docs-setup  ## show the site while it is written
 	$(MKDOCS) serve
 
-docs-setup: setup
+docs-setup: setup  ## add what builds the site to the environment
 	@$(PY) -m pip install -q --no-deps -r requirements-docs.lock
 
 # The environment. torch first: whatever depends on it would otherwise choose its build. TORCH= takes what pip takes, such

@@ -56,7 +56,7 @@ LINES = {
     "engine": 880,
     "checkpoint": 1_770,
     "inference": 190,
-    "train": 2_200,
+    "train": 2_210,
     "conversion": 3_450,
     "plan": 1_910,
     "analysis": 1_210,
