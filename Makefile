@@ -108,7 +108,7 @@ setup: $(if $(strip $(VENV)),$(PY)) | .cache  ## make the environment at the loc
 	@$(PY) -m pip install -q --no-deps -r requirements.lock
 	@$(MAKE) --no-print-directory -s $(STAMP)
 
-$(STAMP): setup.py pyproject.toml
+$(STAMP): setup.py pyproject.toml mythos_ds/__init__.py
 	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 

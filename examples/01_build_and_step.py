@@ -4,9 +4,11 @@ import torch
 
 import mythos_ds
 
-model = mythos_ds.MythosModel.from_preset("tiny", ["model.dim=64", "model.n_experts=4"], seed=1)
+small = ["model.dim=64", "model.n_experts=4"]
+model = mythos_ds.MythosModel.from_preset("tiny", small, seed=1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-tokens = torch.randint(0, model.config.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
+torch.manual_seed(0)
+tokens = torch.randint(0, model.config.vocab_size, (4, 33))
 print("before:", mythos_ds.evaluate(model, [tokens], loops=[1, 4]))
 for _ in range(5):
     model(tokens, labels=tokens, n_loops=4).backward()
