@@ -117,6 +117,7 @@ def test_a_torn_checkpoint_is_skipped_and_the_one_before_taken(killed_and_resume
     assert checkpoint_tensors(killed_and_resumed, STEPS).keys() == checkpoint_tensors(uninterrupted, STEPS).keys()
 
 
+@pytest.mark.slow
 def test_the_depths_of_sequences_resume(data, tmp_path):
     """Each sequence with its own depth, whose mean grows: the last steps once more, from a checkpoint."""
     growing = ["training.depth_per=sequence", "training.depth_curriculum_steps=4", "training.max_steps=6"]

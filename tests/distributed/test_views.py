@@ -11,6 +11,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 STEPS = 8
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_one_table_and_one_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -201,7 +201,7 @@ def test_two_ranks_say_it_once_and_both_end_with_2(words, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["training.max_stepz=3"], "max_stepz"),
+        pytest.param(["training.max_stepz=3"], "max_stepz", marks=pytest.mark.slow),
         (["parallel.ep_size=4"], "parallel.ep_size"),
         (["data.tokenizer=nothing.model"], "nothing.model"),
     ],

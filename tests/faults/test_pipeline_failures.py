@@ -39,7 +39,9 @@ def test_a_killed_rank_ends_the_others(tmp_path, data):
     assert all("traceback is in" in output and "Connection" in output for output in finished.outputs[:3])
 
 
-@pytest.mark.parametrize(("how", "stopped"), [("raise", [0, 1, 2, 3]), ("hang", [0, 2, 3])])
+@pytest.mark.parametrize(
+    ("how", "stopped"), [pytest.param("raise", [0, 1, 2, 3], marks=pytest.mark.slow), ("hang", [0, 2, 3])]
+)
 def test_a_rank_that_fails_in_a_step(tmp_path, data, how, stopped):
     program = (str(ROOT / "tests" / "helpers" / "failing_pretrain.py"), "1", "2", how)
     with Pretrain(arguments(tmp_path, data), nprocs=4, folder=tmp_path, program=program) as run:

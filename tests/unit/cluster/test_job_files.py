@@ -325,6 +325,7 @@ exec "$@" """,
 }
 
 
+@pytest.mark.slow
 def test_a_slurm_job_that_is_told_to_go_saves_and_requeues_until_the_run_has_its_length(tmp_path):
     """With programs in SLURM's place that do what its manual says of them."""
     for name, script in FAKE_SLURM.items():

@@ -173,7 +173,7 @@ def test_evaluation_of_a_model_reads_no_sequence_twice(folder):
     assert len(set(rows)) == 8
 
 
-@pytest.mark.parametrize("kind", ["none", "own", "little"])
+@pytest.mark.parametrize("kind", ["little", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("none", "own"))])
 def test_a_run_says_it_before_its_first_step_and_shows_no_figure_it_has_not(folder, tmp_path, kind):
     overrides = {
         "none": "data.validation=none",

@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
     expert_dim=32,
     n_shared_experts=1,
 )
-STEPS = 200
+STEPS = 100
 RATE = 1e-2
 
 
