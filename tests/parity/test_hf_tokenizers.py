@@ -121,6 +121,38 @@ def test_prepared_data_has_the_ids_of_the_reference(kind, tmp_path):
     assert [view.document(number).tolist() for number in range(len(FULL))] == [[*ids, info.eos_id] for ids in expected]
 
 
+@pytest.mark.slow
+def test_a_real_models_tokenizer(tmp_path):
+    """SmolLM2's: its tokenizer.json, with added tokens and its own chat template. Needs the package index, once."""
+    pytest.importorskip("megatron.core")
+    from mythos_ds.data.inspection import DatasetView
+    from mythos_ds.data.prepare import prepare_dataset
+    from mythos_ds.lab.smollm.source import CACHE, make_source
+
+    place = make_source(Path(__file__).resolve().parents[2] / CACHE)
+    reference = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    reference.no_truncation()
+    expected = [reference.encode(line, add_special_tokens=False).ids for line in FULL]
+    assert len(LINES) == 2_000
+    assert any(symbol in line for symbol in CHAT_SYMBOLS for line in FULL)
+    own = Tokenizer.load(place)
+    info = prepare_dataset(FULL, tokenizer_path=place, prefix=tmp_path / "data", shuffle_seed=None)
+    view = DatasetView(tmp_path / "data")
+    assert [view.document(number).tolist() for number in range(len(FULL))] == [[*ids, info.eos_id] for ids in expected]
+    made, plain = exported(place, tmp_path / "hf")
+    everything = [reference.encode(line, add_special_tokens=False).ids for line in LINES]
+    assert own.encode_all(LINES) == everything
+    for each in (made, plain):
+        assert each(LINES, add_special_tokens=False).input_ids == everything
+    start, end = (own.special_tokens[token] for token in CHAT_SYMBOLS)
+    for chat in conversations():
+        ids = encode_chat(own, chat)
+        assert ids == made.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        turns = len(chat) + 1  # the template says what the system is where the chat does not
+        assert (ids.count(start), ids.count(end)) == (turns + 1, turns)
+
+
 def _ranks(path):
     lines = [line.split() for line in Path(path).read_bytes().splitlines()]
     return {base64.b64decode(token): int(rank) for token, rank in lines}
