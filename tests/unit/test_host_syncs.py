@@ -7,10 +7,21 @@ reductions used as a number or a truth. On fake CUDA tensors tests/cuda holds th
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from mythos_ds.config.schema import IGNORED_LABEL
+from mythos_ds.engine.training_engine import TrainingEngine
+from mythos_ds.model.mythos import MythosModel
+from mythos_ds.parallel.pipeline_stopwatch import Stopwatch
 from tests.helpers.paths import ROOT
+from tests.helpers.toy_model import toy_config
 
 PACKAGES = ("model", "kernels", "parallel")
 
@@ -158,3 +169,76 @@ def test_every_wait_has_a_reason() -> None:
 def test_what_counts(line: str, count: int) -> None:
     body = "\n".join(f"    {part.strip()}" for part in line.split(";"))
     assert waits(f"def outer():\n    pass\n\n\ndef f(x):\n{body}\n") == Counter({"f": count} if count else {})
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that ran, those that index by a mask apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor) and x.dtype == torch.bool]
+        name = func.overloadpacket.__name__
+        self.names["index by mask" if name == "index" and masks else name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("argument", ["labels", "targets"])
+def test_targets_that_do_not_count_cost_one_wait(argument: str) -> None:
+    config = toy_config()
+    tokens = torch.arange(12).view(2, 6)
+    masked = tokens.masked_fill(tokens % 3 == 0, IGNORED_LABEL)
+    with torch.no_grad(), Operators() as ran:
+        options: dict[str, Any] = {"loss_divisor": 3.0} if argument == "targets" else {}
+        MythosModel(config)(tokens, n_loops=1, **{argument: masked}, **options)
+    assert ran.names["nonzero"] == 1
+    assert ran.names["index by mask"] == 0
+
+
+def test_bounds_are_read_on_the_cpu_whatever_the_device() -> None:
+    """The meta device has no values to wait for."""
+    groups: Any = SimpleNamespace(device=torch.device("meta"))
+    batch = {"tokens": torch.zeros(1, 8, dtype=torch.int64), "positions": torch.arange(8)[None] % 5}
+    moved = TrainingEngine._on_device(cast(TrainingEngine, SimpleNamespace(groups=groups)), batch)
+    assert moved["tokens"].is_meta
+    with torch.device("meta"):
+        model = MythosModel(toy_config())
+    context = model.make_context(moved["tokens"], moved["positions"], None, 1)
+    assert context.documents is not None
+    assert context.documents.runs == ((1, 3), (1, 5))
+    assert context.documents.cu_seqlens.is_meta
+    assert context.documents.order.is_meta
+    assert context.rotary.cos.is_meta
+
+
+def test_the_clock_of_a_pipeline_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        """Each second an event; the last one made is the one that is waited for."""
+
+        made: ClassVar[list[Any]] = []
+        waited: ClassVar[list[Any]] = []
+
+        def __init__(self, enable_timing: bool):
+            self.time = float(len(self.made))
+            self.made.append(self)
+
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            self.waited.append(self)
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1000.0 * (end.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Stopwatch(torch.device("cuda"))
+    for _ in range(3):
+        with clock.busy():
+            pass
+    clock.finish()
+    assert Event.waited == []
+    assert clock.idle_share() == pytest.approx(1 - 3 / 7)
+    assert Event.waited == [Event.made[-1]]
