@@ -169,7 +169,9 @@ class TrainingEngine:
                 engine.optimizer.gradient_accumulation_steps = micro_batches
 
     def _on_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.groups.device, non_blocking=True) for name, tensor in batch.items()}
+        # Positions stay: the bounds of documents are read off on the CPU, without waiting for the device.
+        device = self.groups.device
+        return {k: v if k == "positions" else v.to(device, non_blocking=True) for k, v in batch.items()}
 
     def _optimizer_step(self) -> float:
         """Clips and steps; returns the gradient norm before clipping, inf where DeepSpeed skipped the step for it."""

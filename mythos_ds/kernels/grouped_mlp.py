@@ -7,16 +7,20 @@ from torch import Tensor
 from torch.nn import functional
 
 _GROUP_ROWS = 8
+_MAX_GROUPS = 1023
 
 
-def grouped_matmul_is_fast(rows: Tensor, hidden: int) -> bool:
-    """Says whether torch's grouped matmul has a fused kernel here: bf16 on CUDA, compute capability 8.0 and up, and
-    widths of whole 16-byte units."""
-    if not rows.is_cuda or rows.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
+def grouped_matmul_is_fast(rows: Tensor, hidden: int, n_experts: int) -> bool:
+    """Says whether torch's grouped matmul has a fused kernel for these rows: bf16 on Hopper or Blackwell (compute
+    capability 9 and 10; elsewhere torch loops over the experts, and waits for their counts), widths of whole 16-byte
+    units, and fewer than 1,024 experts."""
+    if not rows.is_cuda or rows.dtype != torch.bfloat16 or not 0 < n_experts <= _MAX_GROUPS:
         return False
     if rows.shape[1] % 8 or hidden % 8:
         return False
-    return torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    major, _ = torch.cuda.get_device_capability(rows.device)
+    # torch 2.8 has it for Hopper alone; those that have the public name take Blackwell too.
+    return (major == 9 and hasattr(torch, "_grouped_mm")) or (major == 10 and hasattr(functional, "grouped_mm"))
 
 
 def grouped_swiglu(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
@@ -25,24 +29,31 @@ def grouped_swiglu(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Ten
     rows [n, dim] sorted by expert, counts int64 [n_experts]; w1 and w3 [n_experts, hidden, dim], w2 [n_experts, dim,
     hidden]. Nothing waits for the counts. The same as `looped_swiglu`.
     """
-    padded, ends, places = _align_groups(rows, counts)
+    padded, ends, places = _align_groups(rows, counts, least=1 if _misses_empty_groups(rows) else 0)
     gate = torch._grouped_mm(padded, w1.transpose(-2, -1), offs=ends)
     up = torch._grouped_mm(padded, w3.transpose(-2, -1), offs=ends)
     results = torch._grouped_mm(functional.silu(gate) * up, w2.transpose(-2, -1), offs=ends)
     return results.index_select(0, places)
 
 
-def _align_groups(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads each expert's group of rows [n, dim] to a multiple of 8 rows; also returns the groups' ends int32, and where
-    each row went int64 [n]. The kernels want groups of 16 bytes in the weight gradient; empty groups stay empty.
+def _misses_empty_groups(rows: Tensor) -> bool:
+    """Whether torch leaves the weight gradient of a group without rows as it found the memory: on Blackwell, up to
+    torch 2.13 at least."""
+    return rows.is_cuda and torch.cuda.get_device_capability(rows.device)[0] == 10
+
+
+def _align_groups(rows: Tensor, counts: Tensor, *, least: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pads each expert's group of rows [n, dim], taken for at least `least` rows, to a multiple of 8; also returns the
+    groups' ends int32, and where each row went int64 [n]. The kernels want groups of 16 bytes in the weight gradient.
 
     The buffer's size does not depend on the counts, so nothing waits for them; rows past the last end are unused.
     """
     n = rows.shape[0]
-    aligned = (counts + _GROUP_ROWS - 1) // _GROUP_ROWS * _GROUP_ROWS
+    aligned = (counts.clamp_min(least) + _GROUP_ROWS - 1) // _GROUP_ROWS * _GROUP_ROWS
     shift = (aligned.cumsum(0) - aligned) - (counts.cumsum(0) - counts)
     places = torch.arange(n, device=rows.device) + shift.repeat_interleave(counts, output_size=n)
-    buffer = rows.new_zeros(n + _GROUP_ROWS * len(counts), rows.shape[1])
+    # A group grows by at most 7 rows, an empty one by 8 * least; older torch wants a row past the last end.
+    buffer = rows.new_zeros(n + _GROUP_ROWS * (len(counts) + least), rows.shape[1])
     return buffer.index_copy(0, places, rows), aligned.cumsum(0).to(torch.int32), places
 
 

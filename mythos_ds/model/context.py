@@ -1,6 +1,6 @@
 """The context of a forward: what all its layers and loops share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from mythos_ds.model.cache_entry import CacheEntry
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.rope import Rotary
+from mythos_ds.model.routing_replay import RoutingReplay
 from mythos_ds.model.sequence_depths import SequenceDepths
 
 
@@ -37,6 +38,12 @@ class ForwardContext:
     records: ForwardRecords = field(default_factory=ForwardRecords)
     depths: SequenceDepths | None = None
     """None: all sequences run all loops."""
+    replay: RoutingReplay | None = None
+    """The routing of a loop that will be recomputed, or is being; None where none is: then nothing is kept."""
+
+    def for_recompute(self) -> "ForwardContext":
+        """The same context, for one loop that is recomputed in backward: its routing is decided once."""
+        return replace(self, replay={})
 
     def index_at(self, loop: int) -> LoopIndex:
         """The index that the model sees in loop `loop`: with a depth per sequence each one's own."""

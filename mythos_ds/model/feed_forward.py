@@ -50,6 +50,6 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Computes rows [n, dim] sorted by expert, counts int64 [n_experts] (local) -> [n, dim]."""
-        if grouped_matmul_is_fast(rows, self.w1.shape[1]):
+        if grouped_matmul_is_fast(rows, self.w1.shape[1], self.w1.shape[0]):
             return grouped_swiglu(rows, counts, self.w1, self.w2, self.w3)
         return looped_swiglu(rows, counts.tolist(), self.w1, self.w2, self.w3)

@@ -39,4 +39,4 @@ class LoopIndex:
 
 def repeat_by_token(values: Tensor, n_tokens: int) -> Tensor:
     """Repeats values [batch] of the sequences for each of their tokens: [n_tokens]."""
-    return values.repeat_interleave(n_tokens // len(values))
+    return values[:, None].expand(-1, n_tokens // len(values)).flatten()

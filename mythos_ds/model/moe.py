@@ -4,7 +4,8 @@ Tokens are sorted by expert once, computed group by group, and put back by the i
 live is the dispatcher's business: expert parallelism replaces the `Experts` and the `Dispatcher`, nothing else.
 """
 
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,24 @@ from mythos_ds.model.forward_stats import ForwardRecords, RoutingRecord, jaccard
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.loop_index import repeat_by_token
 from mythos_ds.model.router import Router, Routing, count_experts
+from mythos_ds.model.routing_replay import RoutingDecision
 
 
 class Dispatcher(Protocol):
     """Brings rows to their experts and back."""
 
-    def __call__(self, experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
-        """Computes rows [n, dim] sorted by global expert, counts int64 [n_experts]: results [n, dim], in that order."""
+    def __call__(self, experts: Experts, rows: Tensor, counts: Tensor, route: Any = None) -> tuple[Tensor, Any]:
+        """Computes rows [n, dim] sorted by global expert, counts int64 [n_experts]: results [n, dim], in that order.
+
+        Also returns the route: what the dispatcher found out about where rows go. A call with the route of an earlier
+        one, whose counts were the same, asks nobody again.
+        """
         ...
 
 
-def dispatch_locally(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
-    """The dispatcher of a process that holds all experts."""
-    return experts(rows, counts)
+def dispatch_locally(experts: Experts, rows: Tensor, counts: Tensor, route: Any = None) -> tuple[Tensor, Any]:
+    """The dispatcher of a process that holds all experts, where rows have no way to go."""
+    return experts(rows, counts), None
 
 
 class MoE(nn.Module):
@@ -67,17 +73,24 @@ class MoE(nn.Module):
         """alive: bool [batch, seq], False where a halted position should not count in load and losses; so do sequences
         that have not begun."""
         rows = x.flatten(0, -2)
-        routing: Routing = self.router(rows, context.index_at(loop).by_token(len(rows)))
+        kept = None if context.replay is None else context.replay.get(self.layer)
+        index = context.index_at(loop).by_token(len(rows))
+        routing: Routing = self.router(rows, index, None if kept is None else kept.indices)
         weights = self._note(routing, loop, context, alive, x.shape[:2])
-        k = routing.indices.shape[-1]
-        expert_of_row = routing.indices.flatten()
-        order = expert_of_row.argsort(stable=True)
-        back = inverse_permutation(order)
-        counts = count_experts(routing.indices, self.n_experts)
-        results = self.dispatcher(self.experts, repeat_permute_rows(rows, order, back, k), counts)
+        decision = self._decide(routing.indices) if kept is None else kept
+        order, back, k = decision.order, decision.back, decision.indices.shape[-1]
+        sorted_rows = repeat_permute_rows(rows, order, back, k)
+        results, route = self.dispatcher(self.experts, sorted_rows, decision.counts, decision.route)
+        if context.replay is not None and kept is None:
+            context.replay[self.layer] = replace(decision, route=route)
         results = permute_rows(results, back, order).unflatten(0, (-1, k))
         routed = (results * weights[..., None].to(results.dtype)).sum(1).view_as(x)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+    def _decide(self, indices: Tensor) -> RoutingDecision:
+        """What follows from the chosen experts, int64 [tokens, k], before any row travels."""
+        order = indices.flatten().argsort(stable=True)
+        return RoutingDecision(indices, order, inverse_permutation(order), count_experts(indices, self.n_experts))
 
     def _note(
         self, routing: Routing, loop: int, context: ForwardContext, alive: Tensor | None, shape: torch.Size

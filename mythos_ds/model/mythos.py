@@ -189,8 +189,7 @@ class MythosModel(nn.Module):
         x = self.run_coda(h.to(self.norm.weight.dtype), context)
         if labels is None:
             return self.logits_or_loss(x, targets, loss_divisor)
-        counted = labels[:, 1:] != IGNORED_LABEL
-        return self.logits_or_loss(x[:, :-1][counted], labels[:, 1:][counted])
+        return self.logits_or_loss(*_counted(x[:, :-1], labels[:, 1:]))
 
     def run_prelude(self, x: Tensor, context: ForwardContext) -> Tensor:
         """Runs the prelude layers held here: [batch, seq, dim] -> [batch, seq, dim]."""
@@ -213,8 +212,8 @@ class MythosModel(nn.Module):
         `forward`)."""
         if targets is None or loss_divisor is None:
             return self.lm_head(self.norm(x), targets)
-        counted = targets != IGNORED_LABEL
-        return self.lm_head(self.norm(x[counted]), targets[counted], loss_divisor)
+        x, targets = _counted(x, targets)
+        return self.lm_head(self.norm(x), targets, loss_divisor)
 
     def make_context(
         self,
@@ -224,10 +223,14 @@ class MythosModel(nn.Module):
         n_grad_loops: int,
         records: ForwardRecords | None = None,
     ) -> ForwardContext:
-        """Makes the rotary tables, document bounds and records of a micro-batch."""
-        documents = None if positions is None else DocumentBounds.from_positions(positions)
+        """Makes the rotary tables, document bounds and records of a micro-batch. Positions that are still on the CPU,
+        wherever the tokens are, save a wait for the device: the bounds are read off there."""
+        documents = None
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        else:
+            documents = DocumentBounds.from_positions(positions, tokens.device)
+            positions = positions.to(tokens.device, non_blocking=True)
         config = self.config
         shape = rotary_width(config), config.rope_theta, config.rope_interleaved
         rotary = Rotary.at(positions, *shape, config.rope_scaling)
@@ -236,6 +239,12 @@ class MythosModel(nn.Module):
     def moe_layers(self) -> list[MoE]:
         """The mixture-of-experts layers held here, in order."""
         return self.recurrent.moe_layers()
+
+
+def _counted(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of x [batch, seq, dim] and the targets [batch, seq] that count: [n, dim], [n]. Waits for the device."""
+    places = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
+    return x[places], targets[places]
 
 
 def _dense_layers(

@@ -4,7 +4,7 @@ A visit is the work of one virtual stage on a micro-batch: of stage s in turn v 
 v * n_stages + s of interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -76,6 +76,7 @@ class StageModel(MythosModel):
             e = self.normed(message)
             return self.recurrent(e, visit.n_loops, batch.context).to(e.dtype), ()
         if self.recurrent.checkpoint_loops and torch.is_grad_enabled() and visit.has_gradient:
+            batch = replace(batch, context=batch.context.for_recompute())
             return checkpoint(self._loop, visit, message, state, batch, use_reentrant=False, preserve_rng_state=False)
         return self._loop(visit, message, state, batch)
 

@@ -147,10 +147,10 @@ class RecurrentBlock(nn.Module):
         `last`: ACT gives the last loop what is left of a position's weight. `halting` None: no position halts. The loop
         is recomputed in backward where the block was made so.
         """
-        arguments = (h, e, loop, last, context, halting)
         if self.checkpoint_loops and torch.is_grad_enabled():
+            arguments = (h, e, loop, last, context.for_recompute(), halting)
             return checkpoint(self._loop, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return self._loop(*arguments)
+        return self._loop(h, e, loop, last, context, halting)
 
     def _loop(
         self, h: Tensor, e: Tensor, loop: int, last: bool, context: ForwardContext, halting: HaltingState | None

@@ -55,12 +55,14 @@ class Router(nn.Module):
         self.register_buffer("loop_bias", torch.zeros(config.max_loops, config.n_experts, dtype=torch.float32))
         self.register_buffer("loop_updates", torch.zeros(config.max_loops, dtype=torch.float32))
 
-    def forward(self, x: Tensor, loop: LoopIndex) -> Routing:
-        """Routes x [tokens, dim] in `loop`, whose own numbers, if any, are those of the tokens."""
+    def forward(self, x: Tensor, loop: LoopIndex, indices: Tensor | None = None) -> Routing:
+        """Routes x [tokens, dim] in `loop`, whose own numbers, if any, are those of the tokens. indices int64 [tokens,
+        k]: experts that are chosen already, of which only the weights are wanted."""
         logits = nn.functional.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
-        with torch.no_grad():
-            indices = self.choose(scores, self.selection_bias(loop))
+        if indices is None:
+            with torch.no_grad():
+                indices = self.choose(scores, self.selection_bias(loop))
         weights = scores.gather(-1, indices)
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20) * self.route_scale
         return Routing(weights, indices, logits, scores)

@@ -5,6 +5,8 @@ AutoEP contract: ZeRO then cuts them over the ranks that hold the same experts, 
 and counts each once in the gradient norm. DeepSpeed's own router and forward are not used: they know no loops.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as torch_distributed
 from deepspeed.checkpoint.autoep_affine import (
@@ -63,23 +65,49 @@ def exchange_rows(rows: Tensor, send: list[int], receive: list[int], group: torc
     return received
 
 
+@dataclass(frozen=True)
+class _Route:
+    """Where the rows of one call go, agreed with the other ranks of the group."""
+
+    send: list[int]
+    receive: list[int]
+    """Rows to and from each rank."""
+    order: Tensor
+    back: Tensor
+    """int64 [arriving rows]: the order by own expert, and its inverse."""
+    counts: Tensor
+    """int64 [local experts]: arriving rows of each."""
+
+
 class ExpertParallelDispatcher:
-    """Brings rows to the ranks of their experts and back. Dropless: every row arrives, however uneven the load."""
+    """Brings rows to the ranks of their experts and back. Dropless: every row arrives, however uneven the load.
+
+    A call without a route exchanges counts and waits for them on the host, as row exchanges take their sizes from
+    there; one with a route does neither.
+    """
 
     def __init__(self, group: torch_distributed.ProcessGroup):
         self.group = group
         self.size = torch_distributed.get_world_size(group)
 
-    def __call__(self, experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows [n, dim] sorted by global expert, counts int64 [n_experts] -> results [n, dim] in the same order."""
+    def __call__(
+        self, experts: Experts, rows: Tensor, counts: Tensor, route: _Route | None = None
+    ) -> tuple[Tensor, _Route]:
+        """rows [n, dim] sorted by global expert, counts int64 [n_experts] -> results [n, dim] in the same order, and
+        the route, which a recompute of the same call gives again."""
+        route = self._agree(counts) if route is None else route
+        arrived = _AllToAll.apply(rows, route.send, route.receive, self.group)
+        results = experts(permute_rows(arrived, route.order, route.back), route.counts)
+        results = permute_rows(results, route.back, route.order)
+        return _AllToAll.apply(results, route.receive, route.send, self.group), route
+
+    def _agree(self, counts: Tensor) -> _Route:
         outgoing = counts.view(self.size, -1)
         incoming = torch.empty_like(outgoing)
         torch_distributed.all_to_all_single(incoming, outgoing, group=self.group)
         send, receive = torch.stack([outgoing.sum(1), incoming.sum(1)]).tolist()
-        arrived = _AllToAll.apply(rows, send, receive, self.group)
-        order, back = _sort_by_expert(incoming, arrived.shape[0])
-        results = experts(permute_rows(arrived, order, back), incoming.sum(0))
-        return _AllToAll.apply(permute_rows(results, back, order), receive, send, self.group)
+        order, back = _sort_by_expert(incoming, sum(receive))
+        return _Route(send, receive, order, back, incoming.sum(0))
 
 
 def _sort_by_expert(incoming: Tensor, rows: int) -> tuple[Tensor, Tensor]:

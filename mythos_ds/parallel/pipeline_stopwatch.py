@@ -30,6 +30,8 @@ class Stopwatch:
 
     def idle_share(self) -> float:
         """1 - busy / total, in 0..1. On CUDA it waits for the device."""
+        if isinstance(self._last, torch.cuda.Event):
+            self._last.synchronize()  # all others came before it
         total = self._seconds(self._first, self._last)
         busy = sum(self._seconds(start, end) for start, end in self._spans)
         return max(0.0, 1.0 - busy / total) if total > 0 else 0.0
@@ -43,7 +45,6 @@ class Stopwatch:
 
     def _seconds(self, start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
         if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-            end.synchronize()
             return start.elapsed_time(end) / 1000.0
         assert isinstance(start, float)
         assert isinstance(end, float)

@@ -34,32 +34,38 @@ class StepRecords:
         self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
 
     def add(self, records: ForwardRecords) -> None:
-        """Reads the notes of one micro-batch."""
+        """Reads the notes of one micro-batch; those of all loops at once, as each is a kernel launch by itself."""
         self.micro_batches += 1
         begun = torch.ones_like(self.sums["begun"])  # part of the micro-batch's sequences that run in each loop
         if records.depths is not None:
             begun = torch.stack([records.depths.begun(loop).double().mean() for loop in range(len(begun))])
         self.sums["begun"] += begun
         for layer, by_loop in records.routing.items():
-            for loop, record in by_loop.items():
-                loops = loop if record.counts.dim() == 1 else slice(None)
-                self.sums["counts"][layer, loops] += record.counts
-                if record.prebias_counts is not None:
-                    self.sums["prebias_counts"][layer, loops] += record.prebias_counts
-                for field in self.fields:
-                    value = getattr(record, field)
-                    if value is not None:  # loop 0 overlaps with nothing
-                        part = begun[loop - 1 if field == "overlap_previous" else loop]
-                        self.sums[field][loop] += value.double() / self.layers * part
-        for loop, state in records.loops.items():
-            self.sums["state_rms"][loop] += state.state_rms * begun[loop]
-            self.sums["residual"][loop] += state.residual * begun[loop]
+            notes = [by_loop[loop] for loop in range(len(begun))]
+            self._add_counts("counts", layer, [note.counts for note in notes])
+            self._add_counts("prebias_counts", layer, [note.prebias_counts for note in notes])
+            for field in self.fields:
+                values = [value for note in notes if (value := getattr(note, field)) is not None]
+                if values:  # loop 0 overlaps with nothing; an overlap counts where its earlier loop has begun
+                    own = self.sums[field][len(notes) - len(values) :]
+                    own += torch.stack(values).double() / self.layers * begun[: len(values)]
+        if records.loops:
+            states = [records.loops[loop] for loop in range(len(begun))]
+            self.sums["state_rms"] += torch.stack([state.state_rms for state in states]) * begun
+            self.sums["residual"] += torch.stack([state.residual for state in states]) * begun
         if records.decay_maximum is not None:
             self.sums["rho_A"] += records.decay_maximum
 
+    def _add_counts(self, name: str, layer: int, by_loop: list[Tensor | None]) -> None:
+        """Adds a layer's counts of each loop: [n_experts], or [n_loops, n_experts] where sequences have own loops."""
+        counts = [counts for counts in by_loop if counts is not None]
+        if counts:
+            stacked = torch.stack(counts).double()
+            self.sums[name][layer] += stacked if stacked.dim() == 2 else stacked.sum(0)
+
     def reduce(self, groups: ParallelGroups) -> None:
-        """Sums everything over all ranks, in one all-reduce."""
-        flat = groups.all_reduce(torch.cat([value.flatten() for value in self.sums.values()]))
+        """Sums everything over all ranks, in one all-reduce, and brings it to the CPU: the one wait for the device."""
+        flat = groups.all_reduce(torch.cat([value.flatten() for value in self.sums.values()])).cpu()
         parts = flat.split([value.numel() for value in self.sums.values()])
         self.sums = {name: part.view_as(self.sums[name]) for name, part in zip(list(self.sums), parts, strict=True)}
         self.sums["begun"] /= self.micro_batches * groups.world_size
@@ -99,10 +105,11 @@ class StepRecords:
 def update_biases(layers: list[MoE], counts: Tensor, rate: float) -> None:
     """Moves the selection bias of each of `layers` once. counts [n_layers, n_loops, n_experts] are those of the whole
     model and must be the same on all ranks."""
+    counts = counts.to(layers[0].router.bias.device) if layers else counts
     for layer in layers:
-        update_router_bias(layer.router, counts[layer.layer].to(layer.router.bias.device), rate)
+        update_router_bias(layer.router, counts[layer.layer], rate)
 
 
 def largest_bias(layers: list[MoE]) -> float:
     """Largest absolute selection bias of any of `layers`; 0 for none."""
-    return max((layer.router.bias.abs().max().item() for layer in layers), default=0.0)
+    return torch.stack([layer.router.bias.abs().max() for layer in layers]).max().item() if layers else 0.0

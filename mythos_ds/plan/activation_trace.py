@@ -108,14 +108,16 @@ class _EvenMoE(MoE):
     def make_dispatcher(self) -> Any:
         return self._dispatch
 
-    def _dispatch(self, experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+    def _dispatch(self, experts: Experts, rows: Tensor, counts: Tensor, route: Any = None) -> tuple[Tensor, Any]:
         if self.ep_size == 1:
-            return self._compute(experts, rows)
+            return self._compute(experts, rows), None
         arrived = _Exchange.apply(rows)
-        order = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
-        back = inverse_permutation(order)
+        if route is None:
+            order = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
+            route = order, inverse_permutation(order)
+        order, back = route
         results = self._compute(experts, permute_rows(arrived, order, back))
-        return _Exchange.apply(permute_rows(results, back, order))
+        return _Exchange.apply(permute_rows(results, back, order)), route
 
     def _compute(self, experts: Experts, rows: Tensor) -> Tensor:
         n = experts.w1.shape[0]
@@ -196,15 +198,15 @@ def visit_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     )
     live = LiveBytes(existing=False)
 
+    recomputed = load.checkpointing == "loop"
+    context = context.for_recompute() if recomputed else context
+
     def visit(message: Tensor) -> Tensor:
         return model.recurrent.run_layers(message, 0, context)[0]
 
     with _substitutes(), _dropping(model), live:
         live.ignore(*model.parameters(), *model.buffers(), x)
-        if load.checkpointing == "loop":
-            out = checkpoint(visit, x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = visit(x)
+        out = checkpoint(visit, x, use_reentrant=False, preserve_rng_state=False) if recomputed else visit(x)
         out.backward(torch.empty_like(out))
     return live.peak
 

@@ -123,7 +123,7 @@ def traffic(
 
 def _exchange(resolved: ResolvedRun, n_loops: float, graded: float, index: int) -> tuple[float, float]:
     """Rows go to their experts and back in every forward, and their gradients in every backward; a recomputed loop
-    repeats its forward."""
+    repeats its forward, but for the counts, which it has kept."""
     config, stage = resolved.config, resolved.stages[index]
     if resolved.layout(stage.first_rank).ep_size == 1:
         return 0.0, 0.0
@@ -132,8 +132,7 @@ def _exchange(resolved: ResolvedRun, n_loops: float, graded: float, index: int) 
     exchanges = 2 * n_loops + 2 * graded + (2 * graded if recompute else 0)
     rows = stage.rows * config.training.seq_len * model.n_experts_per_tok
     layers = len(stage.part.recurrent) * resolved.gradient_accumulation_steps
-    calls = n_loops + (graded if recompute else 0)
     return (
         layers * exchanges * rows * model.dim * _BYTES[config.training.dtype],
-        layers * calls * model.n_experts * _COUNT_BYTES,
+        layers * n_loops * model.n_experts * _COUNT_BYTES,
     )

@@ -8,6 +8,7 @@ from mythos_ds.bench.collective_bytes import CollectiveBytes
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.parallel.routing_stats import StepRecords
 from tests.distributed.cases import numel, opened, own_batches, own_experts
+from tests.helpers.perturbed_recompute import perturbed_recompute
 
 LARGE_MODEL = {
     "zero_optimization": {
@@ -31,6 +32,7 @@ def bytes_and_counts(loops: list[int], grad_loops: list[int | None]) -> dict[str
     return {
         "bytes": [_measure(traffic, loops, grad, modes) for grad in grad_loops],
         "counts": expert_counts(modes),
+        "perturbed": perturbed(),
     }
 
 
@@ -85,3 +87,15 @@ def expert_counts(checkpointing: list[str]) -> list[dict[str, Any]]:
                 }
             )
     return out
+
+
+def perturbed() -> dict[str, Any]:
+    """Two training steps whose recomputes see other inputs than their forwards did: choices that they made otherwise,
+    how many they were, and the last gradient norm."""
+    with (
+        opened({"ep": 2, "stage": 3, "accumulation": 1}) as (engine, groups),
+        perturbed_recompute(engine.module, 1.0, groups.rank) as choices,
+    ):
+        for step in range(2):
+            result = engine.train_step(own_batches(step, 1, groups), n_loops=3, n_grad_loops=2, lr=1e-3)
+    return {"changed": choices.changed(), "recomputed": len(choices.recompute), "grad_norm": result.grad_norm}

@@ -17,10 +17,8 @@ def positions_of(*rows: tuple[int, ...]) -> Tensor:
 def test_bounds() -> None:
     bounds = DocumentBounds.from_positions(positions_of((3, 1, 4), (8,), (4, 4)))
     assert bounds is not None
-    assert bounds.starts.tolist() == [0, 3, 4, 8, 16, 20]
-    assert bounds.lengths.tolist() == [3, 1, 4, 8, 4, 4]
-    assert bounds.cu_seqlens().tolist() == [0, 3, 4, 8, 16, 20, 24]
-    assert bounds.cu_seqlens().dtype == torch.int32
+    assert bounds.cu_seqlens.tolist() == [0, 3, 4, 8, 16, 20, 24]
+    assert bounds.cu_seqlens.dtype == torch.int32
     assert bounds.runs == ((1, 1), (1, 3), (3, 4), (1, 8))
     assert torch.equal(bounds.order[bounds.inverse], torch.arange(24))
 

@@ -20,7 +20,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents
     batch, seq, heads, _ = q.shape
     document = torch.zeros(batch, seq, dtype=torch.int64)
     if documents is not None:
-        document.view(-1)[documents.starts] = 1
+        document.view(-1)[documents.cu_seqlens[:-1].long()] = 1
         document = document.view(-1).cumsum(0).view(batch, seq)
     seen = torch.ones(seq, seq).tril().bool() & (document[:, :, None] == document[:, None, :])
     k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))

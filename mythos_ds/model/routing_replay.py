@@ -1,0 +1,32 @@
+"""What a loop's routers decided, kept for the loop's recompute in backward.
+
+A recompute that chose experts anew would have to reproduce every score to the bit: another choice gives gradients of
+experts that the forward did not use, or, with expert parallelism, other numbers of rows than were sent.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """The decision of one MoE layer in one loop: integers, without gradient. Weights are not kept but computed again
+    from the recomputed scores of the chosen experts."""
+
+    indices: Tensor
+    """int64 [tokens, k]: the chosen experts."""
+    order: Tensor
+    """int64 [tokens * k]: the tokens' rows sorted by expert."""
+    back: Tensor
+    """int64 [tokens * k]: the inverse of `order`."""
+    counts: Tensor
+    """int64 [n_experts]: rows of each expert."""
+    route: Any = None
+    """What the dispatcher returned to be given again."""
+
+
+RoutingReplay = dict[int, RoutingDecision]
+"""The decisions of one checkpointed loop by recurrent layer (its index in the whole model). The forward fills it; the
+recompute finds it full. It lives as long as the graph that may recompute the loop."""

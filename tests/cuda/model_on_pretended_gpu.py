@@ -1,0 +1,154 @@
+"""Runs models on fake tensors of device "cuda", in a process of its own: the library that stands for a GPU is loaded
+before torch. Prints what went wrong, one finding per line of JSON."""
+
+import ctypes
+import json
+import os
+import sys
+
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.schema import ModelConfig
+from mythos_ds.kernels import attention
+from mythos_ds.kernels.segments import DocumentBounds
+from mythos_ds.model.context import AuxLoss
+from mythos_ds.model.feed_forward import Experts
+from mythos_ds.model.forward_stats import ForwardRecords
+from mythos_ds.model.initializer import Initializer
+from mythos_ds.model.moe import MoE
+from mythos_ds.model.mythos import MythosModel
+
+BATCH, SEQ = 2, 32
+LOOPS, GRAD_LOOPS = 3, 2
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_consecutive"}
+"""Operators whose result the host must have, or whose size it must know."""
+
+
+class Watch(TorchDispatchMode):
+    """Notes operators that wait for the device, and those that see a tensor of the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.findings: list[str] = []
+        self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        out = func(*args, **(kwargs or {}))
+        self.operators += 1
+        if name in WAITS:
+            self.findings.append(f"{name} waits for the device")
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+        if devices - {"cuda"}:
+            self.findings.append(f"{name} with tensors on {sorted(devices)}")
+        return out
+
+
+class OwnExperts(MoE):
+    """The mixture with the experts of one of ep_size processes; as many rows come as go. `fault` puts one in."""
+
+    ep_size, fault = 1, ""
+
+    def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
+        return Experts(config.n_experts // self.ep_size, config.dim, config.expert_dim, init, 0.0)
+
+    def make_dispatcher(self) -> Any:
+        return self._dispatch
+
+    def _dispatch(self, experts: Experts, rows: Tensor, counts: Tensor, route: Any = None) -> tuple[Tensor, Any]:
+        if self.fault == "wait":
+            counts.tolist()
+        if self.fault == "processor":
+            rows = rows * torch.ones((), dtype=rows.dtype)
+        if self.fault == "gradient":
+            rows = rows.detach() * experts.w1.detach().sum()
+            return rows, None
+        return experts(rows, counts.view(self.ep_size, -1).sum(0)), None
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """What scaled_dot_product_attention comes to on a GPU; choosing a kernel asks the driver."""
+    result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
+    return result
+
+
+def on_gpu(model: nn.Module) -> None:
+    """Fake parameters in bf16, buffers as they are."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            own = torch.empty(parameter.shape, device="cuda", dtype=torch.bfloat16)
+            setattr(module, name, nn.Parameter(own))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, device="cuda", dtype=buffer.dtype))
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Forward and backward of one preset."""
+    config = load_config(f"{case['preset']}.json", []).config.model
+    moe: type[MoE] = type("Local", (OwnExperts,), {"ep_size": case["ep_size"], "fault": case.get("fault", "")})
+    with torch.device("meta"):
+        model = MythosModel(config, moe_factory=moe, checkpoint_loops=case["checkpointing"])
+    positions = (torch.arange(SEQ) % 20).expand(BATCH, SEQ) if case["documents"] else None
+    bounds = None if positions is None else DocumentBounds.from_positions(positions)
+    with FakeTensorMode() as mode:
+        on_gpu(model)
+        tokens = torch.zeros(BATCH, SEQ, dtype=torch.int64, device="cuda")
+        positions = None if positions is None else mode.from_tensor(positions).cuda()
+        bounds = None if bounds is None else moved(bounds, mode)
+        watch = Watch()
+        with patch.object(DocumentBounds, "from_positions", lambda *_: bounds), watch:
+            try:
+                loss = model(
+                    tokens,
+                    n_loops=LOOPS,
+                    n_grad_loops=GRAD_LOOPS,
+                    targets=tokens,
+                    positions=positions,
+                    aux=AuxLoss(1e-4, 1e-5, 0.0, 1.0),
+                    records=ForwardRecords(details=case["details"]),
+                )
+                loss.backward()
+            except DataDependentOutputException as error:  # fake tensors have no values to wait for
+                watch.findings.append(f"{error.func} waits for the device")
+    missing = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or p.grad.device.type != "cuda" or p.grad.dtype != p.dtype
+    ]
+    return {
+        "case": case,
+        "findings": sorted(set(watch.findings)),
+        "without_gradient": missing,
+        "operators": watch.operators,
+    }
+
+
+def moved(bounds: DocumentBounds, mode: FakeTensorMode) -> DocumentBounds:
+    """Bounds that were read off on the CPU, on the device."""
+    fake = [mode.from_tensor(tensor) for tensor in (bounds.cu_seqlens, bounds.order, bounds.inverse)]
+    return DocumentBounds(fake[0], fake[1], fake[2], bounds.runs).to(torch.device("cuda"))
+
+
+def main(cases: list[dict[str, Any]]) -> None:
+    with (
+        patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        patch.object(attention.functional, "scaled_dot_product_attention", flash),
+    ):
+        for case in cases:
+            sys.stdout.write(json.dumps(run(case)) + "\n")
+            sys.stdout.flush()
+    os._exit(0)  # the engine's thread for the device would not end
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[2]))
