@@ -18,6 +18,7 @@ from mythos_ds.config.error_messages import did_you_mean
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.deepspeed_patches import require_checked_version
 from mythos_ds.engine.float_buffers import restore_float_buffers
+from mythos_ds.engine.gradient_dtype import add_up_in_float32, adds_up_in_float32, require_float32_sums
 from mythos_ds.engine.optimizer import make_optimizer, parameter_groups
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import Coded, ConfigError, ParallelError
@@ -46,10 +47,11 @@ def build_engine(
     """The engine of a resolved run; collective over all ranks. `attention_core` as in MythosModel.
 
     Errors: ParallelError where the groups do not belong to this run, or for ZeRO 0 with expert parallelism; ConfigError
-    for values of the `deepspeed` section that DeepSpeed refuses.
+    for values of the `deepspeed` section that DeepSpeed refuses, and for fp32 gradients where torch has none.
     """
     config = resolved.config
     stage = config.parallel.zero_stage
+    require_float32_sums(config.training)
     _check_layout(resolved, groups)
     section = deepspeed_section(resolved, groups)
     model = build_model(resolved, groups, section, adapt, attention_core=attention_core)
@@ -71,6 +73,8 @@ def build_engine(
             model=model, optimizer=optimizer, config=section, dist_init_required=False, mpu=groups.mpu
         )
     restore_float_buffers(model, groups.device)
+    if adds_up_in_float32(config.training):
+        add_up_in_float32(model.parameters())
     if stage == 0 and config.training.dtype == "bfloat16":
         _forget_blank_step(engine)
     return TrainingEngine(engine, resolved, groups)

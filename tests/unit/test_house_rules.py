@@ -44,8 +44,8 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
     "root": 2_200,
-    "kernels": 320,
-    "config": 3_820,
+    "kernels": 400,
+    "config": 3_850,
     "costs": 1_200,
     "model": 1_990,
     "weights": 1_200,
@@ -53,7 +53,7 @@ LINES = {
     "monitor": 660,
     "resilience": 120,
     "parallel": 1_230,
-    "engine": 880,
+    "engine": 930,
     "checkpoint": 1_770,
     "inference": 190,
     "train": 2_200,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 10_300
+MAX_READING_PATH = 10_450
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 
