@@ -361,6 +361,13 @@ class ClusterConfig(Section):
     gpu: str
     nodes: int = Field(ge=1, le=1_000_000)
     gpus_per_node: int = Field(ge=1, le=1024)
+    context_bytes: int | None = Field(
+        None,
+        ge=0,
+        le=10**12,
+        description="Bytes of each GPU that CUDA's context and NCCL's communicators take, as mythos-ds preflight "
+        "measures them; null = by the planner's formula.",
+    )
 
 
 class RunConfig(Section):
