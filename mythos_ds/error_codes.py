@@ -454,6 +454,12 @@ CODES = {
         "Weights are bf16, their gradients fp32 (`training.grad_dtype`), and this torch is too old for it.",
         'Install a newer torch; or set `training.grad_dtype` "bfloat16", where sums over many loops lose digits.',
     ),
+    "MDS731": Code(
+        "No CUDA compiler for an optimizer that is offloaded",
+        'With `parallel.offload_optimizer` "cpu" on a GPU, DeepSpeed compiles its CPU Adam, and finds no nvcc.',
+        "Install the CUDA toolkit of torch's version (`python -c 'import torch; print(torch.version.cuda)'`) and set "
+        "`CUDA_HOME` to its folder on every node; `mythos-ds preflight` looks for it. Or do not offload.",
+    ),
     "MDS800": Code("Another number that is not finite"),
     "MDS801": Code(
         "The loss is not finite",

@@ -8,7 +8,8 @@ import torch
 from mythos_ds.config.resolve import resolve
 from mythos_ds.engine import gradient_dtype
 from mythos_ds.engine.gradient_dtype import require_float32_sums
-from mythos_ds.errors import ConfigError
+from mythos_ds.engine.optimizer import require_cpu_adam
+from mythos_ds.errors import ConfigError, ParallelError
 from tests.distributed.cases import toy_run
 from tests.distributed.gradient_cases import BF16, LAYOUTS
 from tests.helpers.distributed import run_distributed
@@ -63,6 +64,23 @@ def test_a_torch_without_fp32_gradients_is_refused(monkeypatch):
     assert raised.value.problems[0].code == "MDS730"
     require_float32_sums(toy_run({**BF16, "ep": 1, "stage": 3, "training": {"grad_dtype": "bfloat16"}}, 1).training)
     require_float32_sums(toy_run({"ep": 1, "stage": 3}, 1).training)
+
+
+def test_an_optimizer_offloaded_from_a_gpu_needs_a_compiler(monkeypatch, tmp_path):
+    """Told before anything is built; with nvcc, on a CPU and for an optimizer that is not compiled there is no need."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    offloads = toy_run({"ep": 1, "stage": 3, "offload": "optimizer"}, 1)
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(ParallelError, match="CUDA_HOME = the folder") as raised:
+        require_cpu_adam(offloads, gpu)
+    assert raised.value.code == "MDS731"
+    require_cpu_adam(offloads, torch.device("cpu"))
+    require_cpu_adam(toy_run({"ep": 1, "stage": 3}, 1), gpu)
+    require_cpu_adam(toy_run({"ep": 1, "stage": 3, "offload": "optimizer", "optimizer": "sgd"}, 1), gpu)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    require_cpu_adam(offloads, gpu)
 
 
 @pytest.mark.parametrize("common", [0.0, 0.3])
