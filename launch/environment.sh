@@ -12,9 +12,6 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER:-1}"
 
-# The number of tokens that an expert gets changes with every step: segments that grow fragment less.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
-
 # Compiled operators lie on each node's own disk: a lock that a killed process leaves in a shared folder hangs the next.
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-/tmp/torch_extensions_$(id -u)}"
 
@@ -34,7 +31,7 @@ if [[ -n "${INTERFACE:-}" ]]; then
 fi
 
 training_environment() {
-  env | grep -E '^(OMP_NUM_THREADS|PYTHON(UNBUFFERED|FAULTHANDLER)|PYTORCH_CUDA_ALLOC_CONF|TORCH_.*|NCCL_.*|GLOO_.*|DS_ACCELERATOR)=' \
+  env | grep -E '^(OMP_NUM_THREADS|PYTHON(UNBUFFERED|FAULTHANDLER)|PYTORCH_((CUDA|HIP)_)?ALLOC_CONF|TORCH_.*|NCCL_.*|GLOO_.*|DS_ACCELERATOR)=' \
     | sort
 }
 if [[ "${BASH_SOURCE[0]##*/}" == environment.sh && "${BASH_SOURCE[0]}" == "$0" ]]; then training_environment; fi

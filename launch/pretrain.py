@@ -24,7 +24,7 @@ from mythos_ds.config.proxy import make_proxies
 from mythos_ds.config.resolve import ResolvedRun, ResolvedStage, planned_world_size, resolve_stages, whole_file
 from mythos_ds.config.schema import PROCESSES
 from mythos_ds.config.training_stages import stages_from
-from mythos_ds.environment import ProcessEnvironment
+from mythos_ds.environment import ProcessEnvironment, prefer_expandable_segments
 from mythos_ds.errors import MythosError, OptionError
 from mythos_ds.guard import DEBUG, guarded, user_error
 from mythos_ds.mains import add_common, add_share
@@ -62,6 +62,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
+    prefer_expandable_segments(os.environ)
     arguments = parse_arguments(argv)
     if arguments.debug:
         os.environ[DEBUG] = "1"

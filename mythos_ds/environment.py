@@ -14,6 +14,16 @@ from mythos_ds.ports import LAST_PORT
 
 DEFAULT_MASTER_PORT = 29500
 LOOPBACK = "127.0.0.1"
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Settings of torch's allocator for GPUs: the name of today, that of older versions, and ROCm's."""
+
+
+def prefer_expandable_segments(environ: MutableMapping[str, str]) -> None:
+    """Sets torch's allocator for GPUs so that its segments grow, unless any setting of it is there; before torch is
+    imported. The rows of an expert and the loops differ from step to step, and segments of fixed size fragment."""
+    if not any(name in environ for name in ALLOCATOR_VARIABLES):
+        for name in ALLOCATOR_VARIABLES[:2]:
+            environ[name] = "expandable_segments:True"
 
 
 @dataclass(frozen=True)

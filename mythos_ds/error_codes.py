@@ -254,6 +254,7 @@ CODES = {
     "MDS269": Code("Too few micro-batches for the pipeline, or no whole rounds of them"),
     "MDS270": Code("A size of the batch ramp does not fit the pipeline"),
     "MDS271": Code("Pipeline stages would hold parts of nodes"),
+    "MDS280": Code("grad_dtype bfloat16 with fp32 weights, or in a pipeline"),
     "MDS400": Code("Another error of data or of a tokenizer"),
     "MDS401": Code("A sample that is read is not what was prepared"),
     "MDS402": Code("A chat template is at fault for every conversation"),
@@ -448,6 +449,17 @@ CODES = {
     "MDS709": Code("An interactive shell of Slurm that looks like a task of many"),
     "MDS710": Code("A hostfile with a line of another form, or a host given twice"),
     "MDS711": Code("A version of torch or DeepSpeed that the pipeline was not made for"),
+    "MDS730": Code(
+        "A torch that cannot add gradients up in fp32",
+        "Weights are bf16, their gradients fp32 (`training.grad_dtype`), and this torch is too old for it.",
+        'Install a newer torch; or set `training.grad_dtype` "bfloat16", where sums over many loops lose digits.',
+    ),
+    "MDS731": Code(
+        "No CUDA compiler for an optimizer that is offloaded",
+        'With `parallel.offload_optimizer` "cpu" on a GPU, DeepSpeed compiles its CPU Adam, and finds no nvcc.',
+        "Install the CUDA toolkit of torch's version (`python -c 'import torch; print(torch.version.cuda)'`) and set "
+        "`CUDA_HOME` to its folder on every node; `mythos-ds preflight` looks for it. Or do not offload.",
+    ),
     "MDS800": Code("Another number that is not finite"),
     "MDS801": Code(
         "The loss is not finite",

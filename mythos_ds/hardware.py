@@ -2,7 +2,10 @@
 
 import os
 import resource
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ class Gpu:
         memory_bytes: of the device.
         peak_flops: dense bf16.
         kernel_share: share of the peak that large matrix products reach (assumption; an H200 was seen at 0.8).
+        memory_bandwidth: of the device's own memory, read and written together.
+        memory_share: share of it that operations reach which do no matrix products (assumption: an H200's copies reach
+            0.9, elementwise operations 80 % of that).
         node_bandwidth: to the other GPUs of the node.
         network_bandwidth: to other nodes.
         host_bandwidth: to the node's own memory (PCIe 5 x16, less overhead; assumption).
@@ -35,6 +41,8 @@ class Gpu:
     kernel_share: float
     node_bandwidth: float
     network_bandwidth: float
+    memory_bandwidth: float = 3.35e12
+    memory_share: float = 0.7
     host_bandwidth: float = 50e9
     gpus_per_node: int = 8
     price_per_hour: float = 2.5
@@ -61,9 +69,9 @@ PEAK_BF16 = {
 
 GPUS = {
     "h100": Gpu("h100", 80e9, PEAK_BF16["H100"], 0.75, 450e9, 50e9, price_per_hour=2.5),
-    "h200": Gpu("h200", 141e9, PEAK_BF16["H200"], 0.75, 450e9, 50e9, price_per_hour=3.0),
-    "b200": Gpu("b200", 180e9, PEAK_BF16["B200"], 0.7, 900e9, 50e9, price_per_hour=5.0),
-    "mi300x": Gpu("mi300x", 192e9, PEAK_BF16["MI300X"], 0.6, 448e9, 50e9, price_per_hour=2.5),
+    "h200": Gpu("h200", 141e9, PEAK_BF16["H200"], 0.75, 450e9, 50e9, memory_bandwidth=4.8e12, price_per_hour=3.0),
+    "b200": Gpu("b200", 180e9, PEAK_BF16["B200"], 0.7, 900e9, 50e9, memory_bandwidth=8e12, price_per_hour=5.0),
+    "mi300x": Gpu("mi300x", 192e9, PEAK_BF16["MI300X"], 0.6, 448e9, 50e9, memory_bandwidth=5.3e12, price_per_hour=2.5),
 }
 
 
@@ -97,9 +105,29 @@ def read_gpu(name: str) -> Gpu:
             raise OptionError(f"--gpu: {name}: {field}: given {value!r}; allowed: 0 < number <= {_LARGEST:g}")
     if not isinstance(made.gpus_per_node, int):
         raise OptionError(f"--gpu: {name}: gpus_per_node: given {made.gpus_per_node}; allowed: a whole number")
-    if made.kernel_share > 1:
-        raise OptionError(f"--gpu: {name}: kernel_share: given {made.kernel_share}; allowed: at most 1")
+    for share in ("kernel_share", "memory_share"):
+        if numbers[share] > 1:
+            raise OptionError(f"--gpu: {name}: {share}: given {numbers[share]}; allowed: at most 1")
     return made
+
+
+def compiler_problem(environ: Mapping[str, str]) -> str | None:
+    """What is missing for an optimizer that is offloaded from an NVIDIA GPU, whose operator DeepSpeed compiles at the
+    first start; None where nothing is. nvcc is looked for where torch's builds look."""
+    spec = find_spec("deepspeed")
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    if any(list(Path(folder, "ops", "adam").glob("cpu_adam_op*.so")) for folder in folders):
+        return None
+    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=environ.get("PATH", ""))
+    nvcc = Path(home, "bin", "nvcc") if home else Path(found or "/usr/local/cuda/bin/nvcc")
+    if os.access(nvcc, os.X_OK):
+        return None
+    return (
+        'parallel.offload_optimizer: "cpu" given; on a GPU DeepSpeed compiles its CPU Adam at the first start, which '
+        f"needs CUDA's compiler, and there is no {nvcc}; allowed: CUDA_HOME = the folder of a CUDA toolkit of torch's "
+        'CUDA version, or "none"'
+    )
 
 
 def host_memory_bytes() -> float:

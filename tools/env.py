@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mythos_ds
+from mythos_ds.environment import ALLOCATOR_VARIABLES
 from mythos_ds.mains import run_tool
 from mythos_ds.provenance import git_commit
 
@@ -25,7 +26,7 @@ VARIABLES = (
     "DS_ACCELERATOR",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
-    "PYTORCH_CUDA_ALLOC_CONF",
+    *ALLOCATOR_VARIABLES,
     "TORCH_EXTENSIONS_DIR",
 )
 

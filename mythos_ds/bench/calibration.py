@@ -265,6 +265,6 @@ cluster's do not; so each forward and backward is computed and then slept out to
 whom. Idle is what is left between the first start and the last end, over all processes. Whether computations take times
 in proportion to their FLOPs, this does not show.
 
-Not calibrated: allocator fragmentation (5 % allowed), device context (2.5 GB allowed), kernels that differ on a GPU,
-and every time: those are bounds from data sheets.
+Not calibrated: allocator fragmentation (5 % allowed), device context and communicators (by formula), kernels that
+differ on a GPU, and every time: those are bounds from data sheets.
 """

@@ -144,6 +144,9 @@ def build(config: RunConfig, gradient_accumulation_steps: int) -> dict[str, Any]
     """
     training, parallel = config.training, config.parallel
     merged: dict[str, Any] = {"steps_per_print": _NO_PRINTS, **_without_nulls(config.deepspeed)}
+    if training.dtype == "bfloat16":
+        # DeepSpeed's default is the weights' type: a ring over many ranks would round the sum at each of them.
+        merged.setdefault("communication_data_type", "fp32")
     zero = {**_zero_defaults(config), **merged.get(ZERO, {}), "stage": parallel.zero_stage}
     if training.optimizer == "muon":
         # Stage 3 orthogonalises whole gradients; stages 1 and 2 reduce experts' gradients wrongly without it.

@@ -203,6 +203,11 @@ class TrainingConfig(Section):
     max_tokens: int | None = Field(None, ge=1, le=10**18)
     seed: int = Field(0, ge=0, le=2**31)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    grad_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="What a weight's gradients of all loops are added up in, with dtype bfloat16; bfloat16 takes less "
+        "memory and loses digits (docs/parallelism.md).",
+    )
     init_from: str | None = Field(
         None,
         description="Where the weights come from: a model folder, a Hugging Face folder, OpenMythos weights, a run or "
@@ -356,6 +361,13 @@ class ClusterConfig(Section):
     gpu: str
     nodes: int = Field(ge=1, le=1_000_000)
     gpus_per_node: int = Field(ge=1, le=1024)
+    context_bytes: int | None = Field(
+        None,
+        ge=0,
+        le=10**12,
+        description="Bytes of each GPU that CUDA's context and NCCL's communicators take, as mythos-ds preflight "
+        "measures them; null = by the planner's formula.",
+    )
 
 
 class RunConfig(Section):

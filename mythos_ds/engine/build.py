@@ -18,7 +18,8 @@ from mythos_ds.config.error_messages import did_you_mean
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.engine.deepspeed_patches import require_checked_version
 from mythos_ds.engine.float_buffers import restore_float_buffers
-from mythos_ds.engine.optimizer import make_optimizer, parameter_groups
+from mythos_ds.engine.gradient_dtype import add_up_in_float32, adds_up_in_float32, require_float32_sums
+from mythos_ds.engine.optimizer import make_optimizer, parameter_groups, require_cpu_adam
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.errors import Coded, ConfigError, ParallelError
 from mythos_ds.kernels.attention import AttentionCore, causal_attention
@@ -45,11 +46,14 @@ def build_engine(
 ) -> TrainingEngine:
     """The engine of a resolved run; collective over all ranks. `attention_core` as in MythosModel.
 
-    Errors: ParallelError where the groups do not belong to this run, or for ZeRO 0 with expert parallelism; ConfigError
-    for values of the `deepspeed` section that DeepSpeed refuses.
+    Errors: ParallelError where the groups do not belong to this run, for ZeRO 0 with expert parallelism, and where an
+    optimizer that is offloaded from a GPU cannot be compiled; ConfigError
+    for values of the `deepspeed` section that DeepSpeed refuses, and for fp32 gradients where torch has none.
     """
     config = resolved.config
     stage = config.parallel.zero_stage
+    require_float32_sums(config.training)
+    require_cpu_adam(config, groups.device)
     _check_layout(resolved, groups)
     section = deepspeed_section(resolved, groups)
     model = build_model(resolved, groups, section, adapt, attention_core=attention_core)
@@ -71,6 +75,8 @@ def build_engine(
             model=model, optimizer=optimizer, config=section, dist_init_required=False, mpu=groups.mpu
         )
     restore_float_buffers(model, groups.device)
+    if adds_up_in_float32(config.training):
+        add_up_in_float32(model.parameters())
     if stage == 0 and config.training.dtype == "bfloat16":
         _forget_blank_step(engine)
     return TrainingEngine(engine, resolved, groups)

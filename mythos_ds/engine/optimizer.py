@@ -4,6 +4,7 @@ Adam's update does not shrink with the width, so matrices that act on the width 
 embeddings and vectors do not (Yang et al. 2022, table 8; Everett et al. 2024). Only matrices decay.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from mythos_ds.config.schema import RunConfig, TrainingConfig
+from mythos_ds.errors import ParallelError
+from mythos_ds.hardware import compiler_problem
 from mythos_ds.model.parameter_roles import INJECTION, Role, role_of
 
 LR_SCALE = "lr_scale"
@@ -113,6 +116,13 @@ def make_optimizer(
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     # One kernel per flat partition; torch's default on CUDA would allocate temporaries of the whole partition.
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+
+
+def require_cpu_adam(config: RunConfig, device: torch.device) -> None:
+    """Raises ParallelError where `make_optimizer` would have DeepSpeed compile its CPU Adam, and cannot."""
+    offloads = config.parallel.offload_optimizer == "cpu" and config.training.optimizer == "adamw"
+    if offloads and device.type == "cuda" and torch.version.hip is None and (problem := compiler_problem(os.environ)):
+        raise ParallelError(problem, code="MDS731")
 
 
 @contextmanager

@@ -38,8 +38,6 @@ class PipelinedStep:
         self._tied = resolved.config.model.tie_embeddings and groups.tie_group is not None
         remove_module_hooks(engine.optimizer)
         couple_gradient_norm(engine.optimizer, groups, self._duplicate)
-        if dtype != torch.float32:
-            _accumulate_in_float32(self._parameters)
 
     def train(
         self, batches: Sequence[Batch], *, n_loops: int, n_grad_loops: int, aux: AuxLoss, details: bool
@@ -100,9 +98,3 @@ class PipelinedStep:
         torch_distributed.all_reduce(weight.grad, group=self._groups.tie_group)
         last = self._groups.layout.is_last_stage
         self._duplicate.square = weight.grad.double().square().sum().item() if last else 0.0
-
-
-def _accumulate_in_float32(parameters: list[torch.nn.Parameter]) -> None:
-    """A looped weight's gradient is a sum over loops and micro-batches, which bf16 loses digits of."""
-    for parameter in parameters:
-        parameter.grad_dtype = torch.float32

@@ -1,13 +1,16 @@
 """A cross-entropy of hidden states and the head's weight that never holds all logits.
 
 Rows are taken in chunks and their gradients formed in the forward, while the chunk's logits are at hand; the backward
-only scales them. Under ZeRO-3 the head's weight is therefore gathered once. In plain torch it is
+only scales them. Under ZeRO-3 the head's weight is therefore gathered once. Logits, and the sum of the weight's
+gradients over the chunks, are fp32 also where the operands are bf16. In plain torch it is
 `cross_entropy(hidden @ weight.t(), targets)`.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mythos_ds.kernels.float32_product import add_product, product
 
 _CHUNK_LOGITS = 1 << 20
 _MIN_CHUNK_ROWS = 256
@@ -25,7 +28,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         for start in range(0, hidden.shape[0], rows):
             x, target = hidden[start : start + rows], targets[start : start + rows]
-            logits = (x @ weight.t()).float()
+            logits = product(x, weight)
             peak = logits.amax(-1, keepdim=True)
             chosen = logits.gather(-1, target[:, None])
             exponential = logits.sub_(peak).exp_()
@@ -37,7 +40,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             delta.scatter_add_(-1, target[:, None], torch.full_like(chosen, -1.0 / divisor))
             delta = delta.to(hidden.dtype)
             grad_hidden[start : start + rows] = delta @ weight
-            grad_weight += delta.t() @ x
+            add_product(grad_weight, delta, x)
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total / divisor

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.kernels.cross_entropy import chunked_cross_entropy
+from mythos_ds.kernels.float32_product import float32_linear
 from mythos_ds.model.initializer import Initializer
 
 
@@ -21,5 +22,5 @@ class LMHead(nn.Module):
         """Maps hidden [..., dim] to fp32 logits [..., vocab], or with targets int64 [...] to the scalar mean loss; with
         a divisor to the sum of losses over it."""
         if targets is None:
-            return nn.functional.linear(hidden, self.weight).float()
+            return float32_linear(hidden, self.weight)
         return chunked_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), divisor)

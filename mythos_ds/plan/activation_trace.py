@@ -52,6 +52,8 @@ class Workload:
     ep_size: int
     dtype: torch.dtype
     checkpointing: Checkpointing
+    grad_dtype: torch.dtype = torch.float32
+    """What the gradients of a weight add up in."""
     fused: bool = True
     """Whether experts are one grouped product (GPUs) or a loop of products (CPUs)."""
 
@@ -181,7 +183,7 @@ def trace(load: Workload) -> Trace:
 @_line
 def dense_layer_bytes(load: Workload) -> int:
     """What one prelude or coda layer keeps of a micro-batch until its backward."""
-    model, context, x = _piece(load, ModelChunk((0,), (), (), embeds=False, loops=False, predicts=False), load.dtype)
+    model, context, x = piece(load, ModelChunk((0,), (), (), embeds=False, loops=False, predicts=False), load.dtype)
     live = LiveBytes(existing=False)
     with _substitutes(), live:
         live.ignore(*model.parameters(), x)
@@ -193,7 +195,7 @@ def dense_layer_bytes(load: Workload) -> int:
 def visit_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     """The most that the forward and backward of some looped layers, once, hold on a pipeline stage; recomputed where
     the workload says so."""
-    model, context, x = _piece(
+    model, context, x = piece(
         load, ModelChunk((), layers, (), embeds=False, loops=False, predicts=False), torch.float32
     )
     live = LiveBytes(existing=False)
@@ -204,7 +206,7 @@ def visit_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     def visit(message: Tensor) -> Tensor:
         return model.recurrent.run_layers(message, 0, context)[0]
 
-    with _substitutes(), _dropping(model), live:
+    with one_device(model), live:
         live.ignore(*model.parameters(), *model.buffers(), x)
         out = checkpoint(visit, x, use_reentrant=False, preserve_rng_state=False) if recomputed else visit(x)
         out.backward(torch.empty_like(out))
@@ -216,9 +218,9 @@ def loops_bytes(load: Workload, layers: tuple[int, ...], waiting: int) -> int:
     """The most that a stage holds which runs all loops of a micro-batch at once, while `waiting` micro-batches wait for
     their backward."""
     part = ModelChunk((), layers, (), embeds=False, loops=True, predicts=False)
-    model, context, x = _piece(load, part, load.dtype)
+    model, context, x = piece(load, part, load.dtype)
     live = LiveBytes(existing=False)
-    with _substitutes(), _dropping(model), live:
+    with one_device(model), live:
         live.ignore(*model.parameters(), *model.buffers(), x)
         out = model.recurrent(model.normed(x), load.grad_loops + 1, context).to(x.dtype)
         kept = live.now
@@ -229,25 +231,31 @@ def loops_bytes(load: Workload, layers: tuple[int, ...], waiting: int) -> int:
 @_line
 def coda_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     """The most that the coda's layers, the head and the loss hold of a micro-batch, the head's gradient included."""
-    model, context, x = _piece(load, ModelChunk((), (), layers, embeds=False, loops=False, predicts=True), load.dtype)
+    model, context, x = piece(load, ModelChunk((), (), layers, embeds=False, loops=False, predicts=True), load.dtype)
     targets = torch.empty(load.rows, load.seq_len, dtype=torch.int64, device="meta")
     live = LiveBytes(existing=False)
-    with _substitutes(), _dropping(model), live:
+    with one_device(model), live:
         live.ignore(*model.parameters(), *model.buffers(), x)
         model.logits_or_loss(model.run_coda(x, context), targets).backward()
     return live.peak
 
 
-def _piece(load: Workload, part: ModelChunk, dtype: torch.dtype) -> tuple[MythosModel, ForwardContext, Tensor]:
-    """A part of the model, its context, and an input with gradient."""
+def piece(load: Workload, part: ModelChunk, dtype: torch.dtype) -> tuple[MythosModel, ForwardContext, Tensor]:
+    """Makes a part of the model on the meta device, its context, and an input [rows, seq_len, dim] with gradient."""
     recomputed = load.checkpointing == "loop"
     with torch.device("meta"):
         model = MythosModel(load.model, moe_factory=_even(load), part=part, checkpoint_loops=recomputed)
-        model.to(load.dtype)
+        _set_types(model, load)
         tokens = torch.empty(load.rows, load.seq_len, dtype=torch.int64)
         x = torch.empty(load.rows, load.seq_len, load.model.dim, dtype=dtype, requires_grad=True)
-    _keep_buffers(model)
     return model, model.make_context(tokens, None, _AUX, load.grad_loops), x
+
+
+@contextmanager
+def one_device(model: nn.Module) -> Iterator[None]:
+    """Lets a part of a model run by itself: attention is replaced by what it allocates, and gradients of weights go."""
+    with _substitutes(), _dropping(model):
+        yield
 
 
 def _even(load: Workload) -> type[MoE]:
@@ -284,9 +292,8 @@ def _dropping(model: nn.Module) -> Iterator[None]:
 def _run(load: Workload, loops: int) -> Trace:
     with torch.device("meta"):
         model = MythosModel(load.model, moe_factory=_even(load), checkpoint_loops=load.checkpointing == "loop")
-        model.to(load.dtype)
+        _set_types(model, load)
         tokens = torch.empty(load.rows, load.seq_len, dtype=torch.int64)
-    _keep_buffers(model)
     live = LiveBytes(existing=False)
     with _substitutes(), _gathers(model, live), live:
         live.ignore(*model.parameters(), *model.buffers())
@@ -299,8 +306,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -
     return _Attention.apply(q, k, v)
 
 
-def _keep_buffers(model: nn.Module) -> None:
-    """Buffers stay fp32, whatever the weights are."""
+def _set_types(model: nn.Module, load: Workload) -> None:
+    """Buffers stay fp32, whatever the weights and their gradients are."""
+    model.to(load.dtype)
+    if load.grad_dtype != load.dtype:
+        for parameter in model.parameters():
+            parameter.grad_dtype = load.grad_dtype
     for name, buffer in list(model.named_buffers()):
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, buffer.float())

@@ -8,7 +8,8 @@ import torch
 
 from mythos_ds.config.layout import ModelChunk
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.config.schema import ModelConfig
+from mythos_ds.config.schema import ModelConfig, TrainingConfig
+from mythos_ds.costs.communicators import CUDA_CONTEXT_BYTES, communicators
 from mythos_ds.costs.pipeline import PipelinePrediction, predict
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.parameter_roles import MATRIX, is_expert, role_of
@@ -16,8 +17,6 @@ from mythos_ds.plan.activation_trace import Workload, coda_bytes, dense_layer_by
 
 FRAGMENTATION = 0.05
 """Of what comes and goes: an allowance for the allocator."""
-CONTEXT_BYTES = 2.5e9
-"""The device's context, kernels and communication buffers (assumption)."""
 DEFAULT_REDUCE_BUCKET = 500_000_000
 """Elements that DeepSpeed averages at once unless `reduce_bucket_size` says otherwise."""
 _SUB_GROUP = _LIVE_PARAMETERS = 1_000_000_000
@@ -120,14 +119,25 @@ def workload(resolved: ResolvedRun, index: int = 0, *, fused: bool = True) -> Wo
         resolved.ep_size,
         torch.bfloat16 if config.training.dtype == "bfloat16" else torch.float32,
         config.parallel.activation_checkpointing,
+        torch.bfloat16 if _adds_up_in_bfloat16(config.training) else torch.float32,
         fused,
     )
+
+
+def _adds_up_in_bfloat16(training: TrainingConfig) -> bool:
+    return "bfloat16" == training.dtype == training.grad_dtype
+
+
+def reduced_bytes(resolved: ResolvedRun) -> int:
+    """Bytes of a number of the gradients that are averaged over ranks."""
+    default = {"bfloat16": "bf16", "float32": "fp32"}[resolved.config.training.dtype]
+    return {"bf16": 2, "fp16": 2, "fp32": 4}[resolved.deepspeed.get("communication_data_type", default)]
 
 
 def reduce_bucket_bytes(resolved: ResolvedRun) -> int:
     """The buffer that gradients are averaged in."""
     zero = resolved.deepspeed.get("zero_optimization", {})
-    return int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)) * _BYTES[resolved.config.training.dtype]
+    return int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)) * reduced_bytes(resolved)
 
 
 def memory(resolved: ResolvedRun, *, on_gpu: bool = True) -> Memory:
@@ -165,8 +175,21 @@ def stage_memory(resolved: ResolvedRun, index: int, on_gpu: bool, expected: Pipe
     if on_gpu:
         dynamic = sum(item.bytes for item in moving)
         items.append(Item("fragmentation", FRAGMENTATION * dynamic, f"{FRAGMENTATION:.0%} of what comes and goes"))
-        items.append(Item("context", CONTEXT_BYTES, "device context and communication buffers"))
+        items += _outside_items(resolved, index)
     return Memory(tuple(items), index)
+
+
+def _outside_items(resolved: ResolvedRun, index: int) -> list[Item]:
+    """What lies outside of the allocator."""
+    cluster = resolved.config.cluster
+    if cluster is not None and cluster.context_bytes is not None:
+        return [Item("context", cluster.context_bytes, "device context and communicators: cluster.context_bytes")]
+    groups = communicators(resolved, index)
+    why = ", ".join(f"{group.name} ({group.size:,})" for group in groups if group.bytes)
+    return [
+        Item("context", CUDA_CONTEXT_BYTES, "device context and kernels"),
+        Item("communicators", sum(group.bytes for group in groups), why or "one process"),
+    ]
 
 
 def _step_items(resolved: ResolvedRun, on_gpu: bool) -> list[Item]:

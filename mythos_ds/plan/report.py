@@ -36,6 +36,7 @@ def as_numbers(layout: Layout, gpu: Gpu, tokens: float, remedy: Layout | None, o
             for t in step.transfers
         ],
         "compute_s": step.compute_s,
+        "memory_bound_s": step.memory_s,
         "pipeline_idle_share": step.idle_share,
         "step_bound_s": step.bound_s,
         "step_as_built_s": step.serial_s,
@@ -94,6 +95,7 @@ def reasons(layout: Layout) -> list[str]:
     recompute = 1 - kernel / (step.compute_s * _kernel_share(layout))
     lost = {
         "matrix products reach less than the peak": step.compute_s * (1 - _kernel_share(layout)),
+        "operations beside products wait for memory": step.memory_s,
         "loops are computed again in backward": step.compute_s * _kernel_share(layout) * recompute,
         **{f"{t.name} is not hidden behind computation": t.seconds for t in step.transfers},
         "the pipeline idles": step.serial_s * step.idle_share,
@@ -217,7 +219,8 @@ def _memory_table(numbers: dict[str, Any]) -> Table:
 
 def _step_table(numbers: dict[str, Any]) -> Table:
     made = _table("A mean step of one GPU", "what", "in the node", "to other nodes", "seconds alone")
-    made.add_row("computation", "", "", f"{numbers['compute_s']:.3g}")
+    made.add_row("matrix products and attention", "", "", f"{numbers['compute_s']:.3g}")
+    made.add_row("memory-bound operations", "", "", f"{numbers['memory_bound_s']:.3g}")
     for moved in numbers["transfers"]:
         cells = (byte_text(moved["node_bytes"]), byte_text(moved["network_bytes"]), f"{moved['seconds']:.3g}")
         made.add_row(moved["name"], *cells)
@@ -274,7 +277,8 @@ def draw(name: str, numbers: dict[str, Any], path: Path) -> None:
     names.clear()
     for number, stage in enumerate(stages):
         start = 0.0
-        parts = {"computation": stage["compute_s"], **{t["name"]: t["seconds"] for t in stage["transfers"]}}
+        own = {"products and attention": stage["compute_s"], "memory-bound": stage["memory_bound_s"]}
+        parts = {**own, **{t["name"]: t["seconds"] for t in stage["transfers"]}}
         for part, seconds in parts.items():
             right.barh([number], [seconds], left=start, height=0.4, **look(part))
             start += seconds

@@ -10,7 +10,8 @@ from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_toke
 from mythos_ds.costs.params import checkpoint_disk_bytes, count_parameters
 from mythos_ds.costs.pipeline import predict
 from mythos_ds.hardware import Gpu
-from mythos_ds.plan.memory import states
+from mythos_ds.plan.device_traffic import micro_batch
+from mythos_ds.plan.memory import states, workload
 from mythos_ds.plan.traffic import Traffic, mean_graded_loops, traffic
 
 TARGETS = (0.45, 0.35)
@@ -35,6 +36,7 @@ class Timing:
 
     Attributes:
         compute_s: matrix products, recomputed ones included, at the rate that kernels reach.
+        memory_s: all other operations of the GPU, at the rate that its memory reaches.
         transfers: what travels.
         idle_share: of a pipeline.
         bound_s: if everything that travels were hidden behind computation, or the other way round.
@@ -44,6 +46,7 @@ class Timing:
     """
 
     compute_s: float
+    memory_s: float
     transfers: tuple[Transfer, ...]
     idle_share: float
     bound_s: float
@@ -78,11 +81,34 @@ def timing(resolved: ResolvedRun, gpu: Gpu) -> Timing:
     idle = predict(resolved, config.model.mean_recurrence).bubble if len(resolved.stages) > 1 else 0.0
     network = sum(t.network_bytes for t in busiest) / gpu.network_bandwidth
     node = sum(t.node_bytes for t in busiest) / gpu.node_bandwidth
-    bound = max(compute, network, node) / (1 - idle)
-    serial = (compute + sum(t.seconds for t in busiest)) / (1 - idle)
+    memory_s = _memory_seconds(resolved, gpu, loops, graded)
+    bound = max(compute + memory_s, network, node) / (1 - idle)
+    serial = (compute + memory_s + sum(t.seconds for t in busiest)) / (1 - idle)
     return Timing(
-        compute, busiest, idle, bound, serial, resolved.tokens_per_step, cost.training * tokens, gpu.peak_flops
+        compute,
+        memory_s,
+        busiest,
+        idle,
+        bound,
+        serial,
+        resolved.tokens_per_step,
+        cost.training * tokens,
+        gpu.peak_flops,
     )
+
+
+def _memory_seconds(resolved: ResolvedRun, gpu: Gpu, loops: float, graded: float) -> float:
+    """What operations beside products and attention take in a mean step, and reading and writing all states in the
+    update; of a pipeline the mean over its stages."""
+    moved = micro_batch(workload(resolved), loops, graded)
+    stages = len(resolved.stages)
+    update = 0 if resolved.config.parallel.offload_optimizer == "cpu" else 2 * states(resolved).total
+    size = (
+        moved.token * resolved.tokens_per_step / resolved.world_size
+        + moved.once * resolved.gradient_accumulation_steps / stages
+        + update
+    )
+    return size / (gpu.memory_bandwidth * gpu.memory_share)
 
 
 def transfers(resolved: ResolvedRun, moved: Traffic, gpu: Gpu, index: int) -> tuple[Transfer, ...]:

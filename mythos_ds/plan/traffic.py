@@ -7,7 +7,7 @@ from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import training_depth_pmf
 from mythos_ds.costs.pipeline import sent_bytes, visits_of
 from mythos_ds.model.parameter_roles import is_expert
-from mythos_ds.plan.memory import parameter_shapes
+from mythos_ds.plan.memory import parameter_shapes, reduced_bytes
 
 _BYTES = {"bfloat16": 2, "float32": 4}
 _COUNT_BYTES = 8
@@ -90,7 +90,7 @@ def traffic(
     config, stage = resolved.config, resolved.stages[index]
     ep_size = resolved.layout(stage.first_rank).ep_size
     micro_batches = resolved.gradient_accumulation_steps
-    size = _BYTES[config.training.dtype]
+    size, wire = _BYTES[config.training.dtype], reduced_bytes(resolved)
     zero = resolved.deepspeed.get("zero_optimization", {})
     kept = int(zero.get("stage3_param_persistence_threshold", 100_000)) if persistent else 0
     shared = experts = small = reduced = reduced_experts = 0
@@ -110,11 +110,11 @@ def traffic(
                 shared += padded
     if pipelined:
         gather, gather_experts = size * (shared + small), size * experts
-        reduce, reduce_experts = 4 * reduced, 4 * reduced_experts
+        reduce, reduce_experts = wire * reduced, wire * reduced_experts
         ring = float(sent_bytes(visits_of(resolved, round(n_loops)), micro_batches)[index])
     else:
         gather, gather_experts = size * (2 * micro_batches * shared + small), 2 * size * micro_batches * experts
-        reduce, reduce_experts = size * micro_batches * reduced, size * micro_batches * reduced_experts
+        reduce, reduce_experts = wire * micro_batches * reduced, wire * micro_batches * reduced_experts
         ring = 0.0
     graded = min(resolved.mean_backprop_depth, n_loops) if graded is None else graded
     exchange, counts = _exchange(resolved, n_loops, graded, index)

@@ -22,7 +22,8 @@ OTHERS = "other_processors"
 """Of the file: runs by the rounding of other machines than the one that recorded first; see `rounding`."""
 _COMMON: dict[str, dict[str, Any]] = {
     "training": {
-        "dtype": "float32", "max_steps": STEPS, "warmup_steps": 2, "eval_interval": 0, "eval_batches": 1,
+        "dtype": "float32", "grad_dtype": "float32", "max_steps": STEPS, "warmup_steps": 2,
+        "eval_interval": 0, "eval_batches": 1,
         "decay_fraction": 0.2,  # of presets with training stages the last one decays
     },
     "checkpoint": {"interval": 0},

@@ -1,9 +1,14 @@
 """Each launcher's variables lead to the same facts."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from mythos_ds.environment import ProcessEnvironment, first_host
+from mythos_ds.environment import ALLOCATOR_VARIABLES, ProcessEnvironment, first_host, prefer_expandable_segments
 from mythos_ds.errors import ParallelError
+from tests.helpers.paths import ROOT
 
 CASES = {
     "deepspeed": (
@@ -121,3 +126,25 @@ def test_contradictions_are_one_clear_error(environ, message):
 )
 def test_first_host(node_list, host):
     assert first_host(node_list) == host
+
+
+def test_segments_grow_unless_the_user_has_a_setting():
+    bare: dict[str, str] = {"OTHER": "x"}
+    prefer_expandable_segments(bare)
+    assert bare == {"OTHER": "x", **dict.fromkeys(ALLOCATOR_VARIABLES[:2], "expandable_segments:True")}
+    for name in ALLOCATOR_VARIABLES:
+        own = {name: "max_split_size_mb:128"}
+        prefer_expandable_segments(own)
+        assert own == {name: "max_split_size_mb:128"}
+
+
+def test_every_start_of_training_lets_segments_grow_before_torch_is_there():
+    """Also one without launch/environment.sh, as by the deepspeed launcher."""
+    program = (
+        "import os, sys; from launch import pretrain; code = pretrain.main(['--config', 'tiny', '--print-config']); "
+        "print(code, os.environ.get('PYTORCH_ALLOC_CONF'), 'torch' in sys.modules, file=sys.stderr)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_VARIABLES}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == "0 expandable_segments:True False", done.stderr

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mythos_ds.cluster.preflight.host_facts import HostFacts
 from mythos_ds.cluster.preflight.report import Check, places
+from mythos_ds.config.layout import RankLayout
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.formatting import byte_text
 
@@ -20,6 +21,10 @@ SLOW_SHARE = 0.5
 _SIZES = {"cuda": (8192, 256 * 2**20), "cpu": (512, 4 * 2**20)}
 """Side of the multiplied matrices, bytes of a collective's message."""
 _REPEATS = 5
+_EXPERTS = 3
+"""Which of the groups that `memory_outside` opens exchanges rows."""
+OUTSIDE_LIMIT = 1.1
+"""Of the planned memory outside of the allocator."""
 _ECC = "ecc.errors.uncorrected.volatile.total"
 
 
@@ -107,6 +112,43 @@ def open_group(
         world_size=environment.world_size,
         timeout=timedelta(seconds=max(1.0, limit_s)),
     )
+
+
+def memory_outside(layout: RankLayout, device: torch.device) -> HostFacts:
+    """Bytes of this process's GPU that are not torch's, once the run's own groups have spoken; none without a GPU.
+    Collective. What other programs hold counts too."""
+    everyone = range(layout.world_size)
+    stages = layout.all_stages if layout.pipelined else ()
+    shared = (layout.all_expert_groups, layout.all_expert_copies) if layout.run_ep_size > 1 else ()
+    for number, groups in enumerate(((everyone,), (everyone,), stages, *shared)):
+        own = None
+        for ranks in groups:
+            group = torch_distributed.new_group(list(ranks))
+            own = group if layout.rank in ranks else own
+        if own is None or own.size() == 1:
+            continue
+        message = torch.ones(_SIZES[device.type][1] // 4 // own.size() * own.size(), device=device)
+        torch_distributed.all_reduce(message, op=torch_distributed.ReduceOp.MAX, group=own)
+        if number == _EXPERTS:
+            torch_distributed.all_to_all_single(torch.empty_like(message), message, group=own)
+    _finish(device)
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {"outside_bytes": total - free - torch.cuda.memory_reserved(device)}
+
+
+def outside_verdict(everybody: Sequence[HostFacts], names: Sequence[str], planned: float) -> Check:
+    """What all processes' `memory_outside` found, beside the plan's number, an assumption: more is no fault."""
+    pairs = zip(everybody, names, strict=True)
+    found = [(facts["outside_bytes"], name) for facts, name in pairs if "outside_bytes" in facts]
+    if not found:
+        return Check("context and communicators", None, "no GPU here")
+    most, where = max(found)
+    text = f"{byte_text(most)} at the most ({where}), planned {byte_text(planned)}"
+    fits = most <= OUTSIDE_LIMIT * planned
+    cure = f"; plan with cluster.context_bytes={most}"
+    return Check("context and communicators", True if fits else None, text if fits else text + cure, most, "bytes")
 
 
 def clock_offset(device: torch.device) -> list[float]:

@@ -23,6 +23,7 @@ from mythos_ds.costs.params import checkpoint_disk_bytes
 from mythos_ds.data.dataset_info import read_info
 from mythos_ds.errors import DataError
 from mythos_ds.formatting import byte_text
+from mythos_ds.hardware import compiler_problem
 from mythos_ds.io import where_searched
 from mythos_ds.provenance import git_commit, package_versions
 
@@ -32,6 +33,7 @@ WRITE_BYTES = 64 * 2**20
 MARKER_WAIT_S = 5.0
 """A network file system may show another host's new file a little later."""
 CLOCK_LIMIT_S = 1.0
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def config_hash(stages: Sequence[ResolvedStage]) -> str:
@@ -107,11 +109,19 @@ def gather(stages: Sequence[ResolvedStage], run_dir: Path, token: str | None, *,
             if token is not None and not _appears(folder / marker_name(token))
         ],
     }
+    if _offloads(stages) and NVIDIA_DRIVER.exists() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        facts["compiler"] = [problem] if (problem := compiler_problem(os.environ)) else []
     with contextlib.suppress(OSError):
         facts["free_bytes"] = shutil.disk_usage(run_dir).free
     if write:
         facts |= _write_speed(run_dir)
     return facts
+
+
+def _offloads(stages: Sequence[ResolvedStage]) -> bool:
+    """Whether a training stage has DeepSpeed's CPU Adam compiled, where there are GPUs."""
+    configs = [stage.run.config for stage in stages]
+    return any(c.parallel.offload_optimizer == "cpu" and c.training.optimizer == "adamw" for c in configs)
 
 
 def _stages_data_problems(stages: Sequence[ResolvedStage]) -> list[str]:
@@ -187,9 +197,16 @@ def verdicts(everybody: Sequence[HostFacts], stages: Sequence[ResolvedStage]) ->
         _equal("configuration", "config", everybody),
         _problems("data", everybody, "data", "every dataset and the tokenizer are there"),
         _problems("shared folders", everybody, "shared", "run directory and index cache are the same storage"),
+        *_compiler(everybody),
         _disk_space(everybody, stages),
         _write(everybody, stages[0].run),
     ]
+
+
+def _compiler(everybody: Sequence[HostFacts]) -> list[Check]:
+    """A check where the optimizer is offloaded from GPUs."""
+    looked = [facts for facts in everybody if "compiler" in facts]
+    return [_problems("compiler", looked, "compiler", "what offloading needs is there")] if looked else []
 
 
 def _versions(everybody: Sequence[HostFacts]) -> list[Check]:

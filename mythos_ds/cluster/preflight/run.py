@@ -12,8 +12,10 @@ from mythos_ds.cluster.hostfile import Line, read_hostfile
 from mythos_ds.cluster.preflight import host_facts
 from mythos_ds.cluster.preflight.report import Check, passed, places
 from mythos_ds.cluster.preflight.ssh import ask
+from mythos_ds.config.layout import RankLayout
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, ResolvedStage, planned_world_size, resolve_stages
+from mythos_ds.costs.communicators import outside_bytes
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import USER_ERROR_EXIT_CODE, MythosError
 from mythos_ds.train.run_directory import default_run_directory
@@ -154,6 +156,7 @@ class Preflight:
             return hosts
         on_gpu = found[0]["device"] == "cuda"
         checks += devices.link_verdicts([fact["speeds"] for fact in found], names, judge=on_gpu)
+        checks.append(devices.outside_verdict(found, names, outside_bytes(stages[0].run)))
         offsets = [sorted(fact["offsets"])[len(fact["offsets"]) // 2] for fact in found]
         spread = max(max(fact["offsets"]) - min(fact["offsets"]) for fact in found)
         checks.append(host_facts.clocks(list(zip(hosts, offsets, strict=True)), spread))
@@ -183,7 +186,11 @@ class Preflight:
                 stages = self._resolved_here(meeting.environment)
                 one_of_host = meeting.environment.local_rank == 0
                 return host_facts.gather(stages, self.run_dir, announced or None, write=one_of_host)
-            return _device(meeting) if stage == "device" else _links(meeting, announced)
+            if stage == "device":
+                return _device(meeting)
+            environment, run = meeting.environment, self._resolved_here(meeting.environment)[0].run
+            started = run.world_size == environment.world_size  # and not one process of a planned cluster
+            return _links(meeting, announced, run.layout(environment.rank) if started else None)
         except Exception as error:
             message = str(error).splitlines() or [""]
             return {"error": f"{type(error).__name__}: {message[0]}"}
@@ -196,7 +203,7 @@ def _device(meeting: "Meeting") -> host_facts.HostFacts:
     return devices.device_facts(select_device(meeting.environment))
 
 
-def _links(meeting: "Meeting", nodes: dict[str, list[int]]) -> host_facts.HostFacts:
+def _links(meeting: "Meeting", nodes: dict[str, list[int]], layout: RankLayout | None) -> host_facts.HostFacts:
     from mythos_ds.cluster.preflight import devices
     from mythos_ds.parallel.groups import select_device
 
@@ -207,6 +214,7 @@ def _links(meeting: "Meeting", nodes: dict[str, list[int]]) -> host_facts.HostFa
         "device": device.type,
         "offsets": offsets,
         "speeds": devices.link_speeds(devices.Links.of(nodes), device),
+        **(devices.memory_outside(layout, device) if layout is not None else {}),
     }
 
 

@@ -141,6 +141,18 @@ def _ep_world_problem(config: RunConfig, world_size: int) -> str | None:
     )
 
 
+@coded("MDS280")
+def _grad_dtype(config: RunConfig) -> str | None:
+    if config.training.grad_dtype == "float32":
+        return None
+    if config.training.dtype == "float32":
+        return '"bfloat16" given with dtype "float32", where it has no effect; nearest: "float32"'
+    if is_pipelined(config.parallel):
+        pp_size = config.parallel.pp_size
+        return f'"bfloat16" given with pp_size {pp_size}, which adds micro-batches up too; nearest: "float32"'
+    return None
+
+
 @coded("MDS243")
 def _ep_divides_experts(config: RunConfig) -> str | None:
     ep_size, n_experts = config.parallel.ep_size, config.model.n_experts
@@ -510,6 +522,7 @@ RULES: tuple[Rule, ...] = (
     ),
     *_no_effect("MDS241", ("ponder_cost",), "training", 'unless halting is "act"', lambda c: c.model.halting != "act"),
     Rule("training.mean_backprop_depth", _backprop_depth),
+    Rule("training.grad_dtype", _grad_dtype),
     Rule("parallel.ep_size", _ep_divides_experts),
     Rule("parallel.ep_size", _ep_fits_nodes),
     Rule("parallel.zero_stage", _zero_stage),

@@ -3,7 +3,11 @@
 import json
 import shutil
 
-from mythos_ds.cluster.preflight.host_facts import Markers, _disk_space, config_hash, folders, gather
+import pytest
+
+from mythos_ds.cluster.preflight import host_facts
+from mythos_ds.cluster.preflight.devices import outside_verdict
+from mythos_ds.cluster.preflight.host_facts import Markers, _compiler, _disk_space, config_hash, folders, gather
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve_stages
 from mythos_ds.costs.params import checkpoint_disk_bytes
@@ -79,3 +83,44 @@ def test_every_index_cache_is_shared_storage(tmp_path):
     assert not marker.exists()
     assert not cache.exists()
     json.dumps(gather(stages, run_dir, None, write=False))
+
+
+@pytest.fixture
+def gpu_host(monkeypatch, tmp_path):
+    """A host with an NVIDIA driver and no CUDA toolkit; the folder of the latter."""
+    (tmp_path / "driver").touch()
+    monkeypatch.setattr(host_facts, "NVIDIA_DRIVER", tmp_path / "driver")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    return tmp_path / "cuda"
+
+
+def test_offloading_from_gpus_asks_for_a_compiler(gpu_host, tmp_path):
+    def offloads(content):
+        content["parallel"] |= {"offload_optimizer": "cpu", "zero_stage": 1}
+
+    path = three_stages(tmp_path)
+    assert "compiler" not in gather(stages_of(path), tmp_path / "run", None, write=False)
+    stages = stages_of(changed(path, "offloads", offloads))
+    (problem,) = gather(stages, tmp_path / "run", None, write=False)["compiler"]
+    assert str(gpu_host / "bin" / "nvcc") in problem
+    assert "CUDA_HOME" in problem
+    (check,) = _compiler([{"host": "node7", "compiler": [problem]}, {"host": "node8", "compiler": []}])
+    assert (check.ok, check.detail) == (False, f"node7: {problem}")
+    (gpu_host / "bin").mkdir(parents=True)
+    (gpu_host / "bin" / "nvcc").touch(mode=0o755)
+    facts = gather(stages, tmp_path / "run", None, write=False)
+    assert facts["compiler"] == []
+    assert [check.ok for check in _compiler([facts])] == [True]
+
+
+def test_memory_outside_the_allocator_is_set_beside_the_plan():
+    names = ["rank 0 (a)", "rank 1 (b)"]
+    found = [{"outside_bytes": 2_000_000_000}, {"outside_bytes": 3_000_000_000}]
+    fine, more = (outside_verdict(found, names, planned) for planned in (2.8e9, 2.0e9))
+    assert (fine.ok, fine.value) == (True, 3e9)
+    assert "rank 1 (b)" in fine.detail
+    assert more.ok is None
+    assert "cluster.context_bytes=3000000000" in more.detail
+    assert outside_verdict([{}, {}], names, 2e9).detail == "no GPU here"

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ import torch
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.costs.communicators import outside_bytes
 from mythos_ds.costs.flops import flops_per_token
 from mythos_ds.errors import ConfigError
 from mythos_ds.hardware import GPUS, read_gpu
 from mythos_ds.mains import run_tool
+from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.plan import layouts
 from mythos_ds.plan.activation_trace import Workload, trace
+from mythos_ds.plan.device_traffic import MovedBytes
 from mythos_ds.plan.layouts import candidates, examine, first_remedy, ranked, remedies, with_changes
-from mythos_ds.plan.memory import held_elements, memory, states
+from mythos_ds.plan.memory import held_elements, memory, parameter_shapes, reduce_bucket_bytes, states, workload
 from mythos_ds.plan.report import as_numbers, draw
 from mythos_ds.plan.timing import checkpoint, costs, timing
 from mythos_ds.plan.traffic import node_limit, traffic
@@ -100,6 +104,56 @@ def test_a_longer_loop_costs_its_state_and_no_more():
     assert four - three == pytest.approx(2 * 32 * model.dim * 4, rel=0.1)
     everything = Workload(model, 2, 32, 9, 2, torch.bfloat16, "none")
     assert trace(everything).peak > 2 * nine
+
+
+def test_what_fp32_gradients_take():
+    """Of bf16 weights: two bytes more for each gathered one of the loop, and twice as much on the wire."""
+    config = load_config("1b", []).config
+    own, less = (
+        resolve(with_changes(config, changes), 8)
+        for changes in ({}, {"training.grad_dtype": "bfloat16", "deepspeed.communication_data_type": "bf16"})
+    )
+    assert (reduce_bucket_bytes(own), reduce_bucket_bytes(less)) == (2e9, 1e9)
+    wide, narrow = traffic(own, 8), traffic(less, 8)
+    assert (wide.reduce, wide.reduce_experts) == (2 * narrow.reduce, 2 * narrow.reduce_experts)
+    assert (wide.gather, wide.exchange) == (narrow.gather, narrow.exchange)
+    shapes = parameter_shapes(config.model)
+    cut = {name: own.ep_size if is_expert(name) else 1 for name, _ in shapes}
+    looped = sum(prod(shape) // cut[name] for name, shape in shapes if name.startswith("recurrent."))
+    grown = trace(workload(own)).peak - trace(workload(less)).peak
+    assert grown == pytest.approx(2 * looped, rel=0.1)
+
+
+def test_context_and_communicators_are_by_formula_or_as_measured():
+    config = load_config("1b", []).config
+    assert config.cluster is not None
+    measured = config.model_copy(update={"cluster": config.cluster.model_copy(update={"context_bytes": 7 * 10**9})})
+    by_formula, given = ({i.name: i.bytes for i in memory(resolve(c, 8)).items} for c in (config, measured))
+    assert by_formula["context"] + by_formula["communicators"] == pytest.approx(outside_bytes(resolve(config, 8)))
+    assert given["context"] == 7e9
+    assert "communicators" not in given
+
+
+def test_operations_beside_products_take_time():
+    """Longer than the products where layers are narrow, as in 1b; so the share of the peak is not of products alone."""
+    config = load_config("1b", []).config
+    step = timing(resolve(config, 8), GPUS["h100"])
+    assert 1 < step.memory_s / step.compute_s < 6
+    assert step.bound_s >= step.compute_s + step.memory_s
+    travels = sum(transfer.seconds for transfer in step.transfers)
+    assert step.serial_s == pytest.approx(step.compute_s + step.memory_s + travels)
+
+
+def test_bytes_that_move_are_counted_by_operation():
+    x = torch.empty(100, 40, device="meta", dtype=torch.bfloat16)
+    weight, total = torch.empty(40, 40, device="meta", dtype=torch.bfloat16), torch.empty(100, 40, device="meta")
+    with MovedBytes() as moved:
+        y = (x @ weight).view(40, 100)  # a product and a view: nothing
+        assert moved.bytes == 0
+        (y.t() + x).float()  # read 2 x 8,000, write 8,000; read 8,000, write 16,000
+        assert moved.bytes == 48_000
+        total.add_(x.float())  # read 8,000, write 16,000; read 32,000, write 16,000
+        assert moved.bytes == 48_000 + 72_000
 
 
 def test_traffic_grows_with_loops_only_where_tokens_travel():

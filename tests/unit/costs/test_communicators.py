@@ -1,0 +1,31 @@
+"""Memory outside of torch's allocator: by the groups of a run, or as it was measured."""
+
+import pytest
+
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import resolve
+from mythos_ds.costs.communicators import communicators, outside_bytes
+
+
+def sizes(name: str, processes: int, *overrides: str) -> dict[str, tuple[int, int]]:
+    found = communicators(resolve(load_config(name, overrides).config, processes))
+    return {group.name: (group.size, group.nodes) for group in found if group.bytes}
+
+
+def test_groups_and_their_nodes():
+    world = {"all processes": (1024, 128), "DeepSpeed's copy of it": (1024, 128)}
+    assert sizes("1t", 1024) == {**world, "experts": (256, 32), "copies of experts": (4, 4)}
+    assert sizes("1b", 8) == {"all processes": (8, 1), "DeepSpeed's copy of it": (8, 1), "experts": (8, 1)}
+    assert sizes("tiny", 1) == {}
+    ring = sizes("1t", 1024, "parallel.pp_size=4", "parallel.ep_size=256")
+    assert ring == {**world, "pipeline stage": (256, 32), "experts": (256, 32), "ring": (1024, 1)}
+
+
+def test_bytes_grow_with_groups_and_peers():
+    def outside(name: str, processes: int, *overrides: str) -> float:
+        return outside_bytes(resolve(load_config(name, overrides).config, processes))
+
+    assert 3.5e9 <= outside("1t", 1024) <= 5e9
+    assert outside("1t", 1024) - outside("1t", 1024, "parallel.ep_size=128") == pytest.approx(128 * 4e6)
+    assert outside("tiny", 1) < outside("1b", 8) < 2e9
+    assert outside("1t", 1024, "cluster.context_bytes=4200000000") == 4.2e9
