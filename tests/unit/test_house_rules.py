@@ -43,7 +43,7 @@ files beside the packages."""
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
-    "root": 2_200,
+    "root": 2_210,
     "kernels": 320,
     "config": 3_820,
     "costs": 1_200,
@@ -52,11 +52,11 @@ LINES = {
     "data": 6_050,
     "monitor": 660,
     "resilience": 120,
-    "parallel": 1_230,
-    "engine": 880,
+    "parallel": 1_330,
+    "engine": 970,
     "checkpoint": 1_770,
     "inference": 190,
-    "train": 2_200,
+    "train": 2_210,
     "conversion": 3_450,
     "plan": 1_910,
     "analysis": 1_210,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 10_300
+MAX_READING_PATH = 10_550
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 

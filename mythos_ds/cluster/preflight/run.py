@@ -201,12 +201,13 @@ def _links(meeting: "Meeting", nodes: dict[str, list[int]]) -> host_facts.HostFa
     from mythos_ds.parallel.groups import select_device
 
     device = select_device(meeting.environment)
-    devices.open_group(meeting.environment, device, meeting.store, meeting.left_s * GROUP_SHARE)
+    limit_s = meeting.left_s * GROUP_SHARE
+    devices.open_group(meeting.environment, device, meeting.store, limit_s)
     offsets = devices.clock_offset(device)
     return {
         "device": device.type,
         "offsets": offsets,
-        "speeds": devices.link_speeds(devices.Links.of(nodes), device),
+        "speeds": devices.link_speeds(devices.Links.of(nodes), device, limit_s),
     }
 
 
