@@ -14,6 +14,7 @@ from mythos_ds.ports import LAST_PORT
 
 DEFAULT_MASTER_PORT = 29500
 LOOPBACK = "127.0.0.1"
+_OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Settings of torch's allocator for GPUs: the name of today, that of older versions, and ROCm's."""
 
@@ -70,7 +71,10 @@ class ProcessEnvironment:
             )
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Writes the variables that torch.distributed and DeepSpeed read."""
+        """Writes the variables that torch.distributed and DeepSpeed read. Open MPI's own local rank goes with them:
+        DeepSpeed refuses another."""
+        if _OPEN_MPI_LOCAL_RANK in environ:
+            environ[_OPEN_MPI_LOCAL_RANK] = str(self.local_rank)
         environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world_size),
@@ -144,7 +148,7 @@ def _is_open_mpi(environ: Mapping[str, str]) -> bool:
 
 def _from_open_mpi(environ: Mapping[str, str]) -> ProcessEnvironment:
     rank, world_size = _integer(environ, "OMPI_COMM_WORLD_RANK"), _integer(environ, "OMPI_COMM_WORLD_SIZE")
-    local_rank = _integer(environ, "OMPI_COMM_WORLD_LOCAL_RANK", default=rank)
+    local_rank = _integer(environ, _OPEN_MPI_LOCAL_RANK, default=rank)
     local_size = _integer(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", default=world_size)
     address = _master_address(environ, "mpirun", world_size, local_size)
     port = _integer(environ, "MASTER_PORT", default=DEFAULT_MASTER_PORT)

@@ -442,13 +442,26 @@ CODES = {
     ),
     "MDS707": Code(
         "More processes on a node than GPUs",
-        "The launcher starts more processes than the node shows, or `CUDA_VISIBLE_DEVICES` hides some.",
-        "One process for each GPU: `--num_gpus`, or `slots=N` in the hostfile.",
+        "The launcher starts more processes than the node shows, `CUDA_VISIBLE_DEVICES` hides some, or all processes "
+        "are shown the same one.",
+        "One process for each GPU: `--num_gpus`, or `slots=N` in the hostfile. A launcher may show each process one "
+        "GPU (Slurm's `--gpus-per-task`), if it shows each another.",
     ),
     "MDS708": Code("No process group within the time limit"),
     "MDS709": Code("An interactive shell of Slurm that looks like a task of many"),
     "MDS710": Code("A hostfile with a line of another form, or a host given twice"),
     "MDS711": Code("A version of torch or DeepSpeed that the pipeline was not made for"),
+    "MDS720": Code(
+        "A DeepSpeed whose order of weight gathers is not known",
+        "Another version of DeepSpeed, or a changed one; with experts on several ranks and ZeRO-3 its gathers must be "
+        "put into one order, or ranks may wait for each other for ever.",
+        "Install the version that the message names, or train with `parallel.zero_stage: 2` or `parallel.ep_size: 1`.",
+    ),
+    "MDS721": Code(
+        "Ranks made their weights in different orders",
+        "A function that changes the model (`adapt`) does not do the same on every rank.",
+        "Let it depend on the configuration only, not on the rank.",
+    ),
     "MDS730": Code(
         "A torch that cannot add gradients up in fp32",
         "Weights are bf16, their gradients fp32 (`training.grad_dtype`), and this torch is too old for it.",

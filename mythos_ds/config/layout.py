@@ -83,6 +83,11 @@ class RankLayout:
         return len(self.stage_sizes) > 1
 
     @property
+    def ring(self) -> bool:
+        """Whether every stage holds a share of the loop's layers, so that the last one sends to the first."""
+        return self.pipelined and len(self.expert_stages) == len(self.stage_sizes)
+
+    @property
     def stage(self) -> int:
         """Index of the rank's stage."""
         return bisect_right(list(accumulate(self.stage_sizes)), self.rank)

@@ -40,11 +40,37 @@ class Action(NamedTuple):
         return self.kind is ActionKind.BACKWARD
 
 
+class Channel(NamedTuple):
+    """What a message travels on: edges of a colour share no stage, so a stage only sends or only receives on it. On
+    NCCL, which carries out a communicator's messages in the order they were given, none waits for one of another role.
+    """
+
+    forward: bool
+    colour: int
+
+
 Order = tuple[tuple[Action, ...], ...]
 """What each stage does, in order."""
 
 Slots = tuple[tuple[Action | None, ...], ...]
 """The same by slots of time; None: idle."""
+
+
+def channel_of(edge: int, n_stages: int, *, forward: bool, ring: bool) -> Channel:
+    """The channel of a result (`forward`) or gradient between stage `edge` and the one after it. Even and odd edges
+    alternate; the last of a ring with an odd number of stages meets both."""
+    meets_both = ring and n_stages % 2 == 1 and edge == n_stages - 1
+    return Channel(forward, 2 if meets_both else edge % 2)
+
+
+def channel_edges(n_stages: int, *, ring: bool) -> dict[Channel, list[tuple[int, int]]]:
+    """All channels of a pipeline in one order, with the pairs of stages that each connects."""
+    edges: dict[Channel, list[tuple[int, int]]] = {}
+    for forward in (True, False):
+        for edge in range(n_stages if ring else n_stages - 1):
+            channel = channel_of(edge, n_stages, forward=forward, ring=ring)
+            edges.setdefault(channel, []).append((edge, (edge + 1) % n_stages))
+    return edges
 
 
 def ring_visits(n_loops: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mythos_ds.config.error_messages import did_you_mean
 from mythos_ds.config.resolve import ResolvedRun
-from mythos_ds.engine.deepspeed_patches import require_checked_version
+from mythos_ds.engine.deepspeed_patches import order_gathers, require_checked_version, require_same_numbers
 from mythos_ds.engine.float_buffers import restore_float_buffers
 from mythos_ds.engine.gradient_dtype import add_up_in_float32, adds_up_in_float32, require_float32_sums
 from mythos_ds.engine.optimizer import make_optimizer, parameter_groups, require_cpu_adam
@@ -58,6 +58,10 @@ def build_engine(
     section = deepspeed_section(resolved, groups)
     model = build_model(resolved, groups, section, adapt, attention_core=attention_core)
     freeze(model, resolved, groups)
+    if stage == 3:
+        require_same_numbers(model, groups)
+        if groups.layout.run_ep_size > 1:
+            order_gathers()
     if stage == 3 and not groups.pipelined:
         # The module that owns the loop: gathered once in forward and once in backward for any loop count. A leaf that
         # is called several times gets wrong gradients; prelude and coda layers run once, and as leaves save hooks.
@@ -217,6 +221,9 @@ def _check_layout(resolved: ResolvedRun, groups: ParallelGroups) -> None:
     if groups.pipelined:
         require_checked_version()
         require_torch()
+        ends = groups.layout.stage == 0 or groups.layout.is_last_stage
+        if resolved.config.model.tie_embeddings and ends and groups.tie_group is None:
+            raise ParallelError("model.tie_embeddings: given true, but the process groups were made without `tied`.")
     if resolved.config.parallel.zero_stage == 0 and groups.layout.ep_size > 1:
         raise ParallelError(
             "parallel.zero_stage: given 0 with expert parallelism; DeepSpeed then clips by a wrong norm. "

@@ -35,7 +35,7 @@ class PipelinedStep:
         self._pipeline = Pipeline(self._model, groups, resolved.stages, dtype)
         self._parameters = list(self._model.parameters())
         self._duplicate = DuplicateNorm()
-        self._tied = resolved.config.model.tie_embeddings and groups.tie_group is not None
+        self._tied = groups.tie_group is not None
         remove_module_hooks(engine.optimizer)
         couple_gradient_norm(engine.optimizer, groups, self._duplicate)
 

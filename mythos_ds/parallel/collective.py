@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from mythos_ds.errors import MythosError, RankError, ReportedElsewhere
 from mythos_ds.guard import user_error
 from mythos_ds.parallel.groups import ParallelGroups
@@ -15,7 +13,8 @@ Result = TypeVar("Result")
 def together(groups: ParallelGroups, action: Callable[[], Result]) -> Result:
     """Run `action` on every rank; if it raises a MythosError or OSError anywhere, every rank raises.
 
-    The lowest failing rank raises RankError with the message, the others ReportedElsewhere. Also a barrier.
+    The lowest failing rank raises RankError with the message, the others ReportedElsewhere. Also a barrier, which waits
+    for hours: no time limit of the device's collectives runs meanwhile.
     """
     failure: MythosError | OSError | None = None
     result: Result | None = None
@@ -23,8 +22,7 @@ def together(groups: ParallelGroups, action: Callable[[], Result]) -> Result:
         result = action()
     except (MythosError, OSError) as error:
         failure = error
-    failing_rank = torch.tensor(groups.rank if failure else groups.world_size, device=groups.device)
-    lowest = int(groups.all_reduce(failing_rank, "min"))
+    lowest = int(groups.agree([groups.rank if failure else groups.world_size], "min", patient=True)[0])
     if lowest == groups.world_size:
         return result  # type: ignore[return-value]
     if lowest == groups.rank:

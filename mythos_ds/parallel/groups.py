@@ -1,10 +1,9 @@
 """Start of the process group, and the groups that experts are cut over. Everything here is collective."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 import deepspeed
@@ -15,9 +14,11 @@ from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
 from mythos_ds.config.layout import RankLayout, Stage
+from mythos_ds.costs.schedule import Channel, channel_edges
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
-from mythos_ds.parallel.rendezvous import first_line, meet
+from mythos_ds.parallel.process_groups import WORK_TIMEOUT_S, forget_groups, group_of_one, host_group, own_group
+from mythos_ds.parallel.rendezvous import claim_device, first_line, meet, name_interface
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -36,10 +37,16 @@ class ParallelGroups:
     layout: RankLayout
     ep_group: torch_distributed.ProcessGroup | None
     """The ranks that together hold all experts of a layer; None with ep_size 1, or where the stage has no experts."""
+    host_group: torch_distributed.ProcessGroup
+    """All ranks, by the host's network: what they agree on does not pass through the device."""
+    timeout_s: float
+    """How long a collective waits that all ranks come to alike."""
     dp_group: torch_distributed.ProcessGroup | None = None
     """The ranks of the stage; None (all) without pipeline."""
     tie_group: torch_distributed.ProcessGroup | None = None
-    """The ranks of the first and the last stage, which both hold a tied embedding; None elsewhere."""
+    """The ranks of the first and the last stage where both hold a tied embedding; None elsewhere."""
+    channels: Mapping[Channel, torch_distributed.ProcessGroup] = field(default_factory=dict)
+    """What each of the pipeline's messages travels on; none without pipeline."""
     mpu: "StageTopology | None" = None
     """What confines DeepSpeed to the stage; None without pipeline."""
 
@@ -60,40 +67,46 @@ class ParallelGroups:
 
     def barrier(self) -> None:
         """Waits for all ranks."""
-        if self.device.type == "cuda":
-            torch_distributed.barrier(device_ids=[self.device.index])
-        else:
-            torch_distributed.barrier()
+        self.agree([0.0], "max")
 
-    def all_reduce(self, tensor: Tensor, operation: str = "sum") -> Tensor:
-        """`tensor`, on `device`, reduced in place over all ranks: sum, max or min."""
-        torch_distributed.all_reduce(tensor, op=_OPERATIONS[operation])
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """`tensor`, on `device`, added up in place over all ranks."""
+        torch_distributed.all_reduce(tensor)
         return tensor
 
+    def agree(self, values: list[float], operation: str, *, patient: bool = False) -> list[float]:
+        """Numbers of the host reduced over all ranks in float64: sum, max or min; by the host's network.
+
+        patient: wait as long as a rank may work alone (WORK_TIMEOUT_S), not only `timeout_s`.
+        """
+        reduced = torch.tensor(values, dtype=torch.float64)
+        work = torch_distributed.all_reduce(reduced, _OPERATIONS[operation], self.host_group, async_op=True)
+        assert work is not None
+        work.wait(timedelta(seconds=WORK_TIMEOUT_S if patient else self.timeout_s))
+        return reduced.tolist()
+
     def sum(self, values: list[float]) -> list[float]:
-        """Numbers added over all ranks in float64."""
-        return self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        """Numbers of the host added over all ranks."""
+        return self.agree(values, "sum")
 
     def max(self, value: float) -> float:
         """The largest of all ranks' numbers."""
-        return self.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device), "max").item()
+        return self.agree([value], "max")[0]
 
     def any(self, flag: bool) -> bool:
         """True on every rank where `flag` is true on at least one."""
-        return bool(self.all_reduce(torch.tensor(int(flag), device=self.device), "max").item())
+        return bool(self.max(float(flag)))
 
     def from_rank_zero(self, value: Any) -> Any:
-        """Rank 0's value, which must be plain, on every rank."""
+        """Rank 0's value, which must be plain, on every rank. Patient: rank 0 may have worked for it."""
         held = [value]
-        torch_distributed.broadcast_object_list(held, src=0)
+        torch_distributed.broadcast_object_list(held, src=0, group=self.host_group)
         return held[0]
 
     def close(self) -> None:
         """Ends the process group."""
         deepspeed.comm.destroy_process_group()
-        # Groups are kept for later calls, but not beyond the process group they belong to.
-        _stage_groups.cache_clear()
-        _expert_groups.cache_clear()
+        forget_groups()
 
 
 class StageTopology:
@@ -138,13 +151,15 @@ def init_parallel(
     ep_size: int,
     stages: Sequence[Stage] | None = None,
     *,
+    tied: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> ParallelGroups:
     """Starts torch.distributed through DeepSpeed (nccl on cuda, else gloo) and creates all groups, once.
 
-    stages: the pipeline's (None: no pipeline). A collective that waits longer than `timeout_s` seconds fails. May be
-    called again for another layout. Errors: ParallelError where ep_size does not divide the processes of a stage with
-    experts, or the stages are not those of all processes.
+    stages: the pipeline's (None: no pipeline). tied: whether its first and its last stage share an embedding. A
+    collective that waits longer than `timeout_s` seconds fails. May be called again for another layout. Errors:
+    ParallelError where ep_size does not divide the processes of a stage with experts, or the stages are not those of
+    all processes.
     """
     layout = RankLayout(env.rank, (env.world_size,), run_ep_size=ep_size)
     if stages:
@@ -156,25 +171,51 @@ def init_parallel(
     _start(env, device, timeout)
     if deepspeed_groups._WORLD_GROUP is None:
         # DeepSpeed would make this copy of the world itself, and its collectives would wait torch's 30 minutes.
-        deepspeed_groups._WORLD_GROUP = torch_distributed.new_group(timeout=timeout)
-    groups = ParallelGroups(device, layout, None)
+        deepspeed_groups._WORLD_GROUP = own_group((tuple(range(env.world_size)),), timeout, "world of DeepSpeed")
+    groups = ParallelGroups(device, layout, None, host_group(), timeout_s)
     if groups.pipelined:
-        own, alone, tie = _stage_groups(layout.all_stages, timeout)
-        tie_group = tie if layout.stage == 0 or layout.is_last_stage else None
-        groups = replace(groups, dp_group=own, tie_group=tie_group, mpu=StageTopology(own, alone))
+        groups = _with_stages(groups, timeout, tied=tied)
     if ep_size == 1:
         return groups
-    experts = _expert_groups(layout.all_expert_groups, layout.all_expert_copies, timeout)
+    experts = _expert_groups(layout, timeout)
     _register(experts, ep_size)
     return replace(groups, ep_group=experts.ep)
 
 
+def _with_stages(groups: ParallelGroups, timeout: timedelta, *, tied: bool) -> ParallelGroups:
+    """With the groups of a pipeline: the calling rank's stage, what its messages travel on, and the first stage with
+    the last where these share an embedding. Collective."""
+    layout = groups.layout
+    stages = tuple(tuple(ranks) for ranks in layout.all_stages)
+    own = own_group(stages, timeout, "stage")
+    channels = {}
+    for channel, edges in channel_edges(len(stages), ring=layout.ring).items():
+        pairs = tuple(tuple(sorted(stages[first] + stages[second])) for first, second in edges)
+        group = own_group(pairs, timeout, f"messages {channel}")
+        if any(layout.stage in edge for edge in edges):
+            channels[channel] = group
+    tie = own_group(((*stages[0], *stages[-1]),), timeout, "tied embedding") if tied else None
+    holds_embedding = layout.stage == 0 or layout.is_last_stage
+    return replace(
+        groups,
+        dp_group=own,
+        channels=channels,
+        tie_group=tie if holds_embedding else None,
+        mpu=StageTopology(own, group_of_one()),
+    )
+
+
 def _start(env: ProcessEnvironment, device: torch.device, timeout: timedelta) -> None:
-    """Start torch.distributed, unless it runs already. Raises ParallelError where the processes do not meet."""
+    """Start torch.distributed, unless it runs already. Raises ParallelError where the processes do not meet, or several
+    share a device."""
     store = None
     if not torch_distributed.is_initialized():
         env, store = meet(env, timeout.total_seconds())
-    env.export()
+        if store is not None and device.type == "cuda":
+            claim_device(env, store, device)
+        name_interface(env)
+    # DeepSpeed takes the device of this number.
+    replace(env, local_rank=env.local_rank if device.index is None else device.index).export()
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
@@ -227,33 +268,14 @@ def _check_sizes(env: ProcessEnvironment, layout: RankLayout) -> None:
         raise ParallelError(f"parallel.ep_size: given {ep_size}; allowed with {processes} processes: {divisors}.")
 
 
-@cache
-def _stage_groups(stages: tuple[range, ...], timeout: timedelta) -> tuple[torch_distributed.ProcessGroup, ...]:
-    """The calling rank's stage, itself alone, and the first stage with the last. Collective."""
-    own = _own_group(stages, timeout)
-    alone = _own_group([range(rank, rank + 1) for rank in range(stages[-1].stop)], timeout)
-    tie = torch_distributed.new_group([*stages[0], *stages[-1]], timeout=timeout)
-    assert own[0] is not None
-    assert alone[0] is not None
-    return own[0], alone[0], tie
-
-
-@cache
-def _expert_groups(groups: tuple[range, ...], copies: tuple[range, ...], timeout: timedelta) -> _ExpertGroups:
+def _expert_groups(layout: RankLayout, timeout: timedelta) -> _ExpertGroups:
     """The calling rank's of the groups that share experts, and of those that hold the same. Collective."""
-    return _ExpertGroups(*_own_group(groups, timeout), *_own_group(copies, timeout))
-
-
-def _own_group(
-    all_ranks: Sequence[range], timeout: timedelta
-) -> tuple[torch_distributed.ProcessGroup | None, tuple[int, ...]]:
-    """Creates a group for each range of ranks; returns the calling rank's and its ranks."""
-    own: tuple[torch_distributed.ProcessGroup | None, tuple[int, ...]] = (None, ())
-    for ranks in all_ranks:
-        group = torch_distributed.new_group(list(ranks), timeout=timeout)
-        if torch_distributed.get_rank() in ranks:
-            own = group, tuple(ranks)
-    return own
+    made: list[Any] = []
+    for kind, groups in (("experts", layout.all_expert_groups), ("expert copies", layout.all_expert_copies)):
+        group = own_group(tuple(tuple(ranks) for ranks in groups), timeout, kind)
+        own = next((tuple(ranks) for ranks in groups if layout.rank in ranks), ())
+        made += [group if own else None, own]
+    return _ExpertGroups(*made)
 
 
 def _register(groups: _ExpertGroups, ep_size: int) -> None:
@@ -275,16 +297,19 @@ def _register(groups: _ExpertGroups, ep_size: int) -> None:
 
 
 def select_device(env: ProcessEnvironment) -> torch.device:
-    """The launcher's device for this process. Raises ParallelError where a GPU is missing."""
+    """The launcher's device for this process; where it shows each process one GPU, that one. Raises ParallelError where
+    a GPU is missing."""
     if get_accelerator().device_name() != "cuda":
         return torch.device("cpu")
     present = torch.cuda.device_count()
-    if env.local_rank >= present:
+    # Slurm's --gpus-per-task, or a container for each process.
+    index = 0 if present == 1 else env.local_rank
+    if index >= present:
         raise ParallelError(
             f"{env.local_world_size} processes on this node, but {present} GPUs; allowed: one per GPU.", code="MDS707"
         )
-    torch.cuda.set_device(env.local_rank)
-    return torch.device("cuda", env.local_rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _avoid_shared_memory_op() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mythos_ds.config.layout import Stage
-from mythos_ds.costs.schedule import Action, ActionKind, actions_of, ring_visits
+from mythos_ds.costs.schedule import Action, ActionKind, actions_of, channel_of, ring_visits
 from mythos_ds.errors import ParallelError
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
@@ -65,7 +65,7 @@ class Pipeline:
     def __init__(self, model: StageModel, groups: ParallelGroups, stages: Sequence[Stage], dtype: torch.dtype):
         self.model, self.groups, self.stages, self.dtype = model, groups, stages, dtype
         # In the ring every stage holds a share of the loop's layers; else one holds the loop.
-        self.ring = all(stage.part.recurrent for stage in stages)
+        self.ring = groups.layout.ring
 
     def train(
         self,
@@ -246,7 +246,8 @@ class _Run:
             return
         tensor = self.departures.pop((action.kind, action.visit, action.micro_batch)).contiguous()
         peers = self._peers(1 if forward else -1, tensor)
-        works = [torch_distributed.isend(tensor[rows.start : rows.stop], rank) for rank, rows in peers]
+        group = self._channel(self.stage if forward else self._neighbour(-1), forward)
+        works = [torch_distributed.isend(tensor[rows.start : rows.stop], rank, group) for rank, rows in peers]
         self.in_flight.append((tensor, [work for work in works if work is not None]))
         if len(self.in_flight) > _SENDS_IN_FLIGHT:
             self._wait_for_oldest()
@@ -260,7 +261,8 @@ class _Run:
         dtype = torch.float32 if producer.kind == "loop" else self.pipeline.dtype
         buffer = torch.empty(*tokens.shape, self.pipeline.model.config.dim, dtype=dtype, device=tokens.device)
         peers = self._peers(-1 if forward else 1, buffer)
-        works = [torch_distributed.irecv(buffer[rows.start : rows.stop], rank) for rank, rows in peers]
+        group = self._channel(self._neighbour(-1) if forward else self.stage, forward)
+        works = [torch_distributed.irecv(buffer[rows.start : rows.stop], rank, group) for rank, rows in peers]
         kind = ActionKind.RECEIVE_FORWARD if forward else ActionKind.RECEIVE_BACKWARD
         self.arrivals[kind, action.visit, action.micro_batch] = buffer, [work for work in works if work is not None]
 
@@ -283,6 +285,10 @@ class _Run:
 
     def _neighbour(self, step: int) -> int:
         return (self.stage + step) % self.n_stages
+
+    def _channel(self, edge: int, forward: bool) -> torch_distributed.ProcessGroup:
+        """What a message between stage `edge` and the next one travels on."""
+        return self.pipeline.groups.channels[channel_of(edge, self.n_stages, forward=forward, ring=self.pipeline.ring)]
 
     def _peers(self, step: int, tensor: Tensor) -> list[tuple[int, range]]:
         return self.pipeline.groups.layout.peers(self._neighbour(step), tensor.shape[0])

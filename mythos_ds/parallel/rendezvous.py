@@ -1,6 +1,8 @@
 """How the processes of a run find each other before torch.distributed starts: where they do not, one message says who
 is missing at which address, or who holds the port."""
 
+import contextlib
+import fcntl
 import os
 import socket
 import threading
@@ -8,6 +10,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 
+import torch
 import torch.distributed as torch_distributed
 
 from mythos_ds import ports
@@ -25,6 +28,10 @@ NOTICE_S = 20.0
 """After it, whoever waits says so."""
 _ATTEMPT_S, _PAUSE_S = 5.0, 0.25
 _KEY = "mythos_ds"
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+_SIOCGIFADDR = 0x8915
+"""Linux's request for an interface's address, which is then in these bytes of the answer."""
+_ADDRESS = slice(20, 24)
 _SHOWN = 8
 
 _logger = get_logger(__name__)
@@ -128,6 +135,34 @@ def open_store(env: ProcessEnvironment, limit_s: float, listener: socket.socket 
             code="MDS705",
         )
     return found
+
+
+def claim_device(env: ProcessEnvironment, store: torch_distributed.Store, device: torch.device) -> None:
+    """Say which GPU this process takes. Raises ParallelError where another process has taken it."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    takers = 1 if uuid is None else store.add(f"{_KEY}/device/{uuid}", 1)
+    if takers > 1:
+        raise ParallelError(
+            f"rank {env.rank}: {env.local_world_size} processes on this node, but another one has the GPU that this "
+            f"one sees ({device}, {uuid}); allowed: one per GPU.",
+            code="MDS707",
+        )
+
+
+def name_interface(env: ProcessEnvironment) -> None:
+    """Let gloo use the interface by which this host reaches rank 0, where nobody has named one. By itself it takes the
+    address of the host's name, which many hosts know as one that nobody else reaches."""
+    if env.local_world_size == env.world_size or os.environ.get(_INTERFACE):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((env.master_addr, env.master_port))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, name.encode().ljust(256, b"\0"))
+                if answer[_ADDRESS] == own:
+                    os.environ[_INTERFACE] = name
+                    return
 
 
 def _gather(env: ProcessEnvironment, store: torch_distributed.Store, limit_s: float) -> None:

@@ -96,7 +96,13 @@ def train(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     resolved = request.stages[0].run
     # Before the signals: a process that waits for others in here is ended by SIGTERM, not asked to stop after a step.
-    groups = init_parallel(environment, resolved.ep_size, resolved.stages, timeout_s=resolved.config.parallel.timeout_s)
+    groups = init_parallel(
+        environment,
+        resolved.ep_size,
+        resolved.stages,
+        tied=resolved.config.model.tie_embeddings,
+        timeout_s=resolved.config.parallel.timeout_s,
+    )
     with StopSignals() as stop, files_of_the_group(everyone=request.share):
         try:
             together(groups, lambda: _require_room(request.stages, environment, groups))

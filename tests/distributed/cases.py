@@ -108,7 +108,9 @@ def opened(case: dict[str, Any]) -> Iterator[tuple[TrainingEngine, ParallelGroup
     """The engine of a case, destroyed at the end so that the next one can follow in the same processes."""
     environment = ProcessEnvironment.detect(os.environ)
     resolved = resolve(toy_run(case, environment.world_size), environment.world_size)
-    groups = init_parallel(environment, case["ep"], resolved.stages, timeout_s=120.0)
+    groups = init_parallel(
+        environment, case["ep"], resolved.stages, tied=resolved.config.model.tie_embeddings, timeout_s=120.0
+    )
     engine = build_engine(resolved, groups)
     try:
         yield engine, groups

@@ -11,7 +11,14 @@ from tests.helpers.distributed import free_port
 from tests.helpers.paths import ROOT
 
 SCRIPTS = ROOT / "docs" / "deepspeed_faults"
-PROCESSES = {"zero0_expert_norm": 2, "blank_step": 1, "zero_init_buffers": 1, "unknown_key": 1, "leaf_after_frozen": 1}
+PROCESSES = {
+    "zero0_expert_norm": 2,
+    "blank_step": 1,
+    "zero_init_buffers": 1,
+    "unknown_key": 1,
+    "leaf_after_frozen": 1,
+    "gather_order": 1,
+}
 
 
 def test_every_reproduction_is_run():

@@ -15,6 +15,7 @@ from mythos_ds.cluster.preflight.report import Check, places
 from mythos_ds.config.layout import RankLayout
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.formatting import byte_text
+from mythos_ds.parallel.process_groups import own_group
 
 SLOW_SHARE = 0.5
 """A GPU or link with less than this share of the median speed is taken to be broken."""
@@ -44,6 +45,7 @@ def device_facts(device: torch.device) -> HostFacts:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         facts |= {"device": torch.cuda.get_device_name(device), "memory_free": free, "memory_total": total}
+        facts["uuid"] = str(getattr(torch.cuda.get_device_properties(device), "uuid", None))
         facts |= _memory_errors(device)
     else:
         facts["device"] = "cpu"
@@ -68,6 +70,7 @@ def device_verdicts(everybody: Sequence[HostFacts], names: Sequence[str]) -> lis
     kinds = {facts["device"] for facts in everybody}
     if kinds == {"cpu"}:
         return [*checks, Check("device speed", None, "no GPU here")]
+    checks.append(_one_each(everybody, names))
     speeds = sorted(facts["flops"] for facts in everybody)
     median = speeds[len(speeds) // 2]
     slow = [f"{name} {facts['flops'] / 1e12:.1f}" for facts, name in pairs if facts["flops"] < SLOW_SHARE * median]
@@ -85,6 +88,16 @@ def device_verdicts(everybody: Sequence[HostFacts], names: Sequence[str]) -> lis
     fine = "no uncorrected errors" if told else "the driver does not tell"
     checks.append(Check("device memory errors", not bad if told else None, places(bad) if bad else fine))
     return checks
+
+
+def _one_each(everybody: Sequence[HostFacts], names: Sequence[str]) -> Check:
+    """Each process has a GPU of its own; where the launcher shows each only one, it may be the same one."""
+    takers: dict[str, list[str]] = {}
+    for facts, name in zip(everybody, names, strict=True):
+        takers.setdefault(facts["uuid"], []).append(name)
+    takers.pop(str(None), None)  # the driver does not tell
+    shared = [f"{' and '.join(users)}: {uuid}" for uuid, users in takers.items() if len(users) > 1]
+    return Check("one GPU each", not shared, places(shared) if shared else "no two processes share one")
 
 
 @dataclass(frozen=True)
@@ -163,19 +176,17 @@ def clock_offset(device: torch.device) -> list[float]:
     return offsets
 
 
-def link_speeds(links: Links, device: torch.device) -> HostFacts:
+def link_speeds(links: Links, device: torch.device, limit_s: float) -> HostFacts:
     """Bytes per second that each kind of link moved for this rank: bus bandwidth of all-reduce and all-to-all.
 
     Collective. "inside": all hosts at once, each among its ranks; "across": all rails at once.
     """
     facts: HostFacts = {}
+    timeout = timedelta(seconds=max(1.0, limit_s))
     for where, groups in (("inside", links.inside), ("across", links.across)):
-        own = None
-        for ranks in groups:
-            group = torch_distributed.new_group(ranks)
-            own = group if torch_distributed.get_rank() in ranks else own
+        own = own_group(tuple(map(tuple, groups)), timeout, f"links {where} hosts")
         _barrier(device)
-        if own is None or own.size() == 1:
+        if own.size() == 1:
             continue
         size, n = _SIZES[device.type][1], own.size()
         message = torch.ones(size // 4 // n * n, device=device)

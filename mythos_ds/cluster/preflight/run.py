@@ -208,12 +208,13 @@ def _links(meeting: "Meeting", nodes: dict[str, list[int]], layout: RankLayout |
     from mythos_ds.parallel.groups import select_device
 
     device = select_device(meeting.environment)
-    devices.open_group(meeting.environment, device, meeting.store, meeting.left_s * GROUP_SHARE)
+    limit_s = meeting.left_s * GROUP_SHARE
+    devices.open_group(meeting.environment, device, meeting.store, limit_s)
     offsets = devices.clock_offset(device)
     return {
         "device": device.type,
         "offsets": offsets,
-        "speeds": devices.link_speeds(devices.Links.of(nodes), device),
+        "speeds": devices.link_speeds(devices.Links.of(nodes), device, limit_s),
         **(devices.memory_outside(layout, device) if layout is not None else {}),
     }
 

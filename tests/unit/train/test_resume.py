@@ -27,7 +27,7 @@ ALONE: Any = SimpleNamespace(
     rank=0,
     world_size=1,
     device=torch.device("cpu"),
-    all_reduce=lambda tensor, _: tensor,
+    agree=lambda values, *_, **__: values,
     from_rank_zero=lambda value: value,
 )
 DATA = {"content": ["0f"], "tokenizer": "abc", "validation": {"content": ["1a"], "weights": [1.0]}}
