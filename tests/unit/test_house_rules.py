@@ -43,8 +43,8 @@ files beside the packages."""
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
-    "root": 2_240,
-    "kernels": 400,
+    "root": 2_260,
+    "kernels": 480,
     "config": 3_860,
     "costs": 1_230,
     "model": 2_030,
@@ -52,8 +52,8 @@ LINES = {
     "data": 6_050,
     "monitor": 660,
     "resilience": 120,
-    "parallel": 1_330,
-    "engine": 970,
+    "parallel": 1_360,
+    "engine": 1_010,
     "checkpoint": 1_770,
     "inference": 190,
     "train": 2_210,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 10_550
+MAX_READING_PATH = 10_900
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 
