@@ -208,17 +208,17 @@ def _with_stages(groups: ParallelGroups, timeout: timedelta, *, tied: bool) -> P
 def _start(env: ProcessEnvironment, device: torch.device, timeout: timedelta) -> None:
     """Start torch.distributed, unless it runs already. Raises ParallelError where the processes do not meet, or several
     share a device."""
-    store = None
+    store, backend = None, "nccl" if device.type == "cuda" else "gloo"
     if not torch_distributed.is_initialized():
         env, store = meet(env, timeout.total_seconds())
-        if store is not None and device.type == "cuda":
+        if store is not None and backend == "nccl":
             claim_device(env, store, device)
         name_interface(env)
     # DeepSpeed takes the device of this number.
     replace(env, local_rank=env.local_rank if device.index is None else device.index).export()
     try:
         deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            dist_backend=backend,
             timeout=timeout,
             auto_mpi_discovery=False,
             verbose=False,

@@ -13,7 +13,7 @@ from tests.helpers.referee import mixed_roles, problems
 
 MODULE = "tests.distributed.order_cases"
 TIMEOUT_S = 400.0
-PATIENCE_S = 6.0
+PATIENCE_S = 3.0
 PLAIN: dict[str, dict[str, Any]] = {
     "experts, ZeRO-3": {"ep": 2, "stage": 3, "accumulation": 1},
     "experts, ZeRO-1": {"ep": 2, "stage": 1},
