@@ -68,11 +68,21 @@ def remedies(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield {"training.mean_backprop_depth": -(-depth // 2)}
     for stages in (2, 4):
         if model.recurrent_layers % stages == 0 and parallel.pp_size == 1:
-            yield {"parallel.pp_size": stages, "parallel.ep_size": max(1, ep_size // stages)}
+            sums = _sums(config, stages)
+            yield {"parallel.pp_size": stages, "parallel.ep_size": max(1, ep_size // stages), **sums}
     if parallel.offload_optimizer == "none":
         yield {"parallel.offload_optimizer": "cpu"}
     if training.micro_batch_size == 1 and training.seq_len % 2 == 0:
         yield {"training.seq_len": training.seq_len // 2}
+    if training.dtype == "bfloat16" and training.grad_dtype == "float32" and parallel.pp_size == 1:
+        yield {"training.grad_dtype": "bfloat16"}  # last: not together with a pipeline
+
+
+def _sums(config: RunConfig, stages: int) -> dict[str, Any]:
+    """What a layout changes of a configuration that adds gradients up in bf16, which a pipeline does not."""
+    if config.training.grad_dtype == "float32":
+        return {}
+    return {"training.grad_dtype": "bfloat16" if stages == 1 else "float32"}
 
 
 def first_remedy(config: RunConfig, gpus: int, gpu: Gpu) -> Layout | None:
@@ -145,6 +155,7 @@ def candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[dict[str, Any
         for ep_size in aware:
             for micro_batch, kept in product(sorted({max(1, rows // 2), rows, 2 * rows}), ("loop", "none")):
                 changes = {"parallel.ep_size": ep_size, "training.micro_batch_size": micro_batch}
+                changes |= _sums(config, stages)
                 yield {**changes, "parallel.pp_size": stages, "parallel.activation_checkpointing": kept}
 
 

@@ -312,6 +312,18 @@ def test_layouts_are_tried_with_less_where_none_fits(monkeypatch):
     assert set(last.changes) == {*found.changes, "training.mean_backprop_depth"}
 
 
+def test_a_run_with_bf16_sums_may_become_a_pipeline_and_others_may_get_them():
+    config, gpu = load_config("50b", []).config, GPUS["h100"]
+    assert config.training.grad_dtype == "bfloat16"
+    looked_at = [changes for changes in candidates(config, 256, gpu) if changes["parallel.pp_size"] == 2]
+    changed = with_changes(config, {**looked_at[0], "training.global_batch_size": 1024})
+    assert len(resolve(changed, 256).stages) == 2
+    assert any(changes.get("training.grad_dtype") == "float32" for changes in remedies(config))
+    plain = with_changes(config, {"training.grad_dtype": "float32"})
+    assert list(remedies(plain))[-1] == {"training.grad_dtype": "bfloat16"}
+    assert all("training.grad_dtype" not in changes for changes in candidates(plain, 256, gpu))
+
+
 def test_the_picture_shows_a_plan_that_does_not_fit(tmp_path):
     config = load_config("10b", []).config
     small = GPUS["h100"]
