@@ -15,7 +15,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from tests.helpers.paths import ROOT
 
 FOLDER = Path(__file__).parent
-TIMEOUT_S = 240.0
+TIMEOUT_S = 600.0
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 EP_SIZE = {"tiny": 1, "1b": 1, "1t": 256}
 
