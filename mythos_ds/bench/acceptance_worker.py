@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -84,10 +85,9 @@ def other_versions(device: str) -> dict[str, Any]:
     import torch
 
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
-    try:
+    triton: str | None = None
+    with suppress(ImportError):
         triton = str(importlib.import_module("triton").__version__)
-    except ImportError:
-        triton = None
     return {"nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None, "triton": triton}
 
 

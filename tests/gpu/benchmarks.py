@@ -7,6 +7,7 @@ CPU at small sizes, figures are only reported.
 import math
 import statistics
 import time
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -74,7 +75,7 @@ def ceilings(probe: Probe) -> None:
         model = load_config(preset).model
         rows, dim, width = (rows, model.dim, model.ffn_dim) if probe.on_gpu else (64, 32, 64)
         x, w = torch.randn(rows, dim, device=device, dtype=BF16), torch.randn(width, dim, device=device, dtype=BF16)
-        ms = milliseconds(device, lambda x=x, w=w: functional.linear(x, w))  # type: ignore[misc]
+        ms = milliseconds(device, partial(functional.linear, x, w))
         rate(probe, f"{preset}: product of its dense layers", 2.0 * rows * dim * width, ms, share)
 
 
@@ -131,9 +132,8 @@ def attention(probe: Probe) -> None:
                 inputs = [x.detach().transpose(1, 2) for x in (q, k, values)]
                 try:
                     with sdpa_kernel(backend), torch.no_grad():
-                        ms = milliseconds(
-                            device, lambda i=inputs: functional.scaled_dot_product_attention(*i, is_causal=True)
-                        )  # type: ignore[misc]
+                        call = partial(functional.scaled_dot_product_attention, *inputs, is_causal=True)
+                        ms = milliseconds(device, call)
                 except RuntimeError:
                     continue
                 rate(probe, f"{preset}: {name}, {kind} values, forward", flops, ms)
@@ -173,8 +173,7 @@ def pieces(probe: Probe) -> None:
         times = {}
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
-            index = context.index_at(0).by_token(tokens)
-            times[precision] = milliseconds(device, lambda index=index: router(x, index))  # type: ignore[misc]
+            times[precision] = milliseconds(device, partial(router, x, context.index_at(0).by_token(tokens)))
             probe.number(f"router, products of precision {precision!r}", times[precision], "ms")
         torch.set_float32_matmul_precision(torch_precision)
         probe.number("router, highest over high", times["highest"] / times["high"], "times")

@@ -119,7 +119,8 @@ def _steps(engine: TrainingEngine, groups: ParallelGroups, start: int, end: int)
 def numerics(probe: Probe) -> None:
     """Weights that exploded end the run with the error that says so."""
     with opened({"ep": 1, "stage": 3}) as (engine, groups):
-        batches, said = own_batches(0, 2, groups), None
+        said: NumericsError | None = None
+        batches = own_batches(0, 2, groups)
         try:
             for _ in range(3):
                 engine.train_step(batches, n_loops=2, n_grad_loops=2, lr=1e30)

@@ -2,6 +2,7 @@
 
 import inspect
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,11 +170,11 @@ def attention(probe: Probe) -> None:
         ("MLA 192/128", 8, 8, 192, 128),
     ):
         torch.manual_seed(1)
-        make = {"device": probe.device_type, "dtype": torch.bfloat16}
+        make: dict[str, Any] = {"device": probe.device_type, "dtype": torch.bfloat16}
         tensors = [
             torch.randn(2, seq, h, w, **make) for h, w in ((heads, width), (kv_heads, width), (kv_heads, v_width))
-        ]  # type: ignore[call-overload]
-        grad, scale = torch.randn(2, seq, heads, v_width, **make), width**-0.5  # type: ignore[call-overload]
+        ]
+        grad, scale = torch.randn(2, seq, heads, v_width, **make), width**-0.5
         for kind, positions in (
             ("one document", None),
             (f"{documents} documents", document_positions(seq, documents, probe.device_type, 2)),

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -216,7 +217,7 @@ def optimizer(probe: Probe) -> None:
         offload=False,
         device=torch.device(probe.device_type),
     )
-    state = {name: [p.detach().double().cpu(), 0.0, 0.0] for name, p in model.named_parameters()}
+    state: dict[str, list[Any]] = {name: [p.detach().double().cpu(), 0.0, 0.0] for name, p in model.named_parameters()}
     places = {id(p): name for name, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     beta1, beta2, eps = run.training.beta1, run.training.beta2, run.training.eps

@@ -19,6 +19,9 @@ from torch.distributed import ProcessGroupGloo, ReduceOp
 
 NAME = "staged"
 LOG: "list[Operation]" = []
+_Group: Any = torch_distributed.ProcessGroup
+_Work: Any = torch_distributed.Work
+"""Any: the stubs of torch's versions have other methods, and other signatures."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def _make(store: Any, rank: int, size: int, timeout: timedelta) -> "StagedGroup"
     return StagedGroup(ProcessGroupGloo(store, rank, size, timeout=timeout), rank, size)
 
 
-class StagedWork(torch_distributed.Work):
+class StagedWork(_Work):
     """An operation under way; waiting for it brings its result to the device."""
 
     def __init__(self, works: Sequence[Any], bring: Callable[[], None]):
@@ -85,7 +88,7 @@ def staged(tensor: Tensor, *, empty: bool = False) -> Tensor:
     return host if empty else host.copy_(tensor.detach())
 
 
-class StagedGroup(torch_distributed.ProcessGroup):
+class StagedGroup(_Group):
     """A process group over gloo. What torch.distributed calls has other names in other versions of torch."""
 
     def __init__(self, gloo: Any, rank: int, size: int):
@@ -107,7 +110,7 @@ class StagedGroup(torch_distributed.ProcessGroup):
         return torch_distributed.distributed_c10d._world.pg_names[self]
 
     @property
-    def group_name(self) -> str:  # type: ignore[override]
+    def group_name(self) -> str:
         return self.pg_name
 
     # What carries tensors.

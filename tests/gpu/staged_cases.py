@@ -1,6 +1,7 @@
 """What runs inside the ranks of call 2."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +23,7 @@ def primitives() -> dict[str, Any]:
     rank, size, device = groups.rank, groups.world_size, groups.device
     found: dict[str, float] = {}
 
-    def compare(name: str, got: Tensor, want: Tensor | list[float]) -> None:
+    def compare(name: str, got: Tensor, want: Tensor | Sequence[float]) -> None:
         wanted = torch.as_tensor(want, dtype=torch.float64)
         found[name] = (
             (got.cpu().double().flatten() - wanted.double().flatten()).abs().max().item() if len(wanted) else 0.0
@@ -62,7 +63,7 @@ def primitives() -> dict[str, Any]:
     arrived = rows.new_empty(sum(incoming), 3)
     torch_distributed.all_to_all_single(arrived, rows, incoming, outgoing)
     compare("all-to-all", arrived, [float(r) for r, n in enumerate(incoming) for _ in range(3 * n)])
-    works = []
+    works: list[Any] = []
     box = torch.empty(2, device=device)
     if size > 1:
         works.append(torch_distributed.irecv(box, (rank - 1) % size))

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from mythos_ds.bench.acceptance import AcceptanceCheck, AcceptanceResult, read_results, run_checks, select
 from mythos_ds.errors import OptionError
@@ -126,7 +128,7 @@ def test_checks_are_chosen_by_name_or_call() -> None:
 
 def acceptance(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "tools.gpu_acceptance", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,7 @@ def test_exit_codes_and_what_is_printed(
     ]  # fmt: skip
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     done = acceptance("--device", "cuda", "--output", str(tmp_path))
     assert done.returncode == 2
@@ -171,20 +174,19 @@ def test_an_interrupt_ends_the_check_and_keeps_the_lines(tmp_path: Path) -> None
     process = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "80"}
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not list(tmp_path.glob("*.measured")) and time.monotonic() < deadline:
         time.sleep(0.05)
     started = {path.stem for path in tmp_path.glob("*.measured")}
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=240)
     assert started
     assert process.returncode == 130
     assert "stopped" in said
     assert "Traceback" not in said
-    running = "\0".join(
-        path.read_bytes().decode(errors="replace") for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()
-    )
-    assert str(tmp_path) not in running
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it ends meanwhile
+            assert str(tmp_path).encode() not in path.read_bytes()
 
 
 def test_the_registry_names_functions_that_are_there() -> None:
