@@ -34,7 +34,7 @@ export OMP_NUM_THREADS ?= 1
 # Private to the checkout, so that the locks removed below are only ever our own.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 
-.PHONY: quickstart continue loop-smollm loop-smollm-full test test-slow test-hf test-newest fuzz torture coverage help lint bench docs docs-serve docs-setup setup lock python-versions vllm-parity clean
+.PHONY: quickstart continue loop-smollm loop-smollm-full test gpu-acceptance test-slow test-hf test-newest fuzz torture coverage help lint bench docs docs-serve docs-setup setup lock python-versions vllm-parity clean
 
 quickstart: setup  ## set up, train a small model on two processes (the default)
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
@@ -54,6 +54,11 @@ loop-smollm-full: setup  ## the same, with a second seed and the controls
 
 test: setup lint  ## set up, lint, run the default tests
 	$(PY) -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+# The checks of tests/gpu on this machine's GPU, at small size where there is none. Part of them: ARGS="--only experts",
+# ARGS="--call 2 --output acceptance"; all of their names: ARGS=--list.
+gpu-acceptance: setup  ## check this machine's GPU, or the checks themselves without one
+	$(PY) -m tools.gpu_acceptance $(ARGS)
 
 test-slow: setup  ## run the tests that take minutes each
 	$(PY) -m pytest -m slow

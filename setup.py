@@ -10,7 +10,7 @@ BESIDE = {
     "mythos_ds.models.tiny": "models/tiny",
 }
 """Presets, mains, job files and the small model lie beside the package in a checkout, and travel in it in a wheel."""
-IN_A_CHECKOUT_ONLY = {"config_schema", "preset_table", "test_environments"}
+IN_A_CHECKOUT_ONLY = {"config_schema", "gpu_acceptance", "preset_table", "test_environments"}
 """Mains that read or write files of the checkout."""
 
 

@@ -161,7 +161,7 @@ def full_weights_of_stage(engine: TrainingEngine, groups: ParallelGroups) -> dic
             parts = [torch.empty_like(value) for _ in range(groups.layout.ep_size)]
             torch_distributed.all_gather(parts, value, group=groups.ep_group)
             value = torch.cat(parts)
-        weights[name] = value
+        weights[name] = value.cpu()
     return weights
 
 
@@ -273,7 +273,7 @@ def _layout(case: dict[str, Any]) -> dict[str, Any]:
             results.append(engine.train_step(batches, n_loops=loops, n_grad_loops=GRAD_LOOPS, lr=lr))
             engine.eval_loss(held, 5)  # another depth in between must not disturb the next step
         weights = full_weights(engine, groups)
-        biases = everywhere({name: buffer.clone() for name, buffer in engine.module.named_buffers()})
+        biases = everywhere({name: buffer.cpu().clone() for name, buffer in engine.module.named_buffers()})
     frozen = tuple(case.get("training", {}).get("frozen", ()))
     expected = reference_run(optimizer, json.dumps(case.get("model", {})), per_sequence, ramp, frozen, masked)
     return {

@@ -50,5 +50,6 @@ def _train(preset: str, environment: ProcessEnvironment) -> dict[str, Any]:
         "ep_size": resolved.ep_size,
         "zero_stage": config.parallel.zero_stage,
         "layers": model.recurrent_layers,
+        "vocab_size": model.vocab_size,
         "changes": len(changes),
     }

@@ -36,18 +36,22 @@ def _write(task: dict[str, Any]) -> dict[str, Any]:
     with opened(task["case"]) as (engine, groups):
         _steps(engine, groups, task["case"], 0, BEFORE)
         tag = _save(engine, groups, Path(task["to"]))
-        weights = open_state(tag)[0][WEIGHTS]
-        live = full_weights(engine, groups)
-        buffers = everywhere({name: buffer.clone() for name, buffer in engine.module.named_buffers()})
-        if task["case"].get("dtype") == "bfloat16":
-            merged = {name: weights.read(name).bfloat16().float() for name in live}
-        else:
-            merged = {name: weights.read(name) for name in live}
-        different = [name for name in live if not torch.equal(merged[name], live[name])]
-        different += [name for name in buffers if not torch.equal(weights.read(name), buffers[name])]
-        unknown = set(weights.specs()) ^ (set(live) | set(buffers))
+        different = live_differences(engine, groups, tag)
         losses = _steps(engine, groups, task["case"], BEFORE, AFTER)
-    return {"different": different + sorted(unknown), "losses": losses}
+    return {"different": different, "losses": losses}
+
+
+def live_differences(engine: TrainingEngine, groups: ParallelGroups, tag: Path) -> list[str]:
+    """Tensors that a checkpoint, merged, does not hold bit for bit as the engine that wrote it; names that only one of
+    them has."""
+    weights = open_state(tag)[0][WEIGHTS]
+    live = full_weights(engine, groups)
+    buffers = everywhere({name: buffer.cpu().clone() for name, buffer in engine.module.named_buffers()})
+    rounded = engine.resolved.config.training.dtype == "bfloat16"
+    merged = {name: weights.read(name).bfloat16().float() if rounded else weights.read(name) for name in live}
+    different = [name for name in live if not torch.equal(merged[name], live[name])]
+    different += [name for name in buffers if not torch.equal(weights.read(name), buffers[name])]
+    return different + sorted(set(weights.specs()) ^ (set(live) | set(buffers)))
 
 
 def _continue(task: dict[str, Any]) -> dict[str, Any]:

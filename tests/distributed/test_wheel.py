@@ -126,7 +126,7 @@ def test_the_wheel_holds_what_an_installed_user_needs_and_no_more(installed, tmp
     printed = installed.run("mythos-ds", "--help", cwd=tmp_path)
     verbs = set(re.findall(r"(?m)^  (\S+)  ", printed))
     assert {"pretrain", "plan", "convert", "merge", "verify", "generate", "render-launch", "env"} <= verbs
-    assert not {"config-schema", "preset-table", "test-environments"} & verbs
+    assert not {"config-schema", "gpu-acceptance", "preset-table", "test-environments"} & verbs
     top = {path.name for path in installed.packages.iterdir() if path.is_dir() and "." not in path.name}
     assert top - {"__pycache__"} == {"mythos_ds", "mythos_hf", "mythos_vllm"}
     assert (installed.packages / "mythos_ds" / "py.typed").is_file()
