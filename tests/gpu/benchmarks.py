@@ -132,7 +132,9 @@ def attention(probe: Probe) -> None:
                 inputs = [x.detach().transpose(1, 2) for x in (q, k, values)]
                 try:
                     with sdpa_kernel(backend), torch.no_grad():
-                        call = partial(functional.scaled_dot_product_attention, *inputs, is_causal=True)
+                        call = partial(
+                            functional.scaled_dot_product_attention, inputs[0], inputs[1], inputs[2], is_causal=True
+                        )
                         ms = milliseconds(device, call)
                 except RuntimeError:
                     continue
