@@ -47,7 +47,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     wide, out = x.float(), torch.empty(x.shape[0], weight.shape[0], device=x.device)
     rows = max(1, _BLOCK // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
-        out[:, start : start + rows] = wide @ weight[start : start + rows].float().t()
+        torch.mm(wide, weight[start : start + rows].float().t(), out=out[:, start : start + rows])
     return out
 
 
