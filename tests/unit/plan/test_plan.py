@@ -96,12 +96,16 @@ def test_states_are_counted_with_padding():
     assert kept.masters * 1024 / 4 == pytest.approx(998.6e9, rel=1e-3)
 
 
-def test_a_longer_loop_costs_its_state_and_no_more():
+def test_a_longer_loop_costs_its_state_its_routing_and_no_more():
+    """Of the routing that its recompute replays: a token's experts, the order of its rows here and where they arrive,
+    with the inverses, and the counts."""
     model = toy_model()
     loads = [Workload(model, 2, 32, loops, 2, torch.bfloat16, "loop") for loops in (3, 4, 9)]
     three, four, nine = (trace(load).peak for load in loads)
     assert nine - four == 5 * (four - three)
-    assert four - three == pytest.approx(2 * 32 * model.dim * 4, rel=0.1)
+    integers = 5 * 2 * 32 * model.n_experts_per_tok + model.n_experts
+    kept = 2 * 32 * model.dim * 4 + model.recurrent_layers * integers * 8
+    assert four - three == pytest.approx(kept, rel=0.1)
     everything = Workload(model, 2, 32, 9, 2, torch.bfloat16, "none")
     assert trace(everything).peak > 2 * nine
 
