@@ -95,7 +95,7 @@ def _experts_once(
         counts = torch.tensor(pattern)
         x = torch.randn(n, dim).bfloat16()
         grad = torch.randn(n, dim).bfloat16()
-    weights = {name: parameter for name, parameter in layer.named_parameters()}
+    weights: dict[str, Tensor] = dict(layer.named_parameters())
     for parameter in weights.values():
         parameter.data = torch.randn_like(parameter.data).mul_(parameter.shape[-1] ** -0.5).bfloat16()
     poison(device)
@@ -185,7 +185,8 @@ def attention(probe: Probe) -> None:
             out = causal_attention(*own, scale=scale, documents=bounds)
             out.backward(grad)
             plain = [tensor.float().requires_grad_() for tensor in tensors]
-            wanted = plain_attention(*plain, scale, positions)
+            q, k, v = plain
+            wanted = plain_attention(q, k, v, scale, positions)
             wanted.backward(grad.float())
             errors = [relative(out, wanted), *(relative(a.grad, b.grad) for a, b in zip(own, plain, strict=True))]
             for what, error in zip(("result", "dq", "dk", "dv"), errors, strict=True):

@@ -205,7 +205,7 @@ class StagedGroup(_Group):
 
     def _reduced(self, tensors: list[Tensor], opts: Any) -> StagedWork:
         hosts = [staged(tensor) for tensor in tensors]
-        options = torch_distributed.AllreduceOptions()
+        options: Any = torch_distributed.AllreduceOptions()
         operation = ReduceOp.SUM if opts is None else opts.reduceOp
         mean = operation == ReduceOp.AVG  # which gloo lacks
         options.reduceOp = ReduceOp.SUM if mean else operation
