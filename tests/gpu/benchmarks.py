@@ -129,12 +129,10 @@ def attention(probe: Probe) -> None:
         padded = functional.pad(v, (0, width - v_width))
         for name, backend in BACKENDS.items():
             for kind, values in (("native", v), ("padded", padded)):
-                inputs = [x.detach().transpose(1, 2) for x in (q, k, values)]
+                query, key, value = (x.detach().transpose(1, 2) for x in (q, k, values))
                 try:
                     with sdpa_kernel(backend), torch.no_grad():
-                        call = partial(
-                            functional.scaled_dot_product_attention, inputs[0], inputs[1], inputs[2], is_causal=True
-                        )
+                        call = partial(functional.scaled_dot_product_attention, query, key, value, is_causal=True)
                         ms = milliseconds(device, call)
                 except RuntimeError:
                     continue

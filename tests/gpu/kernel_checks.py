@@ -1,7 +1,6 @@
 """Call 1: kernels against plain formulas in fp32, on inputs that kernels have been wrong on."""
 
 import inspect
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -96,7 +95,7 @@ def _experts_once(
         counts = torch.tensor(pattern)
         x = torch.randn(n, dim).bfloat16()
         grad = torch.randn(n, dim).bfloat16()
-    weights = {name: parameter for name, parameter in layer.named_parameters()}
+    weights: dict[str, Tensor] = dict(layer.named_parameters())
     for parameter in weights.values():
         parameter.data = torch.randn_like(parameter.data).mul_(parameter.shape[-1] ** -0.5).bfloat16()
     poison(device)
@@ -114,7 +113,7 @@ def _experts_once(
 
 
 def _plain_experts(
-    x: Tensor, pattern: list[int], weights: Mapping[str, Tensor], grad: Tensor
+    x: Tensor, pattern: list[int], weights: dict[str, Tensor], grad: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """w2(silu(w1 x) * w3 x), expert by expert in fp32, and its gradients written out."""
     gradients = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in weights.items()}
@@ -186,7 +185,8 @@ def attention(probe: Probe) -> None:
             out = causal_attention(*own, scale=scale, documents=bounds)
             out.backward(grad)
             plain = [tensor.float().requires_grad_() for tensor in tensors]
-            wanted = plain_attention(plain[0], plain[1], plain[2], scale, positions)
+            q, k, v = plain
+            wanted = plain_attention(q, k, v, scale, positions)
             wanted.backward(grad.float())
             errors = [relative(out, wanted), *(relative(a.grad, b.grad) for a, b in zip(own, plain, strict=True))]
             for what, error in zip(("result", "dq", "dk", "dv"), errors, strict=True):

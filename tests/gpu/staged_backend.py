@@ -205,10 +205,10 @@ class StagedGroup(_Group):
 
     def _reduced(self, tensors: list[Tensor], opts: Any) -> StagedWork:
         hosts = [staged(tensor) for tensor in tensors]
-        options = torch_distributed.AllreduceOptions()
-        operation: Any = ReduceOp.SUM if opts is None else opts.reduceOp
+        options: Any = torch_distributed.AllreduceOptions()
+        operation = ReduceOp.SUM if opts is None else opts.reduceOp
         mean = operation == ReduceOp.AVG  # which gloo lacks
-        options.reduceOp = ReduceOp(ReduceOp.SUM) if mean else operation
+        options.reduceOp = ReduceOp.SUM if mean else operation
         work = self._gloo.allreduce(hosts, options)
 
         def bring() -> None:
