@@ -49,6 +49,7 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("model/feed_forward.py", "forward"): (1, "looped experts alone: where no grouped product is fused"),
     ("model/mythos.py", "_counted"): (1, "targets that do not count, once per micro-batch: as many rows as do"),
     ("parallel/expert_parallel.py", "_agree"): (1, "a row exchange takes its sizes from the host; not in recomputes"),
+    ("parallel/groups.py", "any"): (1, "of a number on the host"),
     ("parallel/groups.py", "agree"): (1, "numbers of the host, between steps; they never were on the device"),
     ("parallel/pipeline_stopwatch.py", "idle_share"): (1, "after a step's last kernel, and nowhere else"),
     ("parallel/routing_stats.py", "largest_bias"): (1, "once per step, after it"),
