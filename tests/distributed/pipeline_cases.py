@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +16,7 @@ from mythos_ds.bench.collective_bytes import CollectiveBytes
 from mythos_ds.costs.pipeline import predict
 from mythos_ds.engine import pipelined_step
 from mythos_ds.engine import training_engine as engine_module
-from mythos_ds.model.forward_stats import ForwardRecords, RoutingRecord
+from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.moe import MoE
 from mythos_ds.parallel.pipeline_executor import Pipeline, PipelineRun
 from mythos_ds.parallel.routing_stats import StepRecords, update_biases
@@ -61,7 +62,7 @@ def adding_up(original: Callable[..., None]) -> Callable[..., None]:
         original(self, records, loop, *rest)
         if before is not None:
             again = records.routing[self.layer][loop]
-            records.routing[self.layer][loop] = RoutingRecord(before.counts + again.counts)
+            records.routing[self.layer][loop] = replace(again, counts=before.counts + again.counts)
 
     return record
 
