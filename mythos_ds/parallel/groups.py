@@ -18,7 +18,15 @@ from mythos_ds.costs.schedule import Channel, channel_edges
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
 from mythos_ds.parallel.process_groups import WORK_TIMEOUT_S, forget_groups, group_of_one, host_group, own_group
-from mythos_ds.parallel.rendezvous import claim_device, first_line, meet, name_interface
+from mythos_ds.parallel.rendezvous import (
+    allow_connections,
+    claim_device,
+    first_line,
+    host_network_problem,
+    in_time,
+    meet,
+    name_interface,
+)
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -172,7 +180,10 @@ def init_parallel(
     if deepspeed_groups._WORLD_GROUP is None:
         # DeepSpeed would make this copy of the world itself, and its collectives would wait torch's 30 minutes.
         deepspeed_groups._WORLD_GROUP = own_group((tuple(range(env.world_size)),), timeout, "world of DeepSpeed")
-    groups = ParallelGroups(device, layout, None, host_group(), timeout_s)
+    host = in_time(host_group, timeout_s)  # gloo's own limit on connecting is that on waiting for one that works alone
+    if isinstance(host, Exception):
+        raise host_network_problem(env, host) from None
+    groups = ParallelGroups(device, layout, None, host, timeout_s)
     if groups.pipelined:
         groups = _with_stages(groups, timeout, tied=tied)
     if ep_size == 1:
@@ -210,6 +221,7 @@ def _start(env: ProcessEnvironment, device: torch.device, timeout: timedelta) ->
     share a device."""
     store, backend = None, "nccl" if device.type == "cuda" else "gloo"
     if not torch_distributed.is_initialized():
+        allow_connections(env.world_size)
         env, store = meet(env, timeout.total_seconds())
         if store is not None and backend == "nccl":
             claim_device(env, store, device)

@@ -3,12 +3,16 @@ is missing at which address, or who holds the port."""
 
 import contextlib
 import fcntl
+import ipaddress
 import os
+import resource
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as torch_distributed
@@ -32,7 +36,13 @@ _INTERFACE = "GLOO_SOCKET_IFNAME"
 _SIOCGIFADDR = 0x8915
 """Linux's request for an interface's address, which is then in these bytes of the answer."""
 _ADDRESS = slice(20, 24)
+_BEYOND = "203.0.113.1"
+"""An address that no host has (RFC 5737); the way to it is a host's way to others. Nothing is sent there."""
+_CONNECTIONS, _OTHER_FILES = 4, 1024
+"""What a process opens for each other one, at the most (rank 0: its stores' and its host group's), and beside them."""
 _SHOWN = 8
+
+Result = TypeVar("Result")
 
 _logger = get_logger(__name__)
 _met: set[tuple[str, int]] = set()
@@ -104,30 +114,22 @@ def reach(env: ProcessEnvironment, limit_s: float) -> None:
 
 def open_store(env: ProcessEnvironment, limit_s: float, listener: socket.socket | None) -> torch_distributed.TCPStore:
     """The calling process's end of rank 0's store. Raises ParallelError where what listens there is none."""
-    opened: list[torch_distributed.TCPStore | Exception] = []
     descriptor = None if listener is None else listener.detach()
 
-    def work() -> None:
-        try:
-            store = torch_distributed.TCPStore(
-                env.master_addr,
-                env.master_port,
-                env.world_size,
-                is_master=env.rank == 0,
-                timeout=timedelta(seconds=limit_s),
-                wait_for_workers=False,
-                multi_tenant=True,  # torch's own start then uses the server that listens already
-                master_listen_fd=descriptor,
-            )
-            opened.append(store)
-        except RuntimeError as error:
-            opened.append(error)
+    def work() -> torch_distributed.TCPStore:
+        return torch_distributed.TCPStore(
+            env.master_addr,
+            env.master_port,
+            env.world_size,
+            is_master=env.rank == 0,
+            timeout=timedelta(seconds=limit_s),
+            wait_for_workers=False,
+            multi_tenant=True,  # torch's own start then uses the server that listens already
+            master_listen_fd=descriptor,
+        )
 
     # What listens there may be another program, which never answers: torch would wait for it for good.
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(min(limit_s, REACH_S) + _ATTEMPT_S)
-    found = opened[0] if opened else TimeoutError(f"no answer in {min(limit_s, REACH_S):.0f} s")
+    found = in_time(work, min(limit_s, REACH_S) + _ATTEMPT_S)
     if isinstance(found, Exception):
         raise ParallelError(
             f"rank {env.rank} of {env.world_size}: what listens at {_at(env)} is not rank 0 of this run "
@@ -135,6 +137,37 @@ def open_store(env: ProcessEnvironment, limit_s: float, listener: socket.socket 
             code="MDS705",
         )
     return found
+
+
+def in_time(action: Callable[[], Result], limit_s: float) -> Result | RuntimeError | TimeoutError:
+    """What an action that may never end returns, or the RuntimeError that it raises; TimeoutError after `limit_s`."""
+    ended: list[Result | RuntimeError] = []
+
+    def work() -> None:
+        try:
+            ended.append(action())
+        except RuntimeError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return ended[0] if ended else TimeoutError(f"no answer in {limit_s:.0f} s")
+
+
+def allow_connections(world_size: int) -> None:
+    """Let this process open as many files as connections to all others take. Hosts commonly allow 1,024, and more to
+    those who ask; where they do not, it is logged."""
+    own, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OTHER_FILES + _CONNECTIONS * world_size
+    if own == resource.RLIM_INFINITY or own >= wanted:
+        return
+    allowed = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
+    if allowed < wanted:
+        _logger.warning(
+            "this host allows %d open files, %d processes may need %d: ulimit -Hn", most, world_size, wanted
+        )
 
 
 def claim_device(env: ProcessEnvironment, store: torch_distributed.Store, device: torch.device) -> None:
@@ -154,15 +187,49 @@ def name_interface(env: ProcessEnvironment) -> None:
     address of the host's name, which many hosts know as one that nobody else reaches."""
     if env.local_world_size == env.world_size or os.environ.get(_INTERFACE):
         return
+    own = _own_address(env.master_addr)
+    if own is not None and _is_loopback(own) and not _is_loopback(env.master_addr):
+        own = _own_address(_BEYOND)  # rank 0's host, which knows its own name by a loopback address
+    name = None if own is None else _interface_of(own)
+    if name is not None:
+        os.environ[_INTERFACE] = name
+
+
+def host_network_problem(env: ProcessEnvironment, error: Exception) -> ParallelError:
+    """The error of a process that gloo did not connect with all others."""
+    interface = os.environ.get(_INTERFACE) or "that of the host's name"
+    return ParallelError(
+        f"rank {env.rank} of {env.world_size} on {socket.gethostname()}: gloo does not connect all processes "
+        f"({first_line(error)}); its interface here: {interface}; nearest: GLOO_SOCKET_IFNAME=INTERFACE on every host, "
+        "one by which the hosts reach each other.",
+        code="MDS708",
+    )
+
+
+def _own_address(other: str) -> str | None:
+    """The IPv4 address by which this host reaches another; None where there is no way."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect((env.master_addr, env.master_port))  # sends nothing
-        own = socket.inet_aton(probe.getsockname()[0])
+        probe.connect((other, 9))  # sends nothing
+        return str(probe.getsockname()[0])
+    return None
+
+
+def _interface_of(address: str) -> str | None:
+    """The name of this host's interface with an IPv4 address; None where none has it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
                 answer = fcntl.ioctl(probe, _SIOCGIFADDR, name.encode().ljust(256, b"\0"))
-                if answer[_ADDRESS] == own:
-                    os.environ[_INTERFACE] = name
-                    return
+                if answer[_ADDRESS] == socket.inet_aton(address):
+                    return name
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def _gather(env: ProcessEnvironment, store: torch_distributed.Store, limit_s: float) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as torch_distributed
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
+from mythos_ds.cluster.preflight.devices import memory_outside
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import resolve
 from mythos_ds.engine import build
@@ -176,6 +177,22 @@ def _created(overrides: list[str], world_size: int, rank: int, splits: bool) -> 
     }
     groups.close()
     return found
+
+
+def measured(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """What one rank of a large world calls in the preflight to measure memory outside of the allocator."""
+    with patch.dict(os.environ):
+        return [_measured(**case) for case in cases]
+
+
+def _measured(overrides: list[str], world_size: int, rank: int, splits: bool) -> dict[str, int]:
+    resolved = resolve(load_config("tiny.json", ["model.n_experts=64", *overrides]).config, world_size)
+    groups = pretend(resolved, rank, 8)
+    with Creations(world_size).counting(splits) as counted:
+        memory_outside(groups.layout, torch.device("cpu"), 5.0)
+    groups.close()
+    assert not (counted.alone if splits else counted.together)
+    return dict(counted.together + counted.alone)
 
 
 def pretend_again(resolved: Any) -> int:

@@ -2,7 +2,9 @@
 The GPUs are pretended."""
 
 import os
+import resource
 import socket
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +14,8 @@ import torch.distributed as torch_distributed
 from mythos_ds.cluster.preflight.devices import device_verdicts
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
-from mythos_ds.parallel import groups
-from mythos_ds.parallel.rendezvous import claim_device, name_interface
+from mythos_ds.parallel import groups, rendezvous
+from mythos_ds.parallel.rendezvous import allow_connections, claim_device, in_time, name_interface
 
 SLURM = {
     "SLURM_PROCID": "13", "SLURM_NTASKS": "16", "SLURM_LOCALID": "5", "SLURM_NNODES": "2", "SLURM_NODEID": "1",
@@ -105,3 +107,41 @@ def test_gloo_uses_the_interface_that_reaches_rank_zero(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
     name_interface(two_hosts)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib7"
+
+
+def test_the_host_of_rank_zero_may_know_its_name_by_a_loopback_address(monkeypatch):
+    """As many have it in /etc/hosts. Others would connect to themselves there."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    ways = {"node1": "127.0.0.1", rendezvous._BEYOND: "10.0.0.1", "127.0.0.1": "127.0.0.1"}
+    monkeypatch.setattr(rendezvous, "_own_address", ways.get)
+    monkeypatch.setattr(rendezvous, "_interface_of", {"10.0.0.1": "eth3", "127.0.0.1": "lo"}.get)
+    for address, interface in (("node1", "eth3"), ("127.0.0.1", "lo")):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+        name_interface(ProcessEnvironment(0, 2, 0, 1, address, 29500, "srun"))
+        assert os.environ["GLOO_SOCKET_IFNAME"] == interface
+
+
+@pytest.mark.parametrize(("own", "most", "allowed"), [(1024, -1, 5120), (1024, 4096, 4096), (9000, 9000, None)])
+def test_many_processes_may_have_a_connection_each(monkeypatch, own, most, allowed):
+    """A world of 1,024 in a host's usual limit of 1,024 open files."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (own, most))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    allow_connections(1024)
+    assert asked == ([] if allowed is None else [(allowed, most)])
+
+
+def test_hosts_that_gloo_does_not_connect_are_one_clear_error(monkeypatch):
+    """One process is refused at once; another would wait for it as long as for one that works alone."""
+
+    def refused():
+        raise RuntimeError("Gloo connectFullMesh failed")
+
+    assert isinstance(in_time(lambda: time.sleep(2.0), 0.05), TimeoutError)
+    environment = ProcessEnvironment(1, 2, 0, 1, "127.0.0.1", 29500, "srun")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(groups, "_start", lambda *_: None)
+    monkeypatch.setattr(groups.deepspeed_groups, "_WORLD_GROUP", object())
+    monkeypatch.setattr(groups, "host_group", refused)
+    with pytest.raises(ParallelError, match=r"rank 1 of 2 .*connectFullMesh failed\); its interface here: lo; nearest"):
+        groups.init_parallel(environment, 1, timeout_s=5.0)

@@ -85,6 +85,18 @@ def test_where_nothing_is_split_a_group_is_made_by_its_members(found, name):
         assert {**own, "together": 0, "alone": 0} == {**split, "together": 0, "alone": 0}
 
 
+def test_the_preflight_makes_as_few():
+    """It measures the memory of the run's groups: the world twice, stages, experts and expert copies."""
+    settings = {"training.micro_batch_size": 1, "parallel.zero_stage": 3, "parallel.ep_size": 16}
+    overrides = [*RING, *(f"{key}={value}" for key, value in settings.items())]
+    overrides += ["deepspeed.zero_optimization.stage3_param_persistence_threshold=null"]
+    cases = [
+        _case("2", world_size, 0, *overrides, splits=splits) for world_size in (64, 1024) for splits in (True, False)
+    ]
+    (found,) = run_distributed("tests.distributed.order_cases:measured", 1, 300.0, cases=cases)
+    assert found == [{f"memory {number}": 1 for number in range(5)}] * 4
+
+
 def test_who_is_in_them(found):
     """Of 1,024 ranks in four stages, rank 512 is the first of stage 2; of 1,056 in three, rank 1,055 the last."""
     inner, stages = found[True]["ring of four"][4], [range(first, first + 256) for first in range(0, 1024, 256)]

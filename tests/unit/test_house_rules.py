@@ -52,7 +52,7 @@ LINES = {
     "data": 6_050,
     "monitor": 660,
     "resilience": 120,
-    "parallel": 1_360,
+    "parallel": 1_440,
     "engine": 1_010,
     "checkpoint": 1_770,
     "inference": 190,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 10_900
+MAX_READING_PATH = 11_000
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 

@@ -127,18 +127,15 @@ def open_group(
     )
 
 
-def memory_outside(layout: RankLayout, device: torch.device) -> HostFacts:
+def memory_outside(layout: RankLayout, device: torch.device, limit_s: float) -> HostFacts:
     """Bytes of this process's GPU that are not torch's, once the run's own groups have spoken; none without a GPU.
     Collective. What other programs hold counts too."""
-    everyone = range(layout.world_size)
+    everyone, timeout = range(layout.world_size), timedelta(seconds=max(1.0, limit_s))
     stages = layout.all_stages if layout.pipelined else ()
     shared = (layout.all_expert_groups, layout.all_expert_copies) if layout.run_ep_size > 1 else ()
     for number, groups in enumerate(((everyone,), (everyone,), stages, *shared)):
-        own = None
-        for ranks in groups:
-            group = torch_distributed.new_group(list(ranks))
-            own = group if layout.rank in ranks else own
-        if own is None or own.size() == 1:
+        own = own_group(tuple(map(tuple, groups)), timeout, f"memory {number}")
+        if own.size() == 1:
             continue
         message = torch.ones(_SIZES[device.type][1] // 4 // own.size() * own.size(), device=device)
         torch_distributed.all_reduce(message, op=torch_distributed.ReduceOp.MAX, group=own)

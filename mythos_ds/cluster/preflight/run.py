@@ -215,7 +215,7 @@ def _links(meeting: "Meeting", nodes: dict[str, list[int]], layout: RankLayout |
         "device": device.type,
         "offsets": offsets,
         "speeds": devices.link_speeds(devices.Links.of(nodes), device, limit_s),
-        **(devices.memory_outside(layout, device) if layout is not None else {}),
+        **(devices.memory_outside(layout, device, limit_s) if layout is not None else {}),
     }
 
 
