@@ -34,14 +34,14 @@ class _Float32Product(torch.autograd.Function):
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Computes x weight^T in fp32, with gradients in the types of the operands. x [..., n], weight [m, n]."""
     if weight.dtype == torch.float32:
-        return torch.nn.functional.linear(x, weight)
-    return _Float32Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        return torch.nn.functional.linear(x, weight).float()  # autocast makes it bf16
+    return _Float32Product.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """Computes x weight^T in fp32, without a gradient. x [rows, n], weight [m, n], of one type."""
     if weight.dtype == torch.float32:
-        return x @ weight.t()
+        return (x @ weight.t()).float()
     if _runs(_mm, weight.device.type):
         return _mm(x, weight.t())
     wide, out = x.float(), torch.empty(x.shape[0], weight.shape[0], device=x.device)

@@ -13,12 +13,13 @@ LITERAL = {"ep": 2, "stage": 3, "pp": [1, 2, 1], "accumulation": 4}
 
 
 def hold(probe: Probe, name: str, per_rank: list[dict[str, Any]], index: int) -> None:
-    """The tolerances of the suite, on the rank that is worst."""
+    """The tolerances of the suite, on the rank that is worst; ten times these on a GPU, as the reference is a CPU's."""
     own = [rank["layouts"][index] for rank in per_rank]
-    probe.number(f"{name}: loss, relative", largest(found["loss"] for found in own), at_most=1e-6)
-    probe.number(f"{name}: gradient norm, relative", largest(found["norm"] for found in own), at_most=1e-6)
-    probe.number(f"{name}: weights", largest(found["weight"] for found in own), at_most=1e-5)
-    probe.number(f"{name}: router buffers", largest(found["buffer"] for found in own), at_most=1e-6)
+    slack = 10.0 if probe.on_gpu else 1.0
+    probe.number(f"{name}: loss, relative", largest(found["loss"] for found in own), at_most=slack * 1e-6)
+    probe.number(f"{name}: gradient norm, relative", largest(found["norm"] for found in own), at_most=slack * 1e-6)
+    probe.number(f"{name}: weights", largest(found["weight"] for found in own), at_most=slack * 1e-5)
+    probe.number(f"{name}: router buffers", largest(found["buffer"] for found in own), at_most=slack * 1e-6)
     probe.number(f"{name}: smallest norm, so that clipping is active", own[0]["smallest_norm"], at_least=0.3)
     probe.number(f"{name}: names that differ", sum(not found["same_names"] for found in own), equals=0)
 

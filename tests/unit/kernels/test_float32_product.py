@@ -75,3 +75,15 @@ def test_gradients(dtype: torch.dtype) -> None:
     for found, exact in ((x, wide_x), (weight, wide_weight)):
         assert gradient(found).dtype == dtype
         assert error(gradient(found), gradient(exact)) <= (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_products_stay_fp32(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(3, 5, 16).to(dtype), torch.randn(20, 16).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert float32_linear(x, weight).dtype == torch.float32
+        assert product(x[0], weight).dtype == torch.float32
+
+
+def test_a_single_position_has_logits() -> None:
+    assert float32_linear(torch.randn(16).bfloat16(), torch.randn(20, 16).bfloat16()).shape == (20,)
