@@ -186,11 +186,13 @@ def init_parallel(
     groups = ParallelGroups(device, layout, None, host, timeout_s)
     if groups.pipelined:
         groups = _with_stages(groups, timeout, tied=tied)
-    if ep_size == 1:
-        return groups
-    experts = _expert_groups(layout, timeout)
-    _register(experts, ep_size)
-    return replace(groups, ep_group=experts.ep)
+    if ep_size > 1:
+        experts = _expert_groups(layout, timeout)
+        _register(experts, ep_size)
+        groups = replace(groups, ep_group=experts.ep)
+    # Ranks make only the groups that they are in: one that ended now would take the others' meeting place with it.
+    groups.barrier()
+    return groups
 
 
 def _with_stages(groups: ParallelGroups, timeout: timedelta, *, tied: bool) -> ParallelGroups:
