@@ -7,7 +7,7 @@ import torch
 
 from mythos_ds.config.resolve import resolve
 from mythos_ds.engine import gradient_dtype
-from mythos_ds.engine.gradient_dtype import require_float32_sums
+from mythos_ds.engine.gradient_dtype import add_up_in_float32, require_float32_sums
 from mythos_ds.engine.optimizer import require_cpu_adam
 from mythos_ds.errors import ConfigError, ParallelError
 from tests.distributed.cases import toy_run
@@ -109,3 +109,23 @@ def test_losses_in_bf16_are_those_of_one_process(measured):
     for name in ("losses", "ring_losses"):
         assert all(rank[name] == measured[0][name] for rank in measured)
         assert measured[0][name] == pytest.approx(one, rel=2e-3), name
+
+
+@pytest.mark.parametrize("loops", [8, 32])
+def test_a_sum_over_loops_is_as_good_as_one_in_fp32_that_is_rounded_once(loops):
+    generator = torch.Generator().manual_seed(loops)
+    inputs = torch.randn(loops, 128, 64, generator=generator).bfloat16()
+    upstream = torch.randn(loops, 128, 64, generator=generator).bfloat16()
+    exact = torch.einsum("lbo,lbi->oi", upstream.double(), inputs.double())
+
+    def error(*, in_float32: bool) -> float:
+        weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
+        if in_float32:
+            add_up_in_float32([weight])
+        torch.autograd.backward([x @ weight.t() for x in inputs], list(upstream))
+        assert weight.grad is not None
+        return ((weight.grad.double() - exact).norm() / exact.norm()).item()
+
+    once = ((exact.bfloat16().double() - exact).norm() / exact.norm()).item()
+    assert error(in_float32=True) <= 1.02 * once
+    assert error(in_float32=False) > 2 * once
