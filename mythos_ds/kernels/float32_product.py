@@ -81,6 +81,8 @@ def _runs(kernel: Callable[..., Tensor], device: str) -> bool:
     before = (torch.zeros(8, 8, device=device),) if kernel is _addmm else ()
     try:
         kernel(*before, square, square)
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no answer
+        raise
     except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
         return False
     return True
