@@ -192,7 +192,8 @@ def plan(
         world_size = 1 if arguments.proxy else planned_world_size(config)
     if arguments.proxy:
         stages, changes = make_proxies(stages, world_size, loaded.stages)
-    return resolve_stages(stages, world_size), changes
+    ahead = len(loaded.stages) - len(stages)
+    return resolve_stages(stages, world_size, loaded.stages[ahead - 1] if ahead else None), changes
 
 
 def describe(arguments: argparse.Namespace, stages: Sequence[ResolvedStage]) -> str:

@@ -4,7 +4,7 @@ import os
 import resource
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Gpu:
     kernel_share: float
     node_bandwidth: float
     network_bandwidth: float
-    memory_bandwidth: float = 3.35e12
+    memory_bandwidth: float
     memory_share: float = 0.7
     host_bandwidth: float = 50e9
     gpus_per_node: int = 8
@@ -68,7 +68,7 @@ PEAK_BF16 = {
 """Dense bf16 peaks in FLOP/s from the vendors' data sheets (no sparsity), by a part of the device's name."""
 
 GPUS = {
-    "h100": Gpu("h100", 80e9, PEAK_BF16["H100"], 0.75, 450e9, 50e9, price_per_hour=2.5),
+    "h100": Gpu("h100", 80e9, PEAK_BF16["H100"], 0.75, 450e9, 50e9, memory_bandwidth=3.35e12, price_per_hour=2.5),
     "h200": Gpu("h200", 141e9, PEAK_BF16["H200"], 0.75, 450e9, 50e9, memory_bandwidth=4.8e12, price_per_hour=3.0),
     "b200": Gpu("b200", 180e9, PEAK_BF16["B200"], 0.7, 900e9, 50e9, memory_bandwidth=8e12, price_per_hour=5.0),
     "mi300x": Gpu("mi300x", 192e9, PEAK_BF16["MI300X"], 0.6, 448e9, 50e9, memory_bandwidth=5.3e12, price_per_hour=2.5),
@@ -93,10 +93,10 @@ def read_gpu(name: str) -> Gpu:
     known = {field.name: field for field in fields(Gpu)}
     if unknown := sorted(set(content) - set(known)):
         raise OptionError(f"--gpu: {name}: unknown {unknown[0]!r}; allowed: {', '.join(known)}")
-    try:
-        made = Gpu(**content)
-    except TypeError as error:
-        raise OptionError(f"--gpu: {name}: {error}") from None
+    needed = [field.name for field in known.values() if field.default is MISSING]
+    if missing := [field for field in needed if field not in content]:
+        raise OptionError(f"--gpu: {name}: missing {', '.join(missing)}; required: {', '.join(needed)}")
+    made = Gpu(**content)
     if not isinstance(made.name, str) or not made.name:
         raise OptionError(f"--gpu: {name}: name: given {made.name!r}; allowed: a text")
     numbers = {field: getattr(made, field) for field in known if field != "name"}

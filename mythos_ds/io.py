@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,10 +19,19 @@ from mythos_ds.process_identity import runs, signature
 
 _MARK = b"\xef\xbb\xbf"
 _MAX_BYTES = 1 << 28
+_CHUNK_BYTES = 1 << 22
 _SHOWN_CHARACTERS = 80
 _LONG_NAME_BYTES = 120
 _PARTIAL = re.compile(r"([0-9a-f]{8}-\d+-\d+)-[0-9a-f]{16}")
 _TEMPORARY = re.compile(r"\.mythos_ds-([0-9a-f]{8}-\d+-\d+)-[0-9a-f]{16}\.tmp")
+
+
+@dataclass(frozen=True)
+class FileChecksum:
+    """Size in bytes and SHA-256 of a file."""
+
+    size: int
+    sha256: str
 
 
 def sync(path: Path) -> None:
@@ -168,6 +178,15 @@ def open_regular(path: Path, error: type[MythosError] = CheckpointError) -> Iter
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{looked_for(path)}: not readable ({reason})", code="MDS006") from problem
+
+
+def checksum_of(file: BinaryIO) -> FileChecksum:
+    """Size and SHA-256 of what an open file holds from here on, read in chunks."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        size += len(chunk)
+    return FileChecksum(size, digest.hexdigest())
 
 
 def looked_for(path: Path | str) -> str:

@@ -387,16 +387,18 @@ def _rank_files(reader: ShardReader, folder: Path, ep_size: int) -> list[RankFil
 
 def _rank_file(reader: ShardReader, path: Path, layout: RankLayout) -> list[RankFile]:
     """What a rank wrote: of the optimizer, and of the frozen weights."""
-    file = str(path.relative_to(reader.tag))
-    rank, states = layout.dp_rank, reader.content(file)["optimizer_state_dict"]
+    rank, file = layout.dp_rank, str(path.relative_to(reader.tag))
     own = path.with_name(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
     model_states = own if own.is_file() else path.with_name("mp_rank_00_model_states.pt")
     model_file = str(model_states.relative_to(reader.tag))
-    content = reader.content(model_file)
-    shapes = content["param_shapes"]
+    # What is wrong in a file is told of the one that was asked for last: each is asked for where it is looked into.
+    shapes = [
+        {name: tuple(shape) for name, shape in each.items()} for each in reader.content(model_file)["param_shapes"]
+    ]
+    states = reader.content(file)["optimizer_state_dict"]
     groups = []
     places = states.get("ds_zero_partition_groups")  # None where no weight is expert-parallel
-    for index, names in enumerate(shapes):
+    for index, local in enumerate(shapes):
         slices: Mapping[str, tuple[int, int]] | None = None
         if "param_slice_mappings" in states:
             slices = {name: (part.start, part.numel) for name, part in states["param_slice_mappings"][index].items()}
@@ -405,10 +407,10 @@ def _rank_file(reader: ShardReader, path: Path, layout: RankLayout) -> list[Rank
             place = rank, states["partition_count"]
         else:
             place = places[index]["partition_rank"], places[index]["partition_count"]
-        local = {name: tuple(shape) for name, shape in names.items()}
         groups.append(RankGroup(index, local, slices, *place))
     rank_file = RankFile(file, layout.ep_rank, tuple(groups))
-    frozen = _frozen_groups(reader, content, layout, cut="param_slice_mappings" not in states)
+    cut = "param_slice_mappings" not in states
+    frozen = _frozen_groups(reader, reader.content(model_file), layout, cut=cut)
     return [rank_file, RankFile(model_file, layout.ep_rank, tuple(frozen))]
 
 

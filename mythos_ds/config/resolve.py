@@ -100,8 +100,10 @@ class ResolvedStage:
     run: ResolvedRun
 
 
-def resolve_stages(stages: Sequence[TrainingStage], world_size: int) -> tuple[ResolvedStage, ...]:
-    """The training stages on `world_size` processes.
+def resolve_stages(
+    stages: Sequence[TrainingStage], world_size: int, former: TrainingStage | None = None
+) -> tuple[ResolvedStage, ...]:
+    """The training stages on `world_size` processes; `former`: the one that the first of them goes on from.
 
     Raises:
         ConfigError: as `resolve`, with the problems of all stages; one that a stage has inherited is told once.
@@ -110,6 +112,8 @@ def resolve_stages(stages: Sequence[TrainingStage], world_size: int) -> tuple[Re
     problems: list[Coded] = []
     told: list[Coded] = []
     means = curriculum_starts([stage.config for stage in stages])
+    if former is not None:
+        means[0] = former.config.model.mean_recurrence
     for index, (stage, mean) in enumerate(zip(stages, means, strict=True)):
         try:
             resolved.append(ResolvedStage(stage.name, resolve(stage.config, world_size, mean)))

@@ -56,6 +56,9 @@ def communicators(resolved: ResolvedRun, index: int = 0) -> tuple[Communicator, 
     if layout.pipelined:
         found.append(made("pipeline stage", layout.ranks_of(index)))
         found += [Communicator("ring", resolved.world_size, 1, 1, rings=False)] * _RING_CHANNELS
+        ends = (0, len(resolved.stages) - 1)
+        if resolved.config.model.tie_embeddings and index in ends:
+            found.append(made("tied embedding", [rank for end in ends for rank in layout.ranks_of(end)]))
     if layout.ep_size > 1:
         sharing = layout.ranks_of(index)[: layout.ep_size]
         found += [made("experts", sharing, len(sharing) - 1), made("copies of experts", layout.expert_copies)]

@@ -2,10 +2,7 @@
 which of the ids are the assistant's."""
 
 import re
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice, takewhile
@@ -25,8 +22,10 @@ _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
 _END_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 """The marks of transformers around what the assistant says."""
 _PRIVATE = range(0xE000, 0xF8FF)
-_MOST_SECONDS, _MOST_CHARACTERS = 20.0, 1 << 28
-"""What a template may take for one conversation, and make of it."""
+_MOST_SECONDS, _MOST_CHARACTERS, _MOST_BYTES = 20.0, 1 << 22, 1 << 30
+"""What a template may take for one conversation, and make of it; of a large one more characters and memory."""
+_TIMES_GIVEN, _BYTES_EACH = 8, 8
+"""Characters for each that is given, and bytes of memory for each of those."""
 
 
 class TemplateFault(DataError):
@@ -64,11 +63,13 @@ class ChatTemplate:
         try:
             import jinja2.sandbox
 
+            from mythos_ds.data.template_limits import OverLimit, bound_transformers
             from mythos_hf.tokenization_mythos import ChatMarks
         except ImportError as error:
             raise DataError("chat templates need an extra: pip install 'mythos_ds[hf]'", code="MDS004") from error
         self.text, self.tokenizer, self._marks_of = found, tokenizer, ChatMarks
-        self._faults = (jinja2.TemplateSyntaxError, jinja2.sandbox.SecurityError, RecursionError, MemoryError, _TooLong)
+        bound_transformers()
+        self._faults = (jinja2.TemplateSyntaxError, jinja2.sandbox.SecurityError, RecursionError, OverLimit)
         symbols = tokenizer.symbols()
         self._written = [symbol for symbol in symbols if symbol in found and not symbol.isspace()]
         self.tokens = tokenizer.special_tokens | {symbol: symbols[symbol] for symbol in self._written}
@@ -108,24 +109,28 @@ class ChatTemplate:
     def render(self, messages: Sequence[Any], *, template: str | None = None, **options: Any) -> str:
         """The text that the template, or another one, makes of messages, with the names of the tokenizer's special
         tokens. Raises DataError where the template refuses the messages, TemplateFault where it is none, reaches for
-        what it may not, or does not come to an end."""
+        what it may not, or takes more time, memory or characters than it may."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        from mythos_ds.data.template_limits import memory_limit, time_limit
+
         conversation = [[*map(dict, messages)]]
+        most = _MOST_CHARACTERS + _TIMES_GIVEN * (len(str(conversation)) + len(str(options)))
         try:
-            with _time_limit(_MOST_SECONDS):
+            with memory_limit(_MOST_BYTES + _BYTES_EACH * (most - _MOST_CHARACTERS)), time_limit(_MOST_SECONDS):
                 made: Any = render_jinja_template(
                     conversations=conversation, chat_template=template or self.text, **options, **self._named
                 )
         except self._faults as error:
-            raise self._fault(str(error) or "it takes more memory than there is") from None
+            raise self._fault(str(error)) from None
         except Exception as error:  # what a template does is its author's
             raise DataError(
-                f"{self.tokenizer.path}: its chat template does not take these messages ({error})", code="MDS435"
+                f"{self.tokenizer.path}: its chat template does not take these messages ({str(error)[:500]})",
+                code="MDS435",
             ) from None
         text = str(made[0][0])
-        if len(text) > _MOST_CHARACTERS:
-            raise self._fault(f"it made {len(text):,} characters of a conversation; allowed: {_MOST_CHARACTERS:,}")
+        if len(text) > most:
+            raise self._fault(f"it made {len(text):,} characters of a conversation; allowed: {most:,}")
         return text
 
     def with_characters(self, start: str, end: str) -> str:
@@ -156,30 +161,6 @@ class ChatTemplate:
     def marks(self, messages: Sequence[Message], tools: Any) -> "ChatMarks":
         """Characters that tell what people wrote in a conversation from what the template writes."""
         return self._marks_of(self.tokenizer.special_tokens, messages, tools, self.text, symbols=self._written)
-
-
-class _TooLong(Exception):
-    """A template has not come to an end."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises _TooLong where the block takes longer, in processor time; in the main thread, where alone that is
-    possible."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise _TooLong(f"it did not come to an end in {seconds:g} s")
-
-    before = signal.signal(signal.SIGVTALRM, end)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 class _Chat:

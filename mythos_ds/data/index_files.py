@@ -1,6 +1,5 @@
 """The files of an index cache: written with their digests, and read as plain numbers whatever lies there."""
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -13,27 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mythos_ds.errors import DamagedIndexError, DataError
-from mythos_ds.io import read_json, write_json
+from mythos_ds.io import checksum_of, read_json, write_json
 
 COMPLETE = "complete.json"
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class FileDigest:
-    """What was written to a file."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class _Complete:
-    """The mark that a cache is whole: the names of its files, and what each holds."""
+    """The mark that a cache is whole: the names of its files, and "bytes" and "sha256" of each."""
 
     arguments: dict[str, Any]
     files: list[str]
-    written: dict[str, FileDigest]
+    written: dict[str, dict[str, int | str]]
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -60,14 +51,11 @@ def _opened(path: Path, flags: int) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def digest_of(path: Path) -> FileDigest:
-    """Size and digest of a file that is no link."""
-    digest, size = hashlib.sha256(), 0
+def _as_written(path: Path) -> dict[str, int | str]:
+    """What the mark says of a file that is no link."""
     with open_regular(path) as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-            size += len(block)
-    return FileDigest(size, digest.hexdigest())
+        found = checksum_of(file)
+    return {"bytes": found.size, "sha256": found.sha256}
 
 
 _HEADER_FAULTS = (ValueError, KeyError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError, TokenError)
@@ -107,7 +95,7 @@ def load_array(path: Path, ndim: int) -> NDArray[np.integer[Any]]:
 
 def mark_complete(folder: Path, arguments: dict[str, Any]) -> None:
     """Write the mark, with the digest of every file in `folder`."""
-    written = {path.name: digest_of(path) for path in sorted(folder.iterdir())}
+    written = {path.name: _as_written(path) for path in sorted(folder.iterdir())}
     content = asdict(_Complete(arguments, sorted(written), written))
     write_json(folder / COMPLETE, content, indent=2, sort_keys=True)
 
@@ -149,14 +137,14 @@ def cache_faults(folder: Path, *, full: bool) -> list[str]:
             faults.append(f"{COMPLETE} has no digest of {name!r}")
             continue
         try:
-            found = digest_of(folder / name) if full else FileDigest(_size(folder / name), written.sha256)
+            found = _as_written(folder / name) if full else {**written, "bytes": _size(folder / name)}
             if name.endswith(".npy"):
                 load_array(folder / name, 2 if name.endswith("-sample_index.npy") else 1)
         except DataError as error:
             faults.append(str(error).removeprefix(f"{folder}/"))
             continue
-        if found.bytes != written.bytes:
-            faults.append(f"{name}: {found.bytes:,} bytes given, {written.bytes:,} written")
+        if found["bytes"] != written.get("bytes"):
+            faults.append(f"{name}: {found['bytes']:,} bytes given, {written.get('bytes')} written")
         elif found != written:
             faults.append(f"{name}: its content is not what was written")
     return faults

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mythos_ds.errors import CheckpointError, DamagedCheckpointError
-from mythos_ds.io import read_json, write_atomic, write_json
+from mythos_ds.io import FileChecksum, read_json, write_atomic, write_json
 from mythos_ds.weights.model_folder import CONFIG, read_config
-from mythos_ds.weights.writer import CHECKSUMS, FileChecksum, checksum, read_checksums
+from mythos_ds.weights.writer import CHECKSUMS, checksum, read_checksums
 
 
 def seal(folder: Path, config: dict[str, object]) -> None:

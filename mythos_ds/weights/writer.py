@@ -25,6 +25,8 @@ from torch import Tensor
 
 from mythos_ds.errors import CheckpointError, OutputError
 from mythos_ds.io import (
+    FileChecksum,
+    checksum_of,
     open_new,
     open_regular,
     read_json,
@@ -43,7 +45,6 @@ PIECE_BYTES = 1 << 25
 """Rows are read in pieces of about this size; a single row (an expert) may be larger."""
 
 _CHECKED_AT_ONCE = 1 << 20
-_CHUNK_BYTES = 1 << 22
 _RECORDS = ".written"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -59,14 +60,6 @@ class OutputFile:
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())
-
-
-@dataclass(frozen=True)
-class FileChecksum:
-    """Size in bytes and SHA-256 of a file."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -202,12 +195,8 @@ def _size(path: Path) -> int | None:
 
 def checksum(path: Path) -> FileChecksum:
     """Of a file, read in chunks. Raises CheckpointError where it is missing, no regular file, or not readable."""
-    digest, size = hashlib.sha256(), 0
     with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileChecksum(size, digest.hexdigest())
+        return checksum_of(file)
 
 
 def _is_whole(path: Path, record: FileChecksum) -> bool:

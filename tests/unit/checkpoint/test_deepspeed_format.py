@@ -3,13 +3,15 @@
 import time
 
 import pytest
+import torch
 
-from mythos_ds.checkpoint.deepspeed_format import RankFile, RankGroup, plan
+from mythos_ds.checkpoint.deepspeed_format import RankFile, RankGroup, open_checkpoint, plan
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import planned_world_size, resolve
 from mythos_ds.conversion.planned_checkpoint import planned_tensors
 from mythos_ds.costs.params import count_parameters
 from mythos_ds.errors import CheckpointError, ConfigError
+from tests.helpers.synthetic_checkpoint import write_synthetic
 
 DENSE, EXPERTS = "prelude.0.ffn.w1.weight", "recurrent.layers.0.moe.experts.w1"
 
@@ -77,3 +79,27 @@ def test_a_plan_without_a_checkpoint_needs_zero3():
     config = load_config("tiny", ["parallel.zero_stage=1", "deepspeed.zero_optimization=null"]).config
     with pytest.raises(ConfigError, match="zero_stage"):
         planned_tensors(resolve(config, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("optim", "optimizer_state_dict", 5),
+        ("optim", "ds_zero_partition_groups", 5),
+        ("optim", "ds_zero_partition_groups", [{}]),
+        ("optim", "optimizer_state_dict", {"ds_zero_partition_groups": None}),
+        ("model", "param_shapes", 5),
+        ("model", "param_shapes", [5]),
+        ("model", "param_shapes", [{"a": 5}]),
+        ("model", "frozen_param_shapes", 5),
+    ],
+)
+def test_the_file_that_holds_another_type_is_the_one_that_is_named(kind, key, value, tmp_path):
+    tag = write_synthetic(resolve(load_config("tiny", ["parallel.zero_stage=3"]).config, 1), tmp_path)
+    (path,) = tag.glob(f"*_{kind}_states.pt")
+    content = torch.load(path, weights_only=False)
+    inside = content["optimizer_state_dict"] if key == "ds_zero_partition_groups" else content
+    inside[key] = value
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=rf"_{kind}_states.pt: not of the form that DeepSpeed writes"):
+        open_checkpoint(tag, 1, 1)

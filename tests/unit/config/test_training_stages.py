@@ -1,6 +1,7 @@
 """A file's list of training stages: what is inherited, what may change, and every problem told with its place."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,19 @@ def test_stages_from_one_on(tmp_path):
         stages_from(stages, "lng", "run.json")
     with pytest.raises(ConfigError, match="--stage: given 'a b'"):
         stages_from(plain, "a b", "tiny.json")
+
+
+@pytest.mark.parametrize("proxy", [[], ["--proxy"]])
+def test_a_dry_run_from_a_stage_on_shows_where_its_depth_grows_from(proxy, tmp_path, capsys):
+    main = load_main("launch/pretrain.py").main
+    deeper = {"name": "deep", "model": {"mean_recurrence": 6}, "training": {"max_steps": 50}}
+    grows = {"name": "deeper", "training": {"max_steps": 50, "depth_curriculum_steps": 20}}
+    name = file(tmp_path, {"name": "base"}, {**deeper, "training": {**grows["training"]}}, grows)
+    told = {}
+    for stage in (None, "deep", "deeper"):
+        assert main(["--config", name, "--dry-run", *proxy, *(["--stage", stage] if stage else [])]) == 0
+        told[stage] = re.findall(r"its mean grows from (\d+) over", capsys.readouterr().out)
+    assert told == {None: ["4", "6"], "deep": ["4", "6"], "deeper": ["6"]}
 
 
 def test_a_dry_run_shows_every_stage(tmp_path, capsys):

@@ -21,6 +21,22 @@ def test_groups_and_their_nodes():
     assert ring == {**world, "pipeline stage": (256, 32), "experts": (256, 32), "ring": (1024, 1)}
 
 
+def test_the_ends_of_a_pipeline_share_a_tied_embedding():
+    """A group of the ranks of the first and the last stage, as `parallel/groups.py` makes it; none of those between."""
+    parts = [
+        "deepspeed.zero_optimization.stage3_param_persistence_threshold=null",
+        "parallel.pp_size=[1,2,1]",
+        "parallel.ep_size=1",
+        "training.micro_batch_size=2",
+        "training.global_batch_size=12",
+    ]
+    for tied, groups in ((True, [1, 0, 1]), (False, [0, 0, 0])):
+        run = resolve(load_config("tiny", [*parts, f"model.tie_embeddings={str(tied).lower()}"]).config, 4)
+        found = [[g for g in communicators(run, index) if g.name == "tied embedding"] for index in range(3)]
+        assert [len(each) for each in found] == groups
+        assert all((g.size, g.nodes, g.bytes) == (2, 1, 0.2e9) for each in found for g in each)
+
+
 def test_bytes_grow_with_groups_and_peers():
     def outside(name: str, processes: int, *overrides: str) -> float:
         return outside_bytes(resolve(load_config(name, overrides).config, processes))

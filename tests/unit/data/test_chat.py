@@ -3,6 +3,8 @@
 import datetime
 import json
 import random
+import resource
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -236,7 +238,12 @@ FAULTS = {
     "{{ cycler.__init__.__globals__ }}": "unsafe",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
     "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}": "come to an end in 0.3 s",
-    "{% for m in messages %}{{ m.content }}{% endfor %}{% for a in range(60) %}{{ 'long' }}{% endfor %}": "characters",
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% for a in range(999) %}{{ 'long' }}{% endfor %}": "characters",
+    "{{ 9 ** (9 ** 9) }}": r"a number of [\d,]+ bits; allowed: 4,096",
+    "{% set n = namespace(x=3) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}": "a number of .* bits",
+    "{{ 5 | round(-1000000000) }}": "a number of .* bits",
+    "{{ 0.5 | round(1000000000, 'ceil') }}": "a number of .* bits",
+    "{{ [5] | map('round', -1000000000) | list }}": "a number of .* bits",
 }
 
 
@@ -250,6 +257,69 @@ def test_a_template_that_is_at_fault_is_no_fault_of_the_messages(places, templat
         with pytest.raises(TemplateFault, match=FAULTS[template]):
             encode(chat)
     assert time.monotonic() - started < 60
+
+
+TWICE = "{% set n = namespace(x='a') %}{% for a in range(99) %}{% set n.x = "
+LARGE = [
+    "{{ 'a' * 3000000000 }}",
+    "{{ [0] * 900000000 }}",
+    TWICE + "n.x + n.x %}{% endfor %}",
+    TWICE + "n.x ~ n.x %}{% endfor %}",
+    TWICE + "[n.x, n.x] | join %}{% endfor %}",
+    TWICE + "n.x.replace('a', 'aa') %}{% endfor %}",
+    TWICE + "(n.x | replace('a', 'aa')) %}{% endfor %}",
+    "{{ 'a' | center(3000000000) }}",
+    "{{ 'a'.ljust(3000000000) }}",
+    "{{ '1'.zfill(3000000000) }}",
+    "{{ '\t'.expandtabs(2000000000) | length }}",
+    "{{ '%2000000000d' % 1 }}",
+    "{{ '%2000000000d' | format(1) }}",
+    "{{ '{:2000000000}'.format('a') }}",
+    "{{ '{:2000000000}'.format_map({}) if false else '{x:2000000000}'.format_map({'x': 'a'}) }}",
+    "{{ ['a', 'a'] | map('center', 2000000000) | join }}",
+    "{{ 'a\na' | indent(2000000000) }}",
+    "{{ [1, 2] | tojson(indent=2000000000) }}",
+    "{{ [1] | batch(900000000, 0) | list }}",
+    "{% set x = 'a' * 1000000 %}{% for a in range(9999) %}{{ x }}{% endfor %}",
+    "{% set x = 'a' * 1000000 %}{% macro f() %}{% for a in range(9999) %}{{ x }}{% endfor %}{% endmacro %}{{ f() }}",
+    "{% set x = 'a' * 1000000 %}{% set y %}{% for a in range(9999) %}{{ x }}{% endfor %}{% endset %}",
+]
+"""Each makes gigabytes, of a result, of what it writes, or of what it keeps."""
+SMALL = [
+    "{{ [1] | slice(900000000) | list }}",
+    "{% set n = namespace(x=[]) %}{% for a in range(9999) %}{% for b in range(9999) %}{% set n.x = [n.x, 1] %}"
+    "{% endfor %}{% endfor %}",
+]
+"""The same, by small pieces, with which time may come to its end first."""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not say what a process has")
+@pytest.mark.parametrize("template", [*LARGE, *(pytest.param(each, marks=pytest.mark.slow) for each in SMALL)])
+def test_a_template_gets_so_much_memory_and_no_more(places, template, monkeypatch):
+    nbytes = 1 << 27
+    monkeypatch.setattr(chat_module, "_MOST_BYTES", nbytes)
+    monkeypatch.setattr(chat_module, "_MOST_SECONDS", 2.0 if template in SMALL else 60.0)
+    chat = ChatTemplate(Tokenizer.load(places["json"]), template)
+    before, limits = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrlimit(resource.RLIMIT_AS)
+    told = "0.125 GiB of memory|come to an end in 2 s" if template in SMALL else "more than 0.125 GiB of memory"
+    with pytest.raises(TemplateFault, match=rf"json.*tokenizer.json: its chat template is at fault: .*({told})"):
+        chat.encode([{"role": "user", "content": "a"}])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.1 * nbytes / 1024
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+def test_a_large_conversation_may_become_a_large_text(places, monkeypatch):
+    monkeypatch.setattr(chat_module, "_MOST_CHARACTERS", 100)
+    own = Tokenizer.load(places["json"])
+    assert len(ChatTemplate(own, CHATML).render([{"role": "user", "content": "a" * 1000}])) > 1000
+
+
+def test_what_a_template_may_reckon(places):
+    """Operators and rounding are those of Jinja where they are bounded."""
+    own = Tokenizer.load(places["json"])
+    given = "{{ 7 * 6 }} {{ '=' * 3 }} {{ 2 ** 10 }} {{ 7 // 2 }} {{ 7 / 2 }} {{ 7 % 4 }} {{ '%s!' % 'a' }} "
+    given += "{{ 2.567 | round(2) }} {{ 2.1 | round(method='ceil') }} {{ 2.0 ** 3 }}"
+    assert ChatTemplate(own, given).render([]) == "42 === 1024 3 3.5 3 a! 2.57 3.0 8.0"
 
 
 def test_templates_are_rendered_in_other_threads_too(places):

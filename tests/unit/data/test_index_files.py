@@ -1,5 +1,6 @@
 """Damaged, exchanged and hostile index caches and token files: one message that names the file, and no code run."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -14,10 +15,10 @@ from mythos_ds.config.schema import DataConfig
 from mythos_ds.data.batches import BatchStream
 from mythos_ds.data.dataset_info import dataset_files
 from mythos_ds.data.datasets import build_datasets, prepare_index_cache
-from mythos_ds.data.index_files import digest_of
 from mythos_ds.data.parts import unfinished_folder
 from mythos_ds.data.verification import data_faults
 from mythos_ds.errors import DataError, RankError
+from mythos_ds.weights.writer import checksum
 from tests.helpers.text_data import make_dataset, make_texts, make_tokenizer
 
 ARGUMENTS = {"seq_len": 32, "train_samples": 40, "valid_samples": 8, "seed": 5}
@@ -163,10 +164,27 @@ def test_an_index_without_its_mark_is_no_whole_one(data):
     assert any("complete.json" in fault for faults in data_faults(folder, full=False).values() for fault in faults)
 
 
+@pytest.mark.parametrize("given", [{}, {"bytes": "many", "sha256": 3}, {"sha256": "00"}])
+def test_a_mark_that_says_too_little_of_a_file_is_a_fault(given, data):
+    folder, tokenizer = data
+    cache = prepare(folder, tokenizer)
+    content = json.loads((cache / "complete.json").read_text())
+    name = content["files"][0]
+    assert content["written"][name] == {
+        "bytes": (cache / name).stat().st_size,
+        "sha256": hashlib.sha256((cache / name).read_bytes()).hexdigest(),
+    }
+    content["written"][name] = given
+    (cache / "complete.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"is damaged: {name}: .* given, .* written"):
+        prepare(folder, tokenizer)
+
+
 def forge(cache):
     """Make the mark agree with what lies there."""
     content = json.loads((cache / "complete.json").read_text())
-    content["written"] = {name: digest_of(cache / name).__dict__ for name in content["files"]}
+    found = {name: checksum(cache / name) for name in content["files"]}
+    content["written"] = {name: {"bytes": each.size, "sha256": each.sha256} for name, each in found.items()}
     (cache / "complete.json").write_text(json.dumps(content))
 
 

@@ -204,14 +204,18 @@ def test_costs_and_checkpoints_are_consistent():
 def test_a_gpu_from_a_file_and_what_is_wrong_with_one(tmp_path):
     path = tmp_path / "gpu.json"
     fields = {"name": "mine", "memory_bytes": 48e9, "peak_flops": 181e12, "kernel_share": 0.7}
-    path.write_text(json.dumps({**fields, "node_bandwidth": 32e9, "network_bandwidth": 12e9}))
-    assert read_gpu(str(path)).memory_bytes == 48e9
-    links = {"node_bandwidth": 32e9, "network_bandwidth": 12e9}
+    links = {"node_bandwidth": 32e9, "network_bandwidth": 12e9, "memory_bandwidth": 8.64e11}
+    path.write_text(json.dumps({**fields, **links}))
+    assert (read_gpu(str(path)).memory_bytes, read_gpu(str(path)).memory_bandwidth) == (48e9, 8.64e11)
     odd = {"peak_flops": -1}, {"memory_bytes": 1e400}, {"gpus_per_node": 2.5}, {"kernel_share": 75}, {"name": 5}
     wrong = [json.dumps({**fields, **links, **change}) for change in odd]
     for content in ('{"memory": 1}', "[]", "no json", *wrong):
         path.write_text(content)
         with pytest.raises(ConfigError, match="--gpu"):
+            read_gpu(str(path))
+    for name in links:
+        path.write_text(json.dumps({**fields, **{key: value for key, value in links.items() if key != name}}))
+        with pytest.raises(ConfigError, match=f"gpu.json: missing {name}; required: name, memory_bytes, .*{name}"):
             read_gpu(str(path))
     with pytest.raises(ConfigError, match="h100"):
         read_gpu("h999")
@@ -288,7 +292,8 @@ def test_optimizer_state_in_host_memory_takes_time_and_no_room():
 def test_what_is_written_names_the_machines_that_were_asked_for(tmp_path, capsys):
     command = ["--config", "1b.json", "--write", str(tmp_path / "w.json")]
     own = {"name": "mine", "memory_bytes": 141e9, "peak_flops": 9e14, "kernel_share": 0.7}
-    (tmp_path / "g.json").write_text(json.dumps({**own, "node_bandwidth": 4e11, "network_bandwidth": 5e10}))
+    links = {"node_bandwidth": 4e11, "network_bandwidth": 5e10, "memory_bandwidth": 4.8e12}
+    (tmp_path / "g.json").write_text(json.dumps({**own, **links}))
     cases = (
         (["--gpus", "4", "--gpu", "h200", "parallel.ep_size=4"], ("h200", 1, 4)),
         (["cluster.nodes=4", "cluster.gpus_per_node=2", "parallel.ep_size=2"], ("h100", 4, 2)),
