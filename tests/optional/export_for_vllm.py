@@ -45,7 +45,7 @@ def main(output: Path) -> None:
 def make_chat(folder: Path) -> None:
     """A model with random weights that ends its answer to MESSAGES after so many tokens, with the end of a turn, which
     only the chat's form tells from other tokens."""
-    make_folder(folder, {**GQA, "dim": 64, "vocab_size": 1003, "n_experts": 16})
+    make_folder(folder, {**GQA, "dim": 64, "vocab_size": 1003, "head_dim": 32, "n_experts": 16})
     copy_tokenizer(byte_level_folder(folder.with_name("chat_tokenizer"), added=True), folder)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     tokenizer = Tokenizer.load(folder)
