@@ -385,7 +385,7 @@ def convert(
     Raises:
         MythosError: for a conversion that there is not, an option without effect in it, or damaged files.
     """
-    from mythos_ds.conversion.convert import CUT_FLAGS, Request, plan_route
+    from mythos_ds.conversion.convert import CUT_FLAGS, Request, made_from, plan_route
     from mythos_ds.conversion.written_model import refuse_input, write_model
     from mythos_ds.weights.checksums import require_whole
 
@@ -399,7 +399,7 @@ def convert(
     if folder.is_dir():
         require_whole(folder)
     found = [] if route.inspect is None else route.inspect()
-    write_model(route.source, output, route.finish, command="convert", jobs=jobs)
+    write_model(route.source, output, route.finish, command="convert", made_from=made_from(request, route), jobs=jobs)
     return [*route.notes, *found]
 
 
