@@ -109,6 +109,7 @@ docs-setup: setup  ## add what builds the site to the environment
 # as the URL of a CPU wheel where the index serves the CUDA build (gigabytes) by default. pip leaves alone what is in place
 # at the locked version.
 setup: $(if $(strip $(VENV)),$(PY)) | .cache  ## make the environment at the locked versions
+	@test -e $(STAMP) || echo "installing torch and the packages of requirements.lock, a few minutes"
 	@$(PY) -c "import importlib.metadata as m; m.version('torch')" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
 	@$(PY) -m pip install -q --no-deps -r requirements.lock
 	@$(MAKE) --no-print-directory -s $(STAMP)

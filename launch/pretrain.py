@@ -27,7 +27,7 @@ from mythos_ds.config.training_stages import stages_from
 from mythos_ds.environment import ProcessEnvironment, prefer_expandable_segments
 from mythos_ds.errors import MythosError, OptionError
 from mythos_ds.guard import DEBUG, guarded, user_error
-from mythos_ds.mains import add_common, add_share
+from mythos_ds.mains import add_common, add_share, refuse_dashes
 from mythos_ds.resilience.failure import fail
 from mythos_ds.slurm_step import in_shell
 from mythos_ds.train.run_directory import another_layout_note, default_run_directory
@@ -58,6 +58,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add_share(parser)
     add_common(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    refuse_dashes(parser, argv)
     return parser.parse_intermixed_args(argv)
 
 

@@ -3,7 +3,7 @@
 import importlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -130,6 +130,7 @@ def generate(
     temperature: float = 0.7,
     seed: int = 0,
     context_length: int | None = None,
+    on_text: Callable[[str], object] | None = None,
 ) -> str:
     """Continue `prompt`; returns the new text without the prompt. Special tokens in a text stay characters.
 
@@ -142,6 +143,7 @@ def generate(
         new_tokens: at most so many; the end of a document, or of an answer, comes earlier.
         temperature: logits are divided by it; 0 takes the likeliest token.
         seed: of the drawing; the same seed gives the same text.
+        on_text: takes the new text, part by part, as it is made.
         context_length: tokens seen at once; that of training where None, where the model's folder says.
 
     Raises:
@@ -166,6 +168,15 @@ def generate(
     tokens = pieces.encode(prompt) if isinstance(prompt, str) else encode_chat(pieces, prompt, template=template)
     n_loops = loops or model.config.mean_recurrence
     device = next(model.parameters()).device
+    shown = ""
+
+    def show(new: list[int]) -> None:
+        nonlocal shown
+        text = pieces.decode(new).rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that is not whole yet
+        if on_text is not None and len(text) > len(shown) and text.startswith(shown):
+            on_text(text[len(shown) :])
+            shown = text
+
     with torch.inference_mode():
         continuation = inference.generate(
             lambda seen: model(seen.to(device), n_loops=n_loops)[0, -1],
@@ -177,6 +188,7 @@ def generate(
             context_length=context_length or _trained_length(place) or CONTEXT_LENGTH,
             temperature=temperature,
             seed=seed,
+            on_token=show,
         )
     return pieces.decode(continuation)
 
@@ -385,7 +397,7 @@ def convert(
     Raises:
         MythosError: for a conversion that there is not, an option without effect in it, or damaged files.
     """
-    from mythos_ds.conversion.convert import CUT_FLAGS, Request, plan_route
+    from mythos_ds.conversion.convert import CUT_FLAGS, Request, made_from, plan_route
     from mythos_ds.conversion.written_model import refuse_input, write_model
     from mythos_ds.weights.checksums import require_whole
 
@@ -399,7 +411,7 @@ def convert(
     if folder.is_dir():
         require_whole(folder)
     found = [] if route.inspect is None else route.inspect()
-    write_model(route.source, output, route.finish, command="convert", jobs=jobs)
+    write_model(route.source, output, route.finish, command="convert", made_from=made_from(request, route), jobs=jobs)
     return [*route.notes, *found]
 
 

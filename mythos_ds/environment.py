@@ -27,6 +27,13 @@ def prefer_expandable_segments(environ: MutableMapping[str, str]) -> None:
             environ[name] = "expandable_segments:True"
 
 
+def wait_passively(environ: MutableMapping[str, str]) -> None:
+    """Lets idle threads of torch sleep instead of spin, unless the threads are chosen already; before torch is
+    imported. Threads that spin take the cores from those they wait for where other work runs."""
+    if not any(name in environ for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 @dataclass(frozen=True)
 class ProcessEnvironment:
     """One process of a run: its ranks, where rank 0 listens, and what started it."""

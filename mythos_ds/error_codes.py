@@ -473,6 +473,11 @@ CODES = {
         "Install the CUDA toolkit of torch's version (`python -c 'import torch; print(torch.version.cuda)'`) and set "
         "`CUDA_HOME` to its folder on every node; `mythos-ds preflight` looks for it. Or do not offload.",
     ),
+    "MDS780": Code(
+        "The package is not installed",
+        "The folder of a checkout was imported as it lies there, without its commands.",
+        "In the checkout: `pip install -e .`, or activate the environment that `make setup` has made.",
+    ),
     "MDS800": Code("Another number that is not finite"),
     "MDS801": Code(
         "The loss is not finite",

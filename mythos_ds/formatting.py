@@ -30,6 +30,11 @@ def number_text(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
+def dollar_text(value: float) -> str:
+    """20326000 -> '$20.3M'."""
+    return f"${number_text(value)}".replace("G", "B")
+
+
 def duration_text(hours: float) -> str:
     """In hours, or in seconds below one hour."""
     return f"{hours:.2g} hours" if hours >= 1 else f"{hours * 3600:.2g} seconds"

@@ -2,13 +2,21 @@
 
 import logging
 import sys
+from pathlib import Path
 
 _ROOT = "mythos_ds"
+_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def get_logger(name: str) -> logging.Logger:
     """The package's logger for module `name`."""
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+
+
+def quiet_without_gpu() -> None:
+    """Leave out that DeepSpeed takes the CPU, on a machine without a GPU; before it is imported."""
+    if not any(Path(device).exists() for device in _DEVICES):
+        logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def configure(rank: int) -> None:

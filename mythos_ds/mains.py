@@ -1,12 +1,14 @@
 """What the mains of tools/ share: errors without traceback, and a progress display."""
 
 import os
+import re
+import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mythos_ds.guard import DEBUG, files_of_the_group, guarded
+from mythos_ds.guard import DEBUG, guarded
 from mythos_ds.log import configure
 
 
@@ -26,16 +28,14 @@ def run_tool(parser: ArgumentParser, work: Callable[[Namespace], None], argv: Se
         if arguments.debug:
             os.environ[DEBUG] = "1"
         configure(0)
-        # Only what has the option writes what training writes.
-        with files_of_the_group(everyone=getattr(arguments, "share", True)):
-            work(arguments)
+        work(arguments)
         return 0
 
     return guarded(parser.prog, run)
 
 
 def add_share(parser: ArgumentParser) -> None:
-    """The option of what writes runs and checkpoints."""
+    """The option of training, whose files are else for the group at most."""
     parser.add_argument(
         "--share", action="store_true", help="files for all (as the umask says), not only for the group"
     )
@@ -56,8 +56,18 @@ def _path(given: str) -> Path:
     return Path(given)
 
 
+def refuse_dashes(parser: ArgumentParser, argv: Sequence[str] | None) -> None:
+    """Ends the program with a usage error for a setting that is written as an option, where settings are taken."""
+    takes = any(action.dest == "overrides" for action in parser._actions)
+    for word in (sys.argv[1:] if argv is None else argv) if takes else ():
+        if re.match(r"--[a-z_]+\.[a-z_]", word):
+            bare = word[2:] if "=" in word else f"{word[2:]}=VALUE"
+            parser.error(f"{word}: a setting, no option; write {bare} without --")
+
+
 def _parsed(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
     """The arguments; overrides may also stand after options, which argparse takes only intermixed."""
+    refuse_dashes(parser, argv)
     try:
         return parser.parse_intermixed_args(argv)
     except TypeError:  # for parsers that hand on the rest of their line

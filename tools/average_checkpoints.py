@@ -30,7 +30,7 @@ from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_input, check_writing
 from mythos_ds.conversion.written_model import refuse_input, write_model
 from mythos_ds.errors import CheckpointError, ConfigError, OptionError
-from mythos_ds.mains import add_share, run_tool
+from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.reader import TensorFolder
 from mythos_ds.weights.writer import plan_files
@@ -43,7 +43,6 @@ def parser() -> ArgumentParser:
     made.add_argument("--weights", type=float, nargs="+", help="one for each folder; default: equal")
     made.add_argument("--force", action="store_true", help="average models that do not share a start")
     add_writing(made)
-    add_share(made)
     return made
 
 
@@ -68,6 +67,7 @@ def work(arguments: Namespace) -> None:
                 arguments.output,
                 lambda output: write_averaged_side_files(models, mean.weights, output),
                 command="average",
+                made_from=", ".join(model.folder.resolve().name for model in models),
                 jobs=arguments.jobs,
                 max_file_bytes=arguments.max_file_bytes,
                 progress=progress,

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mythos_ds.conversion.convert import CUT_FLAGS, DTYPES, FORMATS, Request, Route, plan_route
+from mythos_ds.conversion.convert import CUT_FLAGS, DTYPES, FORMATS, Request, Route, made_from, plan_route
 from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_input, check_writing
 from mythos_ds.conversion.written_model import refuse_input, write_model
@@ -28,7 +28,7 @@ from mythos_ds.errors import OptionError
 from mythos_ds.mains import run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.built_in import model_path
-from mythos_ds.weights.writer import plan_files
+from mythos_ds.weights.writer import plan_files, require_own
 
 
 def parser() -> ArgumentParser:
@@ -73,12 +73,14 @@ def work(arguments: Namespace) -> None:
     if not arguments.dry_run:
         if arguments.input.is_dir():
             check_input(arguments.input)
+        require_own(route.source, arguments.output, arguments.max_file_bytes)
         with byte_progress("converting", made.bytes) as progress:
             write_model(
                 route.source,
                 arguments.output,
                 route.finish,
                 command="convert",
+                made_from=made_from(request, route),
                 jobs=arguments.jobs,
                 max_file_bytes=arguments.max_file_bytes,
                 progress=progress,
@@ -117,9 +119,20 @@ def report(arguments: Namespace, route: Route, made: Estimate, rows: Sequence[di
         return
     sys.stdout.write("".join(f"{note}\n" for note in route.notes))
     print_estimate(f"{arguments.output}{' (nothing written)' if arguments.dry_run else ''}", made, False)
+    if arguments.target == "hf":
+        sys.stdout.write(hf_notes(arguments, route))
     for row in rows or ():
         before, after, change = row["before"], row["after"], row["change"]
         sys.stdout.write(f"{row['loops']} loops: perplexity {before:.4f} before, {after:.4f} after ({change:+.3%})\n")
+
+
+def hf_notes(arguments: Namespace, route: Route) -> str:
+    """In which type the matrices are, and what transformers needs to open the folder."""
+    kept = "" if route.dtype == "float32" else "; --dtype float32 keeps the logits"
+    lines = [f"matrices in {route.dtype}{'' if arguments.dtype else ', the default'}{kept}"]
+    if not arguments.with_remote_code:
+        lines.append("transformers opens it after `import mythos_hf`; without that package: --with-remote-code")
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

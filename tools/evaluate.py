@@ -38,7 +38,7 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--loops", type=int, nargs="+", help="default: 1, T, 2T and 4T for the mean of training T; by position T"
     )
-    made.add_argument("--sequences", type=int, default=16, help="of the run's seq_len, or documents (default 16)")
+    made.add_argument("--sequences", type=int, help="of the run's seq_len, or documents; default: 16, or all there are")
     made.add_argument(
         "--by-position", type=int, metavar="LENGTH", help="loss by position in held-out documents of more tokens"
     )

@@ -35,6 +35,14 @@ def work(arguments: Namespace) -> None:
         path = Path(arguments.prompt)
         is_file = path.suffix == ".json" and path.is_file()
         prompt = read_messages(path) if is_file else [{"role": "user", "content": arguments.prompt}]
+    begin, shown = "" if arguments.chat else arguments.prompt, ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        sys.stdout.write(text if shown else begin + text)
+        sys.stdout.flush()
+        shown += text
+
     continuation = generate(
         arguments.model,
         prompt,
@@ -42,8 +50,9 @@ def work(arguments: Namespace) -> None:
         new_tokens=arguments.tokens,
         temperature=arguments.temperature,
         seed=arguments.seed,
+        on_text=show if sys.stdout.isatty() else None,
     )
-    sys.stdout.write(("" if arguments.chat else arguments.prompt) + continuation + "\n")
+    sys.stdout.write((continuation.removeprefix(shown) if shown else begin + continuation) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def work(arguments: Namespace) -> None:
             arguments.output,
             route.finish,
             command="loop-from-dense",
+            made_from=arguments.folder.resolve().name,
             progress=progress,
             break_lock=arguments.break_lock,
         )

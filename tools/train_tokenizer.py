@@ -47,7 +47,10 @@ def _train(arguments: Namespace) -> None:
         kind=arguments.kind,
         max_bytes=arguments.max_bytes,
     )
-    sys.stdout.write(f"{tokenizer.path}: {tokenizer.vocab_size:,} pieces, sha256 {tokenizer.sha256}\n")
+    pieces = f"{tokenizer.vocab_size:,} pieces"
+    if tokenizer.vocab_size < arguments.vocab_size:
+        pieces += f" of the {arguments.vocab_size:,} asked for (the text has no more)"
+    sys.stdout.write(f"{tokenizer.path}: {pieces}, sha256 {tokenizer.sha256}\n")
 
 
 if __name__ == "__main__":

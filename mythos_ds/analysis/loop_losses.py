@@ -15,20 +15,26 @@ from mythos_ds.data.batches import Batch, BatchStream
 from mythos_ds.data.datasets import build_datasets, prepare_index_cache
 from mythos_ds.data.validation import held_out
 from mythos_ds.errors import ConfigError, OptionError
+from mythos_ds.log import get_logger
 from mythos_ds.model.mythos import MythosModel
 
+_logger = get_logger(__name__)
+
+DEFAULT_SEQUENCES = 16
 _ROWS = 2
 _MOST_SEQUENCES = 1 << 20
 
 
-def held_out_sequences(config: RunConfig, count: int) -> list[Batch]:
-    """The first `count` sequences of a run's held-out text, the same for every seed of training, as batches {tokens,
-    targets, positions} int64 [rows, seq]. Raises ConfigError for fewer than 2, which have no spread, and for more than
-    the text has: read twice, a sequence says nothing new of the spread."""
+def held_out_sequences(config: RunConfig, asked: int | None = None) -> list[Batch]:
+    """The first sequences of a run's held-out text, the same for every seed of training, as batches {tokens, targets,
+    positions} int64 [rows, seq]: `asked`, or else DEFAULT_SEQUENCES or all that there are. Raises ConfigError for fewer
+    than 2, which have no spread, and where more are asked for: read twice, a sequence says nothing new of the spread.
+    """
+    count = DEFAULT_SEQUENCES if asked is None else asked
     if not 2 <= count <= _MOST_SEQUENCES:
         nearest = min(max(count, 2), _MOST_SEQUENCES)
         raise OptionError(
-            f"sequences: given {count}; allowed: at least 2, at most {_MOST_SEQUENCES}; nearest: {nearest}"
+            f"--sequences: given {count}; allowed: at least 2, at most {_MOST_SEQUENCES}; nearest: {nearest}"
         )
     if not config.data.validates:
         raise ConfigError(
@@ -39,14 +45,24 @@ def held_out_sequences(config: RunConfig, count: int) -> list[Batch]:
     prepare_index_cache(config.data, **length, vocab_size=config.model.vocab_size)
     found = held_out(config.data, config.training, exact=True)
     there = (found.tokens - 1) // config.training.seq_len if found is not None else count
+    if count > there >= _ROWS and asked is None:
+        count = there - there % _ROWS
+        length["valid_samples"] = count
+        prepare_index_cache(config.data, **length, vocab_size=config.model.vocab_size)
+        _logger.info("the held-out text has %d sequences of %d: %d are read", there, config.training.seq_len, count)
     if count > there:
         raise OptionError(
-            f"sequences: given {count}; the held-out text has {there} of training.seq_len {config.training.seq_len}; "
-            f"allowed: 2 to {there - there % _ROWS}, or more text by data.validation"
+            f"--sequences: {given_text(asked)}; the held-out text has {there} of training.seq_len "
+            f"{config.training.seq_len}; allowed: 2 to {there - there % _ROWS}, or more text by data.validation"
         )
     data = build_datasets(config.data, **length, vocab_size=config.model.vocab_size)
     stream = BatchStream(data.valid, start_sample=0, micro_batch_size=_ROWS, dp_rank=0, dp_size=1)
     return list(islice(stream, count // _ROWS))
+
+
+def given_text(asked: int | None) -> str:
+    """What a message says of the number of sequences that was asked for."""
+    return f"{DEFAULT_SEQUENCES} unless given" if asked is None else f"given {asked}"
 
 
 def sequence_losses(

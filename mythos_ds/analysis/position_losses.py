@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mythos_ds.analysis.loop_losses import paired, token_losses
+from mythos_ds.analysis.loop_losses import DEFAULT_SEQUENCES, given_text, paired, token_losses
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.data.batches import Batch
 from mythos_ds.data.builtin import prepare_builtin
@@ -26,10 +26,11 @@ _NEAR = 1
 """The part that the others are compared with: far enough in for a context, near enough for any model."""
 
 
-def long_documents(config: RunConfig, length: int, count: int) -> list[Batch]:
-    """The first `length` tokens of `count` held-out documents that are longer than that, each a batch {tokens, targets,
-    positions} int64 [1, length]; of more than `count` those that lie evenly apart. Raises ConfigError for fewer than 2,
-    and where there are not so many, DataError for conversations, data of another tokenizer, or damaged."""
+def long_documents(config: RunConfig, length: int, asked: int | None = None) -> list[Batch]:
+    """The first `length` tokens of `asked` held-out documents that are longer than that (else of as many as
+    `held_out_sequences` takes), each a batch {tokens, targets, positions} int64 [1, length]; of more those that lie
+    evenly apart. Raises ConfigError for fewer than 2, and where there are not so many, DataError for conversations, or
+    data that is damaged or of another tokenizer."""
     if not SHORTEST <= length <= _MOST:
         nearest = min(max(length, SHORTEST), _MOST)
         raise OptionError(f"--by-position: given {length}; allowed: {SHORTEST} to {_MOST:,} tokens; nearest: {nearest}")
@@ -49,10 +50,11 @@ def long_documents(config: RunConfig, length: int, count: int) -> list[Batch]:
             )
         check_vocabulary(view.prefix, view.info, tokenizer, vocab_size)
     found = [(view, number) for view, numbers in views for number in numbers if view.lengths[number] > length]
+    count = min(DEFAULT_SEQUENCES, len(found)) if asked is None else asked
     if not 2 <= count <= len(found):
         raise OptionError(
-            f"--sequences: given {count}; the held-out text has {len(found)} documents of more than {length} tokens; "
-            f"allowed: 2 to that many, or more text by data.validation"
+            f"--sequences: {given_text(asked)}; the held-out text has {len(found)} documents of more than {length} "
+            f"tokens; allowed: 2 to that many, or more text by data.validation"
         )
     chosen = [found[place * len(found) // count] for place in range(count)]
     positions = torch.arange(length)[None]

@@ -215,7 +215,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: lis
             (index, target), parts = entry, parts[2:]
             before = f"{STAGES}[{index}]."
         if not equals or not all(parts) or len(parts) < 2:
-            wrong = "allowed: section.key=value, such as training.lr=0.001"
+            wrong = "allowed: section.key=value, such as training.lr=0.001" + _with_section(parts, text)
             problems.append(Coded("MDS109", f"override {override!r}: {wrong}"))
             continue
         hidden = entry_at(raw, "0") if not before else None
@@ -232,6 +232,15 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: lis
     for target, given in named.values():
         drop_alternatives(target, given)
     return written
+
+
+def _with_section(parts: Sequence[str], text: str) -> str:
+    """The setting that was meant where only its section is missing."""
+    for section, field in RunConfig.model_fields.items():
+        kind = section_type(field.annotation)
+        if len(parts) == 1 and kind is not None and parts[0] in kind.model_fields:
+            return f"; did you mean {section}.{parts[0]}={text or 'VALUE'}?"
+    return ""
 
 
 def _section(raw: dict[str, Any], name: str) -> dict[str, Any] | None:

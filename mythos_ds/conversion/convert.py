@@ -82,6 +82,11 @@ class Route:
     inspect: Callable[[], list[str]] | None = None
 
 
+def made_from(request: Request, route: Route) -> str:
+    """A conversion in words, for who finds its output."""
+    return f"{request.folder.resolve().name} ({request.source} to {request.target}, {route.dtype})"
+
+
 def plan_route(request: Request) -> Route:
     """The conversion that is asked for. Raises ConfigError for one that there is not, or with options that have no
     effect in it, and CheckpointError for an input that does not fit."""

@@ -8,6 +8,7 @@ from typing import Any
 from mythos_ds.data.tokenizer_files import CARD_MARK
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_PROMPT = "The"
 _CARDS = ("SOURCE_README.md", "README.md")
 
 
@@ -40,6 +41,7 @@ def model_card(config: dict[str, Any], metadata: dict[str, Any]) -> str:
     """README.md of the folder."""
     rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in metadata.items() if name != "training")
     depth = config["mean_recurrence"]
+    prompt = metadata.get("sample_prompt", _PROMPT)
     front = "".join(f"{name}: {metadata[name]}\n" for name in ("base_model", "license") if metadata.get(name))
     return f"""---
 library_name: transformers
@@ -57,7 +59,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("PATH")
-inputs = tokenizer("def main(", return_tensors="pt")
+inputs = tokenizer({json.dumps(prompt, ensure_ascii=False)}, return_tensors="pt", add_special_tokens=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, n_loops={2 * depth})[0]))
 ```
 

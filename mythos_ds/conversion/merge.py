@@ -1,5 +1,6 @@
 """From a training checkpoint to a model in one folder."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,11 @@ def newest_tag(path: Path) -> Path:
             return tag
         except CheckpointError as error:
             faults.append(str(error))
-    where = "" if folder.exists() else where_searched(folder)
-    raise CheckpointError("\n".join([f"{folder}: no complete checkpoint{where}", *faults]), code="MDS502")
+    if not os.path.lexists(path):
+        raise CheckpointError(
+            f"{path}: no such folder{where_searched(path)}; allowed: a run or a checkpoint", code="MDS513"
+        )
+    raise CheckpointError("\n".join([f"{folder}: no complete checkpoint", *faults]), code="MDS502")
 
 
 def merged_source(tag: Path, model: ModelConfig, dtype: str) -> TensorSource:
@@ -78,6 +82,7 @@ def merge(
         output,
         finish,
         command="merge",
+        made_from=f"{tag.resolve().parent.parent.name}/{tag.name}",
         jobs=jobs,
         max_file_bytes=max_file_bytes,
         progress=progress,
@@ -101,12 +106,14 @@ def model_of(state: TrainingState) -> ModelConfig:
 def metadata_of(state: TrainingState) -> dict[str, Any]:
     """What is worth knowing about a merged model."""
     training = state.config["training"]
+    prompts = (state.config.get("monitor") or {}).get("sample_prompts")
     return {
         "step": state.step,
         "tokens": state.consumed_samples * training["seq_len"],
         "seq_len": training["seq_len"],
         "training": last_names(training),
         "data": last_names(state.config["data"]),
+        **({"sample_prompt": prompts[0]} if prompts else {}),
         **({"init_from": state.init_from} if state.init_from else {}),
     }
 

@@ -15,6 +15,7 @@ def write_model(
     finish: Callable[[Path], None],
     *,
     command: str,
+    made_from: str,
     jobs: int = 1,
     max_file_bytes: int = MAX_FILE_BYTES,
     progress: Callable[[int], None] | None = None,
@@ -25,7 +26,8 @@ def write_model(
     Raises OutputError where another job writes there (see `locked_output`), or the disk does not take a file.
     """
     with locked_output(output, command, break_lock=break_lock):
-        write_tensors(source, output, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress)
+        kept = {"jobs": jobs, "max_file_bytes": max_file_bytes}
+        write_tensors(source, output, **kept, progress=progress, made_from=f"{made_from} by {command}")
         finish(output)
 
 

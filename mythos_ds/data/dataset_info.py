@@ -101,6 +101,12 @@ def read_info(prefix: Path) -> DatasetInfo:
     missing = [path.name for path in (bin_path, idx_path, info_path) if not path.is_file()]
     if missing:
         command = f"mythos-ds prepare-data INPUT --tokenizer TOKENIZER --output {prefix}"
+        if prefix.is_file():
+            raise DataError(
+                f"{prefix}: is text, not a prepared prefix; prepare it, and give the new prefix: "
+                f"mythos-ds prepare-data {prefix} --tokenizer TOKENIZER --output {prefix.with_suffix('')}",
+                code="MDS411",
+            )
         where = where_searched(prefix)
         raise DataError(
             f"no dataset at {prefix}: {', '.join(missing)} missing{where}; make it with: {command}", code="MDS411"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mythos_ds.data.rows import BadRow, Row, long_or_whole
+from mythos_ds.data.rows import NO_FIELD, BadRow, Row, long_or_whole
 
 _MAX_DEPTH = 200
 _MAX_VALUES = 1_000_000
@@ -75,7 +75,7 @@ def text_of(row: Any, key: str, where: str) -> Row:
             return BadRow(where, f"field {inside!r} is {_kind(value)}, an object is needed for --key {key}")
         if name not in value:
             given = f"{inside}.{name}" if inside else name
-            return BadRow(where, f"no field {given!r}", f"allowed for --key: {_keys(value, inside)}")
+            return BadRow(where, f"{NO_FIELD}{given!r}", f"allowed for --key: {_keys(value, inside)}")
         value, inside = value[name], f"{inside}.{name}" if inside else name
     if not isinstance(value, str):
         return BadRow(where, f"field {key!r} is {_kind(value)}, text is needed")

@@ -283,6 +283,7 @@ def _works(rows: Iterable[Row], tokenizer: Tokenizer, bad: BadRows) -> Iterator[
     """Parts of the input. They end at documents that the text decides, so that a mended row changes one of them."""
     gathered = _Gathered()
     for row in rows:
+        bad.documents += not isinstance(row, BadRow)
         if isinstance(row, BadRow):
             bad.add(row)
         elif isinstance(row := _in_pieces(row), LongText):

@@ -11,6 +11,7 @@ STOP_AFTER = 20
 """Bad rows after which reading ends, where they are errors."""
 LONG_CHARACTERS = 1_000_000
 """Length from which on a document is encoded in pieces."""
+NO_FIELD = "no field "
 _LISTED = 20
 _PIECE = 500_000
 
@@ -73,6 +74,8 @@ class BadRows:
     count: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
+    documents: int = 0
+    """Good rows so far."""
     _damage: str = ""
 
     @property
@@ -104,6 +107,10 @@ class BadRows:
         after = f"nothing published: mend {them}{skipped}{parts}"
         if self.count == 1:
             raise DataError(f"{self.examples[0]}; {after}", code="MDS423")
+        only = next(iter(self.reasons)) if self.full and len(self.reasons) == 1 and self.documents == 0 else ""
+        if only.startswith(NO_FIELD):
+            told = self.examples[0].partition(f"{only}; ")[2]
+            raise DataError(f"none of the first {self.count} rows has the key: {only}; {told}", code="MDS422")
         ended = ", after which reading ended" if self.full else ""
         listed = "\n  ".join(self.examples)
         raise DataError(f"{self.count} bad rows{ended} ({self.by_reason()}); {after}\n  {listed}", code="MDS423")

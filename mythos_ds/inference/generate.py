@@ -20,12 +20,14 @@ def generate(
     seed: int = 0,
     broadcast: Callable[[int], int] | None = None,
     ends: Collection[int] = (),
+    on_token: Callable[[list[int]], object] = lambda new: None,
 ) -> list[int]:
     """Continues `prompt` by up to `new_tokens` ids, ending at `eos_id` or one of `ends`.
 
     next_logits: tokens int64 [1, seq] -> logits [vocab] of the token after them. temperature 0 is greedy. Ids from
     `vocab_size` on (rows the tokenizer has no piece for) are never drawn. At most the last `context_length` tokens are
     seen. broadcast: gives one process's token to all that generate together, whose sums may round differently.
+    on_token: takes all new ids after each.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt) or [eos_id]
@@ -38,6 +40,7 @@ def generate(
         if token == eos_id or token in ends:
             break
         tokens.append(token)
+        on_token(tokens[given:])
     return tokens[given:]
 
 

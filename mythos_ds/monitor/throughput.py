@@ -18,8 +18,11 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s of one process: the data sheet's for a known GPU in bf16, else measured by a matrix product."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of one process: the data sheet's for a known GPU in bf16, else measured by a matrix product; None on
+    a CPU, whose cores other processes share."""
+    if device.type == "cpu":
+        return None
     if device.type == "cuda" and dtype == torch.bfloat16:
         known = peak_bf16(torch.cuda.get_device_name(device))
         if known is not None:
@@ -49,7 +52,7 @@ class Throughput:
     """
 
     resolved: ResolvedRun
-    peak_flops_per_rank: float
+    peak_flops_per_rank: float | None
     _tokens: int = 0
     _flops: float = 0.0
     _seconds: float = 0.0
@@ -69,11 +72,11 @@ class Throughput:
         self._seconds += seconds
 
     def read(self) -> dict[str, float]:
-        """tokens_per_second over all ranks and mfu (0..1) since the last reading; starts a new one."""
+        """tokens_per_second over all ranks, and mfu (0..1) where the peak is known, since the last reading; starts a
+        new one."""
         seconds = max(self._seconds, 1e-9)
-        values = {
-            "tokens_per_second": self._tokens / seconds,
-            "mfu": self._flops / seconds / (self.peak_flops_per_rank * self.resolved.world_size),
-        }
+        values = {"tokens_per_second": self._tokens / seconds}
+        if self.peak_flops_per_rank is not None:
+            values["mfu"] = self._flops / seconds / (self.peak_flops_per_rank * self.resolved.world_size)
         self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
         return values

@@ -1,5 +1,6 @@
 """A plan as numbers with units, as tables, and as a picture."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.table import Table
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
-from mythos_ds.formatting import byte_text, number_text
+from mythos_ds.formatting import byte_text, dollar_text, number_text
 from mythos_ds.hardware import Gpu
 from mythos_ds.plan.layouts import Layout
 from mythos_ds.plan.timing import checkpoint, costs, serving
@@ -126,9 +127,10 @@ def print_run(console: Console, name: str, numbers: dict[str, Any]) -> None:
     if not fits:
         _print_remedy(console, numbers)
     console.print(_stage_table(numbers))
+    console.print(_sum_table(numbers))
     for number, part in enumerate(parts, 1):
         console.print()
-        print_plan(console, f"training stage {number} of {len(parts)}: {part['name']}", part)
+        print_plan(console, f"training stage {number} of {len(parts)}: {part['name']}", part, first=parts[0])
     if numbers["layouts"]:
         console.print(_run_layout_table(numbers))
 
@@ -140,58 +142,77 @@ def _print_remedy(console: Console, numbers: dict[str, Any]) -> None:
     console.print(f"  first change that makes it fit: {text}", highlight=False)
 
 
-def print_plan(console: Console, name: str, numbers: dict[str, Any]) -> None:
-    """The plan of one training stage, or of a run without, for people."""
+def print_plan(console: Console, name: str, numbers: dict[str, Any], first: dict[str, Any] | None = None) -> None:
+    """The plan of one training stage, or of a run without, for people. first: that of the run's first stage, of which
+    nothing is said twice."""
     fits, total, limit = numbers["fits"], numbers["memory_total_bytes"], numbers["memory_limit_bytes"]
     verdict = "[green]fits[/green]" if fits else "[red]does not fit[/red]"
     console.print(f"[bold]{name}[/bold] on {numbers['gpus']:,} {numbers['gpu']}: {verdict}: "
                   f"{byte_text(total)} of {byte_text(limit)} per GPU", highlight=False)  # fmt: skip
     if not fits and "remedy" in numbers:
         _print_remedy(console, numbers)
-    counted, cost = numbers["parameters"], numbers["flops"]
-    console.print(
-        f"parameters {counted['total']:,}, active {counted['active']:,} ({counted['active_share']:.1%}); "
-        f"{cost['training_flops_per_token'] / 1e9:,.4g} GFLOP per trained token at {cost['mean_loops']:.1f} loops, "
-        f"{cost['training_at_full_depth_flops_per_token'] / 1e9:,.4g} at {cost['max_loops']}; serving at full depth "
-        f"costs {cost['serving_to_trained_forward']:.1f} times the forward of a trained token",
-        highlight=False,
-    )
-    console.print(_memory_table(numbers))
-    console.print(_step_table(numbers))
-    console.print(_cost_table(numbers))
-    saved, served = numbers["checkpoint"], numbers["serving"]
-    console.print(
-        f"checkpoint {byte_text(saved['bytes'])}, {saved['write_s']:.0f} s to write; a failure every "
-        f"{saved['hours_between_failures']:,.0f} hours: save every {saved['interval_s'] / 60:.0f} minutes\n"
-        f"serving: {served['nodes']} node(s); cache {byte_text(served['cache_bytes_mean'])} per token at mean depth, "
-        f"{byte_text(served['cache_bytes_max'])} at full depth; there {served['largest_context']:,} tokens in all, or "
-        f"{served['batch_at_training_length']} sequences of the training length",
-        highlight=False,
-    )
-    if reach := numbers["node_limited_routing"]:
-        console.print(
-            f"expert groups span {reach['nodes']} nodes: {reach['sent']:.3g} copies of a token leave its node for each "
-            "looped layer, one per expert; node-limited routing does not change that and does not pay. Sent once per "
-            f"node it would be {reach['once_per_node']:.3g}, limited to {reach['limit']} nodes {reach['limited']:.3g}",
-            highlight=False,
-        )
+    same = []
+    for part, (keys, shown) in _PARTS.items():
+        if first is not None and first is not numbers and all(first[key] == numbers[key] for key in keys):
+            same.append(part)
+        elif made := shown(numbers):
+            console.print(made, highlight=False)
+    if same:
+        console.print(f"as in stage {first['name'] if first else ''}: {', '.join(same)}", highlight=False)
     if numbers.get("layouts"):
         console.print(_layout_table(numbers))
 
 
+def _counted_text(numbers: dict[str, Any]) -> str:
+    counted, cost = numbers["parameters"], numbers["flops"]
+    return (
+        f"parameters {counted['total']:,}, active {counted['active']:,} ({counted['active_share']:.1%}); "
+        f"{cost['training_flops_per_token'] / 1e9:,.4g} GFLOP per trained token at {cost['mean_loops']:.1f} loops, "
+        f"{cost['training_at_full_depth_flops_per_token'] / 1e9:,.4g} at {cost['max_loops']}; serving at full depth "
+        f"costs {cost['serving_to_trained_forward']:.1f} times the forward of a trained token"
+    )
+
+
+def _saved_text(numbers: dict[str, Any]) -> str:
+    saved, served = numbers["checkpoint"], numbers["serving"]
+    return (
+        f"checkpoint {byte_text(saved['bytes'])}, {saved['write_s']:.0f} s to write; a failure every "
+        f"{saved['hours_between_failures']:,.0f} hours: save every {saved['interval_s'] / 60:.0f} minutes\n"
+        f"serving: {served['nodes']} node(s); cache {byte_text(served['cache_bytes_mean'])} per token at mean depth, "
+        f"{byte_text(served['cache_bytes_max'])} at full depth; there {served['largest_context']:,} tokens in all, or "
+        f"{served['batch_at_training_length']} sequences of the training length"
+    )
+
+
+def _reach_text(numbers: dict[str, Any]) -> str | None:
+    reach = numbers["node_limited_routing"]
+    return reach and (
+        f"expert groups span {reach['nodes']} nodes: {reach['sent']:.3g} copies of a token leave its node for each "
+        "looped layer, one per expert; node-limited routing does not change that and does not pay. Sent once per "
+        f"node it would be {reach['once_per_node']:.3g}, limited to {reach['limit']} nodes {reach['limited']:.3g}"
+    )
+
+
 def _stage_table(numbers: dict[str, Any]) -> Table:
-    """Memory and length of each training stage, and the days and dollars of each and of all."""
-    labels = [cost["at"] for cost in numbers["costs"]]
-    days_at = (f"days, {label}" for label in labels)
-    made = _table("Training stages", "stage", "memory", "sequence", "steps", "tokens", *days_at, "dollars")
+    """Memory and length of each training stage, and the days and dollars of each and of all, as built."""
+    heads = ("stage", "memory", "sequence", "steps", "tokens", "days", "dollars")
+    made = _table("Training stages", *heads)
+    at = numbers["costs"][0]["at"]
     for part in (*numbers["stages"], {**numbers, "name": "all"}):
-        found = {cost["at"]: cost for cost in part["costs"]}
-        days = (f"{found[at]['days']:,.1f}" for at in labels)
+        cost = next(one for one in part["costs"] if one["at"] == at)
         length = str(part["seq_len"]) if "seq_len" in part else ""
         size = byte_text(part["memory_total_bytes"]) + ("" if part["fits"] else " does not fit")
         cells = (size, length, f"{part['steps']:,}", number_text(part["tokens"]))
-        made.add_row(part["name"], *cells, *days, f"{found[labels[0]]['dollars']:,.0f}")
-    made.caption = f"dollars at the {labels[0]}"
+        made.add_row(part["name"], *cells, f"{cost['days']:,.1f}", dollar_text(cost["dollars"]))
+    made.caption = f"days and dollars {at}"
+    return made
+
+
+def _sum_table(numbers: dict[str, Any]) -> Table:
+    """What all training stages cost together, at each utilisation that all of them allow."""
+    made = _table("Cost of all stages", "at", "days", "dollars")
+    for cost in numbers["costs"]:
+        made.add_row(cost["at"], f"{cost['days']:,.1f}", dollar_text(cost["dollars"]))
     return made
 
 
@@ -206,7 +227,7 @@ def _run_layout_table(numbers: dict[str, Any]) -> Table:
 def _table(title: str, *headings: str) -> Table:
     made = Table(title=title, title_justify="left")
     for index, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if index == 0 else "right")
+        made.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")  # never cut
     return made
 
 
@@ -236,8 +257,21 @@ def _cost_table(numbers: dict[str, Any]) -> Table:
     made = _table(title, "at", "tokens/s", "days", "days per trillion tokens", "dollars")
     for cost in numbers["costs"]:
         cells = (f"{cost['tokens_per_s']:,.0f}", f"{cost['days']:,.1f}", f"{cost['days_per_trillion_tokens']:,.1f}")
-        made.add_row(f"{cost['at']} ({cost['mfu']:.0%})", *cells, f"{cost['dollars']:,.0f}")
+        share = "" if cost["at"].endswith("%") else f" ({cost['mfu']:.0%})"
+        made.add_row(f"{cost['at']}{share}", *cells, dollar_text(cost["dollars"]))
     return made
+
+
+_STEP_KEYS = ("transfers", "compute_s", "memory_bound_s", "step_bound_s", "step_as_built_s", "mfu_bound", "reasons")
+_PARTS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Table | str | None]]] = {
+    "parameters": (("parameters", "flops"), _counted_text),
+    "memory": (("memory_bytes",), _memory_table),
+    "a mean step": (_STEP_KEYS, _step_table),
+    "cost": (("costs",), _cost_table),
+    "checkpoint and serving": (("checkpoint", "serving"), _saved_text),
+    "expert groups": (("node_limited_routing",), _reach_text),
+}
+"""What a plan tells, in this order: the numbers that each part shows, and how."""
 
 
 def _layout_table(numbers: dict[str, Any]) -> Table:

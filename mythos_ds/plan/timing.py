@@ -172,9 +172,10 @@ class Cost:
 
 
 def costs(found: Timing, gpus: int, gpu: Gpu, tokens: float) -> tuple[Cost, ...]:
-    """At the bound, and at each of TARGETS that the bound allows."""
+    """As built, at the bound, and at each of TARGETS that the bound allows."""
     made = []
-    for label, mfu in (("bound", found.mfu_bound), *((f"{target:.0%} MFU", target) for target in TARGETS)):
+    targets = ((f"target {target:.0%}", target) for target in TARGETS)
+    for label, mfu in (("as built", found.mfu_serial), ("bound", found.mfu_bound), *targets):
         if mfu > found.mfu_bound:
             continue
         step = found.model_flops / (mfu * found.peak_flops)

@@ -9,11 +9,13 @@ from mythos_ds.checkpoint import manifest
 from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints
 from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.resolve import ResolvedStage
+from mythos_ds.config.schema import TrainingConfig
 from mythos_ds.errors import CheckpointError
 from mythos_ds.io import looked_for
 from mythos_ds.log import get_logger
 from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.train.lr_schedule import learning_rate
 from mythos_ds.train.run_changes import FIRST, RunNames, check_former, continue_manifest
 from mythos_ds.train.run_directory import RunDirectory
 from mythos_ds.train.run_manifest import RunManifest, planned_stages, staged_manifest
@@ -84,9 +86,21 @@ def where_to_start(
     for number, former in enumerate(found.former_stages[-index:] if index else ()):
         check_former(former, stages[number], number, names)
     here = continue_manifest(found, stages[index], step, names)
+    if len(here.lengths) > len(found.lengths):
+        _logger.info("%s", _longer_note(found, here, step, stages[index].run.config.training))
     here = replace(here, stages_ahead=planned_stages(stages[index + 1 :]))
     ended = ended and index + 1 < len(stages) and here.total_steps == step
     return Start(index, here, ended)
+
+
+def _longer_note(before: RunManifest, now: RunManifest, step: int, training: TrainingConfig) -> str:
+    """What a larger length changes: the schedule, and with it the learning rate of the next step."""
+    own = step - now.start_step
+    old, new = (learning_rate(own, training, each.lengths, each.start_lr) for each in (before, now))
+    ramp = f", reached over {training.warmup_steps} steps" if training.warmup_steps else ""
+    lengths = f"{before.total_steps} -> {now.total_steps} steps"
+    follows = f"the learning rate now follows the schedule of {now.total_steps} steps{ramp}"
+    return f"planned length {lengths}: {follows}; at step {step + 1}: {old:.3g} -> {new:.3g}"
 
 
 def _place(known: list[str | None], stages: Sequence[ResolvedStage], new_stage: str | None, names: RunNames) -> int:

@@ -103,11 +103,13 @@ def train(
         tied=resolved.config.model.tie_embeddings,
         timeout_s=resolved.config.parallel.timeout_s,
     )
+    run = RunDirectory(request.run_dir)
     with StopSignals() as stop, files_of_the_group(everyone=request.share):
         try:
             together(groups, lambda: _require_room(request.stages, environment, groups))
-            summary = _train(request, groups, stop, open_data, open_weights, adapt, callbacks)
+            summary = _train(request, run, groups, stop, open_data, open_weights, adapt, callbacks)
         except MythosError:
+            run.remove_unused()
             groups.close()
             raise
         except Exception as error:
@@ -118,6 +120,7 @@ def train(
 
 def _train(
     request: RunRequest,
+    run: RunDirectory,
     groups: ParallelGroups,
     stop: StopSignals,
     open_data: OpenData,
@@ -127,7 +130,7 @@ def _train(
 ) -> RunSummary:
     """One training stage after the other, each with an engine of its own; all but the first load the checkpoint that
     the one before left, whether they follow it in this process or not."""
-    stages, run = request.stages, RunDirectory(request.run_dir)
+    stages = request.stages
     claimed = together(groups, lambda: run.lock() if groups.rank == 0 else None)
     tag = choose_checkpoint(groups, run, request.resume, request.new_stage)
     names = names_of(tag, request.config_file, request.argv)

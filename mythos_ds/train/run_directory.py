@@ -4,6 +4,7 @@ import fcntl
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,11 +62,13 @@ class RunDirectory:
         self.csv = root / "metrics.csv"
         self.wandb = root / "wandb_run.json"
         self.manifest = root / "manifest.json"
+        self._made: list[Path] = []
         self.configuration = root / "config.resolved.json"
 
     def lock(self) -> TextIO:
         """Claims the directory while the returned file is open. Raises CheckpointError where another run holds it."""
         try:
+            self._made = [each for each in (self.root, *self.root.parents) if not each.exists()]
             self.root.mkdir(parents=True, exist_ok=True)
             handle = (self.root / ".lock").open("a", encoding="utf-8")
         except OSError as error:
@@ -83,6 +86,14 @@ class RunDirectory:
         except OSError:  # a file system without locks
             pass
         return handle
+
+    def remove_unused(self) -> None:
+        """Remove the directory again where `lock` has made it and nothing but the lock is in it: a refused start."""
+        with suppress(OSError):
+            if self._made and [path.name for path in self.root.iterdir()] == [".lock"]:
+                (self.root / ".lock").unlink()
+                for each in self._made:
+                    each.rmdir()
 
     def read_manifest(self) -> RunManifest:
         """The stored manifest. Raises CheckpointError when it is missing, not readable or contradicts itself."""

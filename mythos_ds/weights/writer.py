@@ -45,6 +45,7 @@ PIECE_BYTES = 1 << 25
 """Rows are read in pieces of about this size; a single row (an expert) may be larger."""
 
 _CHECKED_AT_ONCE = 1 << 20
+_METADATA = {"format": "pt"}
 _RECORDS = ".written"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -64,10 +65,11 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Checksums:
-    """The content of checksums.json. `job`: what was written, so that the same job goes on."""
+    """The content of checksums.json. `job`: what was written, so that the same job goes on; `made_from`: in words."""
 
     files: dict[str, FileChecksum]
     job: str = ""
+    made_from: str = ""
 
 
 def plan_files(
@@ -110,17 +112,19 @@ def write_tensors(
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
+    made_from: str = "",
 ) -> dict[str, FileChecksum]:
-    """Write everything that `source` gives below `folder`; `progress` gets the bytes as they are done.
+    """Write everything that `source` gives below `folder`; `progress` gets the bytes as they are done. made_from: for
+    the message of a later job that finds this one's files.
 
     The same call after an interruption goes on, also among those for other stems. No other job may write there
     meanwhile (`output_lock`). Raises CheckpointError where `folder` holds another job's files, the source breaks its
     promise of types and shapes, or a value is not finite, and OutputError where the disk does not take a file.
     """
     files = plan_files(source.specs(), max_file_bytes, stem)
-    metadata = dict(metadata or {"format": "pt"})
-    job = hashlib.sha256(pickle.dumps((source, [(f.name, list(f.tensors.items())) for f in files], metadata)))
-    done = _start(folder, job.hexdigest(), {file.name for file in files}, stem)
+    metadata = dict(metadata or _METADATA)
+    job = _job(source, files, metadata)
+    done = _start(folder, job, {file.name for file in files}, stem)
     report = progress or (lambda done: None)
     for file in files:
         if file.name in done:
@@ -134,9 +138,22 @@ def write_tensors(
     if len(files) > 1:
         write_json(folder / f"{stem}.safetensors.index.json", _index(files))
     records = {name: asdict(done[name]) for name in sorted(done)}
-    write_json(folder / _checksums(stem), {"format": 1, "job": job.hexdigest(), "files": records})
+    made = {"made_from": made_from} if made_from else {}
+    write_json(folder / _checksums(stem), {"format": 1, "job": job, **made, "files": records})
     rmtree(_records(folder, stem))
     return done
+
+
+def require_own(source: TensorSource, folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    """Raises CheckpointError where `folder` holds what another job has finished; of one that goes on the lock tells."""
+    if not _records(folder, "model").exists():
+        files = plan_files(source.specs(), max_file_bytes)
+        _finished(folder, _job(source, files, _METADATA), {file.name for file in files}, "model")
+
+
+def _job(source: TensorSource, files: Sequence[OutputFile], metadata: Mapping[str, str]) -> str:
+    content = (source, [(f.name, list(f.tensors.items())) for f in files], dict(metadata))
+    return hashlib.sha256(pickle.dumps(content)).hexdigest()
 
 
 def _records(folder: Path, stem: str) -> Path:
@@ -164,6 +181,17 @@ def _index(files: Sequence[OutputFile]) -> dict[str, Any]:
 
 def _start(folder: Path, job: str, names: set[str], stem: str) -> dict[str, FileChecksum]:
     """Make the folder ready and say what an earlier call for the same job finished."""
+    found, records = _finished(folder, job, names, stem), _records(folder, stem)
+    real_folder(records)
+    remove_leftovers(folder)
+    remove_leftovers(records)
+    write_json(records / "job.json", job)
+    whole = {n: r for n, r in found.items() if _size(folder / n) == r.size}
+    return {name: record for name, record in whole.items() if name in names}
+
+
+def _finished(folder: Path, job: str, names: set[str], stem: str) -> dict[str, FileChecksum]:
+    """What an earlier call for the same job finished. Raises CheckpointError for files of another one."""
     records, checksums = _records(folder, stem), folder / _checksums(stem)
     if checksums.is_file() and (listed := read_checksums(checksums)).job == job:
         own = {name: record for name, record in listed.files.items() if name in names}
@@ -175,17 +203,14 @@ def _start(folder: Path, job: str, names: set[str], stem: str) -> dict[str, File
         half = (
             " (of a job that has not finished: start that one again, or remove the folder)" if records.exists() else ""
         )
+        made_from = read_checksums(checksums).made_from if checksums.is_file() else ""
+        made = f", made from {made_from}" if made_from else ""
         raise CheckpointError(
-            f"{folder}: holds {existing[0].name} of something else{half}; choose an empty folder", code="MDS601"
+            f"{folder}: holds {existing[0].name} of something else{made}{half}; choose an empty folder", code="MDS601"
         )
     else:
         found = {}
-    real_folder(records)
-    remove_leftovers(folder)
-    remove_leftovers(records)
-    write_json(records / "job.json", job)
-    whole = {n: r for n, r in found.items() if _size(folder / n) == r.size}
-    return {name: record for name, record in whole.items() if name in names}
+    return found
 
 
 def _size(path: Path) -> int | None:

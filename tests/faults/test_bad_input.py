@@ -160,6 +160,7 @@ def test_missing_tokenizer(words, tmp_path):
 
 def test_missing_data_file(words, tmp_path):
     check_message(run(with_data(tmp_path, words, prefix=tmp_path / "nothing"), tmp_path), [str(tmp_path / "nothing")])
+    assert not (tmp_path / "run").exists(), "what the refused start made is gone"
 
 
 def test_damaged_data_file(words, tmp_path):

@@ -47,6 +47,42 @@ def test_help_lists_the_verbs_and_imports_nothing_heavy(cwd):
     assert all(line.strip().endswith(".") for line in lines.values()), "a sentence each"
 
 
+def test_every_verb_is_in_one_group():
+    listed = [name for names in command.GROUPS.values() for name in names]
+    assert sorted(listed) == sorted(command.verbs())
+    groups = [line for line in command.help_text().splitlines() if line.endswith(":")]
+    assert groups == [f"{group}:" for group in command.GROUPS]
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["--help"]])
+def test_a_checkout_that_is_not_installed_says_so(arguments, tmp_path):
+    """Without site-packages there is no finder of the mains; the package itself needs none for this message."""
+    (tmp_path / "mythos_ds").symlink_to(ROOT / "mythos_ds")
+    called = [sys.executable, "-S", "-m", "mythos_ds", *arguments]
+    done = subprocess.run(called, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is not installed" in done.stderr
+    assert "pip install -e ." in done.stderr
+    assert done.stderr.endswith("[MDS780]\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "PASSIVE"), ({"OMP_NUM_THREADS": "2"}, None), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")],
+)
+def test_idle_threads_sleep_unless_threads_are_chosen(given, expected):
+    program = (
+        "import os, runpy; from mythos_ds import __main__ as command;"
+        "runpy.run_module = lambda name, run_name: print(os.environ.get('OMP_WAIT_POLICY'));"
+        "command.main(['env'])"
+    )
+    variables = {name: value for name, value in environment().items() if not name.startswith("OMP_")} | given
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd="/", env=variables, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout == f"{expected}\n", done.stderr
+
+
 def test_importing_the_package_loads_nothing_heavy():
     program = f"import sys, mythos_ds; sys.exit(' '.join(name for name in {HEAVY} if name in sys.modules) or None)"
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, check=False)
@@ -118,6 +154,10 @@ def test_a_launchers_rank_before_the_verb_is_handed_on(before):
         (["--processes", "2", "--dry-run", "--world-size", "3"], "--processes: given 2 with --world-size 3; give one"),
         (["--processes", "3"], "training.global_batch_size"),
         (["--processes", "2", "model.n_expert=8"], "did you mean 'n_experts'?"),
+        (
+            ["--training.max_steps=10"],
+            "a setting, no option; write training.max_steps=10 without --",
+        ),
         (["--world-size", "3"], "--world-size: given 3; allowed: with --dry-run"),
     ],
 )

@@ -43,7 +43,7 @@ files beside the packages."""
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
-    "root": 2_280,
+    "root": 2_310,
     "kernels": 480,
     "config": 3_860,
     "costs": 1_230,
@@ -56,17 +56,17 @@ LINES = {
     "engine": 1_010,
     "checkpoint": 1_770,
     "inference": 190,
-    "train": 2_210,
+    "train": 2_250,
     "conversion": 3_450,
-    "plan": 2_120,
-    "analysis": 1_210,
+    "plan": 2_180,
+    "analysis": 1_240,
     "cluster": 1_620,
     "lab": 3_750,
     "bench": 1_310,
     "api": 440,
     "__init__": 60,
-    "__main__": 100,
-    "mains": 90,
+    "__main__": 140,
+    "mains": 100,
 }
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")

@@ -119,3 +119,16 @@ def test_metadata_stands_in_one_place() -> None:
     assert project["dynamic"] == ["version"]
     assert version("mythos_ds") == mythos_ds.__version__
     assert not re.findall(r"install_requires|extras_require|entry_points|version=", (ROOT / "setup.py").read_text())
+
+
+def test_setup_says_what_takes_minutes_once(tmp_path):
+    """With a Python that does nothing."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    for name in ("setup.py", "pyproject.toml", "mythos_ds/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    line = "installing torch and the packages of requirements.lock, a few minutes\n"
+    for expected in (line, ""):
+        command = ["make", "--no-print-directory", "setup", "VENV=", "PYTHON=true"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout == expected, done.stderr

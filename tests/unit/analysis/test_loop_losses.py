@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mythos_ds.analysis import loop_losses
 from mythos_ds.analysis.loop_losses import held_out_sequences, loss_table, paired, sequence_losses
 from mythos_ds.config.loader import load_config
 from mythos_ds.data.tokenizer import Tokenizer
@@ -87,3 +88,19 @@ def test_a_model_that_halts_is_refused(settings: list[str]) -> None:
     model.recurrent.halting = torch.nn.Identity()  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="halting"):
         sequence_losses(model, [], [1])
+
+
+def test_a_short_text_is_read_whole_unless_a_number_was_given(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    length = 200
+    config = load_config("tiny", [*settings, f"training.seq_len={length}"]).config
+    said: list[str] = []
+    monkeypatch.setattr(loop_losses._logger, "info", lambda text, *values: said.append(text % values))
+    read = sum(len(batch["tokens"]) for batch in held_out_sequences(config))
+    assert 2 <= read < 16
+    assert len(said) == 1
+    assert f" of {length}: {read} are read" in said[0]
+    words = ["tiny", "--config", "tiny", *settings, f"training.seq_len={length}", "--sequences", "16"]
+    assert run_tool(evaluate.parser(), evaluate.work, words) == 2
+    assert "--sequences: given 16; the held-out text has " in capsys.readouterr().err

@@ -43,6 +43,7 @@ def tiny_json() -> dict:
         ('data.datasets=[{"prefx":"a"}]', "data.datasets[0].prefx: unknown key; did you mean 'prefix'?"),
         ("model.dim.x=3", "'model.dim' is a value, not a section"),
         ("lr", "allowed: section.key=value"),
+        ("max_steps=10", "; did you mean training.max_steps=10?"),
     ],
 )
 def test_message_says_where_what_and_nearest(override, expected):

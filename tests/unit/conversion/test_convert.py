@@ -145,3 +145,26 @@ def test_what_has_no_effect_or_does_not_fit_is_one_message(
         assert message in error
         assert "Traceback" not in error
         assert not out.exists(), message
+
+
+def test_an_export_says_its_type_and_how_it_is_opened(tmp_path: Path, capsys: Capture) -> None:
+    assert _run("mythos", "hf", TINY, tmp_path / "hf") == 0
+    printed = capsys.readouterr().out
+    assert "matrices in bfloat16, the default; --dtype float32 keeps the logits\n" in printed
+    assert "`import mythos_hf`; without that package: --with-remote-code" in printed
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert 'tokenizer("The", return_tensors="pt", add_special_tokens=False)' in card
+    assert _run("mythos", "hf", TINY, tmp_path / "exact", "--dtype", "float32", "--with-remote-code") == 0
+    printed = capsys.readouterr().out
+    assert "matrices in float32\n" in printed
+    assert "import mythos_hf" not in printed
+
+
+def test_an_output_of_something_else_is_refused_before_the_bar(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _run("mythos", "hf", TINY, tmp_path / "hf") == 0
+    monkeypatch.setattr(convert_checkpoint, "byte_progress", lambda *_: pytest.fail("a bar"))
+    assert _run("mythos", "hf", TINY, tmp_path / "hf", "--dtype", "float32") == 2
+    message = capsys.readouterr().err
+    assert "of something else, made from tiny (mythos to hf, bfloat16) by convert; choose an empty folder" in message

@@ -16,8 +16,10 @@ from mythos_ds.checkpoint.portable import open_state
 from mythos_ds.checkpoint.training_state import TrainingState
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve
-from mythos_ds.conversion.merge import chat_of, tokenizer_of
+from mythos_ds.conversion.hf_card import model_card
+from mythos_ds.conversion.merge import chat_of, metadata_of, newest_tag, tokenizer_of
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.errors import CheckpointError
 from mythos_ds.weights.model_folder import load_model, read_metadata
 from mythos_ds.weights.reader import TensorFolder
 from tests.helpers.paths import ROOT
@@ -158,3 +160,18 @@ def test_the_chat_template_is_that_of_the_last_stage_with_conversations(stages):
     found = chat_of(TrainingState(1, 8, None, {}, {}, run=run))
     expected = {"chat": ("one", {3, 4}), "other": ("two", {5})}.get(next((s for s in stages[::-1] if s != "text"), ""))
     assert (found and (found.template, found.ends)) == expected
+
+
+def test_a_run_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere: no such folder.*; allowed: a run or a checkpoint") as told:
+        newest_tag(tmp_path / "nowhere")
+    assert told.value.code == "MDS513"
+
+
+@pytest.mark.parametrize(("prompts", "expected"), [(["Once", "Then"], '"Once"'), ([], '"The"')])
+def test_a_card_begins_with_the_runs_own_prompt(prompts, expected):
+    config = load_config("tiny", [f"monitor.sample_prompts={json.dumps(prompts)}"]).config.model_dump(mode="json")
+    metadata = metadata_of(TrainingState(1, 1, 1.0, {"ep_size": 1}, config))
+    sizes = {"num_prelude_layers": 1, "num_recurrent_layers": 1, "num_coda_layers": 1, "hidden_size": 8}
+    more = {"n_routed_experts": 4, "num_experts_per_tok": 1, "mean_recurrence": 4, "max_loops": 8}
+    assert f"inputs = tokenizer({expected}, " in model_card({**sizes, **more}, metadata)

@@ -1,10 +1,12 @@
 """The data tools as a user calls them."""
 
 import json
+import re
 
 import pytest
 
 from mythos_ds.data.dataset_info import read_info
+from mythos_ds.errors import DataError
 from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
 from tests.helpers.text_data import make_texts, make_tokenizer
@@ -64,6 +66,28 @@ def test_tokenizer_data_and_inspection(documents, tmp_path, capsys):
     assert TEXTS[3] in out
     assert "all 40 documents end with id 2" in out
     assert run(["inspect_data", str(prefix)]) == 0
+
+
+def test_fewer_pieces_than_asked_for_are_said(documents, tmp_path, capsys):
+    train = ["train_tokenizer", str(documents), "--output", str(tmp_path / "t.model"), "--vocab-size", "2000"]
+    assert run(train) == 0
+    assert re.search(r": \d{3} pieces of the 2,000 asked for \(the text has no more\), sha256", capsys.readouterr().out)
+
+
+def test_a_key_that_no_row_has_is_one_line(documents, tmp_path, capsys):
+    command = ["prepare_data", str(documents), "--tokenizer", str(make_tokenizer(tmp_path).path)]
+    command += ["--output", str(tmp_path / "o"), "--workers", "1", "--key", "content"]
+    assert run(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "none of the first 20 rows has the key: no field 'content'; allowed for --key: 'text' [MDS422]" in error
+    documents.write_text(json.dumps({"content": "a text"}) + "\n" + documents.read_text())
+    assert run(command) == 2
+    assert "20 bad rows, after which reading ended" in capsys.readouterr().err
+
+
+def test_a_text_in_place_of_a_prefix_is_said_with_the_command(documents):
+    with pytest.raises(DataError, match=r"docs.jsonl: is text, not a prepared prefix; .*--output \S*/docs$"):
+        read_info(documents)
 
 
 def test_max_documents(documents, tmp_path):

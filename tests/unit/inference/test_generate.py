@@ -1,5 +1,7 @@
 """Continuing a text: greedy follows the likeliest token, the end ends it, and the tool says what is wrong."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,31 @@ def test_the_tool_continues_a_prompt_and_refuses_a_loop_count_below_one(
     assert capsys.readouterr().out.startswith("def ")
     assert run("--loops", "0") == 2
     assert "allowed: 1 or more" in capsys.readouterr().err
+
+
+def test_a_terminal_sees_the_text_as_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = configuration(base("cpu")).model.model_copy(update={"vocab_size": 512})
+    save_model(MythosModel(model), tmp_path, {"seq_len": 16})
+    make_tokenizer(tmp_path)
+    tool = load_main("tools/generate.py")
+
+    class Terminal(io.StringIO):
+        parts: list[str]
+
+        def isatty(self) -> bool:
+            return terminal
+
+        def write(self, text: str) -> int:
+            self.parts.append(text)
+            return super().write(text)
+
+    texts = []
+    for terminal in (False, True):
+        stream = Terminal()
+        stream.parts = []
+        monkeypatch.setattr(sys, "stdout", stream)
+        words = ["def ", "--model", str(tmp_path), "--tokens", "12", "--seed", "3"]
+        assert run_tool(tool.parser(), tool.work, words) == 0
+        assert (len(stream.parts) > 3) == terminal
+        texts.append(stream.getvalue())
+    assert texts[0] == texts[1]

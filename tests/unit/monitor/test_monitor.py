@@ -2,15 +2,21 @@
 
 import io
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from mythos_ds import log
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.resolve import resolve
 from mythos_ds.monitor.metrics import MetricsWriter
 from mythos_ds.monitor.progress import ProgressLine
 from mythos_ds.monitor.tensorboard import TensorBoardWriter
+from mythos_ds.monitor.throughput import Throughput, peak_flops
 
 
 def test_metrics_are_lines_of_json(tmp_path: Path) -> None:
@@ -85,3 +91,31 @@ def test_peak_memory_counts_what_a_process_held() -> None:
         "assert peak() - before > 200 << 20, (before, peak())\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_utilisation_is_left_out_where_the_peak_is_unknown() -> None:
+    resolved = resolve(load_config("tiny", []).config, 2)
+    assert peak_flops(torch.device("cpu"), torch.float32) is None
+    found = Throughput(resolved, None)
+    found.add(n_loops=4, seconds=2.0, sequences=8)
+    assert found.read() == {"tokens_per_second": 8 * resolved.config.training.seq_len / 2.0}
+    found = Throughput(resolved, 1e9)
+    found.add(n_loops=4, seconds=2.0, sequences=8)
+    assert found.read()["mfu"] > 0
+
+
+def test_deepspeed_says_nothing_of_the_cpu_where_there_is_no_gpu(monkeypatch, tmp_path) -> None:
+    said = []
+    logger = logging.getLogger("DeepSpeed")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "handle", lambda record: said.append(record) if logger.filter(record) else None)
+    text = "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."
+    (tmp_path / "gpu").touch()
+    for devices, count in (((str(tmp_path / "gpu"),), 1), ((), 0)):
+        monkeypatch.setattr(log, "_DEVICES", devices)
+        log.quiet_without_gpu()
+        said.clear()
+        logger.warning(text)
+        assert len(said) == count
+    logger.warning("another")
+    assert [record.getMessage() for record in said] == ["another"]

@@ -193,7 +193,11 @@ def test_costs_and_checkpoints_are_consistent():
     resolved, gpu = resolve(config, 1024), GPUS["h200"]
     step = timing(resolved, gpu)
     assert step.serial_s > step.bound_s >= step.compute_s
-    for cost in costs(step, 1024, gpu, 15e12):
+    built, bound, target = costs(step, 1024, gpu, 15e12)
+    assert (built.label, bound.label, target.label) == ("as built", "bound", "target 35%")
+    assert (built.mfu, bound.mfu) == (step.mfu_serial, step.mfu_bound)
+    assert built.dollars > bound.dollars
+    for cost in (built, bound, target):
         assert cost.days == pytest.approx(15 * cost.days_per_trillion)
         assert cost.dollars == pytest.approx(cost.days * 24 * 1024 * gpu.price_per_hour)
     saved = checkpoint(resolved, 1024, gpu)

@@ -1,10 +1,12 @@
 """The plan of a file with training stages: each stage's is that of a file of its own, and the run is their sum."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import mythos_ds
 from mythos_ds.config.loader import load_config
@@ -13,6 +15,7 @@ from mythos_ds.costs.dry_run import dry_run_report
 from mythos_ds.costs.flops import mean_training_depth
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
+from mythos_ds.plan.report import print_run
 from mythos_ds.train.depth_sampler import DepthSampler
 from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
@@ -79,6 +82,29 @@ def test_a_run_is_the_sum_of_its_stages(tmp_path):
     assert plan.numbers["binding_stage"] == "long"
     assert "3 training stages: fits: at most" in str(plan)
     assert "training stage 2 of 3: long on 8 h100: fits" in str(plan)
+
+
+def test_no_figure_is_cut_at_80_columns_and_no_table_is_shown_twice(tmp_path):
+    numbers = mythos_ds.plan_run(staged(tmp_path)).numbers
+    numbers["stages"][2] = {**numbers["stages"][0], "name": "anneal"}
+    # Figures as long as those of 1t, which takes longer to plan.
+    for part in (numbers, *numbers["stages"]):
+        part["costs"] = [{**cost, "days": 1443.7, "dollars": 20_326_746.0} for cost in part["costs"]]
+        part["steps"] += 894_070
+    text = io.StringIO()
+    print_run(Console(file=text, width=80), "1t", numbers)
+    shown = text.getvalue()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    together = shown[shown.index("Cost of all stages") : shown.index("training stage 1 of 3")]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in together.splitlines() if "│" in line]
+    assert [row[0] for row in rows[:2]] == ["as built", "bound"]
+    assert all(row[0].startswith("target ") for row in rows[2:])
+    assert all(row[1:] == ["1,443.7", "$20.3M"] for row in rows)
+    assert shown.count("Memory of the fullest GPU") == 2
+    last = shown[shown.index("training stage 3 of 3") :]
+    assert "as in stage pretrain: parameters, memory, a mean step, cost, checkpoint and serving" in last
+    assert "┃" not in last
 
 
 def test_a_long_stage_that_does_not_fit_is_named_and_the_remedy_mends_it(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from mythos_ds.checkpoint.training_state import TrainingState
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedStage, resolve
 from mythos_ds.errors import CheckpointError, RankError
-from mythos_ds.train import run_changes
+from mythos_ds.train import resume, run_changes
 from mythos_ds.train.resume import _refuse_other, choose_checkpoint, names_of, where_to_start
 from mythos_ds.train.run_changes import continue_manifest
 from mythos_ds.train.run_directory import RunDirectory
@@ -219,3 +220,18 @@ def test_a_run_directory_that_cannot_be_written_is_told(tmp_path):
     for root in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(CheckpointError, match=r"cannot be written .*; give another --run-dir"):
             RunDirectory(root).lock()
+
+
+def test_a_longer_run_says_what_its_learning_rate_becomes(tmp_path, monkeypatch):
+    settings = ["training.schedule=cosine", "training.warmup_steps=0", "training.lr=0.001", "training.min_lr_ratio=0.1"]
+    tag = made_run(tmp_path / "run", planned("training.max_steps=40", *settings), 40)[1]
+    said = []
+    monkeypatch.setattr(resume._logger, "info", lambda text, *values: said.append(text % values))
+    manifest_for(tag, "training.max_steps=40", *settings)
+    assert said == []
+    manifest_for(tag, "training.max_steps=60", *settings)
+    new = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 41 / 60))
+    assert said == [
+        "planned length 40 -> 60 steps: the learning rate now follows the schedule of 60 steps; "
+        f"at step 41: 0.0001 -> {0.001 * new:.3g}"
+    ]

@@ -193,3 +193,21 @@ def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):
     write_atomic(path, "b")
     assert path.read_text() == "b"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_refused_start_leaves_no_directory_that_it_has_made(tmp_path):
+    run = RunDirectory(tmp_path / "runs" / "new")
+    handle = run.lock()
+    run.remove_unused()
+    handle.close()
+    assert list(tmp_path.iterdir()) == []
+    for kept in ("before", "written"):
+        run = RunDirectory(tmp_path / kept)
+        if kept == "before":
+            run.root.mkdir()
+        handle = run.lock()
+        if kept == "written":
+            run.metrics.touch()
+        run.remove_unused()
+        handle.close()
+        assert run.root.is_dir()
