@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.checkpoint import manifest, random_state
+from mythos_ds.checkpoint.changed_defaults import gradient_types_note
 from mythos_ds.checkpoint.deepspeed_format import load_deepspeed_file
 from mythos_ds.checkpoint.deepspeed_io import torch_files
 from mythos_ds.checkpoint.reshard import load_resharded
@@ -74,6 +75,8 @@ def load_checkpoint(
     if changed := _changed(state, engine):
         same = False
         _logger.info("%s is of another training stage: %s", tag.name, ", ".join(changed))
+    if groups.rank == 0 and (note := gradient_types_note(state, engine.resolved.config)) is not None:
+        _logger.warning("%s: %s", tag.name, note)
     if not allow_pickle:
         together(groups, lambda: _require_safe(tag, groups))
     with executing_pickles(allow_pickle), keeping_settings(engine.deepspeed.optimizer):
