@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.checkpoint import manifest, random_state
+from mythos_ds.checkpoint.changed_defaults import gradient_types_note
 from mythos_ds.checkpoint.deepspeed_format import load_deepspeed_file
 from mythos_ds.checkpoint.deepspeed_io import torch_files
 from mythos_ds.checkpoint.reshard import load_resharded
@@ -11,7 +12,7 @@ from mythos_ds.checkpoint.save import layout_of, random_state_file, shards_of
 from mythos_ds.checkpoint.training_state import TrainingState, read_state
 from mythos_ds.engine.optimizer import keeping_settings
 from mythos_ds.engine.training_engine import TrainingEngine
-from mythos_ds.errors import DamagedCheckpointError, RankError, ReportedElsewhere
+from mythos_ds.errors import CheckpointError, DamagedCheckpointError, RankError, ReportedElsewhere
 from mythos_ds.log import get_logger
 from mythos_ds.parallel.collective import together
 from mythos_ds.parallel.groups import ParallelGroups
@@ -32,6 +33,18 @@ def find_checkpoint(groups: ParallelGroups, directory: Path) -> Path | None:
     if tags and groups.rank == 0 and (named := manifest.read_latest(directory)) != tags[0].name:
         _logger.warning("%s says %s; the newest checkpoint is %s", directory / manifest.LATEST, named, tags[0].name)
     return next((tag for tag in tags if verified_everywhere(groups, tag)), None)
+
+
+def newest_whole(directory: Path, *, checksums: bool = True) -> Path | None:
+    """As `find_checkpoint`, for one process without groups; by sizes alone without `checksums`."""
+    for tag in manifest.list_tags(directory):
+        try:
+            manifest.verify(tag, 0, 1, checksums=checksums)
+        except CheckpointError as error:
+            _logger.warning("skipping checkpoint %s: %s", tag.name, error)
+        else:
+            return tag
+    return None
 
 
 def verified_everywhere(groups: ParallelGroups, tag: Path) -> bool:
@@ -62,6 +75,8 @@ def load_checkpoint(
     if changed := _changed(state, engine):
         same = False
         _logger.info("%s is of another training stage: %s", tag.name, ", ".join(changed))
+    if groups.rank == 0 and (note := gradient_types_note(state, engine.resolved.config)) is not None:
+        _logger.warning("%s: %s", tag.name, note)
     if not allow_pickle:
         together(groups, lambda: _require_safe(tag, groups))
     with executing_pickles(allow_pickle), keeping_settings(engine.deepspeed.optimizer):

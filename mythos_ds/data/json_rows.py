@@ -17,6 +17,12 @@ _OPENINGS = re.compile(rb"[\[{]")
 _BRACKETS = re.compile(rb"[\[\]{}]")
 _IN_STRING = re.compile(rb'["\\]')
 _OUTSIDE = re.compile(rb'["\[\]{},]')
+_MANY = "is JSON over several lines; as JSON lines each object is on one: jq -c"
+OVER_LINES = {
+    b"{": f"{_MANY} . FILE > NEW.jsonl (or '.NAME[]' for the list under a name of it)",
+    b"[": f"{_MANY} '.[]' FILE > NEW.jsonl, or --format json, which reads an array of objects as it is",
+}
+"""What is said of a file of JSON lines by its first line."""
 
 
 def parsed(line: bytes, encoding: str, where: str) -> Any:

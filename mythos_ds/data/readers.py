@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Literal
 
 from mythos_ds.data.chat_rows import conversation_of
 from mythos_ds.data.inputs import FileFormat, format_of
-from mythos_ds.data.json_rows import array_elements, not_text, parsed, text_of
+from mythos_ds.data.json_rows import OVER_LINES, array_elements, not_text, parsed, text_of
 from mythos_ds.data.rows import (
     MAX_ROW_BYTES,
     BadRow,
@@ -140,14 +140,17 @@ def limited(rows: Iterable[Row], limit: int | None) -> Iterator[Row]:
 
 def _read_jsonl(path: Path, options: ReadOptions) -> Iterator[Row]:
     file, encoding = open_text(path, options.encoding)
-    number = 0
+    number, first = 0, True
     with file:
         try:
             for number, line in lines(file, options.max_row_bytes):
                 where = f"{path} line {number}"
                 if line is None:
                     yield BadRow(where, options.too_long)
-                elif line.strip():
+                elif bare := line.strip():
+                    if first and bare in OVER_LINES:
+                        raise DataError(f"{path}: {OVER_LINES[bare]}", code="MDS425")
+                    first = False
                     yield options.row_of(parsed(line, encoding, where), where)
         except DAMAGES as error:
             yield _damaged(path, f"after line {number}", error)

@@ -61,8 +61,7 @@ class TextLoader:
     @classmethod
     def open(cls, resolved: ResolvedRun, manifest: RunManifest, groups: ParallelGroups, step: int) -> "TextLoader":
         """Open the datasets needed from `step` on; rank 0 builds their index files first. Raises DataError."""
-        needed = sorted({0, *range(manifest.phase_index(step), len(manifest.phases))})
-        requests = {index: dataset_arguments(resolved, manifest, index) for index in needed}
+        requests = needed_arguments(resolved, manifest, step)
         data = resolved.config.data
 
         def prepare() -> None:
@@ -113,6 +112,12 @@ class TextLoader:
                 num_workers=self._workers,
             )
         )
+
+
+def needed_arguments(resolved: ResolvedRun, manifest: RunManifest, step: int) -> dict[int, dict[str, int]]:
+    """`dataset_arguments` of each phase read from `step` on, and of the first: its held-out part always is."""
+    needed = sorted({0, *range(manifest.phase_index(step), len(manifest.phases))})
+    return {index: dataset_arguments(resolved, manifest, index) for index in needed}
 
 
 def dataset_arguments(resolved: ResolvedRun, manifest: RunManifest, index: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mythos_ds.checkpoint import manifest
-from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints
+from mythos_ds.checkpoint.load import find_checkpoint, list_checkpoints, newest_whole
 from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.resolve import ResolvedStage
 from mythos_ds.config.schema import TrainingConfig
@@ -49,7 +49,24 @@ def choose_checkpoint(
     else:
         tag = _checkpoint_at(groups, Path(resume))
         together(groups, lambda: _require_one_history(run, existing, tag))
-        together(groups, lambda: _require_new_name(run, tag, new_stage))
+        if tag.resolve().parent != run.checkpoints.resolve():
+            together(groups, lambda: _require_new_name(tag, new_stage))
+    return tag
+
+
+def choose_alone(path: Path, new_stage: str | None) -> Path:
+    """As `choose_checkpoint` with `--resume path` and a new run directory, for one process that loads no tensor: a file
+    of another size than the manifest's is damaged, checksums of terabytes are not read."""
+    _refuse_other(path)
+    tag: Path | None = path
+    if manifest.is_tag(path.name):
+        manifest.verify(path, 0, 1, checksums=False)
+    else:
+        folder = RunDirectory(path).checkpoints
+        tag = newest_whole(folder if folder.is_dir() else path, checksums=False)
+        _require_any(path, tag, required=True)
+    assert tag is not None
+    _require_new_name(tag, new_stage)
     return tag
 
 
@@ -126,9 +143,9 @@ def _has_stage(tag: Path, name: str) -> bool:
     return name in (stored.stage, *(former.name for former in stored.former_stages))
 
 
-def _require_new_name(run: RunDirectory, tag: Path, new_stage: str | None) -> None:
+def _require_new_name(tag: Path, new_stage: str | None) -> None:
     """A stage that begins at another run's checkpoint is not one that this run has had: it would be that one still."""
-    if new_stage is None or tag.resolve().parent == run.checkpoints.resolve():
+    if new_stage is None:
         return
     manifest_then = stored_manifest(tag).back_at(manifest.tag_step(tag))
     if new_stage in (manifest_then.stage, *(former.name for former in manifest_then.former_stages)):

@@ -1,6 +1,5 @@
 """One training run in one process of many: groups, checkpoint, data, engine, training, report."""
 
-import contextlib
 import functools
 import gc
 import time
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from mythos_ds import log
 from mythos_ds.checkpoint import manifest as files
-from mythos_ds.checkpoint.load import load_checkpoint
+from mythos_ds.checkpoint.load import load_checkpoint, newest_whole
 from mythos_ds.checkpoint.reshard import load_weights
 from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.resolve import ResolvedRun, ResolvedStage
@@ -24,7 +23,7 @@ from mythos_ds.data.datasets import check_sources
 from mythos_ds.engine.build import Adapt, build_engine, check_frozen
 from mythos_ds.engine.training_engine import TrainingEngine
 from mythos_ds.environment import ProcessEnvironment
-from mythos_ds.errors import CheckpointError, ConfigError, DataError, MythosError
+from mythos_ds.errors import ConfigError, DataError, MythosError
 from mythos_ds.guard import files_of_the_group
 from mythos_ds.hardware import host_memory_bytes
 from mythos_ds.monitor.weights_and_biases import require_wandb
@@ -284,11 +283,8 @@ def _starting_weights(
 def _newest(source: Path) -> str:
     """The newest whole checkpoint where `source` is a run or its folder of checkpoints, else `source`."""
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    for tag in [] if (source / CONFIG).exists() else files.list_tags(folder):
-        with contextlib.suppress(CheckpointError):
-            files.verify(tag, 0, 1)
-            return str(tag)
-    return str(source)
+    found = None if (source / CONFIG).exists() else newest_whole(folder)
+    return str(found or source)
 
 
 def _opened(resolved: ResolvedRun, rank: int, open_weights: OpenWeights | None) -> StartingWeights | None:

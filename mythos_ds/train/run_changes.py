@@ -4,7 +4,6 @@ message says what differs and how to make it a stage. No torch."""
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from mythos_ds.config.error_messages import show
@@ -26,7 +25,6 @@ from mythos_ds.train.run_manifest import (
     longer,
     new_manifest,
     next_seed,
-    staged_manifest,
 )
 
 FIRST = "first"
@@ -176,16 +174,6 @@ def begin_stage(manifest: RunManifest, end: StageEnd, stage: ResolvedStage, name
     seed = next_seed(replace(manifest, phases=phases))
     phase = Phase(end.step, end.step + stage.run.max_steps, seed, decided_at=end.step)
     return RunManifest({**wanted.pinned, **weights}, (phase,), stage.name, history)
-
-
-def planned_manifests(stages: Sequence[ResolvedStage]) -> list[RunManifest]:
-    """The manifest at the start of each training stage of a run that goes through all of them as planned."""
-    names = RunNames("the configuration", frozenset(), "the run", "the run")
-    made = [staged_manifest(stages)]
-    for before, stage in pairwise(stages):
-        training = before.run.config.training.model_dump(mode="json")
-        made.append(begin_stage(made[-1], StageEnd(made[-1].total_steps, training, None, []), stage, names))
-    return made
 
 
 def check_former(former: FormerStage, stage: ResolvedStage, index: int, names: RunNames) -> None:

@@ -8,9 +8,11 @@ import pytest
 
 from tests.distributed.test_resume import checkpoint_tensors, steps_of
 from tests.helpers.distributed import run_distributed
+from tests.helpers.mains import load_main
 from tests.helpers.pretrain import metrics
 from tests.helpers.stages import changed, three_stages
 
+prepare_index = load_main("tools/prepare_index.py").main
 WORK = "tests.distributed.stage_cases:work"
 
 
@@ -67,6 +69,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
         "other data": {"folder": old, "config": files["_only_base"], "overrides": second},
         "new": {**staged, "ends": [["before_step", 4], ["after_step", 5], ["after_step", 7]]},
         "again": staged,
+        "elsewhere": {**staged, "folder": str(root / "third"), "overrides": [f"data.data_dir={root / 'elsewhere'}"]},
         "without a checkpoint": {**staged, "folder": str(root / "none"), "resume": "auto"},
         "wider": {**staged, "config": files["_wider"], "folder": str(root / "wider")},
         "frozen": {"folder": str(root / "frozen"), "config": files["_frozen"]},
@@ -93,6 +96,18 @@ def test_a_stage_of_its_own_file_is_that_of_the_list(found):
         assert steps_of(root / name) == steps_of(root / "list"), name
     before = [[line for line in metrics(root / name) if line["step"] <= 4] for name in ("new", "listed", "old")]
     assert before[0] == before[1] == before[2]
+
+
+def test_the_index_of_a_stage_of_its_own_file_can_be_built_before(found, capsys):
+    root, results = found
+    assert results["elsewhere"]["error"] == ""
+    checkpoint = root / "old" / "checkpoints" / "step_00000004"
+    command = ["--config", str(root / "_only_long.json"), "--resume", str(checkpoint), "--stage", "long"]
+    assert prepare_index([*command, f"data.data_dir={root / 'before'}"]) == 0
+    assert "22 training samples of stage long in" in capsys.readouterr().out
+    built, read = ([path.name for path in (root / name / "index").iterdir()] for name in ("before", "elsewhere"))
+    assert built == read
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("name", ["new", "listed"])

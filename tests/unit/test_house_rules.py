@@ -54,7 +54,7 @@ LINES = {
     "resilience": 120,
     "parallel": 1_440,
     "engine": 1_010,
-    "checkpoint": 1_770,
+    "checkpoint": 1_830,
     "inference": 190,
     "train": 2_250,
     "conversion": 3_450,

@@ -225,6 +225,27 @@ def test_an_array_that_does_not_end_or_goes_on(tmp_path, text):
     assert last.damage
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("a.json", {"text": "one", "n": 1}, r"jq -c \. FILE > NEW\.jsonl \(or '\.NAME\[\]'"),
+        ("a.jsonl", {"text": "one"}, r"jq -c \. FILE > NEW\.jsonl"),
+        ("a.jsonl", [{"text": "one"}], r"jq -c '\.\[\]' FILE > NEW\.jsonl, or --format json"),
+    ],
+)
+def test_json_over_several_lines_is_one_message(tmp_path, name, value, advice):
+    path = tmp_path / name
+    path.write_text("\n" + json.dumps(value, indent=2))
+    with pytest.raises(DataError, match=rf"{name}: is JSON over several lines; as JSON lines each .*: {advice}"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("indent", [None, 1, 4])
+def test_an_array_over_several_lines_is_read(tmp_path, indent):
+    (tmp_path / "a.json").write_text("\n " + json.dumps([{"text": text} for text in TEXTS], indent=indent))
+    assert rows_of(tmp_path / "a.json") == TEXTS
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_arrays_are_cut_where_a_parser_cuts_them(seed):
     """Whatever is in the elements, and wherever the blocks end."""
