@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.costs.evaluation import evaluation_share
 from mythos_ds.costs.flops import expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
 from mythos_ds.formatting import byte_text, number_text
@@ -37,11 +38,14 @@ def as_numbers(layout: Layout, gpu: Gpu, tokens: float, remedy: Layout | None, o
         ],
         "compute_s": step.compute_s,
         "memory_bound_s": step.memory_s,
+        "launch_s": step.launch_s,
+        "assumptions": {name: value for name, value in vars(gpu).items() if name != "name"},
         "pipeline_idle_share": step.idle_share,
         "step_bound_s": step.bound_s,
         "step_as_built_s": step.serial_s,
         "mfu_bound": step.mfu_bound,
         "mfu_as_built": step.mfu_serial,
+        "evaluation_share": evaluation_share(resolved),
         "reasons": reasons(layout),
         "costs": [
             {
@@ -96,6 +100,7 @@ def reasons(layout: Layout) -> list[str]:
     lost = {
         "matrix products reach less than the peak": step.compute_s * (1 - _kernel_share(layout)),
         "operations beside products wait for memory": step.memory_s,
+        "the host launches operations": max(0.0, step.launch_s - step.compute_s - step.memory_s),
         "loops are computed again in backward": step.compute_s * _kernel_share(layout) * recompute,
         **{f"{t.name} is not hidden behind computation": t.seconds for t in step.transfers},
         "the pipeline idles": step.serial_s * step.idle_share,
@@ -158,8 +163,14 @@ def print_plan(console: Console, name: str, numbers: dict[str, Any]) -> None:
     )
     console.print(_memory_table(numbers))
     console.print(_step_table(numbers))
+    console.print(_assumptions(numbers["assumptions"]), highlight=False)
     console.print(_cost_table(numbers))
     saved, served = numbers["checkpoint"], numbers["serving"]
+    console.print(
+        f"evaluations: {numbers['evaluation_share']:.1%} of the FLOPs (training.eval_interval, eval_batches, "
+        "eval_deep_every), not in the costs above",
+        highlight=False,
+    )
     console.print(
         f"checkpoint {byte_text(saved['bytes'])}, {saved['write_s']:.0f} s to write; a failure every "
         f"{saved['hours_between_failures']:,.0f} hours: save every {saved['interval_s'] / 60:.0f} minutes\n"
@@ -221,6 +232,7 @@ def _step_table(numbers: dict[str, Any]) -> Table:
     made = _table("A mean step of one GPU", "what", "in the node", "to other nodes", "seconds alone")
     made.add_row("matrix products and attention", "", "", f"{numbers['compute_s']:.3g}")
     made.add_row("memory-bound operations", "", "", f"{numbers['memory_bound_s']:.3g}")
+    made.add_row("launches by the host, beside these", "", "", f"{numbers['launch_s']:.3g}")
     for moved in numbers["transfers"]:
         cells = (byte_text(moved["node_bytes"]), byte_text(moved["network_bytes"]), f"{moved['seconds']:.3g}")
         made.add_row(moved["name"], *cells)
@@ -229,6 +241,16 @@ def _step_table(numbers: dict[str, Any]) -> Table:
     lost = "; ".join(numbers["reasons"][:4])
     made.caption = f"MFU at most {numbers['mfu_bound']:.0%}, as built {numbers['mfu_as_built']:.0%}; lost to: {lost}"
     return made
+
+
+def _assumptions(gpu: dict[str, float]) -> str:
+    return (
+        f"assumed: products reach {gpu['kernel_share']:.0%} of {gpu['peak_flops'] / 1e12:,.0f} TFLOP/s, other "
+        f"operations {gpu['memory_share']:.0%} of {gpu['memory_bandwidth'] / 1e12:.3g} TB/s, none fused; a launch "
+        f"takes the host {gpu['launch_s'] * 1e6:.3g} us, one for each operation; links reach "
+        f"{gpu['node_bandwidth'] / 1e9:,.0f} GB/s in the node, {gpu['network_bandwidth'] / 1e9:,.0f} to others, "
+        f"{gpu['host_bandwidth'] / 1e9:,.0f} to host memory; experts are loaded evenly"
+    )
 
 
 def _cost_table(numbers: dict[str, Any]) -> Table:
