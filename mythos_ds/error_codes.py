@@ -45,7 +45,7 @@ CODES = {
         "Out of memory",
         "A GPU's memory, or the machine's, does not hold what was asked for.",
         "Lower `training.micro_batch_size` (the global batch stays as it is) or `training.seq_len`; keep "
-        '`parallel.activation_checkpointing` "loop"; raise `parallel.zero_stage` to 3, or offload. `mythos-ds '
+        '`parallel.activation_checkpointing` "layer"; raise `parallel.zero_stage` to 3, or offload. `mythos-ds '
         "plan` says what a layout takes. For conversions: fewer `--jobs`.",
     ),
     "MDS004": Code(
@@ -473,6 +473,7 @@ CODES = {
         "Install the CUDA toolkit of torch's version (`python -c 'import torch; print(torch.version.cuda)'`) and set "
         "`CUDA_HOME` to its folder on every node; `mythos-ds preflight` looks for it. Or do not offload.",
     ),
+    "MDS770": Code("`training.eval_deep_every` without periodic evaluations"),
     "MDS780": Code(
         "The package is not installed",
         "The folder of a checkout was imported as it lies there, without its commands.",

@@ -26,6 +26,7 @@ class Gpu:
         memory_bandwidth: of the device's own memory, read and written together.
         memory_share: share of it that operations reach which do no matrix products (assumption: an H200's copies reach
             0.9, elementwise operations 80 % of that).
+        launch_s: seconds of the host to launch an operation from PyTorch, nothing compiled (assumption).
         node_bandwidth: to the other GPUs of the node.
         network_bandwidth: to other nodes.
         host_bandwidth: to the node's own memory (PCIe 5 x16, less overhead; assumption).
@@ -43,6 +44,7 @@ class Gpu:
     network_bandwidth: float
     memory_bandwidth: float
     memory_share: float = 0.7
+    launch_s: float = 5e-6
     host_bandwidth: float = 50e9
     gpus_per_node: int = 8
     price_per_hour: float = 2.5

@@ -54,6 +54,10 @@ CASES = (
         "EP 2, no recomputation", 2,
         (*_LARGE, "parallel.ep_size=2", "training.global_batch_size=8", "parallel.activation_checkpointing=none"),
     ),
+    Case(
+        "EP 2, by layer", 2,
+        (*_LARGE, "parallel.ep_size=2", "training.global_batch_size=8", "parallel.activation_checkpointing=layer"),
+    ),
     Case("EP 2, bf16", 2, (*_LARGE, "parallel.ep_size=2", "training.global_batch_size=8", "training.dtype=bfloat16")),
     Case("EP 2, 7 loops", 2, (*_LARGE, "parallel.ep_size=2", "training.global_batch_size=8"), 7),
     Case(
@@ -68,6 +72,13 @@ CASES = (
     Case(
         "ring of 2, no recomputation", 2,
         (*_RING, "parallel.pp_size=2", "training.global_batch_size=32", "parallel.activation_checkpointing=none"),
+    ),
+    Case(
+        "ring of 2, by layer", 2,
+        (
+            *_RING, "parallel.pp_size=2", "training.global_batch_size=32", "parallel.activation_checkpointing=layer",
+            "model.recurrent_layers=4",
+        ),
     ),
     Case(
         "stages of 1, 2 and 1 processes", 4, (*_RING, "parallel.pp_size=[1,2,1]", "training.global_batch_size=32"),

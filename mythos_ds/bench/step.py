@@ -1,4 +1,5 @@
-"""Time of one optimizer step on DeepSpeed against plain torch, or of a pipeline against none, on the same cores."""
+"""Time of one optimizer step on DeepSpeed against plain torch, of a pipeline against none, or with recomputation
+against without, on the same cores."""
 
 import json
 import os
@@ -10,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from mythos_ds.cluster.local_processes import run_processes
-from mythos_ds.errors import LabError
+from mythos_ds.config.loader import load_config
+from mythos_ds.errors import LabError, OptionError
 
 TIME_LIMIT_S = 900
+AGAINST = {
+    "torch": ["parallel.pp_size=1"],
+    "unpipelined": ["parallel.pp_size=1"],
+    "unrecomputed": ["parallel.activation_checkpointing=none"],
+}
+"""What a run is compared with, and what of its configuration is another there."""
 
 
 def compare_steps(
@@ -20,14 +28,19 @@ def compare_steps(
 ) -> dict[str, Any]:
     """Medians of the step's seconds by side, their ratio, and a pipeline's idle shares; both sides run in turn.
 
-    against: "torch" (plain torch in one process of as many threads) or "unpipelined". Raises LabError where a side
-    failed.
+    against: "torch" (plain torch in one process of as many threads), "unpipelined" or "unrecomputed". Raises LabError
+    where a side failed, OptionError where both would be alike.
     """
+    parallel = load_config(config, overrides).config.parallel
+    if against == "unrecomputed" and parallel.activation_checkpointing == "none":
+        raise OptionError(
+            f'--against: given {against}; allowed: with parallel.activation_checkpointing "layer" or "loop"'
+        )
     medians: dict[str, list[float]] = {"deepspeed": [], against: []}
     idle: list[dict[str, float]] = []
     for _ in range(repetitions):
         for side in medians:
-            own = [*overrides] if side == "deepspeed" else [*overrides, "parallel.pp_size=1"]
+            own = [*overrides, *AGAINST.get(side, [])]
             timed = _run({"side": side, "config": config, "overrides": own, "processes": processes, "steps": steps})
             medians[side].append(statistics.median(timed["seconds"]))
             idle += timed["idle"]

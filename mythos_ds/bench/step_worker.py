@@ -75,9 +75,9 @@ def _time_torch(case: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(case["processes"])
     resolved = resolve(load_config(case["config"], case["overrides"]).config, 1)
     config, training = resolved.config, resolved.config.training
-    checkpointing = config.parallel.activation_checkpointing == "loop"
+    checkpointing = config.parallel.activation_checkpointing
     dtype = torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
-    model = MythosModel(config.model, seed=training.seed, checkpoint_loops=checkpointing)
+    model = MythosModel(config.model, seed=training.seed, activation_checkpointing=checkpointing)
     for parameter in model.parameters():  # buffers stay fp32, as under DeepSpeed
         parameter.data = parameter.data.to(dtype)
     groups = parameter_groups(model.named_parameters(), config)

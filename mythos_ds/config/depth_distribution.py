@@ -62,6 +62,12 @@ def mean_depth(pmf: Sequence[float]) -> float:
     return sum((index + 1) * probability for index, probability in enumerate(pmf))
 
 
+def evaluation_depths(mean: int, *, deep: bool) -> list[int]:
+    """The loop counts 1, T/2, T and 2T that an evaluation runs, T = mean, and 4T and 8T of a deep one; each once,
+    ascending."""
+    return sorted({1, max(1, mean // 2), mean, 2 * mean, *((4 * mean, 8 * mean) if deep else ())})
+
+
 def deep_shares(pmf: Sequence[float]) -> list[float]:
     """P(T > n / 2) for each n = 1 .. max_loops, if n were max_loops: what lies beyond n would be drawn as n."""
     above = [*accumulate(reversed(pmf))][::-1]  # above[i] = P(T > i)

@@ -179,6 +179,7 @@ def _training_changes(
         "warmup_steps": min(training.warmup_steps, steps // 10),
         "depth_curriculum_steps": min(training.depth_curriculum_steps, steps // 2),
         "eval_interval": 0,
+        "eval_deep_every": 1,
         "eval_batches": 1,
     }
 

@@ -24,6 +24,7 @@ SECONDS = 2_000_000  # 23 days: milliseconds that fit 32 bits
 NO_VALIDATION = "none"
 IGNORED_LABEL = -100
 """The label, or target, that does not count, as in transformers and torch's cross-entropy."""
+ActivationCheckpointing = Literal["none", "layer", "loop"]
 
 
 class Section(BaseModel):
@@ -174,7 +175,9 @@ class ParallelConfig(Section):
         "processes for the prelude, the recurrent block and the coda; 1 = no pipeline.",
     )
     zero_stage: Literal[0, 1, 2, 3] = 3
-    activation_checkpointing: Literal["none", "loop"] = "loop"
+    activation_checkpointing: ActivationCheckpointing = Field(
+        "loop", description="Computed again in backward: nothing, each layer in each loop, or each loop; same results."
+    )
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_params: Literal["none", "cpu"] = "none"
     timeout_s: int = Field(1800, ge=10, le=SECONDS, description="Seconds a collective may wait before the run fails.")
@@ -269,6 +272,7 @@ class TrainingConfig(Section):
 
     eval_interval: int = Field(500, ge=0, le=STEPS, description="Steps between evaluations; 0 = only at the end.")
     eval_batches: int = Field(16, ge=1, le=STEPS, description="Global batches per evaluation and loop count.")
+    eval_deep_every: int = Field(1, ge=1, le=STEPS, description="One of so many evaluations runs 4T and 8T loops too.")
 
 
 Share = Annotated[float, Strict(), Field(le=1e9)]

@@ -69,7 +69,7 @@ def flops_per_token(
 def expected_flops_per_token(config: RunConfig, mean_backprop_depth: int, grows_from: int = 1) -> TokenFlops:
     """FLOPs of one token averaged over the depth distribution, at the training sequence length; grows_from as in
     `training_depth_pmf`."""
-    recompute = config.parallel.activation_checkpointing == "loop"
+    recompute = config.parallel.activation_checkpointing != "none"
     totals = [0.0] * 4
     for index, probability in enumerate(training_depth_pmf(config, grows_from)):
         loops = index + 1

@@ -339,7 +339,7 @@ def _costs(resolved: ResolvedRun, part: ModelChunk, kind: VisitKind, n_loops: in
         head = head_flops(model) if part.predicts else 0.0
         forward = len(part.coda) * dense_layer_flops(model, context) + head
         return forward, BACKWARD_COST * forward
-    recompute = 1.0 if resolved.config.parallel.activation_checkpointing == "loop" else 0.0
+    recompute = 0.0 if resolved.config.parallel.activation_checkpointing == "none" else 1.0
     own_parts = lora_flops(model) if part.loops else 0.0
     forward = len(part.recurrent) * recurrent_layer_flops(model, context) + own_parts
     backward = (BACKWARD_COST + recompute) * forward

@@ -138,7 +138,7 @@ def build_model(
             seed=None if config.training.init_from else config.training.seed,
             attention_core=attention_core,
             moe_factory=factory,
-            checkpoint_loops=config.parallel.activation_checkpointing == "loop",
+            activation_checkpointing=config.parallel.activation_checkpointing,
             part=resolved.stages[groups.layout.stage].part,
         )
         if adapt is not None:

@@ -39,10 +39,10 @@ class ForwardContext:
     depths: SequenceDepths | None = None
     """None: all sequences run all loops."""
     replay: RoutingReplay | None = None
-    """The routing of a loop that will be recomputed, or is being; None where none is: then nothing is kept."""
+    """The routing of a layer or loop that will be recomputed, or is being; None where none is: then nothing is kept."""
 
     def for_recompute(self) -> "ForwardContext":
-        """The same context, for one loop that is recomputed in backward: its routing is decided once."""
+        """The same context, for one layer or loop that is recomputed in backward: its routing is decided once."""
         return replace(self, replay={})
 
     def index_at(self, loop: int) -> LoopIndex:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.layout import ModelChunk, whole_model
-from mythos_ds.config.schema import IGNORED_LABEL, ModelConfig
+from mythos_ds.config.schema import IGNORED_LABEL, ActivationCheckpointing, ModelConfig
 from mythos_ds.kernels.attention import AttentionCore, causal_attention
 from mythos_ds.kernels.segments import DocumentBounds
 from mythos_ds.model.attention import rotary_width
@@ -31,8 +31,9 @@ class MythosModel(nn.Module):
     """Recurrent-depth mixture-of-experts language model; depth is an argument of the forward.
 
     `attention_core` computes attention from q, k and v in every layer; `moe_factory` builds the experts' layer (expert
-    parallelism passes its own); `checkpoint_loops` recomputes each loop
-    in backward, so that activation memory hardly grows with the loop count. `part` says which layers to hold (None:
+    parallelism passes its own); `activation_checkpointing`
+    "layer" or "loop" computes each layer in each loop, or each loop, again in backward: one layer, or one loop, is held
+    at a time, and of the others what it reads. `part` says which layers to hold (None:
     all); names and initial values of parameters do not depend on it, and `forward` needs all of them. `seed` None
     leaves the matrices zero, for weights that are loaded.
 
@@ -47,7 +48,7 @@ class MythosModel(nn.Module):
         seed: int | None = 0,
         attention_core: AttentionCore = causal_attention,
         moe_factory: MoEFactory = MoE,
-        checkpoint_loops: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
         part: ModelChunk | None = None,
     ):
         super().__init__()
@@ -64,7 +65,7 @@ class MythosModel(nn.Module):
             part,
             attention_core=attention_core,
             moe_factory=moe_factory,
-            checkpoint_loops=checkpoint_loops,
+            activation_checkpointing=activation_checkpointing,
         )
         self.coda = _dense_layers(config, init, attention_core, "coda", part.coda)
         if part.predicts:

@@ -4,12 +4,11 @@ A visit is the work of one virtual stage on a micro-batch: of stage s in turn v 
 v * n_stages + s of interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.mythos import MythosModel
@@ -75,39 +74,39 @@ class StageModel(MythosModel):
         if visit.kind == "loops":
             e = self.normed(message)
             return self.recurrent(e, visit.n_loops, batch.context).to(e.dtype), ()
-        if self.recurrent.checkpoint_loops and torch.is_grad_enabled() and visit.has_gradient:
-            batch = replace(batch, context=batch.context.for_recompute())
-            return checkpoint(self._loop, visit, message, state, batch, use_reentrant=False, preserve_rng_state=False)
-        return self._loop(visit, message, state, batch)
+        if not visit.has_gradient:
+            return self._loop(batch.context, visit, message, state)
+        return self.recurrent.recomputed("loop", self._loop, batch.context, visit, message, state)
 
-    def _loop(self, visit: Visit, message: Tensor, state: StageState, batch: MicroBatch) -> tuple[Tensor, StageState]:
+    def _loop(
+        self, context: ForwardContext, visit: Visit, message: Tensor, state: StageState
+    ) -> tuple[Tensor, StageState]:
         if not self.part.loops:
             with self._gradient(visit, visit.loop):
-                return self.recurrent.run_layers(message, visit.loop, batch.context)[0], ()
+                return self.recurrent.run_layers(message, visit.loop, context)[0], ()
         if visit.loop == 0:
             # With gradient also where the first loops have none; never the message itself, as later visits read it too.
             e = self.normed(message.view_as(message))
-            h = self.recurrent.start(e, batch.context)
+            h = self.recurrent.start(e, context)
         else:
-            e, h = state[0], self._end_loop(visit, message, state, batch, visit.loop - 1)
+            e, h = state[0], self._end_loop(context, visit, message, state, visit.loop - 1)
         with self._gradient(visit, visit.loop):
-            x, injected = self.recurrent.begin(h, e, batch.context.index_at(visit.loop))
-            x, _ = self.recurrent.run_layers(x, visit.loop, batch.context)
-        return x, (e, injected) if self.recurrent.post else (e,)
+            x, injected, _ = self.recurrent.run_layers(h, visit.loop, context, e=e)
+        return x, (e,) if injected is None or not self.recurrent.post else (e, injected)
 
-    def _end_loop(self, visit: Visit, message: Tensor, state: StageState, batch: MicroBatch, loop: int) -> Tensor:
+    def _end_loop(self, context: ForwardContext, visit: Visit, message: Tensor, state: StageState, loop: int) -> Tensor:
         """The state after `loop`, whose last layer's output came back from the ring."""
         with self._gradient(visit, loop):
             injected = state[1] if self.recurrent.post else None
-            h = self.recurrent.end(message, injected, batch.context.index_at(loop))
-        if batch.context.records.wants_states:
-            batch.context.records.note_state(loop, h)
+            h = self.recurrent.end(message, injected, context.index_at(loop))
+        if context.records.wants_states:
+            context.records.note_state(loop, h)
         return h
 
     def _coda(self, visit: Visit, message: Tensor, state: StageState, batch: MicroBatch) -> Tensor:
         x = message
         if state:
-            x = self._end_loop(visit, message, state, batch, visit.n_loops - 1).float().to(state[0].dtype)
+            x = self._end_loop(batch.context, visit, message, state, visit.n_loops - 1).float().to(state[0].dtype)
         x = self.run_coda(x, batch.context)
         return self.logits_or_loss(x, batch.targets, batch.loss_divisor) if self.part.predicts else x
 

@@ -5,18 +5,19 @@ whatever the loop count (docs/deepspeed.md says what goes wrong otherwise). A pi
 layers calls `begin`, `run_layers` and `end` itself; exit rules and studies run single loops by `start` and `step`.
 """
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mythos_ds.config.layout import ModelChunk
-from mythos_ds.config.schema import ModelConfig
+from mythos_ds.config.schema import ActivationCheckpointing, ModelConfig
 from mythos_ds.kernels.attention import AttentionCore
 from mythos_ds.model.auxiliary_losses import attach_loss
-from mythos_ds.model.cache_entry import CacheEntries
-from mythos_ds.model.context import ForwardContext
+from mythos_ds.model.cache_entry import CacheEntries, CacheEntry
+from mythos_ds.model.context import ForwardContext, HaltedPositions
 from mythos_ds.model.exit_gate import ExitGate
 from mythos_ds.model.halting import Halting, HaltingState
 from mythos_ds.model.initializer import Initializer
@@ -26,6 +27,8 @@ from mythos_ds.model.loop_conditioning import DepthwiseLoRA, LoopEmbedding
 from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import RMSNorm
+
+Result = TypeVar("Result")
 
 
 class RecurrentBlock(nn.Module):
@@ -44,14 +47,14 @@ class RecurrentBlock(nn.Module):
         *,
         attention_core: AttentionCore,
         moe_factory: MoEFactory,
-        checkpoint_loops: bool,
+        activation_checkpointing: ActivationCheckpointing,
     ):
         super().__init__()
         self.post = config.injection == "post"
         self.starts_from_e = config.initial_state == "embedding"
         self.state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else torch.float32
         self.lora_at_input = config.lora_target == "input"
-        self.checkpoint_loops = checkpoint_loops
+        self.activation_checkpointing = activation_checkpointing
         self.loop_embedding: LoopEmbedding | None = None
         self.lora: DepthwiseLoRA | None = None
         self.norm: RMSNorm | None = None
@@ -115,14 +118,41 @@ class RecurrentBlock(nn.Module):
         return x, injected
 
     def run_layers(
-        self, x: Tensor, loop: int, context: ForwardContext, halting: HaltingState | None = None
-    ) -> tuple[Tensor, CacheEntries]:
-        """Runs the layers held here once: x fp32 [batch, seq, dim] -> the new x, and the layers' cache entries."""
-        entries: CacheEntries = {}
-        for name, layer in self.layers.items():
-            halted = None if halting is None else halting.halted_positions(loop, int(name))
-            x, entries[loop, int(name)] = layer(x, loop, context, halted)
-        return x, entries
+        self,
+        x: Tensor,
+        loop: int,
+        context: ForwardContext,
+        halting: HaltingState | None = None,
+        e: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, CacheEntries]:
+        """Runs the layers held here once: x fp32 [batch, seq, dim] -> the new x, None and their cache entries; with e
+        from the state h = x on, as `begin` does, the second result being the injected state."""
+        injected, entries = None, CacheEntries()
+        for layer in map(int, self.layers):
+            halted = None if halting is None else halting.halted_positions(loop, layer)
+            arguments = context, x, e, (loop, layer), halted
+            x, begun, entries[loop, layer] = self.recomputed("layer", self._layer, *arguments)
+            injected, e = begun if injected is None else injected, None
+        return x, injected, entries
+
+    def _layer(
+        self, context: ForwardContext, x: Tensor, e: Tensor | None, key: tuple[int, int], halted: HaltedPositions | None
+    ) -> tuple[Tensor, Tensor | None, CacheEntry]:
+        (loop, layer), injected = key, None
+        if e is not None:  # here, so that by layer h alone is kept of what begins a loop
+            x, injected = self.begin(x, e, context.index_at(loop))
+        x, entry = self.layers[str(layer)](x, loop, context, halted)
+        return x, injected, entry
+
+    def recomputed(
+        self, unit: Literal["layer", "loop"], function: Callable[..., Result], context: ForwardContext, *arguments: Any
+    ) -> Result:
+        """Calls function(context, *arguments); a block made to recompute by `unit` keeps the arguments alone, and calls
+        it again in backward, with the same routing."""
+        if self.activation_checkpointing != unit or not torch.is_grad_enabled():
+            return function(context, *arguments)
+        arguments = context.for_recompute(), *arguments
+        return cast(Result, checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False))
 
     def end(self, x: Tensor, injected: Tensor | None, loop: LoopIndex) -> Tensor:
         """Computes the state after `loop` from the last layer's output x and, with `post`, the injected state."""
@@ -144,21 +174,16 @@ class RecurrentBlock(nn.Module):
     ) -> tuple[Tensor, HaltingState | None]:
         """Runs one loop, counted from 0: the state h and the input e [batch, seq, dim] -> the new h and halting state.
 
-        `last`: ACT gives the last loop what is left of a position's weight. `halting` None: no position halts. The loop
-        is recomputed in backward where the block was made so.
+        `last`: ACT gives the last loop what is left of a position's weight. `halting` None: no position halts. The
+        loop, or each of its layers, is recomputed in backward where the block was made so.
         """
-        if self.checkpoint_loops and torch.is_grad_enabled():
-            arguments = (h, e, loop, last, context.for_recompute(), halting)
-            return checkpoint(self._loop, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return self._loop(h, e, loop, last, context, halting)
+        return self.recomputed("loop", self._loop, context, h, e, loop, last, halting)
 
     def _loop(
-        self, h: Tensor, e: Tensor, loop: int, last: bool, context: ForwardContext, halting: HaltingState | None
+        self, context: ForwardContext, h: Tensor, e: Tensor, loop: int, last: bool, halting: HaltingState | None
     ) -> tuple[Tensor, HaltingState | None]:
-        index = context.index_at(loop)
-        x, injected = self.begin(h, e, index)
-        x, entries = self.run_layers(x, loop, context, halting)
-        new = self.end(x, injected, index)
+        x, injected, entries = self.run_layers(h, loop, context, halting, e)
+        new = self.end(x, injected, context.index_at(loop))
         if self.halting is None or halting is None:
             return new, None
         if self.halting.exact:

@@ -1,4 +1,4 @@
-"""What a loop's routers decided, kept for the loop's recompute in backward.
+"""What routers decided in a loop, kept for the recompute of the loop, or of their layers, in backward.
 
 A recompute that chose experts anew would have to reproduce every score to the bit: another choice gives gradients of
 experts that the forward did not use, or, with expert parallelism, other numbers of rows than were sent.
@@ -28,5 +28,5 @@ class RoutingDecision:
 
 
 RoutingReplay = dict[int, RoutingDecision]
-"""The decisions of one checkpointed loop by recurrent layer (its index in the whole model). The forward fills it; the
-recompute finds it full. It lives as long as the graph that may recompute the loop."""
+"""The decisions of one checkpointed loop, or layer in a loop, by recurrent layer (its index in the whole model). The
+forward fills it; the recompute finds it full. It lives as long as the graph that may recompute it."""

@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, wraps
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mythos_ds.config.layout import ModelChunk
-from mythos_ds.config.schema import ModelConfig
+from mythos_ds.config.schema import ActivationCheckpointing, ModelConfig
 from mythos_ds.kernels import attention
 from mythos_ds.kernels.grouped_mlp import grouped_swiglu, looped_swiglu
 from mythos_ds.kernels.permute import inverse_permutation, permute_rows
@@ -33,7 +32,6 @@ from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.recurrent import RecurrentBlock
 from mythos_ds.plan.live_bytes import LiveBytes
 
-Checkpointing = Literal["none", "loop"]
 _MANY_TOKENS = 1 << 20
 _SAMPLE_TOKENS = 1 << 17
 _MANY_EXPERTS = 128
@@ -51,7 +49,7 @@ class Workload:
     grad_loops: int
     ep_size: int
     dtype: torch.dtype
-    checkpointing: Checkpointing
+    checkpointing: ActivationCheckpointing
     grad_dtype: torch.dtype = torch.float32
     """What the gradients of a weight add up in."""
     fused: bool = True
@@ -192,25 +190,25 @@ def dense_layer_bytes(load: Workload) -> int:
 
 
 @_line
-def visit_bytes(load: Workload, layers: tuple[int, ...]) -> int:
-    """The most that the forward and backward of some looped layers, once, hold on a pipeline stage; recomputed where
-    the workload says so."""
+def visit_bytes(load: Workload, layers: tuple[int, ...], waiting: int) -> int:
+    """The most that the forward and backward of some looped layers, once, hold on a pipeline stage, while `waiting`
+    such visits wait for their backward; their messages, kept and sent, not counted."""
     model, context, x = piece(
         load, ModelChunk((), layers, (), embeds=False, loops=False, predicts=False), torch.float32
     )
     live = LiveBytes(existing=False)
 
-    recomputed = load.checkpointing == "loop"
-    context = context.for_recompute() if recomputed else context
-
-    def visit(message: Tensor) -> Tensor:
+    def visit(context: ForwardContext, message: Tensor) -> Tensor:
         return model.recurrent.run_layers(message, 0, context)[0]
 
     with one_device(model), live:
         live.ignore(*model.parameters(), *model.buffers(), x)
-        out = checkpoint(visit, x, use_reentrant=False, preserve_rng_state=False) if recomputed else visit(x)
+        out = model.recurrent.recomputed("loop", visit, context, x)
+        kept = live.now - out.nbytes
         out.backward(torch.empty_like(out))
-    return live.peak
+    more = max(1, waiting) - 1
+    # Without recomputation each counts as the one in backward does: so the figure is calibrated (docs/calibration.md).
+    return more * (live.peak if load.checkpointing == "none" else kept) + live.peak
 
 
 @_line
@@ -242,9 +240,8 @@ def coda_bytes(load: Workload, layers: tuple[int, ...]) -> int:
 
 def piece(load: Workload, part: ModelChunk, dtype: torch.dtype) -> tuple[MythosModel, ForwardContext, Tensor]:
     """Makes a part of the model on the meta device, its context, and an input [rows, seq_len, dim] with gradient."""
-    recomputed = load.checkpointing == "loop"
     with torch.device("meta"):
-        model = MythosModel(load.model, moe_factory=_even(load), part=part, checkpoint_loops=recomputed)
+        model = MythosModel(load.model, moe_factory=_even(load), part=part, activation_checkpointing=load.checkpointing)
         _set_types(model, load)
         tokens = torch.empty(load.rows, load.seq_len, dtype=torch.int64)
         x = torch.empty(load.rows, load.seq_len, load.model.dim, dtype=dtype, requires_grad=True)
@@ -291,7 +288,7 @@ def _dropping(model: nn.Module) -> Iterator[None]:
 
 def _run(load: Workload, loops: int) -> Trace:
     with torch.device("meta"):
-        model = MythosModel(load.model, moe_factory=_even(load), checkpoint_loops=load.checkpointing == "loop")
+        model = MythosModel(load.model, moe_factory=_even(load), activation_checkpointing=load.checkpointing)
         _set_types(model, load)
         tokens = torch.empty(load.rows, load.seq_len, dtype=torch.int64)
     live = LiveBytes(existing=False)

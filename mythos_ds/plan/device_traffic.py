@@ -1,5 +1,6 @@
 """Bytes that a GPU reads and writes beside its matrix products and attention: norms, activations, casts, rotations,
-sums of gradients. Its memory's rate bounds them, and the planner adds that time to the products'.
+sums of gradients. Its memory's rate bounds them, and the planner adds that time to the products'. Also how many
+operations there are, products too: the host launches each.
 
 Counted by running one looped layer, one dense layer and the head on the meta device, each operation reading its inputs
 and writing its results (nothing fused), at two numbers of tokens: what does not grow with them belongs to weights.
@@ -25,28 +26,31 @@ _SAMPLE_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes of a micro-batch: for each token, and once."""
+    """Bytes of a micro-batch, for each token and once, and its launches, which do not grow with tokens."""
 
     token: float
     once: float
+    launches: float
 
     def __add__(self, other: "Moved") -> "Moved":
-        return Moved(self.token + other.token, self.once + other.once)
+        return Moved(self.token + other.token, self.once + other.once, self.launches + other.launches)
 
     def __mul__(self, times: float) -> "Moved":
-        return Moved(self.token * times, self.once * times)
+        return Moved(self.token * times, self.once * times, self.launches * times)
 
 
 class MovedBytes(TorchDispatchMode):
-    """While active, adds up in `bytes` what operations read and write; of a product that is added to a sum, the sum."""
+    """While active, adds up in `bytes` what operations read and write; of a product that is added to a sum, the sum.
+    Counts in `launches` those that compute or copy something, products too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.launches = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         schema = func._schema
+        self.launches += schema.name not in _NOTHING_MOVES and not _is_view(schema)
         if schema.name == "aten::addmm":
             self.bytes += _size(args[0]) + _size(result)
         elif schema.name not in _PRODUCTS | _NOTHING_MOVES and not _is_view(schema):
@@ -75,7 +79,8 @@ def micro_batch(load: Workload, loops: float, graded: float) -> Moved:
         one + (two + one * -1) * (model.recurrent_layers - 1) for one, two in zip(first, both, strict=True)
     )
     # From the second loop on autograd adds each weight's gradient to the sum of those before.
-    sums = Moved(0.0, 3 * load.grad_dtype.itemsize * _looped_weights(load)) * max(0.0, graded - 1)
+    tensors, elements = _looped_weights(load)
+    sums = Moved(0.0, 3 * load.grad_dtype.itemsize * elements, tensors) * max(0.0, graded - 1)
     dense = _dense(load) * (model.prelude_layers + model.coda_layers)
     return forward * (loops - graded) + trained * graded + sums + dense + _head(load)
 
@@ -119,9 +124,11 @@ def _head(load: Workload) -> Moved:
 
 
 @cache
-def _looped_weights(load: Workload) -> int:
+def _looped_weights(load: Workload) -> tuple[int, int]:
+    """The block's weights: how many tensors, and how many numbers."""
     part = ModelChunk((), tuple(range(load.model.recurrent_layers)), (), embeds=False, loops=True, predicts=False)
-    return sum(parameter.numel() for parameter in piece(load, part, load.dtype)[0].parameters())
+    sizes = [parameter.numel() for parameter in piece(load, part, load.dtype)[0].parameters()]
+    return len(sizes), sum(sizes)
 
 
 def _line(load: Workload, part: ModelChunk, run: Callable[[Any, Any, Tensor], None]) -> Moved:
@@ -131,6 +138,6 @@ def _line(load: Workload, part: ModelChunk, run: Callable[[Any, Any, Tensor], No
         model, context, x = piece(replace(load, seq_len=tokens), part, load.dtype)
         with one_device(model), MovedBytes() as moved:
             run(model, context, x)
-        found.append(moved.bytes)
-    token = (found[1] - found[0]) / load.seq_len
-    return Moved(token, found[0] - token * load.seq_len)
+        found.append(moved)
+    token = (found[1].bytes - found[0].bytes) / load.seq_len
+    return Moved(token, found[0].bytes - token * load.seq_len, found[0].launches)

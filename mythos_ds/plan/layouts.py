@@ -55,8 +55,9 @@ def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 def remedies(config: RunConfig) -> Iterator[dict[str, Any]]:
     """Changes that save memory, the cheapest first."""
     parallel, training, model = config.parallel, config.training, config.model
-    if parallel.activation_checkpointing == "none":
-        yield {"parallel.activation_checkpointing": "loop"}
+    for unit in ("layer", "loop"):
+        if unit != parallel.activation_checkpointing:
+            yield {"parallel.activation_checkpointing": unit}
     if training.micro_batch_size > 1:
         yield {"training.micro_batch_size": 1}
     ep_size = parallel.ep_size if isinstance(parallel.ep_size, int) else 1
@@ -146,14 +147,14 @@ def _examined(config: RunConfig, gpus: int, gpu: Gpu, changes: dict[str, Any], g
 
 def candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[dict[str, Any]]:
     """Expert-parallel sizes inside a node or over whole nodes, rings of few stages, half, once and twice the
-    micro-batch, with and without recomputation."""
+    micro-batch, without recomputation, by layer and by loop."""
     model, rows = config.model, config.training.micro_batch_size
     for stages in (p for p in (1, 2, _MOST_STAGES) if model.recurrent_layers % p == 0 and gpus % p == 0):
         per_stage = gpus // stages
         sizes = divisors(gcd(per_stage, model.n_experts))
         aware = [n for n in sizes if gpu.gpus_per_node % n == 0 or n % gpu.gpus_per_node == 0]
         for ep_size in aware:
-            for micro_batch, kept in product(sorted({max(1, rows // 2), rows, 2 * rows}), ("loop", "none")):
+            for micro_batch, kept in product(sorted({max(1, rows // 2), rows, 2 * rows}), ("layer", "loop", "none")):
                 changes = {"parallel.ep_size": ep_size, "training.micro_batch_size": micro_batch}
                 changes |= _sums(config, stages)
                 yield {**changes, "parallel.pp_size": stages, "parallel.activation_checkpointing": kept}
@@ -239,10 +240,10 @@ def _mean_seconds(steps: Sequence[Timing], runs: Sequence[ResolvedRun]) -> float
 
 
 def _asks_more(changes: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether a layout needs at least the memory of another: all alike, but as many or more rows, and no more
-    recomputation."""
+    """Whether a layout needs at least the memory of another: all alike, but as many or more rows, and the same
+    recomputation or none."""
     loose = {"training.micro_batch_size", "parallel.activation_checkpointing"}
     alike = all(changes[key] == other[key] for key in changes.keys() - loose)
-    recomputes, other_recomputes = (c["parallel.activation_checkpointing"] == "loop" for c in (changes, other))
+    unit, other_unit = (c["parallel.activation_checkpointing"] for c in (changes, other))
     more_rows = changes["training.micro_batch_size"] >= other["training.micro_batch_size"]
-    return alike and more_rows and (not recomputes or other_recomputes)
+    return alike and more_rows and unit in ("none", other_unit)

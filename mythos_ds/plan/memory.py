@@ -195,12 +195,13 @@ def _outside_items(resolved: ResolvedRun, index: int) -> list[Item]:
 def _step_items(resolved: ResolvedRun, on_gpu: bool) -> list[Item]:
     load = workload(resolved, fused=on_gpu)
     found = trace(load)
-    kept = saved_state_bytes(load) if load.checkpointing == "loop" else 0
-    live = "one recomputed loop with its gradients" if load.checkpointing == "loop" else "of all loops with gradient"
+    kept = saved_state_bytes(load)
+    live = {"none": "of all loops with gradient", "layer": "one recomputed layer with its gradients",
+            "loop": "one recomputed loop with its gradients"}[load.checkpointing]  # fmt: skip
     return [
         Item("weights kept for reuse", _kept_for_reuse(resolved), "DeepSpeed's stage3_max_live_parameters"),
         Item("gathered weights and gradients", found.peak - found.without_weights, "the looped block, held as one"),
-        Item("state per loop", kept, f"fp32 state of {load.grad_loops} loops with gradient"),
+        Item("states", kept, f"fp32 input of each recomputed {load.checkpointing}, {load.grad_loops} with gradient"),
         Item("activations", found.without_weights - kept, live),
     ]
 
@@ -215,8 +216,9 @@ def _kept_for_reuse(resolved: ResolvedRun) -> int:
 
 
 def saved_state_bytes(load: Workload) -> int:
-    """What the loops with gradient keep for being computed again: their fp32 states."""
-    return load.grad_loops * load.rows * load.seq_len * load.model.dim * 4
+    """What loops with gradient keep for being computed again: the fp32 input of each, or of each of their layers."""
+    inputs = {"none": 0, "layer": load.model.recurrent_layers, "loop": 1}[load.checkpointing]
+    return load.grad_loops * inputs * load.rows * load.seq_len * load.model.dim * 4
 
 
 def _pipeline_items(resolved: ResolvedRun, index: int, on_gpu: bool, expected: PipelinePrediction) -> list[Item]:
@@ -227,22 +229,22 @@ def _pipeline_items(resolved: ResolvedRun, index: int, on_gpu: bool, expected: P
     whole_elements = sum(prod(shape) // (ep_size if is_expert(name) else 1) for name, shape in shapes)
     messages = expected.peak_held_bytes[index]
     load = workload(resolved, index, fused=on_gpu)
-    visit = visit_bytes(load, stage.part.recurrent) if stage.part.recurrent else 0
     head = 4 * config.model.vocab_size * config.model.dim if stage.part.predicts else 0
     coda = coda_bytes(load, stage.part.coda) - head if head else len(stage.part.coda) * dense_layer_bytes(load)
     # A prelude waits until its loops are through, and so do visits that are not recomputed; a coda is followed by its
     # backward.
     waiting = _most_waiting(expected, index, "prelude") * len(stage.part.prelude)
+    visit = 0
     if whole := _most_waiting(expected, index, "loops"):  # a stage that runs all loops at once
         visit = loops_bytes(load, stage.part.recurrent, whole)
-    elif load.checkpointing == "none":
-        visit *= max(1, _most_waiting(expected, index, "loop"))
+    elif stage.part.recurrent:
+        visit = visit_bytes(load, stage.part.recurrent, _most_waiting(expected, index, "loop"))
     return [
         Item("stage's weights", whole_elements * _BYTES[config.training.dtype], "gathered once per step"),
         Item("stage's gradients", whole_elements * 4, "added up in fp32"),
         Item("messages", messages, "kept for backwards, by simulation"),
         Item("prelude", waiting * dense_layer_bytes(load), "of the micro-batches that are in the loop"),
-        Item("activations", max(visit, coda), "of visits that wait, one recomputed visit, or the coda's"),
+        Item("activations", max(visit, coda), "of visits that wait and one that is recomputed, or the coda's"),
         *([Item("head", head, "its gradient, fp32")] if head else []),
     ]
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.costs.evaluation import evaluation_share
 from mythos_ds.costs.flops import expected_flops_per_token, flops_per_token, mean_training_depth
 from mythos_ds.costs.params import count_parameters
 from mythos_ds.formatting import byte_text, dollar_text, number_text
@@ -38,11 +39,14 @@ def as_numbers(layout: Layout, gpu: Gpu, tokens: float, remedy: Layout | None, o
         ],
         "compute_s": step.compute_s,
         "memory_bound_s": step.memory_s,
+        "launch_s": step.launch_s,
+        "assumptions": {name: value for name, value in vars(gpu).items() if name != "name"},
         "pipeline_idle_share": step.idle_share,
         "step_bound_s": step.bound_s,
         "step_as_built_s": step.serial_s,
         "mfu_bound": step.mfu_bound,
         "mfu_as_built": step.mfu_serial,
+        "evaluation_share": evaluation_share(resolved),
         "reasons": reasons(layout),
         "costs": [
             {
@@ -97,6 +101,7 @@ def reasons(layout: Layout) -> list[str]:
     lost = {
         "matrix products reach less than the peak": step.compute_s * (1 - _kernel_share(layout)),
         "operations beside products wait for memory": step.memory_s,
+        "the host launches operations": max(0.0, step.launch_s - step.compute_s - step.memory_s),
         "loops are computed again in backward": step.compute_s * _kernel_share(layout) * recompute,
         **{f"{t.name} is not hidden behind computation": t.seconds for t in step.transfers},
         "the pipeline idles": step.serial_s * step.idle_share,
@@ -242,6 +247,7 @@ def _step_table(numbers: dict[str, Any]) -> Table:
     made = _table("A mean step of one GPU", "what", "in the node", "to other nodes", "seconds alone")
     made.add_row("matrix products and attention", "", "", f"{numbers['compute_s']:.3g}")
     made.add_row("memory-bound operations", "", "", f"{numbers['memory_bound_s']:.3g}")
+    made.add_row("launches by the host, beside these", "", "", f"{numbers['launch_s']:.3g}")
     for moved in numbers["transfers"]:
         cells = (byte_text(moved["node_bytes"]), byte_text(moved["network_bytes"]), f"{moved['seconds']:.3g}")
         made.add_row(moved["name"], *cells)
@@ -250,6 +256,24 @@ def _step_table(numbers: dict[str, Any]) -> Table:
     lost = "; ".join(numbers["reasons"][:4])
     made.caption = f"MFU at most {numbers['mfu_bound']:.0%}, as built {numbers['mfu_as_built']:.0%}; lost to: {lost}"
     return made
+
+
+def _assumptions_text(numbers: dict[str, Any]) -> str:
+    gpu = numbers["assumptions"]
+    return (
+        f"assumed: products reach {gpu['kernel_share']:.0%} of {gpu['peak_flops'] / 1e12:,.0f} TFLOP/s, other "
+        f"operations {gpu['memory_share']:.0%} of {gpu['memory_bandwidth'] / 1e12:.3g} TB/s, none fused; a launch "
+        f"takes the host {gpu['launch_s'] * 1e6:.3g} us, one for each operation; links reach "
+        f"{gpu['node_bandwidth'] / 1e9:,.0f} GB/s in the node, {gpu['network_bandwidth'] / 1e9:,.0f} to others, "
+        f"{gpu['host_bandwidth'] / 1e9:,.0f} to host memory; experts are loaded evenly"
+    )
+
+
+def _evaluation_text(numbers: dict[str, Any]) -> str:
+    return (
+        f"evaluations: {numbers['evaluation_share']:.1%} of the FLOPs (training.eval_interval, eval_batches, "
+        "eval_deep_every), not in the costs above"
+    )
 
 
 def _cost_table(numbers: dict[str, Any]) -> Table:
@@ -267,7 +291,9 @@ _PARTS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Table | str 
     "parameters": (("parameters", "flops"), _counted_text),
     "memory": (("memory_bytes",), _memory_table),
     "a mean step": (_STEP_KEYS, _step_table),
+    "assumptions": (("assumptions",), _assumptions_text),
     "cost": (("costs",), _cost_table),
+    "evaluations": (("evaluation_share",), _evaluation_text),
     "checkpoint and serving": (("checkpoint", "serving"), _saved_text),
     "expert groups": (("node_limited_routing",), _reach_text),
 }

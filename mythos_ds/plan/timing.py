@@ -37,6 +37,7 @@ class Timing:
     Attributes:
         compute_s: matrix products, recomputed ones included, at the rate that kernels reach.
         memory_s: all other operations of the GPU, at the rate that its memory reaches.
+        launch_s: the host's time to launch all of these, hidden behind them where they take longer.
         transfers: what travels.
         idle_share: of a pipeline.
         bound_s: if everything that travels were hidden behind computation, or the other way round.
@@ -47,6 +48,7 @@ class Timing:
 
     compute_s: float
     memory_s: float
+    launch_s: float
     transfers: tuple[Transfer, ...]
     idle_share: float
     bound_s: float
@@ -81,12 +83,14 @@ def timing(resolved: ResolvedRun, gpu: Gpu) -> Timing:
     idle = predict(resolved, config.model.mean_recurrence).bubble if len(resolved.stages) > 1 else 0.0
     network = sum(t.network_bytes for t in busiest) / gpu.network_bandwidth
     node = sum(t.node_bytes for t in busiest) / gpu.node_bandwidth
-    memory_s = _memory_seconds(resolved, gpu, loops, graded)
-    bound = max(compute + memory_s, network, node) / (1 - idle)
-    serial = (compute + memory_s + sum(t.seconds for t in busiest)) / (1 - idle)
+    memory_s, launch_s = _beside_products(resolved, gpu, loops, graded)
+    busy = max(compute + memory_s, launch_s)
+    bound = max(busy, network, node) / (1 - idle)
+    serial = (busy + sum(t.seconds for t in busiest)) / (1 - idle)
     return Timing(
         compute,
         memory_s,
+        launch_s,
         busiest,
         idle,
         bound,
@@ -97,9 +101,9 @@ def timing(resolved: ResolvedRun, gpu: Gpu) -> Timing:
     )
 
 
-def _memory_seconds(resolved: ResolvedRun, gpu: Gpu, loops: float, graded: float) -> float:
-    """What operations beside products and attention take in a mean step, and reading and writing all states in the
-    update; of a pipeline the mean over its stages."""
+def _beside_products(resolved: ResolvedRun, gpu: Gpu, loops: float, graded: float) -> tuple[float, float]:
+    """What operations beside products and attention take in a mean step, with reading and writing all states in the
+    update; and launching all but those of the update. Of a pipeline the mean over its stages."""
     moved = micro_batch(workload(resolved), loops, graded)
     stages = len(resolved.stages)
     update = 0 if resolved.config.parallel.offload_optimizer == "cpu" else 2 * states(resolved).total
@@ -108,7 +112,8 @@ def _memory_seconds(resolved: ResolvedRun, gpu: Gpu, loops: float, graded: float
         + moved.once * resolved.gradient_accumulation_steps / stages
         + update
     )
-    return size / (gpu.memory_bandwidth * gpu.memory_share)
+    launches = moved.launches * resolved.gradient_accumulation_steps / stages
+    return size / (gpu.memory_bandwidth * gpu.memory_share), launches * gpu.launch_s
 
 
 def transfers(resolved: ResolvedRun, moved: Traffic, gpu: Gpu, index: int) -> tuple[Transfer, ...]:

@@ -127,7 +127,7 @@ def _exchange(resolved: ResolvedRun, n_loops: float, graded: float, index: int) 
     config, stage = resolved.config, resolved.stages[index]
     if resolved.layout(stage.first_rank).ep_size == 1:
         return 0.0, 0.0
-    recompute = config.parallel.activation_checkpointing == "loop"
+    recompute = config.parallel.activation_checkpointing != "none"
     model = config.model
     exchanges = 2 * n_loops + 2 * graded + (2 * graded if recompute else 0)
     rows = stage.rows * config.training.seq_len * model.n_experts_per_tok

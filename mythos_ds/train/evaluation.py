@@ -7,12 +7,6 @@ from mythos_ds.data.batches import Batch
 from mythos_ds.engine.training_engine import TrainingEngine
 
 
-def depth_counts(mean_recurrence: int) -> list[int]:
-    """The loop counts 1, T/2, T, 2T, 4T and 8T that evaluation runs at, T = mean_recurrence; each once, ascending."""
-    mean = mean_recurrence
-    return sorted({1, max(1, mean // 2), mean, 2 * mean, 4 * mean, 8 * mean})
-
-
 def losses_at(
     engine: TrainingEngine, batches: Callable[[], Iterable[list[Batch]]], loop_counts: Iterable[int]
 ) -> dict[int, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mythos_ds.checkpoint.save import CheckpointWriter, TrainingState, layout_of
+from mythos_ds.config.depth_distribution import evaluation_depths
 from mythos_ds.config.layout import RankLayout
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.pipeline import predict
@@ -23,7 +24,7 @@ from mythos_ds.resilience.signals import StopSignals
 from mythos_ds.train.callbacks import Callback, CallbackList, CallbackState
 from mythos_ds.train.data_loader import DataLoader
 from mythos_ds.train.depth_sampler import DepthSampler
-from mythos_ds.train.evaluation import depth_counts, losses_at
+from mythos_ds.train.evaluation import losses_at
 from mythos_ds.train.lr_schedule import learning_rate
 from mythos_ds.train.metrics_logger import MetricsLogger
 from mythos_ds.train.run_directory import RunDirectory
@@ -95,7 +96,7 @@ class Trainer:
             metrics.checkpoint(self.step, self.writer.advance())
             if self.step < total:
                 return RunSummary(self.step, False, self.first_loss, {}, [])
-            losses = self._evaluate(metrics, depth_counts(mean))
+            losses = self._evaluate(metrics, evaluation_depths(mean, deep=True))
             samples = self._samples()
             metrics.samples(self.step, samples)
         return RunSummary(self.step, True, self.first_loss, losses, samples)
@@ -185,7 +186,8 @@ class Trainer:
             self._save()
         interval = self.config.training.eval_interval
         if interval and self.step % interval == 0:
-            self._evaluate(metrics, depth_counts(self.config.model.mean_recurrence))
+            deep = self.step // interval % self.config.training.eval_deep_every == 0
+            self._evaluate(metrics, evaluation_depths(self.config.model.mean_recurrence, deep=deep))
             metrics.samples(self.step, self._samples())
 
     def _evaluate(self, metrics: MetricsLogger, loop_counts: list[int], *, first: bool = False) -> dict[int, float]:

@@ -97,7 +97,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     config = load_config(f"{case['preset']}.json", []).config.model
     moe: type[MoE] = type("Local", (OwnExperts,), {"ep_size": case["ep_size"], "fault": case.get("fault", "")})
     with torch.device("meta"):
-        model = MythosModel(config, moe_factory=moe, checkpoint_loops=case["checkpointing"])
+        model = MythosModel(config, moe_factory=moe, activation_checkpointing=case["checkpointing"])
     positions = (torch.arange(SEQ) % 20).expand(BATCH, SEQ) if case["documents"] else None
     bounds = None if positions is None else DocumentBounds.from_positions(positions)
     with FakeTensorMode() as mode:

@@ -27,7 +27,7 @@ pytestmark = [
 
 def case(preset: str, **changes: Any) -> dict[str, Any]:
     """A preset with loop checkpointing, several documents per sequence, and no statistics, unless changed."""
-    options = {"checkpointing": True, "documents": True, "details": False}
+    options = {"checkpointing": "loop", "documents": True, "details": False}
     return {"preset": preset, "ep_size": EP_SIZE[preset], **options, **changes}
 
 
@@ -58,7 +58,7 @@ def run(library: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_no_operator_waits_or_leaves_the_device(library: Path) -> None:
-    cases = [case(preset, checkpointing=checkpointing) for preset in EP_SIZE for checkpointing in (True, False)]
+    cases = [case(preset, checkpointing=unit) for preset in EP_SIZE for unit in ("loop", "layer", "none")]
     cases += [case("1b", details=True), case("1b", documents=False)]
     for found in run(library, cases):
         assert found["findings"] == [], found["case"]

@@ -28,11 +28,11 @@ def gathered_and_exchanged(loops: list[int], grad_loops: int | None, checkpointi
 
 def bytes_and_counts(loops: list[int], grad_loops: list[int | None]) -> dict[str, Any]:
     """Everything of two ranks, in one launch; `bytes` has one list per entry of `grad_loops`."""
-    traffic, modes = CollectiveBytes(), ["loop", "none"]
+    traffic, modes = CollectiveBytes(), ["layer", "loop", "none"]
     return {
         "bytes": [_measure(traffic, loops, grad, modes) for grad in grad_loops],
         "counts": expert_counts(modes),
-        "perturbed": perturbed(),
+        "perturbed": [perturbed(mode) for mode in modes[:2]],
     }
 
 
@@ -69,17 +69,20 @@ def _noting(notes: list[ForwardRecords]) -> Callable[[StepRecords, ForwardRecord
 
 
 def expert_counts(checkpointing: list[str]) -> list[dict[str, Any]]:
-    """Tokens per loop and expert, and the router biases, of one training step of 5 loops with 2 for the gradient."""
+    """Tokens per loop and expert, and the router biases, of one training step of 5 loops with 2 for the gradient; loss
+    and gradient norm of it and of the one before."""
     out = []
     notes: list[ForwardRecords] = []
     for mode in checkpointing:
         case = {"ep": 2, "stage": 3, "checkpointing": mode}
         with opened(case) as (engine, groups), patch.object(StepRecords, "add", _noting(notes)):
-            for step in range(2):
-                engine.train_step(own_batches(step, 2, groups), n_loops=5, n_grad_loops=2, lr=1e-2)
+            steps = [
+                engine.train_step(own_batches(step, 2, groups), n_loops=5, n_grad_loops=2, lr=1e-2) for step in range(2)
+            ]
             layers, routing = engine.module.moe_layers(), notes[-1].routing
             out.append(
                 {
+                    "steps": [[step.loss, step.grad_norm] for step in steps],
                     "counts": [[own[loop].counts.tolist() for loop in range(5)] for own in routing.values()],
                     "biases": [
                         layer.router.bias.tolist() + layer.router.loop_bias.flatten().tolist() for layer in layers
@@ -89,11 +92,11 @@ def expert_counts(checkpointing: list[str]) -> list[dict[str, Any]]:
     return out
 
 
-def perturbed() -> dict[str, Any]:
+def perturbed(checkpointing: str) -> dict[str, Any]:
     """Two training steps whose recomputes see other inputs than their forwards did: choices that they made otherwise,
     how many they were, and the last gradient norm."""
     with (
-        opened({"ep": 2, "stage": 3, "accumulation": 1}) as (engine, groups),
+        opened({"ep": 2, "stage": 3, "accumulation": 1, "checkpointing": checkpointing}) as (engine, groups),
         perturbed_recompute(engine.module, 1.0, groups.rank) as choices,
     ):
         for step in range(2):

@@ -124,7 +124,7 @@ def gradient_error(case: dict[str, Any]) -> float:
 def _exact_gradients(engine: TrainingEngine, groups: ParallelGroups, case: dict[str, Any]) -> dict[str, Tensor]:
     """The same forward and backward without DeepSpeed, gradients added up in float64, of matrices of the loop."""
     config = engine.resolved.config
-    model = MythosModel(config.model, seed=config.training.seed, checkpoint_loops=True).to(torch.bfloat16)
+    model = MythosModel(config.model, seed=config.training.seed, activation_checkpointing="loop").to(torch.bfloat16)
     for router in (layer.router for layer in model.moe_layers()):
         for name, buffer in list(router.named_buffers(recurse=False)):
             setattr(router, name, buffer.float())

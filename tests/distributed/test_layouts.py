@@ -15,6 +15,7 @@ REPRESENTATIVE = {
     2: [
         {"ep": 2, "stage": 3, "checkpointing": "loop", "optimizer": "adamw"},
         {"ep": 2, "stage": 3, "checkpointing": "none", "optimizer": "sgd"},
+        {"ep": 2, "stage": 3, "checkpointing": "layer", "optimizer": "sgd"},
         {"ep": 2, "stage": 3, "checkpointing": "loop", "optimizer": "sgd", "per_sequence": True},
         {"ep": 2, "stage": 3, "checkpointing": "loop", "optimizer": "adamw", "offload": "all"},
         {"ep": 2, "stage": 2, "checkpointing": "none", "optimizer": "adamw"},

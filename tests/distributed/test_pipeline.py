@@ -23,11 +23,14 @@ LITERAL = {"ep": 2, "stage": 3, "pp": [1, 2, 1], "accumulation": 4}
 TIED = {"model": {"tie_embeddings": True}}
 POST = {"model": {"injection": "post", "lora_target": "output"}}
 
+BY_LAYER = {**RING, "checkpointing": "layer", "optimizer": "sgd", "model": {**POST["model"], "recurrent_layers": 4}}
+
 REPRESENTATIVE = [
     {**RING, "checkpointing": "loop"},
     {**RING, "checkpointing": "none", "optimizer": "sgd", **TIED},
     {**RING, "checkpointing": "loop", "optimizer": "sgd", **POST},
     {**FOUR_STAGES, "optimizer": "adamw"},
+    BY_LAYER,
     {**RING, "checkpointing": "loop", "optimizer": "sgd", "model": DENSE},
     {**RING, "checkpointing": "loop", "optimizer": "sgd", "training": {"frozen": ["embed.*", "prelude.*"]}},
     {**LITERAL, "optimizer": "sgd", **TIED},

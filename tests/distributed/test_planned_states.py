@@ -55,7 +55,7 @@ def test_any_rank_of_1024_can_be_rehearsed(rank, group, experts):
     assert found["experts"] == experts
     assert found["expert_copies"] == [rank % 256 + 256 * i for i in range(4)]
     assert (found["node"], found["local_rank"]) == divmod(rank, 8)
-    assert found["state_bytes"]["masters"] * 1024 / 4 == pytest.approx(998.6e9, rel=1e-3)
+    assert found["state_bytes"]["masters"] * 1024 / 4 == pytest.approx(992.5e9, rel=1e-3)
 
 
 def test_a_pipeline_is_rehearsed_with_its_schedule():

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mythos_ds.config.schema import ModelConfig
+from mythos_ds.config.schema import ActivationCheckpointing, ModelConfig
 from mythos_ds.model.mythos import MythosModel
 
 _POISONED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
@@ -46,11 +46,16 @@ def exact() -> Iterator[None]:
 
 
 def filled_model(
-    config: ModelConfig, device: str, dtype: torch.dtype, *, seed: int = 0, checkpoint_loops: bool = False
+    config: ModelConfig,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    activation_checkpointing: ActivationCheckpointing = "none",
 ) -> MythosModel:
     """A model with no weight at zero, drawn on the device; its buffers stay fp32."""
     with torch.device(device):
-        model = MythosModel(config, seed=None, checkpoint_loops=checkpoint_loops)
+        model = MythosModel(config, seed=None, activation_checkpointing=activation_checkpointing)
     torch.manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn_like(parameter.data)

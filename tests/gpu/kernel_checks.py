@@ -69,7 +69,7 @@ def counts_of(experts: int, rows: int) -> dict[str, list[int]]:
 
 def experts(probe: Probe) -> None:
     """The experts' products as the model calls them, in bf16: results and every gradient."""
-    shapes = [(count, 1024, 512) for count in (4, 17, 136, 1023, 1024)] + [(4, 9216, 4352)]
+    shapes = [(count, 1024, 512) for count in (4, 17, 136, 1023, 1024)] + [(4, 9728, 4096)]
     if not probe.on_gpu:
         shapes = [(count, 32, 16) for count in (4, 17, 136, 1023, 1024)]
     for count, dim, hidden in shapes:

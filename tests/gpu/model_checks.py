@@ -108,7 +108,8 @@ def recompute(probe: Probe) -> None:
     config = load_config("1b").model if probe.on_gpu else toy_model()
     seeds, seq = (20, 1024) if probe.on_gpu else (3, 32)
     models = [
-        filled_model(config, probe.device_type, torch.bfloat16, checkpoint_loops=again) for again in (True, False)
+        filled_model(config, probe.device_type, torch.bfloat16, activation_checkpointing=unit)
+        for unit in ("loop", "none")
     ]
     models[1].load_state_dict(models[0].state_dict())
     seen: list[Tensor] = []
@@ -167,7 +168,7 @@ def _rerouted(seen: list[Tensor], forward_calls: int, layers: int, grad_loops: i
 def syncs(probe: Probe) -> None:
     """Waits of the host for the device in a forward and backward, without documents and with."""
     config = load_config("1b").model
-    model = filled_model(config, probe.device_type, torch.bfloat16, checkpoint_loops=True)
+    model = filled_model(config, probe.device_type, torch.bfloat16, activation_checkpointing="loop")
     batch = batch_of(config, probe.device_type, 1, 1024)
     plain = {name: batch[name] for name in ("tokens", "targets")}
     for name, inputs, bar in (("one document", plain, 0.0), ("documents", batch, None)):

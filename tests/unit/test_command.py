@@ -83,6 +83,21 @@ def test_idle_threads_sleep_unless_threads_are_chosen(given, expected):
     assert done.stdout == f"{expected}\n", done.stderr
 
 
+def test_a_dry_run_loads_no_framework():
+    """Which would take longer than the rest of it."""
+    program = (
+        "import atexit, sys; from mythos_ds.__main__ import main\n"
+        "frameworks = {'torch', 'deepspeed', 'transformers', 'megatron'}\n"
+        "atexit.register(lambda: print(*(frameworks & set(sys.modules)), end='', file=sys.stderr))\n"
+        "main(['pretrain', '--config', '1t.json', '--dry-run'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "expert parallel" in done.stdout
+
+
 def test_importing_the_package_loads_nothing_heavy():
     program = f"import sys, mythos_ds; sys.exit(' '.join(name for name in {HEAVY} if name in sys.modules) or None)"
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, check=False)

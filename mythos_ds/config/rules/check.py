@@ -521,6 +521,9 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.model.mean_recurrence == 1,
     ),
     *_no_effect("MDS241", ("ponder_cost",), "training", 'unless halting is "act"', lambda c: c.model.halting != "act"),
+    *_no_effect(
+        "MDS770", ("eval_deep_every",), "training", "with eval_interval 0", lambda c: c.training.eval_interval == 0
+    ),
     Rule("training.mean_backprop_depth", _backprop_depth),
     Rule("training.grad_dtype", _grad_dtype),
     Rule("parallel.ep_size", _ep_divides_experts),

@@ -224,5 +224,5 @@ def test_the_proxy_keeps_what_fits(overrides, world_size, pp_size, sizes):
 def test_the_report_says_what_each_stage_holds():
     run = resolve(load_config("1t", ["parallel.pp_size=4"]).config, 1024)
     report = dry_run_report(run)
-    assert "ranks 256-511: prelude 1, recurrent 2-3, coda 2; rows per micro-batch 1" in report
+    assert "ranks 256-511: prelude 1, recurrent 2-3, coda 2; rows per micro-batch 2" in report
     assert "idle share" in report

@@ -65,6 +65,23 @@ def test_limits(name):
     assert deep_shares(training_depth_pmf(config))[max_loops - 1] >= 0.01
 
 
+@pytest.mark.parametrize(("name", "most"), [("100b", 8), ("500b", 8), ("1t", 16)])
+def test_shares_of_a_tensor_parallel_server_are_whole_fp8_blocks(name, most):
+    """Of what is cut over processes: experts, feed-forwards, and the heads' queries, keys with values, and outputs."""
+    model = load_config(name).config.model
+    heads = model.n_heads
+    widths = (
+        model.expert_dim, model.n_shared_experts * model.resolved_shared_dim, model.ffn_dim,
+        heads * (model.qk_nope_head_dim + model.qk_rope_head_dim), heads * (model.qk_nope_head_dim + model.v_head_dim),
+        heads * model.v_head_dim,
+    )  # fmt: skip
+    shares = 1
+    while shares <= most:
+        assert heads % shares == 0
+        assert [width % (128 * shares) for width in widths] == [0] * len(widths)
+        shares *= 2
+
+
 def test_tiny_trains_the_whole_architecture():
     config = load_config("tiny").config
     model = config.model

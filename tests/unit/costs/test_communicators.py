@@ -15,7 +15,11 @@ def sizes(name: str, processes: int, *overrides: str) -> dict[str, tuple[int, in
 def test_groups_and_their_nodes():
     world = {"all processes": (1024, 128), "DeepSpeed's copy of it": (1024, 128)}
     assert sizes("1t", 1024) == {**world, "experts": (256, 32), "copies of experts": (4, 4)}
-    assert sizes("1b", 8) == {"all processes": (8, 1), "DeepSpeed's copy of it": (8, 1), "experts": (8, 1)}
+    assert sizes("1b", 8, "parallel.ep_size=8") == {
+        "all processes": (8, 1),
+        "DeepSpeed's copy of it": (8, 1),
+        "experts": (8, 1),
+    }
     assert sizes("tiny", 1) == {}
     ring = sizes("1t", 1024, "parallel.pp_size=4", "parallel.ep_size=256")
     assert ring == {**world, "pipeline stage": (256, 32), "experts": (256, 32), "ring": (1024, 1)}

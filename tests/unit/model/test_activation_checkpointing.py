@@ -1,4 +1,4 @@
-"""Recomputing loops in backward changes nothing: loss, gradients and counts are bitwise the same."""
+"""Recomputing loops, or their layers, in backward changes nothing: loss, gradients and counts are bitwise the same."""
 
 from typing import Any
 
@@ -6,21 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from mythos_ds.config.schema import ActivationCheckpointing
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
 
+LORA: dict[str, Any] = {"lora_target": "output", "lora_rank": 2, "recurrent_layers": 3}
 ACT: dict[str, Any] = {"halting": "act", "act_threshold": 0.8}
 
 
 def run(
-    changes: dict[str, Any], checkpoint_loops: bool, n_loops: int, n_grad_loops: int | None
+    changes: dict[str, Any], unit: ActivationCheckpointing, n_loops: int, n_grad_loops: int | None
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     """Loss, gradients and counts after backward."""
     config = toy_config(**changes)
-    model = randomise(MythosModel(config, checkpoint_loops=checkpoint_loops))
+    model = randomise(MythosModel(config, activation_checkpointing=unit))
     records = ForwardRecords(details=True)
     aux = AuxLoss(balance=0.3, z=0.02, ponder=0.1, scale=0.5)
     loss = model(**toy_batch(config), n_loops=n_loops, n_grad_loops=n_grad_loops, aux=aux, records=records)
@@ -35,11 +37,14 @@ def run(
     return loss.detach(), gradients, counts
 
 
-@pytest.mark.parametrize("changes", [{}, MLA, {"injection": "post"}, ACT, {**ACT, **MLA}], ids=str)
+@pytest.mark.parametrize("unit", ["layer", "loop"])
+@pytest.mark.parametrize("changes", [{}, MLA, LORA, {"injection": "post"}, ACT, {**ACT, **MLA}], ids=str)
 @pytest.mark.parametrize(("n_loops", "n_grad_loops"), [(5, 2), (4, None), (3, 1)])
-def test_bitwise_equal(changes: dict[str, Any], n_loops: int, n_grad_loops: int | None) -> None:
-    loss, gradients, counts = run(changes, False, n_loops, n_grad_loops)
-    again, recomputed, counted = run(changes, True, n_loops, n_grad_loops)
+def test_bitwise_equal(
+    changes: dict[str, Any], n_loops: int, n_grad_loops: int | None, unit: ActivationCheckpointing
+) -> None:
+    loss, gradients, counts = run(changes, "none", n_loops, n_grad_loops)
+    again, recomputed, counted = run(changes, unit, n_loops, n_grad_loops)
     assert torch.equal(loss, again)
     assert gradients.keys() == recomputed.keys()
     for name, gradient in gradients.items():
@@ -48,25 +53,31 @@ def test_bitwise_equal(changes: dict[str, Any], n_loops: int, n_grad_loops: int 
 
 
 def test_only_loops_with_gradient_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    visited: list[int] = []
+    visited: list[tuple[int, int]] = []
     forward = MoE.forward
 
     def counting(self: MoE, x: Tensor, loop: int, *rest: Any) -> Tensor:
-        visited.append(loop)
+        visited.append((loop, self.layer))
         return forward(self, x, loop, *rest)
 
     monkeypatch.setattr(MoE, "forward", counting)
-    run({"recurrent_layers": 1}, True, 5, 2)
-    assert visited == [0, 1, 2, 3, 4, 4, 3]
+    forwards = [(loop, layer) for loop in range(5) for layer in range(3)]
+    run({"recurrent_layers": 3}, "loop", 5, 2)
+    assert visited == [*forwards, *((loop, layer) for loop in (4, 3) for layer in range(3))]
     visited.clear()
-    run({"recurrent_layers": 1}, False, 5, 2)
-    assert visited == [0, 1, 2, 3, 4]
+    run({"recurrent_layers": 3}, "layer", 5, 2)
+    assert visited == [*forwards, *((loop, layer) for loop in (4, 3) for layer in (2, 1, 0))]
+    visited.clear()
+    run({"recurrent_layers": 3}, "none", 5, 2)
+    assert visited == forwards
 
 
 def test_memory_held_for_backward_hardly_grows_with_loops() -> None:
-    def saved(checkpoint_loops: bool, n_loops: int) -> int:
+    """By layer, a state for each layer and loop; by loop, one for each loop."""
+
+    def saved(unit: ActivationCheckpointing, n_loops: int) -> int:
         config = toy_config()
-        model = MythosModel(config, checkpoint_loops=checkpoint_loops)
+        model = MythosModel(config, activation_checkpointing=unit)
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -78,5 +89,8 @@ def test_memory_held_for_backward_hardly_grows_with_loops() -> None:
         loss.backward()
         return sum(sizes.values())
 
-    growth = [saved(flag, 9) - saved(flag, 3) for flag in (False, True)]
-    assert growth[1] < growth[0] / 10
+    units: list[ActivationCheckpointing] = ["none", "layer", "loop"]
+    none, layer, loop = (saved(unit, 9) - saved(unit, 3) for unit in units)
+    assert loop < none / 10
+    assert layer < none / 5
+    assert layer == toy_config().recurrent_layers * loop

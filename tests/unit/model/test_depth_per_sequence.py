@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mythos_ds.config.layout import RankLayout
+from mythos_ds.config.schema import ActivationCheckpointing
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.mythos import MythosModel
@@ -24,9 +25,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def toy(checkpoint_loops: bool = False, **changes: Any) -> MythosModel:
+def toy(unit: ActivationCheckpointing = "none", **changes: Any) -> MythosModel:
     """Every weight moved, also the loop embedding's gain, LoRA's scale and the routers' biases."""
-    return randomise(MythosModel(toy_config(**changes), checkpoint_loops=checkpoint_loops))
+    return randomise(MythosModel(toy_config(**changes), activation_checkpointing=unit))
 
 
 def gradients(model: MythosModel) -> dict[str, Tensor]:
@@ -55,10 +56,10 @@ def alone(
 
 @pytest.mark.parametrize("n_grad_loops", [None, 2, 4])
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("checkpoint_loops", [False, True])
-def test_equals_the_sequences_alone(name: str, n_grad_loops: int | None, checkpoint_loops: bool) -> None:
+@pytest.mark.parametrize("unit", ["none", "layer", "loop"])
+def test_equals_the_sequences_alone(name: str, n_grad_loops: int | None, unit: ActivationCheckpointing) -> None:
     """With auxiliary losses, biased routers, and a sequence that ends before the loops with gradient are through."""
-    model = toy(checkpoint_loops, **VARIANTS[name])
+    model = toy(unit, **VARIANTS[name])
     batch = toy_batch(model.config)
     expected, wanted, counts = alone(model, batch, DEPTHS, n_grad_loops)
     records = ForwardRecords(details=True)

@@ -67,7 +67,7 @@ def weights(seed: int = 0, **arguments: Any) -> dict[str, Tensor]:
 
 
 def test_same_weights_whatever_the_checkpointing() -> None:
-    plain, checkpointed = weights(checkpoint_loops=False), weights(checkpoint_loops=True)
+    plain, checkpointed = weights(activation_checkpointing="none"), weights(activation_checkpointing="loop")
     assert plain.keys() == checkpointed.keys()
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
@@ -139,7 +139,7 @@ def test_standard_deviations(attention: dict[str, Any]) -> None:
 
 def test_records_are_closed_after_the_forward() -> None:
     config = toy_config()
-    model = MythosModel(config, checkpoint_loops=True)
+    model = MythosModel(config, activation_checkpointing="loop")
     records, tokens = ForwardRecords(details=True), toy_batch(config)["tokens"]
     loss = model(tokens, n_loops=2, targets=tokens, records=records)
     noted = {layer: dict(own) for layer, own in records.routing.items()}

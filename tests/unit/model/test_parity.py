@@ -152,7 +152,7 @@ def test_loop_counts_below_one_are_refused(n_loops: int, n_grad_loops: int | Non
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_training_steps_equal_the_reference(optimizer: str) -> None:
     config = toy_config(**MLA)
-    model = randomise(MythosModel(config, checkpoint_loops=True))
+    model = randomise(MythosModel(config, activation_checkpointing="loop"))
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     trainer = ReferenceTrainer(
         dict(model.named_parameters()), config, optimizer=optimizer, eps=1e-6, weight_decay=0.1, grad_clip=0.5,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from mythos_ds.config.layout import whole_model
+from mythos_ds.config.schema import ActivationCheckpointing
 from mythos_ds.model import routing_replay
 from mythos_ds.model.context import AuxLoss, ForwardContext
 from mythos_ds.model.forward_stats import ForwardRecords
@@ -31,20 +32,22 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def run_model(seed: int, noise: float, *, checkpoint_loops: bool = True, **changes: Any) -> tuple[MythosModel, Choices]:
+def run_model(
+    seed: int, noise: float, unit: ActivationCheckpointing = "loop", **changes: Any
+) -> tuple[MythosModel, Choices]:
     """Forward and backward of a drawn model and batch."""
     config = toy_config(**changes)
-    model = randomise(MythosModel(config, checkpoint_loops=checkpoint_loops), seed)
+    model = randomise(MythosModel(config, activation_checkpointing=unit), seed)
     with perturbed_recompute(model, noise, seed) as choices:
         batch = toy_batch(config, seed=seed)
         model(**batch, n_loops=LOOPS, n_grad_loops=GRAD_LOOPS, aux=AUX, records=ForwardRecords(details=True)).backward()
     return model, choices
 
 
-def run_visits(seed: int, noise: float) -> Choices:
+def run_visits(seed: int, noise: float, unit: ActivationCheckpointing = "loop") -> Choices:
     """The same through the visits of a ring of one stage."""
     config = toy_config()
-    model = randomise(StageModel(config, checkpoint_loops=True, part=whole_model(config)), seed)
+    model = randomise(StageModel(config, activation_checkpointing=unit, part=whole_model(config)), seed)
     batch = toy_batch(config, seed=seed)
     context = model.make_context(batch["tokens"], batch["positions"], AUX, GRAD_LOOPS)
     micro_batch = MicroBatch(batch["tokens"], batch["targets"], context)
@@ -65,29 +68,32 @@ def without_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ForwardContext, "for_recompute", lambda self: self)
 
 
+@pytest.mark.parametrize("unit", ["layer", "loop"])
 @pytest.mark.parametrize("seed", range(50))
-def test_a_perturbed_recompute_keeps_the_choices(seed: int) -> None:
-    model, choices = run_model(seed, noise=1.0, **VARIANTS[seed % len(VARIANTS)])
+def test_a_perturbed_recompute_keeps_the_choices(seed: int, unit: ActivationCheckpointing) -> None:
+    model, choices = run_model(seed, 1.0, unit, **VARIANTS[seed % len(VARIANTS)])
     assert sorted(choices.recompute) == [(layer, loop) for layer in range(2) for loop in (2, 3)]
     assert choices.changed() == 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("unit", ["layer", "loop"])
 @pytest.mark.parametrize("seed", range(5))
-def test_so_does_one_of_a_pipeline_stage(seed: int) -> None:
-    choices = run_visits(seed, noise=1.0)
+def test_so_does_one_of_a_pipeline_stage(seed: int, unit: ActivationCheckpointing) -> None:
+    choices = run_visits(seed, 1.0, unit)
     assert sorted(choices.recompute) == [(layer, loop) for layer in range(2) for loop in (2, 3)]
     assert choices.changed() == 0
 
 
-def test_otherwise_the_choices_change(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unit", ["layer", "loop"])
+def test_otherwise_the_choices_change(monkeypatch: pytest.MonkeyPatch, unit: ActivationCheckpointing) -> None:
     """What the tests above would show if nothing were replayed: torch refuses the recompute, or takes it as it is."""
     without_replay(monkeypatch)
     refused, changed = 0, 0
     for seed in range(5):
         for run in (run_model, run_visits):
             try:
-                outcome = run(seed, noise=1.0)
+                outcome = run(seed, 1.0, unit)
             except CheckpointError:
                 refused += 1
             else:
@@ -95,12 +101,15 @@ def test_otherwise_the_choices_change(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused + changed == 10
 
 
-def test_a_faithful_recompute_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unit", ["layer", "loop"])
+def test_a_faithful_recompute_gives_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch, unit: ActivationCheckpointing
+) -> None:
     """With and without the replay, bit for bit."""
-    kept = run_model(0, noise=0.0)[0]
-    plain = run_model(0, noise=0.0, checkpoint_loops=False)[0]
+    kept = run_model(0, 0.0, unit)[0]
+    plain = run_model(0, 0.0, "none")[0]
     without_replay(monkeypatch)
-    anew = run_model(0, noise=0.0)[0]
+    anew = run_model(0, 0.0, unit)[0]
     for name, parameter in kept.named_parameters():
         for other in (plain, anew):
             assert torch.equal(gradient(parameter), gradient(other.get_parameter(name))), name
@@ -124,16 +133,17 @@ def test_gradients_flow_through_the_weights_of_kept_choices() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("checkpoint_loops", [True, False])
-def test_only_what_is_recomputed_is_kept(training: bool, checkpoint_loops: bool) -> None:
+@pytest.mark.parametrize("unit", ["none", "layer", "loop"])
+def test_only_what_is_recomputed_is_kept(training: bool, unit: ActivationCheckpointing) -> None:
     config = toy_config()
-    model = MythosModel(config, checkpoint_loops=checkpoint_loops)
+    model = MythosModel(config, activation_checkpointing=unit)
     with perturbed_recompute(model, 0.0, 0) as choices, torch.set_grad_enabled(training):
         model(**toy_batch(config), n_loops=LOOPS, n_grad_loops=GRAD_LOOPS)
-    assert choices.loops_kept == ([2, 2, 3, 3] if training and checkpoint_loops else [])
+    assert choices.loops_kept == ([2, 2, 3, 3] if training and unit != "none" else [])
 
 
-def test_what_is_kept_goes_with_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unit", ["layer", "loop"])
+def test_what_is_kept_goes_with_the_graph(monkeypatch: pytest.MonkeyPatch, unit: ActivationCheckpointing) -> None:
     """And is small: three integers per token and chosen expert, and one per expert, for each layer and loop."""
     made: list[weakref.ref[Any]] = []
     sizes: list[int] = []
@@ -148,7 +158,7 @@ def test_what_is_kept_goes_with_the_graph(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(MoE, "_decide", noting)
     config = toy_config()
-    model = MythosModel(config, checkpoint_loops=True)
+    model = MythosModel(config, activation_checkpointing=unit)
     batch = toy_batch(config)
     loss = model(**batch, n_loops=LOOPS, n_grad_loops=GRAD_LOOPS)
     gc.collect()
