@@ -172,7 +172,7 @@ CHECKS = (
     ),
     AcceptanceCheck(
         "region-speed", 3,
-        "Compiled regions make a layer of at most 80 kernels forward, and a loop at least 1.2 times as fast.",
+        "Compiled regions make a layer of at most 120 kernels forward, and a loop at least 1.2 times as fast.",
         f"{_REGIONS}:speed", 180, _COMPILES,
     ),
     AcceptanceCheck("pieces", 3, "Rates of norm, router, feed-forward and cross-entropy.", f"{_FIGURES}:pieces", 60),
