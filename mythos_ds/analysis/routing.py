@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mythos_ds.analysis.plots import Results, labelled, loop_axis, new_panels, save
 from mythos_ds.analysis.stability import loop_input
+from mythos_ds.kernels.routing import count_experts
 from mythos_ds.model.forward_stats import jaccard_overlap, load_imbalance
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.model.router import Router, Routing, count_experts
+from mythos_ds.model.router import Router, Routing
 
 DEAD_SHARE = 0.01
 """An expert with less than this share of its uniform load is dead."""

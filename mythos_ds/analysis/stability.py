@@ -16,6 +16,7 @@ from torch import Tensor
 from mythos_ds.analysis.plots import Results, labelled, loop_axis, new_panels, save
 from mythos_ds.errors import LabError
 from mythos_ds.model.context import ForwardContext
+from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.mythos import MythosModel
 
 SETTLED = 1e-3
@@ -256,9 +257,9 @@ def _loop_map(model: MythosModel, e: Tensor, context: ForwardContext) -> Callabl
 def _once(choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
     kept: list[Tensor] = []
 
-    def again(scores: Tensor, bias: Tensor | None) -> Tensor:
+    def again(scores: Tensor, loop: LoopIndex | None) -> Tensor:
         if not kept:
-            kept.append(choose(scores, bias))
+            kept.append(choose(scores, loop))
         return kept[0]
 
     return again

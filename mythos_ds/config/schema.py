@@ -211,6 +211,11 @@ class TrainingConfig(Section):
         description="What a weight's gradients of all loops are added up in, with dtype bfloat16; bfloat16 takes less "
         "memory and loses digits (docs/parallelism.md).",
     )
+    compile: Literal["regions", "none"] | None = Field(
+        None,
+        description="What torch.compile makes of the model: few kernels of each region of elementwise work (norms, "
+        "RoPE, injection, router, SwiGLU), or nothing; null = regions on CUDA, none on CPU (docs/gpu.md).",
+    )
     init_from: str | None = Field(
         None,
         description="Where the weights come from: a model folder, a Hugging Face folder, OpenMythos weights, a run or "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mythos_ds.config.error_messages import did_you_mean
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.engine.compilation import set_up_compilation
 from mythos_ds.engine.deepspeed_patches import order_gathers, require_checked_version, require_same_numbers
 from mythos_ds.engine.float_buffers import restore_float_buffers
 from mythos_ds.engine.gradient_dtype import add_up_in_float32, adds_up_in_float32, require_float32_sums
@@ -55,6 +56,7 @@ def build_engine(
     require_float32_sums(config.training)
     require_cpu_adam(config, groups.device)
     _check_layout(resolved, groups)
+    set_up_compilation(config.training, groups)
     section = deepspeed_section(resolved, groups)
     model = build_model(resolved, groups, section, adapt, attention_core=attention_core)
     freeze(model, resolved, groups)

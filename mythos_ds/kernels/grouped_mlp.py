@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mythos_ds.kernels.swiglu import swiglu
+
 _GROUP_ROWS = 8
 _MAX_GROUPS = 1023
 
@@ -32,7 +34,7 @@ def grouped_swiglu(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Ten
     padded, ends, places = _align_groups(rows, counts, least=1 if _misses_empty_groups(rows) else 0)
     gate = torch._grouped_mm(padded, w1.transpose(-2, -1), offs=ends)
     up = torch._grouped_mm(padded, w3.transpose(-2, -1), offs=ends)
-    results = torch._grouped_mm(functional.silu(gate) * up, w2.transpose(-2, -1), offs=ends)
+    results = torch._grouped_mm(swiglu(gate, up), w2.transpose(-2, -1), offs=ends)
     return results.index_select(0, places)
 
 
@@ -62,7 +64,7 @@ def looped_swiglu(rows: Tensor, counts: Sequence[int], w1: Tensor, w2: Tensor, w
     # unbind, not w[e]: each select zero-fills the whole stack in backward, O(E^2).
     # Experts without tokens take part too: every rank's graph must hold the same collectives.
     outputs = [
-        functional.linear(functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down)
+        functional.linear(swiglu(functional.linear(x, gate), functional.linear(x, up)), down)
         for x, gate, down, up in zip(rows.split(counts), w1.unbind(0), w2.unbind(0), w3.unbind(0), strict=True)
     ]
     return torch.cat(outputs)

@@ -1,8 +1,12 @@
 """Row permutations whose backward is the inverse permutation: deterministic, and no scatter-add."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mythos_ds.kernels.regions import region
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -23,13 +27,57 @@ class _RepeatPermuteRows(torch.autograd.Function):
     def forward(ctx, rows: Tensor, index: Tensor, inverse: Tensor, repeats: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.repeats = repeats
-        return rows[index // repeats]
+        return _repeated(rows, index, repeats=repeats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (inverse,) = ctx.saved_tensors
-        return grad[inverse].unflatten(0, (-1, ctx.repeats)).sum(1), None, None, None
+        return _summed(grad, inverse, repeats=ctx.repeats), None, None, None
+
+
+@region
+def _repeated(rows: Tensor, index: Tensor, *, repeats: int) -> Tensor:
+    return rows[index // repeats]
+
+
+@region
+def _summed(rows: Tensor, index: Tensor, *, repeats: int) -> Tensor:
+    return rows[index].unflatten(0, (-1, repeats)).sum(1)
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weights: Tensor, index: Tensor, inverse: Tensor, added: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weights, index, inverse)
+        ctx.with_added = added is not None
+        return _weighted(rows, weights, index, added)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, index, inverse = ctx.saved_tensors
+        grad_rows, grad_weights = _weighted_gradients(grad, rows, weights, index, inverse)
+        return grad_rows, grad_weights, None, None, grad if ctx.with_added else None
+
+
+@region
+def _weighted(rows: Tensor, weights: Tensor, index: Tensor, added: Tensor | None) -> Tensor:
+    own = rows[index].unflatten(0, (-1, weights.shape[1]))
+    total = (own * weights[..., None].to(rows.dtype)).sum(1)
+    return total if added is None else total + added
+
+
+@region
+def _weighted_gradients(
+    grad: Tensor, rows: Tensor, weights: Tensor, index: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    own = rows[index].unflatten(0, (-1, weights.shape[1]))
+    grad_weights = (grad[:, None] * own).sum(-1).to(weights.dtype)
+    factors = weights.to(rows.dtype).flatten()[inverse]
+    return grad[inverse // weights.shape[1]] * factors[:, None], grad_weights
 
 
 def inverse_permutation(index: Tensor) -> Tensor:
@@ -47,3 +95,11 @@ def permute_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 def repeat_permute_rows(rows: Tensor, index: Tensor, inverse: Tensor, repeats: int) -> Tensor:
     """Repeats each of n rows, then permutes them: [n, dim] -> [n * repeats, dim] for a permutation of n * repeats."""
     return _RepeatPermuteRows.apply(rows, index, inverse, repeats)
+
+
+def weighted_sum_of_rows(
+    rows: Tensor, weights: Tensor, index: Tensor, inverse: Tensor, added: Tensor | None = None
+) -> Tensor:
+    """Takes rows[index] of rows [n * k, dim] and adds up each k that follow each other, times their weights [n, k]:
+    [n, dim], plus `added` [n, dim] where given. `index` is a permutation, `inverse` its inverse."""
+    return _WeightedSum.apply(rows, weights, index, inverse, added)

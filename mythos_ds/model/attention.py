@@ -6,12 +6,12 @@ Both split into `make_entry` (what a cache would hold) and `attend`, so that hal
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
 from mythos_ds.errors import ConfigError
 from mythos_ds.kernels.attention import AttentionCore
+from mythos_ds.kernels.rope import latent_heads
 from mythos_ds.model.cache_entry import CacheEntry, GroupedEntry, LatentEntry
 from mythos_ds.model.context import ForwardContext, HaltedPositions
 from mythos_ds.model.initializer import Initializer, Linear
@@ -114,10 +114,16 @@ class MultiHeadLatentAttention(Attention[LatentEntry]):
 
     def attend(self, x: Tensor, entry: LatentEntry, context: ForwardContext) -> Tensor:
         q = self.q_proj(x) if self.full_rank_query else self.q_up(self.q_norm(self.q_down(x)))
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
-        q = torch.cat([q_nope, context.rotary.rotate(q_rope)], dim=-1)
-        k_nope, v = self.kv_up(entry.latent).unflatten(-1, (self.heads, -1)).tensor_split([self.nope], dim=-1)
-        k = torch.cat([k_nope, entry.k_rope.expand(-1, -1, self.heads, -1)], dim=-1)
+        q, k, v = latent_heads(
+            q,
+            self.kv_up(entry.latent),
+            entry.k_rope,
+            context.rotary.cos,
+            context.rotary.sin,
+            heads=self.heads,
+            nope=self.nope,
+            interleaved=context.rotary.interleaved,
+        )
         scale = (self.nope + self.rope) ** -0.5
         return self.o(self.core(q, k, v, scale=scale, documents=context.documents).flatten(-2))
 

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mythos_ds.kernels.grouped_mlp import grouped_matmul_is_fast, grouped_swiglu, looped_swiglu
+from mythos_ds.kernels.swiglu import swiglu
 from mythos_ds.model.initializer import Initializer, Linear
 
 
@@ -18,7 +18,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(dim, hidden, init.at("w3"), std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Experts(nn.Module):

@@ -5,37 +5,18 @@ rho(A) < 1 bounds the linear part only; the block's Jacobian is another matter.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.kernels.injection import inject, injection_coefficients
 
 FLOAT32_CAP = 1.0 - 1e-4
 BFLOAT16_CAP = 1.0 - 2.0**-8
 INITIAL_DT = 0.805
 """A = exp(-0.805) = sqrt(1/5) at the start (Parcae)."""
-
-_MAX_LOG_RATE = math.log(30.0)
-_DIRECT_LIMIT = 20.0
-
-
-class _ClampInward(torch.autograd.Function):
-    """clamp whose gradient is stopped only where a step would lead further out: no channel gets stuck at a bound."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.bounds = low, high
-        return x.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (x,) = ctx.saved_tensors
-        low, high = ctx.bounds
-        outward = ((x < low) & (grad > 0)) | ((x > high) & (grad < 0))
-        return grad.masked_fill(outward, 0.0), None, None
 
 
 def decay_cap(state_dtype: str) -> float:
@@ -55,6 +36,9 @@ class Injection(nn.Module):
         self.state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else torch.float32
         # The margin keeps fp32 rounding of exp below the cap.
         self.min_log_rate = math.log(-math.log(decay_cap(config.state_dtype)) * 1.002)
+        self.constants: dict[str, Any] = {
+            "discretisation": self.discretisation, "min_log_rate": self.min_log_rate, "state_dtype": self.state_dtype,
+        }  # fmt: skip
         self.log_A = nn.Parameter(torch.zeros(config.dim))
         if config.discretisation == "direct":
             self.log_dt = nn.Parameter(torch.zeros(1))
@@ -69,20 +53,11 @@ class Injection(nn.Module):
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Computes the diagonals of A (dtype of the state) and of B (fp32), each [dim]."""
-        if self.discretisation == "direct":
-            log_rate = (self.log_dt.float() + self.log_A.float()).clamp(-_DIRECT_LIMIT, _DIRECT_LIMIT)
-            return torch.exp(-log_rate.exp()).to(self.state_dtype), self.B.float()
-        dt_bias = self.dt_bias.float()
-        dt = functional.softplus(dt_bias)
-        # log softplus(x) = x to fp32 accuracy below -16; the plain formula would give log 0.
-        log_dt = torch.where(dt_bias < -16.0, dt_bias, dt.clamp_min(1e-30).log())
-        log_rate = _ClampInward.apply(log_dt + self.log_A.float(), self.min_log_rate, _MAX_LOG_RATE)
-        rate = log_rate.exp()
-        decay = torch.exp(-rate).to(self.state_dtype)
-        gain = dt if self.discretisation == "euler" else dt * (-torch.expm1(-rate) / rate)
-        return decay, gain * self.B.float()
+        return injection_coefficients(*self._own(), **self.constants)
+
+    def _own(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.log_A, self.log_dt if self.discretisation == "direct" else self.dt_bias, self.B
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """Computes A h + B e in fp32; h in the state's dtype and e in the compute dtype, both [batch, seq, dim]."""
-        decay, gain = self.coefficients()
-        return (decay * h).float() + gain * e.float()
+        return inject(h, e, *self._own(), **self.constants)

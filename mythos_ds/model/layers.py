@@ -13,7 +13,7 @@ from mythos_ds.model.context import ForwardContext, HaltedPositions
 from mythos_ds.model.feed_forward import FeedForward
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.moe import MoE
-from mythos_ds.model.norm import RMSNorm
+from mythos_ds.model.norm import AddRMSNorm, RMSNorm
 
 
 class MoEFactory(Protocol):
@@ -32,17 +32,17 @@ class DenseLayer(nn.Module):
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = make_attention(config, init.at("attn"), core, rotates=rotates)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.norms_after = config.norm_placement == "after"
+        self.ffn_norm = (RMSNorm if self.norms_after else AddRMSNorm)(config.dim, config.norm_eps)
         stds = config.resolved_init_std, config.resolved_output_std
         self.ffn = FeedForward(config.dim, config.ffn_dim, init.at("ffn"), *stds)
-        self.norms_after = config.norm_placement == "after"
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         if self.norms_after:
             x = x + self.attn_norm(self.attn(x, context)[0])
             return x + self.ffn_norm(self.ffn(x))
-        x = x + self.attn(self.attn_norm(x), context)[0]
-        return x + self.ffn(self.ffn_norm(x))
+        x, normed = self.ffn_norm(x, self.attn(self.attn_norm(x), context)[0])
+        return x + self.ffn(normed)
 
 
 class RecurrentLayer(nn.Module):
@@ -54,9 +54,9 @@ class RecurrentLayer(nn.Module):
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = make_attention(config, init.at("attn"), core, rotates=config.rotates("recurrent", layer))
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.moe = moe_factory(config, init.at("moe"), layer=layer)
         self.norms_after = config.norm_placement == "after"
+        self.ffn_norm = (RMSNorm if self.norms_after else AddRMSNorm)(config.dim, config.norm_eps)
+        self.moe = moe_factory(config, init.at("moe"), layer=layer)
 
     def forward(
         self, x: Tensor, loop: int, context: ForwardContext, halted: HaltedPositions | None = None
@@ -69,5 +69,5 @@ class RecurrentLayer(nn.Module):
             x = x + self.attn_norm(attended)
             return x + self.ffn_norm(self.moe(x.to(dtype), loop, context, alive)), entry
         attended, entry = self.attn(self.attn_norm(x), context, halted)
-        x = x + attended
-        return x + self.moe(self.ffn_norm(x), loop, context, alive), entry
+        x, normed = self.ffn_norm(x, attended)
+        return x + self.moe(normed, loop, context, alive), entry

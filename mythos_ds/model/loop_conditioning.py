@@ -7,21 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.kernels.injection import scaled_sinusoid, sinusoid
+from mythos_ds.kernels.norm import plain_rms_norm
 from mythos_ds.model.initializer import Initializer, Linear
 from mythos_ds.model.loop_index import LoopIndex
-from mythos_ds.model.norm import rms_norm
 
-_THETA = 10000.0
 _RAW_SHARE = 8
-
-
-def sinusoid(index: LoopIndex, width: int, device: torch.device) -> Tensor:
-    """Computes [sin(t f_i), cos(t f_i)] with f_i = 10000^(-2i/width) of the index t (Vaswani et al. 2017).
-
-    fp32 [width], or [batch, 1, width]; an odd width has no last cosine."""
-    exponent = torch.arange(0, width, 2, device=device).float() / width
-    angle = index.scale(torch.pow(torch.full_like(exponent, _THETA), -exponent))
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
 
 
 class LoopEmbedding(nn.Module):
@@ -37,9 +28,9 @@ class LoopEmbedding(nn.Module):
     def forward(self, h: Tensor, loop: LoopIndex) -> Tensor:
         """Computes what is added to the state h [batch, seq, dim]: fp32 [dim], or [batch, 1, dim]."""
         if self.gain is not None:
-            return self.gain.float() * sinusoid(loop.held(self.last), self.dim, h.device)
+            return scaled_sinusoid(self.gain, loop.held(self.last).value)
         width = self.dim // _RAW_SHARE
-        return nn.functional.pad(sinusoid(loop, width, h.device), (0, self.dim - width))
+        return nn.functional.pad(sinusoid(loop.value, width, h.device), (0, self.dim - width))
 
 
 class DepthwiseLoRA(nn.Module):
@@ -56,5 +47,5 @@ class DepthwiseLoRA(nn.Module):
     def forward(self, x: Tensor, loop: LoopIndex) -> Tensor:
         """Computes the branch that is added to x [batch, seq, dim]; at the block's input it sees x / rms(x)."""
         dtype = self.down.weight.dtype
-        inner = (rms_norm(x, self.eps) if self.normed else x).to(dtype)
+        inner = plain_rms_norm(x, eps=self.eps, dtype=dtype) if self.normed else x.to(dtype)
         return self.up(self.down(inner) * loop.held(self.scale.shape[0] - 1).pick(self.scale))

@@ -24,17 +24,14 @@ class LoopIndex:
         """Repeats the sequences' own numbers for each of the n_tokens flattened tokens."""
         return self if self.own is None else LoopIndex(self.number, repeat_by_token(self.own, n_tokens))
 
-    def scale(self, values: Tensor) -> Tensor:
-        """Multiplies values [width] by the index: [width], or [batch, 1, width]."""
-        return values * self.number if self.own is None else self.own[:, None, None] * values
+    @property
+    def value(self) -> Tensor | int:
+        """The number, or the sequences' own."""
+        return self.number if self.own is None else self.own
 
     def pick(self, table: Tensor) -> Tensor:
         """Takes the index's row of a table [rows, width]: [width], or [batch, 1, width]."""
         return table[self.number] if self.own is None else table[self.own][:, None]
-
-    def limit(self, number: Tensor) -> Tensor:
-        """Holds a scalar number, int64 on the device, at the index: a scalar, or [batch]."""
-        return number.clamp(max=self.number) if self.own is None else number.clamp(max=self.own)
 
 
 def repeat_by_token(values: Tensor, n_tokens: int) -> Tensor:

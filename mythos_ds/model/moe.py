@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.kernels.permute import inverse_permutation, permute_rows, repeat_permute_rows
-from mythos_ds.model.auxiliary_losses import attach_loss, balance_loss, z_loss
+from mythos_ds.kernels.permute import repeat_permute_rows, weighted_sum_of_rows
+from mythos_ds.kernels.routing import count_experts, router_losses, sort_by_expert
+from mythos_ds.model.auxiliary_losses import attach_loss
 from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.feed_forward import Experts, FeedForward
 from mythos_ds.model.forward_stats import ForwardRecords, RoutingRecord, jaccard_overlap, masked_mean
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.loop_index import repeat_by_token
-from mythos_ds.model.router import Router, Routing, count_experts
+from mythos_ds.model.router import Router, Routing
 from mythos_ds.model.routing_replay import RoutingDecision
 
 
@@ -76,24 +77,28 @@ class MoE(nn.Module):
         kept = None if context.replay is None else context.replay.get(self.layer)
         index = context.index_at(loop).by_token(len(rows))
         routing: Routing = self.router(rows, index, None if kept is None else kept.indices)
-        weights = self._note(routing, loop, context, alive, x.shape[:2])
         decision = self._decide(routing.indices) if kept is None else kept
+        weights = self._note(routing, decision, loop, context, alive, x.shape[:2])
         order, back, k = decision.order, decision.back, decision.indices.shape[-1]
         sorted_rows = repeat_permute_rows(rows, order, back, k)
         results, route = self.dispatcher(self.experts, sorted_rows, decision.counts, decision.route)
         if context.replay is not None and kept is None:
             context.replay[self.layer] = replace(decision, route=route)
-        results = permute_rows(results, back, order).unflatten(0, (-1, k))
-        routed = (results * weights[..., None].to(results.dtype)).sum(1).view_as(x)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+        shared = None if self.shared_experts is None else self.shared_experts(x).flatten(0, -2)
+        return weighted_sum_of_rows(results, weights, back, order, shared).view_as(x)
 
     def _decide(self, indices: Tensor) -> RoutingDecision:
         """What follows from the chosen experts, int64 [tokens, k], before any row travels."""
-        order = indices.flatten().argsort(stable=True)
-        return RoutingDecision(indices, order, inverse_permutation(order), count_experts(indices, self.n_experts))
+        return RoutingDecision(indices, *sort_by_expert(indices, n_experts=self.n_experts))
 
     def _note(
-        self, routing: Routing, loop: int, context: ForwardContext, alive: Tensor | None, shape: torch.Size
+        self,
+        routing: Routing,
+        decision: RoutingDecision,
+        loop: int,
+        context: ForwardContext,
+        alive: Tensor | None,
+        shape: torch.Size,
     ) -> Tensor:
         """Writes the record, and returns the routing weights with the auxiliary losses attached."""
         mask = None if alive is None else alive.float()
@@ -101,19 +106,20 @@ class MoE(nn.Module):
         aux, depths = context.aux, context.depths
         if aux is not None and (aux.balance or aux.z):
             shares = None if depths is None else depths.loss_weights(loop, context.n_grad_loops)
-            scores, indices = routing.scores.unflatten(0, shape), routing.indices.unflatten(0, shape)
-            balance = balance_loss(scores, indices, mask, shares)
-            z = z_loss(routing.logits.unflatten(0, shape), mask, shares)
+            scores, logits, indices = (
+                value.unflatten(0, shape) for value in (routing.scores, routing.logits, routing.indices)
+            )
+            alive_rows = None if mask is None else mask[..., None]
+            total, balance, z = router_losses(scores, logits, indices, alive_rows, shares, balance=aux.balance, z=aux.z)
             if torch.is_grad_enabled():
-                total = aux.balance * balance + aux.z * z
                 weights = attach_loss(weights, total * (aux.scale / context.n_grad_loops))
-            # As notes, means over the sequences that have begun.
-            whole = 1.0 if shares is None else shares.mean().clamp_min(1e-30)
-            balance, z = balance.detach() / whole, z.detach() / whole
+            if shares is not None:  # as notes, means over the sequences that have begun
+                whole = shares.mean().clamp_min(1e-30)
+                balance, z = balance / whole, z / whole
         if context.records.open:
             with torch.no_grad():
                 mask = mask if depths is None else repeat_by_token(depths.begun(loop), len(routing.indices))
-                self._record(context.records, loop, routing, mask, balance, z)
+                self._record(context.records, loop, routing, decision.counts, mask, balance, z)
         return weights
 
     def _record(
@@ -121,6 +127,7 @@ class MoE(nn.Module):
         records: ForwardRecords,
         loop: int,
         routing: Routing,
+        counts: Tensor,
         mask: Tensor | None,
         balance: Tensor | None,
         z: Tensor | None,
@@ -134,7 +141,7 @@ class MoE(nn.Module):
             counted = count_experts(indices + self.n_experts * row, self.n_experts * depths.n_loops, mask)
             return counted.view(depths.n_loops, -1).float()
 
-        counts = count(routing.indices)
+        counts = counts.float() if mask is None and depths is None else count(routing.indices)
         if not records.details:
             own[loop] = RoutingRecord(counts, balance, z)
             return

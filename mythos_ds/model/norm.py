@@ -1,13 +1,9 @@
-"""RMS normalisation in fp32 (Zhang & Sennrich 2019)."""
+"""The modules of RMS normalisation."""
 
 import torch
 from torch import Tensor, nn
 
-
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """Computes x / rms(x) over the last dimension, in fp32."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+from mythos_ds.kernels.norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -19,4 +15,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return (rms_norm(x, self.eps) * self.weight.float()).to(self.weight.dtype)
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class AddRMSNorm(RMSNorm):
+    """The norm of a residual stream to which a branch is added first."""
+
+    def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Returns the new stream x + branch, and its norm: [..., dim] each."""
+        return add_rms_norm(x, branch, self.weight, eps=self.eps)

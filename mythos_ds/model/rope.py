@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mythos_ds.config.schema import RopeScaling
 from mythos_ds.errors import ConfigError
+from mythos_ds.kernels.rope import rotate
 
 _FAST, _SLOW = 32.0, 1.0
 """YaRN's turns within the original length, between which its two kinds of frequencies are mixed."""
@@ -40,14 +41,7 @@ class Rotary:
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotates x [batch, seq, heads, width] by its positions; computed in fp32, returned in x's dtype."""
-        if self.interleaved:
-            first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        else:
-            first, second = x.float().chunk(2, dim=-1)
-        rotated = (first * self.cos - second * self.sin, first * self.sin + second * self.cos)
-        if self.interleaved:
-            return torch.stack(rotated, dim=-1).flatten(-2).to(x.dtype)
-        return torch.cat(rotated, dim=-1).to(x.dtype)
+        return rotate(x, self.cos, self.sin, interleaved=self.interleaved)
 
 
 def scaled_frequencies(exponent: Tensor, theta: float, scaling: RopeScaling) -> Tensor:

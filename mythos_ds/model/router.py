@@ -1,11 +1,13 @@
 """Token-choice router with balancing over loops (loss-free); computes in fp32 whatever the parameters' dtype."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
+from mythos_ds.kernels.routing import best_experts, biased_choice, router_scores, routing_weights, selection_bias
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.loop_index import LoopIndex
 
@@ -58,37 +60,24 @@ class Router(nn.Module):
     def forward(self, x: Tensor, loop: LoopIndex, indices: Tensor | None = None) -> Routing:
         """Routes x [tokens, dim] in `loop`, whose own numbers, if any, are those of the tokens. indices int64 [tokens,
         k]: experts that are chosen already, of which only the weights are wanted."""
-        logits = nn.functional.linear(x.float(), self.weight.float())
-        scores = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+        logits, scores = router_scores(x, self.weight, score=self.score)
         if indices is None:
             with torch.no_grad():
-                indices = self.choose(scores, self.selection_bias(loop))
-        weights = scores.gather(-1, indices)
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20) * self.route_scale
-        return Routing(weights, indices, logits, scores)
+                indices = self.choose(scores, loop)
+        return Routing(routing_weights(scores, indices, route_scale=self.route_scale), indices, logits, scores)
 
     def selection_bias(self, loop: LoopIndex) -> Tensor:
         """Makes what is added to the scores for the choice in `loop`: fp32 [n_experts], or [tokens, n_experts]."""
-        trusted = ((self.loop_updates >= MIN_ROW_UPDATES).sum() - 1).clamp_min(0)
-        row = loop.limit(trusted)  # stays on the device: no wait for the host in each loop
-        return (self.bias + self.loop_bias.index_select(0, row.view(-1))).view(*row.shape, -1)
+        return selection_bias(self.bias, self.loop_bias, self.loop_updates, loop.value, MIN_ROW_UPDATES)
 
-    def choose(self, scores: Tensor, bias: Tensor | None) -> Tensor:
-        """Chooses the best biased scores, int64 [tokens, k]; inside the best groups where routing is limited."""
-        choice = scores if bias is None else scores + bias
-        if self.n_groups is not None and self.n_limited_groups is not None:
-            grouped = choice.unflatten(-1, (self.n_groups, -1))
-            best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-            kept = best.topk(self.n_limited_groups, dim=-1).indices
-            allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, kept, True)
-            choice = grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
-        return choice.topk(self.k, dim=-1).indices
-
-
-def count_experts(indices: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:
-    """Counts each expert in indices [tokens, k], over tokens whose mask is nonzero: int64 [n_experts]."""
-    ones = torch.ones_like(indices) if mask is None else mask.reshape(-1, 1).expand_as(indices).to(indices.dtype)
-    return indices.new_zeros(n_experts).scatter_add_(0, indices.flatten(), ones.flatten())
+    def choose(self, scores: Tensor, loop: LoopIndex | None) -> Tensor:
+        """Chooses by scores [tokens, n_experts] with the bias in `loop`, or without one: int64 [tokens, k]; inside the
+        best groups where routing is limited."""
+        limits: dict[str, Any] = {"k": self.k, "n_groups": self.n_groups, "n_limited_groups": self.n_limited_groups}
+        if loop is None:
+            return best_experts(scores, **limits)
+        buffers = self.bias, self.loop_bias, self.loop_updates
+        return biased_choice(scores, *buffers, loop.value, trusted_updates=MIN_ROW_UPDATES, **limits)
 
 
 @torch.no_grad()

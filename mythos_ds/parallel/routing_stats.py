@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.model.forward_stats import ForwardRecords, load_imbalance
+from mythos_ds.model.forward_stats import ForwardRecords, RoutingRecord, load_imbalance
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.router import update_router_bias
 from mythos_ds.parallel.groups import ParallelGroups
@@ -16,7 +16,8 @@ from mythos_ds.parallel.groups import ParallelGroups
 Statistics = dict[str, float | list[float]]
 
 _AUXILIARY_FIELDS = ("balance", "z")
-_DETAIL_FIELDS = ("entropy", "overlap_previous")
+_OVERLAP = "overlap_previous"
+_DETAIL_FIELDS = ("entropy", _OVERLAP)
 
 
 class StepRecords:
@@ -34,21 +35,22 @@ class StepRecords:
         self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
 
     def add(self, records: ForwardRecords) -> None:
-        """Reads the notes of one micro-batch; those of all loops at once, as each is a kernel launch by itself."""
+        """Reads the notes of one micro-batch; those of all layers and loops at once, as each is a kernel launch by
+        itself. The layers held here follow one another."""
         self.micro_batches += 1
         begun = torch.ones_like(self.sums["begun"])  # part of the micro-batch's sequences that run in each loop
         if records.depths is not None:
             begun = torch.stack([records.depths.begun(loop).double().mean() for loop in range(len(begun))])
         self.sums["begun"] += begun
-        for layer, by_loop in records.routing.items():
-            notes = [by_loop[loop] for loop in range(len(begun))]
-            self._add_counts("counts", layer, [note.counts for note in notes])
-            self._add_counts("prebias_counts", layer, [note.prebias_counts for note in notes])
-            for field in self.fields:
-                values = [value for note in notes if (value := getattr(note, field)) is not None]
-                if values:  # loop 0 overlaps with nothing; an overlap counts where its earlier loop has begun
-                    own = self.sums[field][len(notes) - len(values) :]
-                    own += torch.stack(values).double() / self.layers * begun[: len(values)]
+        notes = {layer: [by_loop[loop] for loop in range(len(begun))] for layer, by_loop in records.routing.items()}
+        if notes:
+            self._add_counts("counts", notes)
+            if self.details:
+                self._add_counts("prebias_counts", notes)
+            self._add_means([field for field in self.fields if field != _OVERLAP], notes, begun)
+            if self.details:  # loop 0 overlaps with nothing; an overlap counts where its earlier loop has begun
+                later = {layer: by_loop[1:] for layer, by_loop in notes.items()}
+                self._add_means([_OVERLAP], later, begun[:-1])
         if records.loops:
             states = [records.loops[loop] for loop in range(len(begun))]
             self.sums["state_rms"] += torch.stack([state.state_rms for state in states]) * begun
@@ -56,12 +58,21 @@ class StepRecords:
         if records.decay_maximum is not None:
             self.sums["rho_A"] += records.decay_maximum
 
-    def _add_counts(self, name: str, layer: int, by_loop: list[Tensor | None]) -> None:
-        """Adds a layer's counts of each loop: [n_experts], or [n_loops, n_experts] where sequences have own loops."""
-        counts = [counts for counts in by_loop if counts is not None]
-        if counts:
-            stacked = torch.stack(counts).double()
-            self.sums[name][layer] += stacked if stacked.dim() == 2 else stacked.sum(0)
+    def _add_counts(self, name: str, notes: dict[int, list[RoutingRecord]]) -> None:
+        """Adds the layers' counts of each loop: [n_experts], or [n_loops, n_experts] where sequences have own loops."""
+        stacked = torch.stack([getattr(note, name) for by_loop in notes.values() for note in by_loop]).double()
+        by_layer = stacked.unflatten(0, (len(notes), -1))
+        self.sums[name][min(notes) : max(notes) + 1] += by_layer if by_layer.dim() == 3 else by_layer.sum(1)
+
+    def _add_means(self, fields: list[str], notes: dict[int, list[RoutingRecord]], begun: Tensor) -> None:
+        """Adds scalars of each loop, averaged over all layers of the model, to the sums of the last len(begun) loops.
+        Notes whose loops are none add nothing."""
+        if not fields or not len(begun):
+            return
+        values = [getattr(note, field) for field in fields for by_loop in notes.values() for note in by_loop]
+        by_field = torch.stack(values).double().view(len(fields), len(notes), -1).sum(1) / self.layers * begun
+        for field, own in zip(fields, by_field, strict=True):
+            self.sums[field][-len(begun) :] += own
 
     def reduce(self, groups: ParallelGroups) -> None:
         """Sums everything over all ranks, in one all-reduce, and brings it to the CPU: the one wait for the device."""

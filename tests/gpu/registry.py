@@ -2,9 +2,11 @@
 
 from mythos_ds.bench.acceptance import AcceptanceCheck
 
-_KERNELS, _MODEL, _ENGINE, _SEVERAL, _FIGURES = (
-    f"tests.gpu.{name}" for name in ("kernel_checks", "model_checks", "engine_checks", "several_ranks", "benchmarks")
+_KERNELS, _MODEL, _ENGINE, _SEVERAL, _FIGURES, _REGIONS = (
+    f"tests.gpu.{name}"
+    for name in ("kernel_checks", "model_checks", "engine_checks", "several_ranks", "benchmarks", "region_checks")
 )
+_COMPILES = "on a CPU a C++ compiler takes minutes for it; tests/unit/kernels has it there"
 
 CHECKS = (
     AcceptanceCheck(
@@ -34,6 +36,17 @@ CHECKS = (
         "routing-precision", 1,
         "Products in TF32 route bf16 weights as products in fp32 do.",
         f"{_MODEL}:routing_precision", 45,
+    ),
+    AcceptanceCheck(
+        "regions", 1,
+        "Compiled regions give the loss (1e-6) and gradients (5e-6) in fp32 that they give as written, and in bf16 "
+        "gradients as near to fp32's.",
+        f"{_REGIONS}:numerics", 180, _COMPILES,
+    ),
+    AcceptanceCheck(
+        "region-graphs", 1,
+        "Depths and rows that were not seen before make no new graph.",
+        f"{_REGIONS}:graphs", 180, _COMPILES,
     ),
     AcceptanceCheck(
         "recompute", 1,
@@ -156,6 +169,11 @@ CHECKS = (
         "attention-speed", 3,
         "Rates of every attention back end, and what documents cost.",
         f"{_FIGURES}:attention", 60,
+    ),
+    AcceptanceCheck(
+        "region-speed", 3,
+        "Compiled regions make a layer of at most 120 kernels forward, and a loop at least 1.2 times as fast.",
+        f"{_REGIONS}:speed", 180, _COMPILES,
     ),
     AcceptanceCheck("pieces", 3, "Rates of norm, router, feed-forward and cross-entropy.", f"{_FIGURES}:pieces", 60),
 )  # fmt: skip

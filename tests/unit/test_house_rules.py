@@ -44,7 +44,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
     "root": 2_310,
-    "kernels": 480,
+    "kernels": 960,
     "config": 3_860,
     "costs": 1_260,
     "model": 2_050,
@@ -52,8 +52,8 @@ LINES = {
     "data": 6_090,
     "monitor": 660,
     "resilience": 120,
-    "parallel": 1_440,
-    "engine": 1_010,
+    "parallel": 1_460,
+    "engine": 1_050,
     "checkpoint": 1_830,
     "inference": 190,
     "train": 2_250,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 11_000
+MAX_READING_PATH = 11_500
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 

@@ -2,20 +2,20 @@
 
 import torch
 
+from mythos_ds.kernels.injection import sinusoid
 from mythos_ds.model.loop_index import LoopIndex
 
 OWN = torch.tensor([0, 3, 5])
 
 
 def test_own_numbers_give_each_sequence_what_one_number_gives() -> None:
-    values, table = torch.randn(4), torch.randn(7, 4)
+    table = torch.randn(7, 4)
     index = LoopIndex(9, OWN)
     for position, number in enumerate(OWN.tolist()):
         alone = LoopIndex(number)
-        assert torch.equal(index.scale(values)[position, 0], alone.scale(values))
         assert torch.equal(index.pick(table)[position, 0], alone.pick(table))
         assert torch.equal(index.held(4).pick(table)[position, 0], alone.held(4).pick(table))
-        assert torch.equal(index.limit(torch.tensor(4))[position], alone.limit(torch.tensor(4)))
+        assert torch.equal(sinusoid(index.value, 5, OWN.device)[position, 0], sinusoid(alone.value, 5, OWN.device))
 
 
 def test_numbers_are_repeated_for_tokens() -> None:

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from mythos_ds.kernels.routing import count_experts
 from mythos_ds.model.forward_stats import ForwardRecords, load_imbalance
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.model.router import MIN_ROW_UPDATES, Router, count_experts, update_router_bias
+from mythos_ds.model.router import MIN_ROW_UPDATES, Router, update_router_bias
 from tests.helpers.toy_model import toy_config
 
 

@@ -1,0 +1,137 @@
+"""Regions: compiled whole, with the results they have as written, and for any number of rows and loops at once."""
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mythos_ds.config.schema import TrainingConfig
+from mythos_ds.engine import compilation
+from mythos_ds.engine.compilation import set_up_compilation
+from mythos_ds.kernels import regions
+from mythos_ds.kernels.norm import add_rms_norm, rms_norm
+from mythos_ds.kernels.regions import compile_regions, region
+from mythos_ds.kernels.swiglu import swiglu
+from mythos_ds.model.context import AuxLoss
+from mythos_ds.model.forward_stats import ForwardRecords
+from mythos_ds.model.mythos import MythosModel
+from tests.helpers.toy_model import MLA, gradient, randomise, toy_config
+
+GROUPS = SimpleNamespace(device=torch.device("cpu"), rank=0, any=bool)
+TRAINING = {"seq_len": 8, "micro_batch_size": 1, "global_batch_size": 1, "lr": 1e-3, "max_steps": 1}
+
+
+class Graphs:
+    """A backend that runs what it is given as it is, and counts."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        self.number += 1
+        own: Callable[..., Any] = graph.forward
+        return own
+
+
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    """Regions compiled by a counting backend during the test."""
+    counting = Graphs()
+    torch._dynamo.reset()
+    compile_regions(counting)
+    yield counting
+    compile_regions(None)
+
+
+def test_a_region_runs_as_written_until_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    assert torch.equal(swiglu(torch.ones(2), torch.ones(2)), torch.nn.functional.silu(torch.ones(2)))
+
+
+def test_other_rows_and_widths_stay_within_few_graphs(graphs: Graphs) -> None:
+    """One graph for a width, whatever the number of rows; another for another constant."""
+    weight = torch.ones(6)
+    for rows in (2, 3, 7, 50):
+        x = torch.randn(rows, 6)
+        assert torch.equal(rms_norm(x, weight, eps=1e-5), rms_norm.__wrapped__(x, weight, eps=1e-5))  # type: ignore[attr-defined]
+    assert graphs.number == 1
+    rms_norm(x, weight, eps=1e-3)
+    assert graphs.number == 2
+    assert not torch.equal(rms_norm(x, weight, eps=1e-3), rms_norm(x, weight, eps=1e-5)), "constants are kept apart"
+    total, normed = add_rms_norm(x, x, weight, eps=1e-5)
+    assert torch.equal(normed, rms_norm(total, weight, eps=1e-5))
+    assert graphs.number == 3
+
+
+def test_a_graph_break_is_an_error(graphs: Graphs) -> None:
+    @region
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        broken(torch.ones(2))
+    assert graphs.number == 0
+
+
+def _step(model: MythosModel, n_loops: int, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens = (torch.arange(3 * rows) * 7 % 40).view(3, rows)
+    records = ForwardRecords(details=True)
+    loss = model(tokens, n_loops=n_loops, n_grad_loops=2, targets=tokens, aux=AuxLoss(0.1, 0.1), records=records)
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: gradient(parameter) for name, parameter in model.named_parameters()}
+
+
+def test_the_model_compiles_whole_and_random_depth_adds_no_graph(graphs: Graphs) -> None:
+    """With loops recomputed in backward; the graphs are run as they are, so the numbers are those as written."""
+    model = randomise(MythosModel(toy_config(**MLA, recurrent_layers=1), checkpoint_loops=True))
+    for n_loops, rows in ((4, 9), (2, 14), (5, 11)):
+        _step(model, n_loops, rows)
+    before = graphs.number
+    for n_loops, rows in ((6, 20), (3, 7), (7, 16)):
+        loss, gradients = _step(model, n_loops, rows)
+    assert graphs.number == before < 60
+    compile_regions(None)
+    wanted, plain = _step(model, n_loops, rows)
+    assert torch.equal(loss, wanted)
+    for name, value in plain.items():
+        assert torch.equal(gradients[name], value), name
+
+
+@pytest.mark.parametrize("compiles", [None, "regions", "none"])
+def test_a_run_compiles_where_it_should(compiles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "compiler_problem", lambda device: None)
+    groups: Any = GROUPS
+    try:
+        set_up_compilation(TrainingConfig(**TRAINING, compile=compiles), groups)
+        assert regions._Compiler.backend == ("inductor" if compiles == "regions" else None)
+    finally:
+        compile_regions(None)
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_without_a_compiler_a_run_says_so_once_and_runs_as_written(
+    mine: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On this rank, or on another one."""
+
+    def compiled(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("No C++ compiler\nmore lines")
+
+    if mine:
+        monkeypatch.setattr(torch, "compile", compiled)
+    else:
+        monkeypatch.setattr(compilation, "compiler_problem", lambda device: None)
+    monkeypatch.setattr(compilation._logger.parent, "propagate", True)
+    training = TrainingConfig(**TRAINING, compile="regions")
+    for rank in (0, 1):
+        groups: Any = SimpleNamespace(device=torch.device("cpu"), rank=rank, any=lambda flag: True)
+        set_up_compilation(training, groups)
+        assert regions._Compiler.backend is None
+    (said,) = caplog.messages
+    assert ("RuntimeError: No C++ compiler" if mine else "on another rank") in said
+    assert "more lines" not in said
