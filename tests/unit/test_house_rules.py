@@ -44,10 +44,10 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
     "root": 2_260,
-    "kernels": 480,
+    "kernels": 720,
     "config": 3_860,
     "costs": 1_230,
-    "model": 2_030,
+    "model": 2_060,
     "weights": 1_200,
     "data": 6_050,
     "monitor": 660,
@@ -62,7 +62,7 @@ LINES = {
     "analysis": 1_210,
     "cluster": 1_620,
     "lab": 3_750,
-    "bench": 1_310,
+    "bench": 1_580,
     "api": 440,
     "__init__": 60,
     "__main__": 100,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 11_000
+MAX_READING_PATH = 11_300
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 
