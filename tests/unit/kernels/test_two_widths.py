@@ -50,8 +50,8 @@ class Torch:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
         assert is_causal
         self.calls.append((v.shape[-1], self._current))
-        plain = (x.as_subclass(Tensor).transpose(1, 2) for x in (q, k, v))
-        return by_sequence(*plain, scale=scale).transpose(1, 2)
+        q, k, v = (x.as_subclass(Tensor).transpose(1, 2) for x in (q, k, v))
+        return by_sequence(q, k, v, scale).transpose(1, 2)
 
 
 class OnGPU(Tensor):
@@ -82,7 +82,7 @@ def test_values_are_padded_only_for_kernels_that_want_one_width(
     able: set[str], width: int, backend: SDPBackend | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = tensors()
-    want = by_sequence(*(x.as_subclass(Tensor) for x in (q, k, v)), scale=0.3)
+    want = by_sequence(q.as_subclass(Tensor), k.as_subclass(Tensor), v.as_subclass(Tensor), 0.3)
     gpu = Torch(monkeypatch, able=able)
     for _ in range(2):
         out = causal_attention(q, k, v, scale=0.3, documents=None)
