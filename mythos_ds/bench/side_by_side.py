@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def _compare_moe(dtype: torch.dtype, *, repetitions: int) -> dict[str, Any]:
                 others[f"transformers {mode}"] = _Mixtral(ours, mode)
         x, grad = (torch.randn(1, MOE_TOKENS, DIM).to(dtype) for _ in range(2))
         sides = [Side(OURS, lambda: _through(ours, lambda rows: ours(rows, 0, context), x, grad))]
-        sides += [Side(name, lambda other=other: _through(other, other, x, grad)) for name, other in others.items()]
+        sides += [Side(name, partial(_through, other, other, x, grad)) for name, other in others.items()]
         found = _measured(sides, repetitions, 1e-5 if dtype == torch.float32 else 2e-2)
     return {"case": "moe", "dtype": str(dtype).removeprefix("torch."), **found}
 
@@ -196,7 +197,7 @@ class _InMemory:
         return self.tensors[name] if rows is None else self.tensors[name][rows]
 
 
-def _models(attention: str, loops: int) -> tuple[nn.Module, MythosModel]:
+def _models(attention: str, loops: int) -> tuple[Any, MythosModel]:
     """open-mythos's untrained model, and ours of the same weights."""
     fields = _fields(attention, loops, shared=1)
     theirs = open_mythos.OpenMythos(fields)

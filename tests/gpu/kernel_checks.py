@@ -69,6 +69,7 @@ def two_widths(probe: Probe) -> None:
     grad, scale = torch.randn(2, seq, 8, 128, **make), 192**-0.5
     positions = document_positions(seq, documents, probe.device_type, 2)
     bounds = DocumentBounds.from_positions(positions)
+    assert bounds is not None
     probe.note("back end for values as they are", str(attention_kernels._backend_of_two_widths(*tensors)))
     ways: dict[str, tuple[Any, Tensor | None]] = {
         "padded": (lambda q, k, v: attention_kernels._sdpa(q, k, v, scale), None),
