@@ -473,6 +473,8 @@ CODES = {
         "Install the CUDA toolkit of torch's version (`python -c 'import torch; print(torch.version.cuda)'`) and set "
         "`CUDA_HOME` to its folder on every node; `mythos-ds preflight` looks for it. Or do not offload.",
     ),
+    "MDS760": Code("A package that a measurement compares with is missing; those of requirements.lock are needed"),
+    "MDS761": Code("What a measurement compares does not compute the same numbers"),
     "MDS770": Code("`training.eval_deep_every` without periodic evaluations"),
     "MDS780": Code(
         "The package is not installed",

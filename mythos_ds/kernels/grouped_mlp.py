@@ -1,6 +1,6 @@
-"""SwiGLU of many experts at once: grouped products where they are fast, else one expert after the other."""
+"""SwiGLU of many experts at once, in grouped products; `looped_swiglu` computes the same one expert after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,11 +31,25 @@ def grouped_swiglu(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Ten
     rows [n, dim] sorted by expert, counts int64 [n_experts]; w1 and w3 [n_experts, hidden, dim], w2 [n_experts, dim,
     hidden]. Nothing waits for the counts. The same as `looped_swiglu`.
     """
-    padded, ends, places = _align_groups(rows, counts, least=1 if _misses_empty_groups(rows) else 0)
-    gate = torch._grouped_mm(padded, w1.transpose(-2, -1), offs=ends)
-    up = torch._grouped_mm(padded, w3.transpose(-2, -1), offs=ends)
-    results = torch._grouped_mm(swiglu(gate, up), w2.transpose(-2, -1), offs=ends)
-    return results.index_select(0, places)
+    product: Callable[..., Tensor] = getattr(functional, "grouped_mm", None) or torch._grouped_mm
+    places = None
+    if _takes_any_groups(rows):
+        ends = counts.cumsum(0, dtype=torch.int32)
+    else:
+        rows, ends, places = _align_groups(rows, counts, least=1 if _misses_empty_groups(rows) else 0)
+    gate = product(rows, w1.transpose(-2, -1), offs=ends)
+    up = product(rows, w3.transpose(-2, -1), offs=ends)
+    results = product(swiglu(gate, up), w2.transpose(-2, -1), offs=ends)
+    return results if places is None else results.index_select(0, places)
+
+
+def _takes_any_groups(rows: Tensor) -> bool:
+    """Whether groups of rows may have any size, none included, and end with the last row: with Hopper's kernel in those
+    versions of torch that have the public name. Of no rows at all a kernel cannot be sure to make something."""
+    if not rows.is_cuda or not rows.shape[0] or not hasattr(functional, "grouped_mm"):
+        return False
+    major, _ = torch.cuda.get_device_capability(rows.device)
+    return major == 9
 
 
 def _misses_empty_groups(rows: Tensor) -> bool:
@@ -46,7 +60,7 @@ def _misses_empty_groups(rows: Tensor) -> bool:
 
 def _align_groups(rows: Tensor, counts: Tensor, *, least: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pads each expert's group of rows [n, dim], taken for at least `least` rows, to a multiple of 8; also returns the
-    groups' ends int32, and where each row went int64 [n]. The kernels want groups of 16 bytes in the weight gradient.
+    groups' ends int32, and where each row went int64 [n].
 
     The buffer's size does not depend on the counts, so nothing waits for them; rows past the last end are unused.
     """
@@ -57,14 +71,3 @@ def _align_groups(rows: Tensor, counts: Tensor, *, least: int) -> tuple[Tensor, 
     # A group grows by at most 7 rows, an empty one by 8 * least; older torch wants a row past the last end.
     buffer = rows.new_zeros(n + _GROUP_ROWS * (len(counts) + least), rows.shape[1])
     return buffer.index_copy(0, places, rows), aligned.cumsum(0).to(torch.int32), places
-
-
-def looped_swiglu(rows: Tensor, counts: Sequence[int], w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """Computes the same expert by expert, in plain torch."""
-    # unbind, not w[e]: each select zero-fills the whole stack in backward, O(E^2).
-    # Experts without tokens take part too: every rank's graph must hold the same collectives.
-    outputs = [
-        functional.linear(swiglu(functional.linear(x, gate), functional.linear(x, up)), down)
-        for x, gate, down, up in zip(rows.split(counts), w1.unbind(0), w2.unbind(0), w3.unbind(0), strict=True)
-    ]
-    return torch.cat(outputs)

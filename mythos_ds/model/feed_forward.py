@@ -1,9 +1,13 @@
 """SwiGLU feed-forward (Shazeer 2020), dense and stacked over experts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
-from mythos_ds.kernels.grouped_mlp import grouped_matmul_is_fast, grouped_swiglu, looped_swiglu
+from mythos_ds.kernels.grouped_mlp import grouped_matmul_is_fast, grouped_swiglu
+from mythos_ds.kernels.looped_mlp import GradientSums, looped_swiglu
 from mythos_ds.kernels.swiglu import swiglu
 from mythos_ds.model.initializer import Initializer, Linear
 
@@ -26,6 +30,8 @@ class Experts(nn.Module):
 
     w1 (gate) and w3 (up) are [n_experts, hidden, dim], w2 (down) is [n_experts, dim, hidden].
     """
+
+    _sums: GradientSums | None = None
 
     def __init__(
         self,
@@ -52,4 +58,13 @@ class Experts(nn.Module):
         """Computes rows [n, dim] sorted by expert, counts int64 [n_experts] (local) -> [n, dim]."""
         if grouped_matmul_is_fast(rows, self.w1.shape[1], self.w1.shape[0]):
             return grouped_swiglu(rows, counts, self.w1, self.w2, self.w3)
-        return looped_swiglu(rows, counts.tolist(), self.w1, self.w2, self.w3)
+        return looped_swiglu(rows, counts.tolist(), self.w1, self.w2, self.w3, sums=self._sums)
+
+    @contextmanager
+    def adding_up(self) -> Iterator[None]:
+        """Lets the gradients of all calls meanwhile add up in one place; they have to be of one graph."""
+        self._sums = GradientSums.of(self.w1, self.w2, self.w3)
+        try:
+            yield
+        finally:
+            self._sums = None

@@ -6,6 +6,7 @@ layers calls `begin`, `run_layers` and `end` itself; exit rules and studies run 
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -82,8 +83,20 @@ class RecurrentBlock(nn.Module):
 
     def forward(self, e: Tensor, n_loops: int, context: ForwardContext) -> Tensor:
         """Runs n_loops loops, the first n_loops - context.n_grad_loops of them without gradient."""
-        h = first = self.start(e, context)
+        h = self.start(e, context)
         halting = None if self.halting is None else HaltingState.start(h)
+        with ExitStack() as stack:
+            for moe in self.moe_layers():
+                stack.enter_context(moe.experts.adding_up())
+            h, halting = self._run_loops(h, e, n_loops, context, halting)
+        if halting is None:
+            return h.float()
+        return self._with_ponder_cost(halting, context)
+
+    def _run_loops(
+        self, h: Tensor, e: Tensor, n_loops: int, context: ForwardContext, halting: HaltingState | None
+    ) -> tuple[Tensor, HaltingState | None]:
+        first = h
         for loop in range(n_loops):
             with_gradient = torch.is_grad_enabled() and loop >= n_loops - context.n_grad_loops
             with torch.set_grad_enabled(with_gradient):
@@ -93,9 +106,7 @@ class RecurrentBlock(nn.Module):
                 h = torch.where(context.depths.begun(loop)[:, None, None], h, first)
             if context.records.wants_states:
                 context.records.note_state(loop, h)
-        if halting is None:
-            return h.float()
-        return self._with_ponder_cost(halting, context)
+        return h, halting
 
     def start(self, e: Tensor, context: ForwardContext) -> Tensor:
         """Makes the state before the first loop, h_0, for e [batch, seq, dim]."""

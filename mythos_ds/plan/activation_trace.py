@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mythos_ds.config.layout import ModelChunk
 from mythos_ds.config.schema import ActivationCheckpointing, ModelConfig
 from mythos_ds.kernels import attention
-from mythos_ds.kernels.grouped_mlp import grouped_swiglu, looped_swiglu
+from mythos_ds.kernels.grouped_mlp import grouped_swiglu
+from mythos_ds.kernels.looped_mlp import looped_swiglu
 from mythos_ds.kernels.permute import inverse_permutation, permute_rows
 from mythos_ds.model.context import AuxLoss, ForwardContext
 from mythos_ds.model.feed_forward import Experts

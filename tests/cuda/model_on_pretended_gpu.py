@@ -5,6 +5,8 @@ import ctypes
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 
@@ -14,6 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,11 +44,14 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.findings: list[str] = []
         self.operators = 0
+        self.groups: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         out = func(*args, **(kwargs or {}))
         self.operators += 1
+        if name == "_grouped_mm" and out.dim() == 2:
+            self.groups.add(len(out))
         if name in WAITS:
             self.findings.append(f"{name} waits for the device")
         devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
@@ -76,10 +82,40 @@ class OwnExperts(MoE):
         return experts(rows, counts.view(self.ep_size, -1).sum(0)), None
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
-    """What scaled_dot_product_attention comes to on a GPU; choosing a kernel asks the driver."""
-    result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
-    return result
+class Kernels:
+    """The attention kernels of a GPU, of which choosing one asks the driver; notes what each is called with."""
+
+    def __init__(self, *, cudnn: bool):
+        self.calls: set[str] = set()
+        self.cudnn = cudnn
+        self.chosen: SDPBackend | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
+        """What scaled_dot_product_attention comes to."""
+        self.calls.add(f"{'flash' if self.chosen is None else self.chosen.name} {q.shape[-1]} {v.shape[-1]}")
+        result: Tensor
+        if self.chosen == SDPBackend.CUDNN_ATTENTION:
+            options = None, torch.is_grad_enabled(), 0.0, is_causal
+            result = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, *options, scale=scale)[0]
+        else:
+            result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
+        return result
+
+    @contextmanager
+    def only(self, backend: SDPBackend) -> Iterator[None]:
+        """What sdpa_kernel does."""
+        self.chosen = backend
+        yield
+        self.chosen = None
+
+    def answers(self) -> dict[str, Any]:
+        """What takes the places of torch's functions in the module of attention."""
+        return {
+            "sdpa_kernel": self.only,
+            "can_use_cudnn_attention": lambda _: self.cudnn,
+            "can_use_flash_attention": lambda _: True,
+            "_BACKENDS": {},
+        }
 
 
 def on_gpu(model: nn.Module) -> None:
@@ -96,6 +132,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """Forward and backward of one preset."""
     config = load_config(f"{case['preset']}.json", []).config.model
     moe: type[MoE] = type("Local", (OwnExperts,), {"ep_size": case["ep_size"], "fault": case.get("fault", "")})
+    kernels = Kernels(cudnn=case.get("cudnn", False))
     with torch.device("meta"):
         model = MythosModel(config, moe_factory=moe, activation_checkpointing=case["checkpointing"])
     positions = (torch.arange(SEQ) % 20).expand(BATCH, SEQ) if case["documents"] else None
@@ -106,7 +143,12 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         positions = None if positions is None else mode.from_tensor(positions).cuda()
         bounds = None if bounds is None else moved(bounds, mode)
         watch = Watch()
-        with patch.object(DocumentBounds, "from_positions", lambda *_: bounds), watch:
+        with (
+            patch.object(DocumentBounds, "from_positions", lambda *_: bounds),
+            patch.multiple(attention, **kernels.answers()),
+            patch.object(attention.functional, "scaled_dot_product_attention", kernels.attend),
+            watch,
+        ):
             try:
                 loss = model(
                     tokens,
@@ -130,6 +172,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         "findings": sorted(set(watch.findings)),
         "without_gradient": missing,
         "operators": watch.operators,
+        "attention": sorted(kernels.calls),
+        "groups": sorted(watch.groups),
     }
 
 
@@ -140,11 +184,9 @@ def moved(bounds: DocumentBounds, mode: FakeTensorMode) -> DocumentBounds:
 
 
 def main(cases: list[dict[str, Any]]) -> None:
-    with (
-        patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
-        patch.object(attention.functional, "scaled_dot_product_attention", flash),
-    ):
-        for case in cases:
+    for case in cases:
+        capability = tuple(case.get("capability", (9, 0)))
+        with patch.object(torch.cuda, "get_device_capability", lambda *_, found=capability: found):
             sys.stdout.write(json.dumps(run(case)) + "\n")
             sys.stdout.flush()
     os._exit(0)  # the engine's thread for the device would not end

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from mythos_ds.config.loader import load_config
 from tests.helpers.paths import ROOT
 
 FOLDER = Path(__file__).parent
 TIMEOUT_S = 600.0
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+BATCH, SEQ = 2, 32
+"""Of what runs on the pretended GPU."""
 EP_SIZE = {"tiny": 1, "1b": 1, "1t": 256}
 
 pytestmark = [
@@ -64,6 +67,22 @@ def test_no_operator_waits_or_leaves_the_device(library: Path) -> None:
         assert found["findings"] == [], found["case"]
         assert found["without_gradient"] == [], found["case"]
         assert found["operators"] > 5000
+
+
+def test_the_kernels_that_are_called(library: Path) -> None:
+    """Values of latent attention go to cuDNN as they are, else padded to flash; only Blackwell has groups padded."""
+    plain = {"checkpointing": False, "documents": False}
+    cudnn, flash, blackwell = run(
+        library, [case("1b", cudnn=True, **plain), case("1b", **plain), case("1b", capability=[10, 0], **plain)]
+    )
+    assert cudnn["attention"] == ["CUDNN_ATTENTION 192 128"]
+    assert flash["attention"] == ["flash 192 192"]
+    for found in (cudnn, flash, blackwell):
+        assert (found["findings"], found["without_gradient"]) == ([], [])
+    model = load_config("1b.json", []).config.model
+    rows = BATCH * SEQ * model.n_experts_per_tok
+    assert flash["groups"] == [rows]
+    assert blackwell["groups"] == [rows + 8 * (model.n_experts + 1)]
 
 
 def test_faults_are_found(library: Path) -> None:

@@ -1,6 +1,7 @@
 """Call 1: kernels against plain formulas in fp32, on inputs that kernels have been wrong on."""
 
 import inspect
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mythos_ds.bench.acceptance import Probe
+from mythos_ds.kernels import attention as attention_kernels
+from mythos_ds.kernels import grouped_mlp
 from mythos_ds.kernels.attention import causal_attention
 from mythos_ds.kernels.segments import DocumentBounds
 from mythos_ds.model.feed_forward import Experts
@@ -57,6 +60,50 @@ def _accepts(probe: Probe, backend: SDPBackend, width: int, v_width: int) -> boo
     return True
 
 
+def two_widths(probe: Probe) -> None:
+    """Values of 128 channels to queries of 192, by each way that there is for them: results, gradients and leaks."""
+    seq, documents = (2048, 28) if probe.on_gpu else (128, 9)
+    make: dict[str, Any] = {"device": probe.device_type, "dtype": torch.bfloat16}
+    torch.manual_seed(3)
+    tensors = [torch.randn(2, seq, 8, width, **make) for width in (192, 192, 128)]
+    grad, scale = torch.randn(2, seq, 8, 128, **make), 192**-0.5
+    positions = document_positions(seq, documents, probe.device_type, 2)
+    bounds = DocumentBounds.from_positions(positions)
+    assert bounds is not None
+    probe.note("back end for values as they are", str(attention_kernels._backend_of_two_widths(*tensors)))
+    ways: dict[str, tuple[Any, Tensor | None]] = {
+        "padded": (lambda q, k, v: attention_kernels._sdpa(q, k, v, scale), None),
+        "documents one after the other": (
+            lambda q, k, v: attention_kernels._sdpa_by_document(q, k, v, scale, bounds),
+            positions,
+        ),
+    }
+    for name, backend in BACKENDS.items():
+        if _accepts(probe, backend, 192, 128):
+            ways[f"{name}, as they are"] = partial(attention_kernels._sdpa, scale=scale, backend=backend), None
+    if probe.on_gpu and attention_kernels._torch_varlen() is not None:
+        ways["torch's documents"] = (lambda q, k, v: attention_kernels._varlen(q, k, v, scale, bounds)), positions
+    for name, (way, own_positions) in ways.items():
+        _compare(probe, name, tensors, grad, scale, own_positions, way)
+
+
+def _compare(
+    probe: Probe, name: str, tensors: list[Tensor], grad: Tensor, scale: float, positions: Tensor | None, way: Any
+) -> None:
+    """Hold results and gradients of one way to attend to the formula in fp32."""
+    own = [tensor.clone().requires_grad_() for tensor in tensors]
+    poison(probe.device_type)
+    out = way(*own)
+    out.backward(grad)
+    plain = [tensor.float().requires_grad_() for tensor in tensors]
+    q, k, v = plain
+    wanted = plain_attention(q, k, v, scale, positions)
+    wanted.backward(grad.float())
+    errors = [relative(out, wanted), *(relative(a.grad, b.grad) for a, b in zip(own, plain, strict=True))]
+    for what, error in zip(("result", "dq", "dk", "dv"), errors, strict=True):
+        probe.number(f"{name}: {what}, relative", error, at_most=2e-2)
+
+
 def counts_of(experts: int, rows: int) -> dict[str, list[int]]:
     """Rows by expert: evenly, all to one, few experts with many, odd numbers, none."""
     even = [rows // experts] * experts
@@ -72,6 +119,8 @@ def experts(probe: Probe) -> None:
     shapes = [(count, 1024, 512) for count in (4, 17, 136, 1023, 1024)] + [(4, 9728, 4096)]
     if not probe.on_gpu:
         shapes = [(count, 32, 16) for count in (4, 17, 136, 1023, 1024)]
+    sample = torch.empty(8, 32, device=probe.device_type, dtype=torch.bfloat16)
+    probe.note("groups of experts are padded", not grouped_mlp._takes_any_groups(sample))
     for count, dim, hidden in shapes:
         patterns = counts_of(count, 8 * count).values()
         found = [_experts_once(probe, count, dim, hidden, pattern) for pattern in patterns]
@@ -180,17 +229,8 @@ def attention(probe: Probe) -> None:
             (f"{documents} documents", document_positions(seq, documents, probe.device_type, 2)),
         ):
             bounds = None if positions is None else DocumentBounds.from_positions(positions)
-            own = [tensor.clone().requires_grad_() for tensor in tensors]
-            poison(probe.device_type)
-            out = causal_attention(*own, scale=scale, documents=bounds)
-            out.backward(grad)
-            plain = [tensor.float().requires_grad_() for tensor in tensors]
-            q, k, v = plain
-            wanted = plain_attention(q, k, v, scale, positions)
-            wanted.backward(grad.float())
-            errors = [relative(out, wanted), *(relative(a.grad, b.grad) for a, b in zip(own, plain, strict=True))]
-            for what, error in zip(("result", "dq", "dk", "dv"), errors, strict=True):
-                probe.number(f"{name}, {kind}: {what}, relative", error, at_most=2e-2)
+            attend = partial(causal_attention, scale=scale, documents=bounds)
+            _compare(probe, f"{name}, {kind}", tensors, grad, scale, positions, attend)
             if positions is not None:
                 _leaks(probe, f"{name}, {kind}", tensors, scale, positions, bounds)
 

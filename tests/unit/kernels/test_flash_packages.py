@@ -32,17 +32,20 @@ def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {more}softmax_scale=None, causal=False
+    q, k, v, {first}cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
+    causal=False,
 ):
     assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
     CALLS.append((__name__, "documents"))
     return {several}
 """
 ONE, SEVERAL = "by_sequence(q, k, v, softmax_scale)", "by_bounds(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)"
-VERSION_2 = WORKING.format(one=ONE, several=SEVERAL, more="dropout_p=0.0, ")
-VERSION_3 = WORKING.format(one=f"{ONE}, None", several=f"{SEVERAL}, None", more="seqused_q=None, seqused_k=None, ")
+VERSION_2 = WORKING.format(one=ONE, several=SEVERAL, first="")
+VERSION_3 = WORKING.format(one=f"{ONE}, None", several=f"{SEVERAL}, None", first="")
+VERSION_4 = WORKING.format(one=f"{ONE}, None", several=f"{SEVERAL}, None", first="qv=None, ")
 
 CALLS: list[tuple[str, str]] = []
+TORCH_VARLEN = attention._torch_varlen
 
 
 def by_sequence(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -82,6 +85,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     """Writes a file of a package; afterwards no flash-attn is known any more."""
 
     def forget() -> None:
+        TORCH_VARLEN.cache_clear()
         attention._flash_attention.cache_clear()
         attention._working.cache_clear()
         for name in [name for name in sys.modules if name.startswith("flash_attn")]:
@@ -123,6 +127,10 @@ def attend(documents: DocumentBounds | None, width: int = 8, v_width: int = 8) -
         (9, {"flash_attn_interface.py": VERSION_3}, "flash_attn_interface"),
         (9, {"flash_attn_interface.py": VERSION_2, "flash_attn/__init__.py": VERSION_2}, "flash_attn_interface"),
         (10, {"flash_attn_interface.py": VERSION_3, "flash_attn/__init__.py": VERSION_2}, "flash_attn"),
+        (9, {"flash_attn/cute/__init__.py": VERSION_4}, "flash_attn.cute"),
+        (10, {"flash_attn/cute/__init__.py": VERSION_4, "flash_attn/__init__.py": VERSION_2}, "flash_attn.cute"),
+        (9, {"flash_attn_interface.py": VERSION_3, "flash_attn/cute/__init__.py": VERSION_4}, "flash_attn_interface"),
+        (8, {"flash_attn/cute/__init__.py": VERSION_4, "flash_attn/__init__.py": VERSION_2}, "flash_attn"),
     ],
 )
 @pytest.mark.parametrize("v_width", [8, 5])
@@ -146,12 +154,12 @@ def test_an_installed_package_is_used(
 @pytest.mark.parametrize(
     ("major", "files", "told"),
     [
-        (9, {"flash_attn/cute/__init__.py": "def flash_attn_func(): pass"}, "no flash_attn_func"),
+        (8, {"flash_attn/cute/__init__.py": VERSION_4}, "no flash_attn_func"),
         (8, {"flash_attn/__init__.py": "def flash_attn_func(): pass"}, "has no flash_attn_varlen_func"),
         (8, {"flash_attn/__init__.py": "raise ImportError('undefined symbol: _ZN3c104cuda')"}, "undefined symbol"),
         (9, {"flash_attn_interface.py": "raise OSError('libcudart.so.12')"}, "libcudart"),
     ],
-    ids=["version 4 alone", "half of it", "built for another torch", "built for another CUDA"],
+    ids=["version 4 on Ampere", "half of it", "built for another torch", "built for another CUDA"],
 )
 @pytest.mark.parametrize("documents", [None, DocumentBounds.from_positions(POSITIONS)], ids=["one", "documents"])
 def test_a_broken_package_is_named_once_and_not_used(
@@ -205,15 +213,55 @@ def varlen_attn(
     return by_bounds(query, key, value, cu_seq_q, max_q, scale)
 
 
+def with_grouped_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The form of torch 2.13."""
+    assert (window_size, cu_seq_q is cu_seq_k, max_q == max_k, enable_gqa) == ((-1, 0), True, True, True)
+    assert scale is not None
+    assert query.shape[1] == 2 * key.shape[1] == 2 * value.shape[1]
+    CALLS.append(("torch", "documents"))
+    return by_bounds(query, key, value, cu_seq_q, max_q, scale)
+
+
+def without_scale(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+) -> Tensor:
+    """The form of torch 2.10."""
+    assert (is_causal, cu_seq_q is cu_seq_k, max_q == max_k) == (True, True, True)
+    assert query.shape[1:] == key.shape[1:] == value.shape[1:]
+    CALLS.append(("torch", "documents"))
+    return by_bounds(query, key, value, cu_seq_q, max_q, query.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("form", [varlen_attn, with_grouped_heads, without_scale])
 @pytest.mark.parametrize(("width", "used"), [(8, True), (12, False)])
 def test_torch_has_a_kernel_for_documents(
-    width: int, used: bool, install: Install, monkeypatch: pytest.MonkeyPatch
+    form: Callable[..., Tensor], width: int, used: bool, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of widths of whole 16-byte units; without flash-attn."""
+    """Of widths of whole 16-byte units; without flash-attn. In whatever form this torch has it."""
     documents = DocumentBounds.from_positions(POSITIONS)
     want = attend(documents, width, v_width=7)
     on_device(monkeypatch, 9)
-    monkeypatch.setattr(attention, "_torch_varlen", lambda: varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", form)
+    TORCH_VARLEN.cache_clear()
     got = attend(documents, width, v_width=7)
     assert [("torch", "documents")] * used == CALLS
     for a, b in zip(got, want, strict=True):
@@ -223,12 +271,39 @@ def test_torch_has_a_kernel_for_documents(
     assert CALLS == []
 
 
+def test_version_4_takes_the_values_of_latent_attention_as_they_are(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """192 and 128 channels; other widths are made one."""
+    seen, compute = [], by_sequence
+
+    def record(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        seen.append(v.shape[-1])
+        return compute(q, k, v, scale)
+
+    monkeypatch.setattr("tests.unit.kernels.test_flash_packages.by_sequence", record)
+    on_device(monkeypatch, 10)
+    for file, text, widths in (
+        ("flash_attn/__init__.py", VERSION_2, [192, 96]),
+        ("flash_attn/cute/__init__.py", VERSION_4, [128, 96]),
+    ):
+        install(file, text)
+        attention._flash_attention.cache_clear()
+        attention._working.cache_clear()
+        for width, v_width in ((192, 128), (96, 64)):
+            attend(None, width, v_width)
+        assert seen == widths
+        seen.clear()
+
+
 def test_this_torch_takes_what_is_given() -> None:
     function = attention._torch_varlen()
     if function is None:
         pytest.skip("this torch has no attention of sequences of different lengths, or an earlier form of it")
     tensors = [torch.empty(0)] * 5
-    inspect.signature(function).bind(*tensors, 8, 8, scale=1.0, window_size=(-1, 0))
+    newer = "window_size" in inspect.signature(function).parameters
+    options: dict[str, Any] = {"scale": 1.0, "window_size": (-1, 0)} if newer else {"is_causal": True}
+    inspect.signature(function).bind(*tensors, 8, 8, **options)
 
 
 @pytest.mark.parametrize(

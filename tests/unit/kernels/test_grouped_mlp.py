@@ -9,12 +9,13 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mythos_ds.kernels import grouped_mlp
-from mythos_ds.kernels.grouped_mlp import grouped_matmul_is_fast, grouped_swiglu, looped_swiglu
+from mythos_ds.kernels.grouped_mlp import grouped_matmul_is_fast, grouped_swiglu
+from mythos_ds.kernels.looped_mlp import looped_swiglu
 from tests.helpers.toy_model import gradient
 
 DIM, HIDDEN = 16, 24
 NAMES = ("out", "rows", "w1", "w2", "w3")
-BLACKWELL = pytest.mark.parametrize("blackwell", [False, True], ids=["hopper", "blackwell"])
+DEVICES = pytest.mark.parametrize("device", ["hopper", "hopper before torch 2.10", "blackwell"])
 GROUPED = pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped matmul")
 
 
@@ -38,12 +39,13 @@ def _run(kind: str, counts: list[int], dtype: torch.dtype = torch.float32) -> di
 
 class GPU(TorchDispatchMode):
     """Leaves NaN where a GPU leaves memory as it was: in new tensors, in rows past the last group of a grouped product,
-    and, as Blackwell does, in the weight gradients of groups without rows."""
+    and, as Blackwell does, in the weight gradients of groups without rows. Refuses what kernels refuse: rows past the
+    end or, with `padded`, a group that is no whole 16 bytes or ends with the buffer; and no rows at all."""
 
-    def __init__(self, *, blackwell: bool):
+    def __init__(self, *, blackwell: bool, padded: bool):
         super().__init__()
-        self.blackwell = blackwell
-        self.products = 0
+        self.blackwell, self.padded = blackwell, padded
+        self.products = self.rows = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -52,12 +54,29 @@ class GPU(TorchDispatchMode):
         if func.overloadpacket is torch.ops.aten._grouped_mm:
             self.products += 1
             ends: Tensor = (kwargs or {}).get("offs", args[-1])
+            a, b = args[:2]
+            sizes = ends.diff(prepend=ends.new_zeros(1))
+            assert ends.dtype == torch.int32
+            assert not self.padded or not (sizes % 8).any()
             if out.dim() == 2:
-                assert ends[-1] < len(out)
+                assert len(out) > 0
+                assert ends[-1] < len(out) if self.padded else ends[-1] == len(out)
+                assert a.stride(-1) == 1
+                self.rows = max(self.rows, len(out))
                 out[int(ends[-1]) :] = float("nan")
-            elif self.blackwell:
-                out[ends.diff(prepend=ends.new_zeros(1)) == 0] = float("nan")
+            else:
+                # Columns of the one, rows of the other: of those a group may have any size.
+                assert a.stride(0) == 1
+                assert b.stride(1) == 1
+                if self.blackwell:
+                    out[sizes == 0] = float("nan")
         return out
+
+
+def on_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Tensors of the CPU are taken for those of a GPU by what depends on which it is."""
+    monkeypatch.setattr(grouped_mlp, "_misses_empty_groups", lambda rows: device == "blackwell")
+    monkeypatch.setattr(grouped_mlp, "_takes_any_groups", lambda rows: device == "hopper" and len(rows) > 0)
 
 
 def _counts(n: int, seed: int) -> list[int]:
@@ -70,14 +89,12 @@ def _counts(n: int, seed: int) -> list[int]:
 
 
 @GROUPED
-@BLACKWELL
+@DEVICES
 @pytest.mark.parametrize("counts", [[3, 0, 9, 4], [16, 0, 0, 1], [8, 8, 8, 8], [0, 0, 0, 0], [0, 0, 0, 5]])
-def test_grouped_equals_looped_with_gradients(
-    counts: list[int], blackwell: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grouped_mlp, "_misses_empty_groups", lambda rows: blackwell)
+def test_grouped_equals_looped_with_gradients(counts: list[int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_device(monkeypatch, device)
     want = _run("loop", counts)
-    with GPU(blackwell=blackwell):
+    with GPU(blackwell=device == "blackwell", padded=device != "hopper" or not sum(counts)):
         got = _run("grouped", counts)
     for name in NAMES:
         assert got[name].shape == want[name].shape
@@ -85,18 +102,19 @@ def test_grouped_equals_looped_with_gradients(
 
 
 @GROUPED
-@BLACKWELL
+@DEVICES
 @pytest.mark.parametrize("n_experts", [4, 17, 1023, 1024])
 def test_bfloat16_with_empty_groups_and_memory_that_was_never_written(
-    n_experts: int, blackwell: bool, monkeypatch: pytest.MonkeyPatch
+    n_experts: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the loop in float64 on the same bf16 numbers: to bf16's rounding; empty experts' gradients are zeros."""
-    monkeypatch.setattr(grouped_mlp, "_misses_empty_groups", lambda rows: blackwell)
+    on_device(monkeypatch, device)
     counts = _counts(n_experts, seed=n_experts)
     want = _run("loop", counts, torch.bfloat16)
-    with GPU(blackwell=blackwell) as gpu:
+    with GPU(blackwell=device == "blackwell", padded=device != "hopper") as gpu:
         got = _run("grouped", counts, torch.bfloat16)
     assert gpu.products == 9
+    assert (gpu.rows == sum(counts)) is (device == "hopper")
     empty = torch.tensor(counts) == 0
     assert empty.any()
     for name in NAMES:
@@ -157,3 +175,24 @@ def test_which_devices_miss_empty_groups(monkeypatch: pytest.MonkeyPatch) -> Non
     for capability, misses in (((9, 0), False), ((10, 0), True), ((10, 3), True), (None, False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert grouped_mlp._misses_empty_groups(_rows(capability, torch.bfloat16, DIM)) is misses
+
+
+@pytest.mark.parametrize(
+    ("capability", "public", "n", "takes"),
+    [
+        ((9, 0), True, 4, True),
+        ((9, 0), True, 0, False),
+        ((9, 0), False, 4, False),
+        ((10, 0), True, 4, False),
+        (None, True, 4, False),
+    ],
+)
+def test_where_groups_may_have_any_size(
+    capability: tuple[int, int] | None, public: bool, n: int, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if public:
+        monkeypatch.setattr(functional, "grouped_mm", lambda: None, raising=False)
+    else:
+        monkeypatch.delattr(functional, "grouped_mm", raising=False)
+    assert grouped_mlp._takes_any_groups(_rows(capability, torch.bfloat16, DIM)[:n]) is takes
