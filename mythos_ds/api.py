@@ -157,8 +157,7 @@ def generate(
 
     place: Path | None = None
     if isinstance(model, (str, Path)):
-        place = _place(model)
-        model = _opened(place)
+        model = _opened(place := _place(model))
     pieces = _tokenizer(tokenizer, place)
     if pieces.vocab_size > model.config.vocab_size:
         allowed = f"at most the model's {model.config.vocab_size}"
@@ -166,17 +165,7 @@ def generate(
     chat = None if place is None or _is_model(place) else _chat_of(place)
     template = None if chat is None else chat.template
     tokens = pieces.encode(prompt) if isinstance(prompt, str) else encode_chat(pieces, prompt, template=template)
-    n_loops = loops or model.config.mean_recurrence
-    device = next(model.parameters()).device
-    shown = ""
-
-    def show(new: list[int]) -> None:
-        nonlocal shown
-        text = pieces.decode(new).rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that is not whole yet
-        if on_text is not None and len(text) > len(shown) and text.startswith(shown):
-            on_text(text[len(shown) :])
-            shown = text
-
+    n_loops, device = loops or model.config.mean_recurrence, next(model.parameters()).device
     with torch.inference_mode():
         continuation = inference.generate(
             lambda seen: model(seen.to(device), n_loops=n_loops)[0, -1],
@@ -188,9 +177,23 @@ def generate(
             context_length=context_length or _trained_length(place) or CONTEXT_LENGTH,
             temperature=temperature,
             seed=seed,
-            on_token=show,
+            on_token=_shown(pieces, on_text),
         )
     return pieces.decode(continuation)
+
+
+def _shown(pieces: "Tokenizer", on_text: Callable[[str], object] | None) -> Callable[[list[int]], object]:
+    """What takes all new ids after each, and hands on the text that is new."""
+    shown = ""
+
+    def show(new: list[int]) -> None:
+        nonlocal shown
+        text = pieces.decode(new).rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that is not whole yet
+        if on_text is not None and len(text) > len(shown) and text.startswith(shown):
+            on_text(text[len(shown) :])
+            shown = text
+
+    return show
 
 
 def check_generation(prefix: str = "", **given: float | None) -> None:

@@ -237,8 +237,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], problems: lis
 def _with_section(parts: Sequence[str], text: str) -> str:
     """The setting that was meant where only its section is missing."""
     for section, field in RunConfig.model_fields.items():
-        kind = section_type(field.annotation)
-        if len(parts) == 1 and kind is not None and parts[0] in kind.model_fields:
+        if (kind := section_type(field.annotation)) and len(parts) == 1 and parts[0] in kind.model_fields:
             return f"; did you mean {section}.{parts[0]}={text or 'VALUE'}?"
     return ""
 

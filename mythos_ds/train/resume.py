@@ -115,9 +115,8 @@ def _longer_note(before: RunManifest, now: RunManifest, step: int, training: Tra
     own = step - now.start_step
     old, new = (learning_rate(own, training, each.lengths, each.start_lr) for each in (before, now))
     ramp = f", reached over {training.warmup_steps} steps" if training.warmup_steps else ""
-    lengths = f"{before.total_steps} -> {now.total_steps} steps"
-    follows = f"the learning rate now follows the schedule of {now.total_steps} steps{ramp}"
-    return f"planned length {lengths}: {follows}; at step {step + 1}: {old:.3g} -> {new:.3g}"
+    follows = f"the learning rate now follows the schedule of {now.total_steps} steps{ramp}; at step {step + 1}"
+    return f"planned length {before.total_steps} -> {now.total_steps} steps: {follows}: {old:.3g} -> {new:.3g}"
 
 
 def _place(known: list[str | None], stages: Sequence[ResolvedStage], new_stage: str | None, names: RunNames) -> int:

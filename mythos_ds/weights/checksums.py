@@ -26,7 +26,8 @@ def seal(folder: Path, config: dict[str, object]) -> None:
             files[path.name] = checksum(path)
     files[CONFIG] = FileChecksum(len(text.encode()), hashlib.sha256(text.encode()).hexdigest())
     records = {name: asdict(record) for name, record in files.items()}
-    write_json(folder / CHECKSUMS, {"format": 1, "job": content.job, "files": records})
+    made = {"made_from": content.made_from} if content.made_from else {}
+    write_json(folder / CHECKSUMS, {"format": 1, "job": content.job, **made, "files": records})
     write_atomic(folder / CONFIG, text)
 
 

@@ -63,7 +63,7 @@ LINES = {
     "cluster": 1_620,
     "lab": 3_750,
     "bench": 1_580,
-    "api": 440,
+    "api": 460,
     "__init__": 60,
     "__main__": 140,
     "mains": 100,
