@@ -219,7 +219,7 @@ def _even_scores(tokens: int) -> Tensor:
 def _force(router: Router, tokens: int) -> None:
     """Lets the router choose evenly; it does all of its work."""
     choose, forced = router.choose, _even_scores(tokens)
-    object.__setattr__(router, "choose", lambda scores, _bias: choose(scores, forced))
+    object.__setattr__(router, "choose", lambda scores, _loop: choose(scores + forced, None))
 
 
 def _ended(module: nn.Module, loss: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from mythos_ds.kernels import attention, regions
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.mythos import MythosModel
-from tests.cuda.model_on_pretended_gpu import flash, on_gpu
+from tests.cuda.model_on_pretended_gpu import Kernels, on_gpu
 from tests.helpers.region_calls import Call, described
 
 VIEWS = {
@@ -130,13 +130,14 @@ def per_layer(more: Launches, fewer: Launches, layers: int) -> dict[str, Any]:
 
 def main(preset: str, output: str) -> None:
     config = load_config(f"{preset}.json", []).config
-    training = config.training
+    training, kernels = config.training, Kernels(cudnn=False)
     with torch.device("meta"):
-        model: nn.Module = MythosModel(config.model, checkpoint_loops=True)
+        model: nn.Module = MythosModel(config.model, activation_checkpointing="loop")
     with (
         FakeTensorMode(),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
-        patch.object(attention.functional, "scaled_dot_product_attention", flash),
+        patch.multiple(attention, **kernels.answers()),
+        patch.object(attention.functional, "scaled_dot_product_attention", kernels.attend),
     ):
         on_gpu(model)
         tokens = torch.zeros(training.micro_batch_size, training.seq_len, dtype=torch.int64, device="cuda")

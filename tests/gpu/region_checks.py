@@ -31,7 +31,7 @@ def compiled(on: bool) -> Iterator[None]:
 
 
 def _step(config: ModelConfig, device: str, dtype: torch.dtype, n_loops: int, seq: int) -> tuple[Tensor, ...]:
-    model = filled_model(config, device, dtype, checkpoint_loops=True)
+    model = filled_model(config, device, dtype, activation_checkpointing="loop")
     loss = model(**batch_of(config, device, 2, seq), n_loops=n_loops, n_grad_loops=2, aux=AUX)
     loss.backward()
     return loss.detach(), *gradients(model).values()

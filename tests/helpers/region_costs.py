@@ -75,13 +75,11 @@ def region_cost(function: Callable[..., Any], arguments: Sequence[Any], *, with_
     """The cost of a function of CPU tensors, compiled as regions are but never run; `with_gradient`: under autograd,
     with a gradient of every output that has one."""
     found = RegionCost()
+    costs = [Cost()]
 
     def count(own: Any) -> None:
-        nonlocal cost
-        cost = _cost_of(own)
+        costs.append(_cost_of(own))
         raise _Scheduled
-
-    cost = Cost()
 
     def inner(graph: Any, inputs: Any, **options: Any) -> Any:
         try:
@@ -91,9 +89,9 @@ def region_cost(function: Callable[..., Any], arguments: Sequence[Any], *, with_
             if not _is_or_wraps(error, _Scheduled):
                 raise
         if options.get("is_backward"):
-            found.backward = cost
+            found.backward = costs[-1]
         else:
-            found.forward = cost
+            found.forward = costs[-1]
         return _blank(graph)
 
     def backend(graph: Any, inputs: Any) -> Any:

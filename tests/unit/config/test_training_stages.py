@@ -167,9 +167,10 @@ def test_stages_from_one_on(tmp_path):
 @pytest.mark.parametrize("proxy", [[], ["--proxy"]])
 def test_a_dry_run_from_a_stage_on_shows_where_its_depth_grows_from(proxy, tmp_path, capsys):
     main = load_main("launch/pretrain.py").main
-    deeper = {"name": "deep", "model": {"mean_recurrence": 6}, "training": {"max_steps": 50}}
-    grows = {"name": "deeper", "training": {"max_steps": 50, "depth_curriculum_steps": 20}}
-    name = file(tmp_path, {"name": "base"}, {**deeper, "training": {**grows["training"]}}, grows)
+    growing = {"max_steps": 50, "depth_curriculum_steps": 20}
+    deeper = {"name": "deep", "model": {"mean_recurrence": 6}, "training": growing}
+    grows = {"name": "deeper", "training": growing}
+    name = file(tmp_path, {"name": "base"}, deeper, grows)
     told = {}
     for stage in (None, "deep", "deeper"):
         assert main(["--config", name, "--dry-run", *proxy, *(["--stage", stage] if stage else [])]) == 0

@@ -40,7 +40,7 @@ def _inductor(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def step(dtype: torch.dtype, changes: dict[str, Any], n_loops: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of a drawn model, whose weights are bf16's also in fp32."""
     config = toy_config(**changes)
-    model = randomise(MythosModel(config, checkpoint_loops=True))
+    model = randomise(MythosModel(config, activation_checkpointing="loop"))
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().to(dtype)
     loss = model(**toy_batch(config), n_loops=n_loops, n_grad_loops=2, aux=AuxLoss(0.1, 0.1))

@@ -21,7 +21,7 @@ from mythos_ds.model.mythos import MythosModel
 from tests.helpers.toy_model import MLA, gradient, randomise, toy_config
 
 GROUPS = SimpleNamespace(device=torch.device("cpu"), rank=0, any=bool)
-TRAINING = {"seq_len": 8, "micro_batch_size": 1, "global_batch_size": 1, "lr": 1e-3, "max_steps": 1}
+TRAINING: dict[str, Any] = {"seq_len": 8, "micro_batch_size": 1, "global_batch_size": 1, "lr": 1e-3, "max_steps": 1}
 
 
 class Graphs:
@@ -88,7 +88,7 @@ def _step(model: MythosModel, n_loops: int, rows: int) -> tuple[Tensor, dict[str
 
 def test_the_model_compiles_whole_and_random_depth_adds_no_graph(graphs: Graphs) -> None:
     """With loops recomputed in backward; the graphs are run as they are, so the numbers are those as written."""
-    model = randomise(MythosModel(toy_config(**MLA, recurrent_layers=1), checkpoint_loops=True))
+    model = randomise(MythosModel(toy_config(**MLA, recurrent_layers=1), activation_checkpointing="loop"))
     for n_loops, rows in ((4, 9), (2, 14), (5, 11)):
         _step(model, n_loops, rows)
     before = graphs.number
