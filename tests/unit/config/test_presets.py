@@ -70,7 +70,8 @@ def test_shares_of_a_tensor_parallel_server_are_whole_fp8_blocks(name, most):
     """Of what is cut over processes: experts, feed-forwards, and the heads' queries, keys with values, and outputs."""
     model = load_config(name).config.model
     heads, rope = model.n_heads, model.qk_rope_head_dim
-    assert model.qk_nope_head_dim and rope
+    assert model.qk_nope_head_dim
+    assert rope
     assert model.v_head_dim
     widths = (
         model.expert_dim, model.n_shared_experts * model.resolved_shared_dim, model.ffn_dim,
