@@ -26,8 +26,8 @@ def write_model(
     Raises OutputError where another job writes there (see `locked_output`), or the disk does not take a file.
     """
     with locked_output(output, command, break_lock=break_lock):
-        origin = f"{made_from} by {command}"
-        write_tensors(source, output, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress, made_from=origin)
+        told = f"{made_from} by {command}"
+        write_tensors(source, output, jobs=jobs, max_file_bytes=max_file_bytes, progress=progress, made_from=told)
         finish(output)
 
 

@@ -11,6 +11,7 @@ from mythos_ds.analysis import loop_losses
 from mythos_ds.analysis.loop_losses import held_out_sequences, loss_table, paired, sequence_losses
 from mythos_ds.config.loader import load_config
 from mythos_ds.data.tokenizer import Tokenizer
+from mythos_ds.data.validation import held_out
 from mythos_ds.errors import ConfigError
 from mythos_ds.mains import run_tool
 from mythos_ds.weights.model_folder import load_model
@@ -93,7 +94,10 @@ def test_a_model_that_halts_is_refused(settings: list[str]) -> None:
 def test_a_short_text_is_read_whole_unless_a_number_was_given(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    length = 200
+    text = load_config("tiny", settings).config
+    found = held_out(text.data, text.training, exact=True)
+    assert found is not None
+    length = found.tokens // 7
     config = load_config("tiny", [*settings, f"training.seq_len={length}"]).config
     said: list[str] = []
     monkeypatch.setattr(loop_losses._logger, "info", lambda text, *values: said.append(text % values))
