@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mythos_ds.guard import DEBUG, guarded
+from mythos_ds.guard import DEBUG, files_of_the_group, guarded
 from mythos_ds.log import configure
 
 
@@ -28,14 +28,16 @@ def run_tool(parser: ArgumentParser, work: Callable[[Namespace], None], argv: Se
         if arguments.debug:
             os.environ[DEBUG] = "1"
         configure(0)
-        work(arguments)
+        # Only what has the option writes what training writes.
+        with files_of_the_group(everyone=getattr(arguments, "share", True)):
+            work(arguments)
         return 0
 
     return guarded(parser.prog, run)
 
 
 def add_share(parser: ArgumentParser) -> None:
-    """The option of training, whose files are else for the group at most."""
+    """The option of what writes runs and checkpoints."""
     parser.add_argument(
         "--share", action="store_true", help="files for all (as the umask says), not only for the group"
     )

@@ -30,7 +30,7 @@ from mythos_ds.conversion.estimate import Estimate, estimate, print_estimate
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_input, check_writing
 from mythos_ds.conversion.written_model import refuse_input, write_model
 from mythos_ds.errors import CheckpointError, ConfigError, OptionError
-from mythos_ds.mains import run_tool
+from mythos_ds.mains import add_share, run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.reader import TensorFolder
 from mythos_ds.weights.writer import plan_files
@@ -43,6 +43,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--weights", type=float, nargs="+", help="one for each folder; default: equal")
     made.add_argument("--force", action="store_true", help="average models that do not share a start")
     add_writing(made)
+    add_share(made)
     return made
 
 

@@ -25,7 +25,7 @@ from mythos_ds.conversion.planned_checkpoint import planned_tensors
 from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_writing, refuse_output_in_run
 from mythos_ds.data.tokenizer_files import has_tokenizer
 from mythos_ds.errors import CheckpointError, OptionError
-from mythos_ds.mains import run_tool
+from mythos_ds.mains import add_share, run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.weights.reader import TensorSpec
 from mythos_ds.weights.safe_load import executing_pickles
@@ -45,6 +45,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--config", help="with --dry-run: plan for a configuration instead of a checkpoint")
     made.add_argument("--processes", type=int, help="with --config; default: those of its cluster")
     add_writing(made)
+    add_share(made)
     return made
 
 

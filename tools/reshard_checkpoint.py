@@ -24,7 +24,7 @@ from mythos_ds.conversion.writing_options import BANDWIDTH, add_writing, check_w
 from mythos_ds.conversion.written_model import refuse_input
 from mythos_ds.errors import CheckpointError, OptionError
 from mythos_ds.io import new_file, read_bytes
-from mythos_ds.mains import run_tool
+from mythos_ds.mains import add_share, run_tool
 from mythos_ds.monitor.progress import byte_progress
 from mythos_ds.output_lock import locked_output
 from mythos_ds.train.run_directory import RunDirectory
@@ -38,6 +38,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--output", type=Path, help="a new run directory; its checkpoints/ gets the portable one")
     made.add_argument("--allow-pickle", action="store_true", help="let the checkpoint's files run the code they name")
     add_writing(made)
+    add_share(made)
     return made
 
 

@@ -17,12 +17,12 @@ def modes(folder: Path) -> dict[str, int]:
     return {str(path): stat.S_IMODE(path.lstat().st_mode) for path in [folder, *folder.rglob("*")]}
 
 
-def test_a_run_is_for_its_group_and_its_model_for_whom_the_umask_says(tmp_path):
-    run, outputs = tmp_path / "runs" / "run", [tmp_path / "merged", tmp_path / "hf"]
+def test_a_run_is_for_its_group_and_what_is_shared_for_all(tmp_path):
+    run, outputs = tmp_path / "runs" / "run", [tmp_path / "merged", tmp_path / "shared"]
     words = ["pretrain", "--config", "tiny", "--run-dir", str(run), *SMALL, *small_data(tmp_path)]
     commands = [[*words, "training.max_steps=2", "training.warmup_steps=0"]]
     commands += [["merge", str(run), "--output", str(outputs[0])]]
-    commands += [["convert", "--from", "mythos", "--to", "hf", "--input", str(outputs[0]), "--output", str(outputs[1])]]
+    commands += [["merge", str(run), "--output", str(outputs[1]), "--share"]]
     former = os.umask(0o022)
     try:
         for command in commands:
@@ -33,7 +33,7 @@ def test_a_run_is_for_its_group_and_its_model_for_whom_the_umask_says(tmp_path):
             assert done.returncode == 0, done.stdout + done.stderr
     finally:
         os.umask(former)
-    for folder, share in ((tmp_path / "runs", False), (outputs[0], True), (outputs[1], True)):
+    for folder, share in ((tmp_path / "runs", False), (outputs[0], False), (outputs[1], True)):
         found = modes(folder)
         assert len(found) > 3
         open_to_all = {path for path, mode in found.items() if mode & WORLD}
