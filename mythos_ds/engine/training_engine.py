@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mythos_ds.config.batch_ramp import BatchSchedule
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.data.batches import Batch
+from mythos_ds.engine.compilation import end_compilation
 from mythos_ds.engine.deepspeed_patches import forget_models
 from mythos_ds.engine.optimizer import set_learning_rate
 from mythos_ds.engine.pipelined_step import PipelinedStep
@@ -69,6 +70,7 @@ class TrainingEngine:
         """Let go of what DeepSpeed holds beyond the engine's own life, so that another one can follow."""
         self.deepspeed.destroy()
         forget_models()
+        end_compilation()
 
     @property
     def module(self) -> MythosModel:

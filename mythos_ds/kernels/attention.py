@@ -30,6 +30,8 @@ _FLASH_PACKAGES = {9: (_VERSION_3, _VERSION_4, _VERSION_2), 10: (_VERSION_4, _VE
 """Packages of flash-attn by compute capability, the better one first: version 3 is Hopper's. Others: version 2."""
 _NATIVE_WIDTHS = {_VERSION_4: (192, 128)}
 """Widths of queries and of values, not the same, that a package has a forward and a backward for."""
+_MAX_EQUAL_4 = 128
+"""The widest queries with values of their width that version 4 takes on every device."""
 _FLASH_FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 
 
@@ -53,7 +55,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, documents
     kernels that want one width, and not for others.
     """
     major = _flash_capability(q)
-    flash = None if major is None else _flash_attention(major)
+    flash = None if major is None else _flash_attention(major, q.shape[-1], v.shape[-1])
     if flash is not None:
         return _flash(flash, q, k, v, scale, documents)
     if documents is None:
@@ -103,7 +105,8 @@ def _backend_of_two_widths(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend | None
     """
     if not q.is_cuda or v.shape[-1] >= q.shape[-1]:
         return None
-    key = q.device, q.dtype, q.shape, k.shape, v.shape, q.requires_grad
+    with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    key = q.device, q.dtype, q.shape, k.shape, v.shape, with_gradient
     if key not in _BACKENDS:
         k, v = _repeat_heads(q, k, v)
         _BACKENDS[key] = _chosen_backend(*(x.transpose(1, 2) for x in (q, k, v)))
@@ -168,9 +171,12 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: DocumentBo
 
 
 @cache
-def _flash_attention(major: int) -> Any:
-    """The installed flash-attn that runs on devices of this major compute capability, as a module; None without."""
+def _flash_attention(major: int, width: int, v_width: int) -> Any:
+    """The installed flash-attn that runs on devices of this major compute capability and takes these widths of queries
+    and values, as a module; None without."""
     for name in _FLASH_PACKAGES.get(major, ("flash_attn",)):
+        if name == _VERSION_4 and (width, v_width) != _NATIVE_WIDTHS[name] and (width > _MAX_EQUAL_4 or width % 8):
+            continue
         module = _working(name)
         if module is not None:
             return module

@@ -12,15 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from mythos_ds.kernels.float32_product import add_product, product
 
-_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Logits of a chunk by kind of device: few enough for a processor's caches; 1 GiB of fp32 on a GPU, where every chunk
-costs launches, and reads and writes the whole gradient of the weight."""
+_CHUNK_LOGITS = 1 << 20
 _MIN_CHUNK_ROWS = 256
-
-
-def _chunk_rows(vocabulary: int, device: str) -> int:
-    """Rows of hidden states that are taken at once; on kinds of devices without a size of their own as on CPUs."""
-    return max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cpu"]) // vocabulary)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -28,7 +21,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool, divisor: float | None
     ) -> Tensor:
-        rows = _chunk_rows(weight.shape[0], weight.device.type)
+        rows = max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS // weight.shape[0])
         divisor = hidden.shape[0] if divisor is None else divisor
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None

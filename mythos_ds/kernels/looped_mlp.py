@@ -19,7 +19,8 @@ class _StackedGradient:
     taken. In the weight's own type of gradients."""
 
     def __init__(self, weight: Tensor):
-        self._like = weight.shape, getattr(weight, "grad_dtype", None) or weight.dtype, weight.device
+        own = getattr(weight, "grad_dtype", None) if weight.is_leaf else None  # what is computed has none to ask for
+        self._like = weight.shape, own or weight.dtype, weight.device
         self._whole: Tensor | None = None
         self._written: set[int] = set()
         self._backward = -1
@@ -64,8 +65,9 @@ class _HandOver(torch.autograd.Function):
         return weight.new_empty(0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: None) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # create_graph: its gradient would lack the experts' part, without a word
+            raise RuntimeError("the gradient of looped experts' weights has no gradient of its own")
         return ctx.gradient.take(), None
 
 

@@ -6,11 +6,13 @@ its first call, for any number of rows. Whoever calls it does not know which.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -33,9 +35,24 @@ def compile_regions(backend: Backend | None) -> None:
     they are written."""
     _Compiler.backend = backend
     _Compiler.compiled.clear()
-    if backend is not None:
-        dynamo: Any = torch._dynamo
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+
+
+@functools.cache
+def _limits() -> dict[str, int]:
+    """The limit of variants as an option of torch.compile, where this torch has it: a setting would be this thread's
+    alone, and of a GPU's work the backward, recomputes included, runs in another."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": RECOMPILE_LIMIT}
+    dynamo: Any = torch._dynamo
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return {}
+
+
+def _is_watched(tensors: tuple[Any, ...]) -> bool:
+    """Whether operators are counted or only imagined, by a mode of dispatch or on the meta device: a compiled region
+    would hide them, or not compile at all."""
+    first = tensors[0] if tensors else None
+    return is_in_torch_dispatch_mode() or (isinstance(first, torch.Tensor) and first.is_meta)
 
 
 def region(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -44,13 +61,13 @@ def region(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 
     @functools.wraps(function)
     def call(*tensors: Any, **constants: Any) -> Any:
-        if _Compiler.backend is None:
+        if _Compiler.backend is None or _is_watched(tensors):
             return function(*tensors, **constants)
         key = (function, *constants.items())
         compiled = _Compiler.compiled.get(key)
         if compiled is None:
             own = with_constants(cast(FunctionType, function), constants)
-            compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=_Compiler.backend)
+            compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=_Compiler.backend, **_limits())
             _Compiler.compiled[key] = compiled
         fix_widths(tensors)
         return compiled(*tensors)

@@ -105,7 +105,8 @@ def counted(model: MythosModel, tokens: Tensor, loops: int, graded: int) -> tupl
     forward, backward = Launches(), Launches()
     options: dict[str, Any] = {"n_loops": loops, "n_grad_loops": graded, "targets": tokens}
     aux, records = AuxLoss(1e-4, 1e-5, 0.0, 1.0), ForwardRecords()
-    with patch.object(regions._Compiler, "backend", "noted"):
+    # This mode is to see the regions, not what is inside.
+    with patch.object(regions._Compiler, "backend", "noted"), patch.object(regions, "_is_watched", lambda _: False):
         with patch.object(regions._Compiler, "compiled", _Regions(forward)), forward:
             loss = model(tokens, aux=aux, records=records, **options)
         # Regions of the recompute, and the backward of those of the forward.

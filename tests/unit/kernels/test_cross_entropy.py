@@ -120,31 +120,3 @@ def test_no_tensor_of_all_logits(grad: bool) -> None:
     with LargestTensor() as all_logits:
         functional.cross_entropy(hidden @ weight.T, targets)
     assert all_logits.numel == tokens * vocab, "the measurement sees what it should"
-
-
-@pytest.mark.parametrize(
-    ("vocab", "device", "rows"),
-    [
-        (32_768, "cuda", 8192),
-        (131_072, "cuda", 2048),
-        (2_000_000, "cuda", 256),
-        (32_768, "cpu", 256),
-        (512, "cpu", 2048),
-    ],
-)
-def test_a_gpu_takes_as_many_rows_as_make_a_gibibyte_of_logits(vocab: int, device: str, rows: int) -> None:
-    assert cross_entropy._chunk_rows(vocab, device) == rows
-
-
-def test_chunks_of_a_gpu_give_the_loss_of_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight = torch.randn(700, 24), torch.randn(5000, 24, requires_grad=True)
-    targets = torch.randint(0, 5000, (700,))
-    of_device, largest, losses = cross_entropy._chunk_rows, [], []
-    for device in ("cpu", "cuda"):
-        rows = of_device(5000, device)
-        monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda *_, rows=rows: rows)
-        with LargestTensor() as watch:
-            losses.append(chunked_cross_entropy(hidden, weight, targets))
-        largest.append(watch.numel)
-    assert largest == [256 * 5000, 700 * 5000]
-    assert abs(losses[0] - losses[1]) <= 1e-6 * losses[0]

@@ -134,3 +134,19 @@ def test_experts_add_up_while_they_are_told_to() -> None:
         assert gradient is not None
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, gradient)
+
+
+def test_weights_may_be_computed() -> None:
+    rows, weights = tensors(5, 2, torch.float32)
+    looped_swiglu(rows, [2, 3], *(w * 1.0 for w in weights)).sum().backward()
+    plain_rows, plain_weights = tensors(5, 2, torch.float32)
+    plain(plain_rows, [2, 3], *plain_weights).sum().backward()
+    for w, wanted in zip(weights, plain_weights, strict=True):
+        assert torch.equal(w.grad, wanted.grad)  # type: ignore[arg-type]
+
+
+def test_a_gradient_of_the_gradient_is_refused_and_not_left_out() -> None:
+    rows, weights = tensors(5, 2, torch.float32)
+    loss = looped_swiglu(rows, [2, 3], *weights).sum()
+    with pytest.raises(RuntimeError, match="no gradient of its own"):
+        torch.autograd.grad(loss, weights, create_graph=True)

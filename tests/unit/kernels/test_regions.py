@@ -1,5 +1,6 @@
 """Regions: compiled whole, with the results they have as written, and for any number of rows and loops at once."""
 
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mythos_ds.config.schema import TrainingConfig
 from mythos_ds.engine import compilation
-from mythos_ds.engine.compilation import set_up_compilation
+from mythos_ds.engine.compilation import end_compilation, set_up_compilation
 from mythos_ds.kernels import regions
 from mythos_ds.kernels.norm import add_rms_norm, rms_norm
 from mythos_ds.kernels.regions import compile_regions, region
@@ -135,3 +137,41 @@ def test_without_a_compiler_a_run_says_so_once_and_runs_as_written(
     (said,) = caplog.messages
     assert ("RuntimeError: No C++ compiler" if mine else "on another rank") in said
     assert "more lines" not in said
+
+
+def test_another_thread_has_as_many_variants(graphs: Graphs) -> None:
+    """A GPU's backward runs in a thread of its own, where settings of the main thread do not hold."""
+    weight, raised = torch.ones(6), []
+
+    def run(count: int) -> None:
+        try:
+            for number in range(count):
+                rms_norm(torch.randn(2, 6 + number), torch.ones(6 + number), eps=1e-5)
+        except Exception as error:
+            raised.append(error)
+
+    run(9)
+    thread = threading.Thread(target=run, args=(12,))
+    thread.start()
+    thread.join()
+    assert raised == []
+    assert torch.isfinite(rms_norm(torch.ones(3, 6), weight, eps=1e-5)).all()
+
+
+def test_what_is_counted_or_only_imagined_runs_as_written(graphs: Graphs) -> None:
+    meta = torch.empty(3, 6, device="meta")
+    assert rms_norm(meta, torch.empty(6, device="meta"), eps=1e-5).is_meta
+    with FlopCounterMode(display=False):
+        rms_norm(torch.ones(3, 6), torch.ones(6), eps=1e-5)
+    assert graphs.number == 0
+
+
+def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "compiler_problem", lambda device: None)
+    groups: Any = SimpleNamespace(device=torch.device("cuda"), rank=0, any=bool)
+    before = torch.get_float32_matmul_precision()
+    set_up_compilation(TrainingConfig(**TRAINING, dtype="bfloat16"), groups)
+    assert (regions._Compiler.backend, torch.get_float32_matmul_precision()) == ("inductor", "high")
+    set_up_compilation(TrainingConfig(**TRAINING, dtype="float32"), groups)
+    end_compilation()
+    assert (regions._Compiler.backend, torch.get_float32_matmul_precision()) == (None, before)
