@@ -177,19 +177,19 @@ def generate(
             context_length=context_length or _trained_length(place) or CONTEXT_LENGTH,
             temperature=temperature,
             seed=seed,
-            on_token=_shown(pieces, on_text),
+            on_token=_shown(pieces, on_text) if on_text is not None else lambda new: None,
         )
     return pieces.decode(continuation)
 
 
-def _shown(pieces: "Tokenizer", on_text: Callable[[str], object] | None) -> Callable[[list[int]], object]:
-    """What takes all new ids after each, and hands on the text that is new."""
+def _shown(pieces: "Tokenizer", on_text: Callable[[str], object]) -> Callable[[list[int]], object]:
+    """What takes all new ids after each, and hands on the text that is new. Decodes all each time: for readers."""
     shown = ""
 
     def show(new: list[int]) -> None:
         nonlocal shown
         text = pieces.decode(new).rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that is not whole yet
-        if on_text is not None and len(text) > len(shown) and text.startswith(shown):
+        if len(text) > len(shown) and text.startswith(shown):
             on_text(text[len(shown) :])
             shown = text
 

@@ -44,8 +44,8 @@ CODES = {
     "MDS003": Code(
         "Out of memory",
         "A GPU's memory, or the machine's, does not hold what was asked for.",
-        "Lower `training.micro_batch_size` (the global batch stays as it is) or `training.seq_len`; keep "
-        '`parallel.activation_checkpointing` "layer"; raise `parallel.zero_stage` to 3, or offload. `mythos-ds '
+        "Lower `training.micro_batch_size` (the global batch stays as it is) or `training.seq_len`; set "
+        '`parallel.activation_checkpointing` to "layer"; raise `parallel.zero_stage` to 3, or offload. `mythos-ds '
         "plan` says what a layout takes. For conversions: fewer `--jobs`.",
     ),
     "MDS004": Code(

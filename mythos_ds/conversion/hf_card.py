@@ -39,7 +39,11 @@ def _hub_name(folder: Path) -> str:
 
 def model_card(config: dict[str, Any], metadata: dict[str, Any]) -> str:
     """README.md of the folder."""
-    rows = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in metadata.items() if name != "training")
+    rows = "\n".join(
+        f"| {name} | {json.dumps(value)} |"
+        for name, value in metadata.items()
+        if name not in ("training", "sample_prompt")
+    )
     depth = config["mean_recurrence"]
     prompt = metadata.get("sample_prompt", _PROMPT)
     front = "".join(f"{name}: {metadata[name]}\n" for name in ("base_model", "license") if metadata.get(name))

@@ -33,13 +33,26 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        rounded = self.filters["round"]
+        rounded: Any = self.filters["round"]
+        whole: Any = self.filters["int"]
+        divides: Any = self.tests["divisibleby"]
 
         def bounded_round(value: Any, precision: int = 0, method: Any = "common") -> Any:
             _check(abs(precision) * 4)  # 10 ** precision is computed
             return rounded(value, precision, method)
 
-        self.filters["round"] = bounded_round
+        def bounded_int(*args: Any, **kwargs: Any) -> Any:
+            made = whole(*args, **kwargs)
+            _check(made.bit_length())
+            return made
+
+        def bounded_divides(value: int, num: int) -> Any:
+            for each in (value, num):
+                _check(each.bit_length() if isinstance(each, int) else 0)
+            return divides(value, num)
+
+        self.filters |= {"round": bounded_round, "int": bounded_int}
+        self.tests["divisibleby"] = bounded_divides
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """The result of an operator, which is not computed where it, or a number that is given, is too large."""
@@ -64,8 +77,9 @@ def bound_transformers() -> None:
 
 @contextmanager
 def memory_limit(nbytes: int) -> Iterator[None]:
-    """Raises OverLimit where the block takes more memory than this beyond what the process has; where the system does
-    not say what that is, nothing is bounded."""
+    """Raises OverLimit where the block takes more memory than this beyond what the process has. The limit is the whole
+    process's: other threads, and children that start meanwhile, have it too. None where the system does not say what
+    the process has."""
     with _ALONE:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         try:

@@ -67,7 +67,9 @@ def region(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
         compiled = _Compiler.compiled.get(key)
         if compiled is None:
             own = with_constants(cast(FunctionType, function), constants)
-            compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=_Compiler.backend, **_limits())
+            options: dict[str, Any] = {"fullgraph": True, "dynamic": True, "backend": _Compiler.backend}
+            compiling: Any = torch.compile
+            compiled = compiling(own, **options, **_limits())
             _Compiler.compiled[key] = compiled
         fix_widths(tensors)
         return compiled(*tensors)

@@ -68,8 +68,7 @@ class RunDirectory:
     def lock(self) -> TextIO:
         """Claims the directory while the returned file is open. Raises CheckpointError where another run holds it."""
         try:
-            self._made = [each for each in (self.root, *self.root.parents) if not each.exists()]
-            self.root.mkdir(parents=True, exist_ok=True)
+            made = _make(self.root)
             handle = (self.root / ".lock").open("a", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(
@@ -84,7 +83,8 @@ class RunDirectory:
                 f"{self.root}: another run is using it; wait, or give another --run-dir", code="MDS603"
             ) from None
         except OSError:  # a file system without locks
-            pass
+            return handle
+        self._made = made  # to remove again: by who holds the lock alone, and folders that nobody else has made
         return handle
 
     def remove_unused(self) -> None:
@@ -135,3 +135,20 @@ class RunDirectory:
         }
         with (self.root / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(start) + "\n")
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes the folder and those around it; the ones that this call has made, the innermost first."""
+    made: list[Path] = []
+    for each in (*reversed(folder.parents), folder):
+        try:
+            each.mkdir()
+        except FileExistsError:
+            if not each.is_dir():
+                raise
+        except OSError:
+            if not each.is_dir():  # a folder that is there may be on a file system that takes none
+                raise
+        else:
+            made.insert(0, each)
+    return made
