@@ -93,7 +93,14 @@ class GradientSums:
 class _LoopedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weights: Sequence[Tensor], counts: Sequence[int], gradients: Any, *tokens: Tensor
+        ctx: Any,
+        rows: Tensor,
+        weights: Sequence[Tensor],
+        counts: Sequence[int],
+        gradients: Any,
+        token1: Tensor | None,
+        token2: Tensor | None,
+        token3: Tensor | None,
     ) -> Tensor:
         w1, w2, w3 = weights
         gate, up = (rows.new_empty(rows.shape[0], w1.shape[1]) for _ in range(2))
@@ -129,7 +136,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
                 first.add(index, d_gate, x)
             torch.mm(d_up, w3[index], out=d_x)
             d_x += d_gate @ w1[index]
-        return d_rows, *[None] * (len(ctx.next_functions) + 2)
+        return d_rows, None, None, None, None, None, None
 
 
 def _by_expert(counts: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -150,4 +157,4 @@ def looped_swiglu(
     if torch.is_grad_enabled():
         sums = GradientSums.of(w1, w2, w3) if sums is None else sums
         return _LoopedSwiGLU.apply(rows, (w1, w2, w3), counts, sums.gradients, *sums.tokens)
-    return _LoopedSwiGLU.apply(rows, (w1, w2, w3), counts, ())
+    return _LoopedSwiGLU.apply(rows, (w1, w2, w3), counts, (), None, None, None)

@@ -25,7 +25,7 @@ def test_every_proxy_trains_three_steps(presets: list[str]) -> None:
         assert len(result["losses"]) == 3, preset
         assert all(math.isfinite(value) for value in [*result["losses"], *result["norms"]]), preset
         assert result["losses"][2] < result["losses"][0], f"{preset}: one repeated batch must be learnt"
-        assert result["ep_size"] == 2, preset
+        assert result["ep_size"] == min(2, config.parallel.ep_size), preset
         assert result["zero_stage"] == config.parallel.zero_stage == 3, preset
         assert result["layers"] == config.model.recurrent_layers, preset
         assert result["changes"] > 0, preset

@@ -1,6 +1,5 @@
 """A run whose gradients were bf16 by default is told so as it goes on."""
 
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +9,7 @@ from mythos_ds.checkpoint import load
 from mythos_ds.checkpoint.changed_defaults import gradient_types_note
 from mythos_ds.checkpoint.training_state import TrainingState
 from mythos_ds.config.loader import load_config
+from tests.helpers.listener import listening
 
 LOOPS, RANKS = "training.grad_dtype=bfloat16", "deepspeed.communication_data_type=bf16"
 BF16 = "training.dtype=bfloat16"
@@ -58,7 +58,7 @@ def test_the_settings_that_are_named_silence_it():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_rank_0_says_it_as_the_checkpoint_is_loaded(rank, monkeypatch, caplog, tmp_path):
+def test_rank_0_says_it_as_the_checkpoint_is_loaded(rank, monkeypatch, tmp_path):
     config = load_config("tiny", [BF16]).config
     engine: Any = SimpleNamespace(resolved=SimpleNamespace(config=config), deepspeed=SimpleNamespace())
     engine.deepspeed.optimizer = SimpleNamespace(param_groups=[])
@@ -67,8 +67,8 @@ def test_rank_0_says_it_as_the_checkpoint_is_loaded(rank, monkeypatch, caplog, t
     monkeypatch.setattr(load, "layout_of", lambda resolved: {"ep_size": 1, "pp_size": 1})
     for name in ("together", "_load_shards", "load_resharded"):
         monkeypatch.setattr(load, name, lambda *_: None)
-    monkeypatch.setattr(logging.getLogger("mythos_ds"), "propagate", True)
-    load.load_checkpoint(engine, groups, tmp_path / "step_00000001")
-    told = [record.getMessage() for record in caplog.records if LOOPS in record.getMessage()]
+    with listening("mythos_ds") as heard:
+        load.load_checkpoint(engine, groups, tmp_path / "step_00000001")
+    told = [line for line in heard if LOOPS in line]
     assert len(told) == (rank == 0)
     assert all(line.startswith("step_00000001: gradients of bf16 weights add up over loops and") for line in told)

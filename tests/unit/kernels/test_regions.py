@@ -20,6 +20,7 @@ from mythos_ds.kernels.swiglu import swiglu
 from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.mythos import MythosModel
+from tests.helpers.listener import listening
 from tests.helpers.toy_model import MLA, gradient, randomise, toy_config
 
 GROUPS = SimpleNamespace(device=torch.device("cpu"), rank=0, any=bool)
@@ -116,9 +117,7 @@ def test_a_run_compiles_where_it_should(compiles: Any, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("mine", [True, False])
-def test_without_a_compiler_a_run_says_so_once_and_runs_as_written(
-    mine: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_compiler_a_run_says_so_once_and_runs_as_written(mine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this rank, or on another one."""
 
     def compiled(*_: Any, **__: Any) -> Any:
@@ -128,13 +127,13 @@ def test_without_a_compiler_a_run_says_so_once_and_runs_as_written(
         monkeypatch.setattr(torch, "compile", compiled)
     else:
         monkeypatch.setattr(compilation, "compiler_problem", lambda device: None)
-    monkeypatch.setattr(compilation._logger.parent, "propagate", True)
     training = TrainingConfig(**TRAINING, compile="regions")
-    for rank in (0, 1):
-        groups: Any = SimpleNamespace(device=torch.device("cpu"), rank=rank, any=lambda flag: True)
-        set_up_compilation(training, groups)
-        assert regions._Compiler.backend is None
-    (said,) = caplog.messages
+    with listening(compilation.__name__) as heard:
+        for rank in (0, 1):
+            groups: Any = SimpleNamespace(device=torch.device("cpu"), rank=rank, any=lambda flag: True)
+            set_up_compilation(training, groups)
+            assert regions._Compiler.backend is None
+    (said,) = heard
     assert ("RuntimeError: No C++ compiler" if mine else "on another rank") in said
     assert "more lines" not in said
 

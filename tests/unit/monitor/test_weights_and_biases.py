@@ -1,7 +1,6 @@
 """Weights & Biases: what an offline run has, what a run that goes on adds, and that no failure stops training."""
 
 import json
-import logging
 import os
 import socket
 import struct
@@ -16,6 +15,7 @@ import pytest
 from mythos_ds.errors import ConfigError
 from mythos_ds.monitor import weights_and_biases
 from mythos_ds.monitor.weights_and_biases import WandbWriter, require_wandb
+from tests.helpers.listener import listening
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 VALUES: dict[str, float | list[float]] = {"loss": 2.5, "load": [1.0, 3.0]}
@@ -128,23 +128,10 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
 
 
-class Listener(logging.Handler):
-    """What a logger says, whatever other handlers its parents have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    listener, logger = Listener(), logging.getLogger(weights_and_biases.__name__)
-    logger.addHandler(listener)
-    yield listener.said
-    logger.removeHandler(listener)
+    with listening(weights_and_biases.__name__) as heard:
+        yield heard
 
 
 @pytest.mark.parametrize("server", ["no key", "no server"])

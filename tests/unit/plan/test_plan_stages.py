@@ -103,7 +103,7 @@ def test_no_figure_is_cut_at_80_columns_and_no_table_is_shown_twice(tmp_path):
     assert all(row[1:] == ["1,443.7", "$20.3M"] for row in rows)
     assert shown.count("Memory of the fullest GPU") == 2
     last = " ".join(shown[shown.index("training stage 3 of 3") :].split())
-    assert "as in stage pretrain: parameters, memory, a mean step, cost, checkpoint and serving" in last
+    assert "as in stage pretrain: parameters, memory, a mean step, assumptions, cost" in last
     assert "┃" not in last
 
 
