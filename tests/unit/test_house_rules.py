@@ -44,19 +44,19 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
     "root": 2_310,
-    "kernels": 1_170,
+    "kernels": 1_190,
     "config": 3_870,
     "costs": 1_260,
     "model": 2_060,
     "weights": 1_200,
-    "data": 6_110,
+    "data": 6_120,
     "monitor": 660,
     "resilience": 120,
     "parallel": 1_460,
-    "engine": 1_050,
+    "engine": 1_060,
     "checkpoint": 1_830,
     "inference": 190,
-    "train": 2_250,
+    "train": 2_260,
     "conversion": 3_450,
     "plan": 2_230,
     "analysis": 1_240,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 11_750
+MAX_READING_PATH = 11_850
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 

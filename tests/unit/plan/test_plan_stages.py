@@ -108,7 +108,7 @@ def test_no_figure_is_cut_at_80_columns_and_no_table_is_shown_twice(tmp_path):
 
 
 def test_a_long_stage_that_does_not_fit_is_named_and_the_remedy_mends_it(tmp_path, capsys):
-    path = staged(tmp_path, {"seq_len": 65536, "micro_batch_size": 2, "global_batch_size": 16})
+    path = staged(tmp_path, {"seq_len": 131072, "micro_batch_size": 2, "global_batch_size": 16})
     command = ["--config", str(path)]
     assert run_tool(PLAN.parser(), PLAN.work, [*command, "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
