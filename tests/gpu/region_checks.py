@@ -17,7 +17,7 @@ from tests.helpers.toy_model import toy_model
 
 AUX = AuxLoss(balance=0.3, z=0.02, scale=1.0)
 MAX_KERNELS = 120
-"""Of a layer of 1b forward, compiled: 81 launches, of which sorts and choices are several kernels each."""
+"""Of a layer of 1b forward, compiled: 62 launches, of which sorts and choices are several kernels each."""
 
 
 @contextmanager
