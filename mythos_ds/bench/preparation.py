@@ -36,7 +36,8 @@ class Preparation:
 def make_inputs(folder: Path, megabytes: int, row_groups: int) -> dict[str, Path]:
     """Write the same text as JSONL, as one text file, as tiny documents, as Parquet of many row groups and as .zst.
 
-    It is the text of the built-in corpus, repeated. Raises DataError without pyarrow.
+    It is the text of the built-in corpus, from its second turn on with the turn's number before each document. Raises
+    DataError without pyarrow.
     """
     try:
         import pyarrow
@@ -83,7 +84,9 @@ def _cut(max_bytes: int, size: int) -> Iterator[str]:
 def _repeated(documents: list[str], size: int) -> Iterator[str]:
     done = number = 0
     while done < size:
-        document = documents[number % len(documents)]
+        turn, place = divmod(number, len(documents))
+        # Never the same text twice: a part that was encoded before is taken as it is.
+        document = f"{turn}: {documents[place]}" if turn else documents[place]
         yield document
         done += len(document.encode("utf-8", "replace"))
         number += 1

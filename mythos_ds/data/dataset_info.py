@@ -10,6 +10,7 @@ from mythos_ds.errors import DamagedDatasetError, DataError
 from mythos_ds.io import read_json, where_searched, write_json
 
 FORMAT = 1
+_OF_CHATS = ("mask_sha256", "counted_tokens", "chat_template", "turn_ends")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def write_info(prefix: Path, info: DatasetInfo) -> None:
     if not info.bad_rows:
         del content["bad_rows"], content["bad_row_examples"]
     if not info.is_chat:
-        for name in ("mask_sha256", "counted_tokens", "chat_template", "turn_ends"):
+        for name in _OF_CHATS:
             del content[name]
     write_json(dataset_files(prefix)[2], content, indent=2, sort_keys=True)
 
@@ -136,4 +137,12 @@ def _parse(path: Path) -> DatasetInfo:
             raise DamagedDatasetError(
                 f"{path}: {name}: {getattr(info, name)} given; allowed: at least {least}; prepare it again"
             )
+    # Without its mask a set of conversations would be read as text, all of which counts.
+    missing = [name for name in ("mask_sha256", "chat_template") if getattr(info, name) is None]
+    given = [name for name in _OF_CHATS if getattr(info, name)]
+    if given and missing:
+        raise DamagedDatasetError(
+            f"{path}: {', '.join(given)} given and no {', '.join(missing)}; conversations have both, text has none of "
+            "these: prepare it again"
+        )
     return info

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,7 +119,7 @@ def _encoded_chats(template: ChatTemplate, batch: Batch) -> Encoded:
 
 def _encoded(found: list[list[int]], text_bytes: int, skipped: int) -> Encoded:
     lengths = np.array([len(ids) for ids in found], dtype=np.int32)
-    tokens = np.fromiter((number for ids in found for number in ids), dtype=TOKEN_DTYPE, count=int(lengths.sum()))
+    tokens = np.fromiter(chain.from_iterable(found), dtype=TOKEN_DTYPE, count=int(lengths.sum()))
     return Encoded(tokens, lengths, text_bytes, skipped)
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mythos_ds.data.rows import NO_FIELD, BadRow, Row, long_or_whole
+from mythos_ds.data.rows import LONG_CHARACTERS, NO_FIELD, BadRow, Row, long_or_whole
 
 _MAX_DEPTH = 200
 _MAX_VALUES = 1_000_000
@@ -17,6 +17,7 @@ _OPENINGS = re.compile(rb"[\[{]")
 _BRACKETS = re.compile(rb"[\[\]{}]")
 _IN_STRING = re.compile(rb'["\\]')
 _OUTSIDE = re.compile(rb'["\[\]{},]')
+_first_value = json.JSONDecoder().raw_decode
 _MANY = "is JSON over several lines; as JSON lines each object is on one: jq -c"
 OVER_LINES = {
     b"{": f"{_MANY} . FILE > NEW.jsonl (or '.NAME[]' for the list under a name of it)",
@@ -26,7 +27,7 @@ OVER_LINES = {
 
 
 def parsed(line: bytes, encoding: str, where: str) -> Any:
-    """The value of a row's JSON, or a BadRow."""
+    """The value of a row's JSON, without white space around it, or a BadRow."""
     try:
         text = line.decode(encoding)
     except UnicodeDecodeError as error:
@@ -35,7 +36,8 @@ def parsed(line: bytes, encoding: str, where: str) -> Any:
     if reason:
         return BadRow(where, reason)
     try:
-        return json.loads(text)
+        value, end = _first_value(text)
+        return value if end == len(text) else json.loads(text)  # which tells what comes after it
     except ValueError as error:  # also for a number of more digits than Python converts
         return BadRow(where, "not JSON", str(error))
     except (RecursionError, MemoryError) as error:
@@ -68,13 +70,13 @@ def _too_much(line: bytes) -> str | None:
 
 def text_of(row: Any, key: str, where: str) -> Row:
     """The text under a key of a row, "a.b" for that of an object in it; or a BadRow."""
+    value = row.get(key) if isinstance(row, dict) else None
+    if isinstance(value, str):
+        return value if len(value) <= LONG_CHARACTERS else long_or_whole(value, where)
     if isinstance(row, BadRow):
         return row
     if not isinstance(row, dict):
         return BadRow(where, f"a JSON object is needed, {_kind(row)} given")
-    value = row.get(key)
-    if isinstance(value, str):
-        return long_or_whole(value, where)
     value, inside = row, ""
     for name in [key] if key in row or "." not in key else key.split("."):
         if not isinstance(value, dict):

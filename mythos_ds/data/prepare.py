@@ -18,7 +18,7 @@ from mythos_ds.data.chat import ChatTemplate
 from mythos_ds.data.dataset_info import DatasetInfo, dataset_files, mask_file, read_info, write_info
 from mythos_ds.data.encoding import Batch, Encoded, EncoderPool, Result, encoder_pool, split_answers
 from mythos_ds.data.parts import Part, PartStore, unfinished_folder
-from mythos_ds.data.rows import BadRow, BadRows, Conversation, LongText, Row, long_or_whole
+from mythos_ds.data.rows import LONG_CHARACTERS, BadRow, BadRows, Conversation, LongText, Row, long_or_whole
 from mythos_ds.data.text_cuts import PIECE_CHARACTERS, in_pieces
 from mythos_ds.data.token_files import MaskWriter, TokenWriter
 from mythos_ds.data.tokenizer import Tokenizer
@@ -31,13 +31,16 @@ from mythos_ds.output_lock import locked_output
 ProgressCallback = Callable[[int, int, int], None]
 """Called with documents, tokens and text bytes done so far."""
 
-_BATCH_DOCUMENTS = 1000
+_BATCH_DOCUMENTS = 5000
+_BATCHES_AHEAD = 32
+"""Batches that wait for processes, so that these have work while a whole part is read."""
 _PART_CHARACTERS, _FEW_PARTS = 2_000_000, 64
 """Characters of each of the first parts; of those after them, so that they do not become too many, eight times more."""
 _BORDER = 64
 _BLOCK_TOKENS = 1 << 20
+_READ_TOKENS, _MAPPED_TOKENS = 1 << 14, 1 << 25
+"""What the system maps around a place that is read, 64 KiB; what is mapped before it is given back, 128 to 256 MiB."""
 _PUBLISHING = "publishing.json"
-_FORGET_AFTER = 16
 _MOST_TOKENS = np.iinfo(np.int32).max  # the index counts a document's tokens in four bytes
 _TRIED_DOCUMENTS, _TRIED_CHARACTERS = 100, 2_000_000
 
@@ -302,7 +305,9 @@ def _works(rows: Iterable[Row], tokenizer: Tokenizer, bad: BadRows) -> Iterator[
 
 def _in_pieces(row: str | LongText | Conversation) -> str | LongText | Conversation:
     """The row, in pieces where it is a long text."""
-    return long_or_whole(row, f"a document that begins {row[:40]!r}") if isinstance(row, str) else row
+    if not isinstance(row, str) or len(row) <= LONG_CHARACTERS:
+        return row
+    return long_or_whole(row, f"a document that begins {row[:40]!r}")
 
 
 def _is_border(text: str) -> bool:
@@ -339,6 +344,7 @@ class _Encoding:
 
     def run(self, works: Iterable[_Work]) -> _Documents:
         """Where the tokens of all documents lie."""
+        ahead = max(2 * self._pool.workers, _BATCHES_AHEAD) if self._pool.workers > 1 else 0
         for work in works:
             key = self._store.key(work.batches)
             running = _Running(key, work.batches, self._store.known(key) if work.batches else None)
@@ -346,9 +352,9 @@ class _Encoding:
             for batch in () if running.known else work.batches:
                 running.waiting.append(self._pool.submit(batch))
                 self._outstanding += 1
-                self._settle(2 * self._pool.workers)
+                self._settle(ahead)
             running.submitted = True
-            self._settle(2 * self._pool.workers)
+            self._settle(ahead)
         self._settle(0)
         return self._found
 
@@ -402,13 +408,15 @@ def _written(
     bin_path, idx_path, _ = dataset_files(store.folder / "data")
     writer = TokenWriter(store.folder / "data", tokenizer.vocab_size)
     answers = _Answers(store.folder / "data", template) if template is not None else None
-    digest = hashlib.sha256()
-    for number, (tokens, ended) in enumerate(_in_order(store.tokens(), order, starts, lengths, several)):
+    digest, mapped, whole = hashlib.sha256(), 0, store.tokens()
+    for tokens, ended in _in_order(whole, order, starts, lengths, several):
+        mapped += int(np.maximum(ended, _READ_TOKENS).sum()) if len(ended) else len(tokens)
         if answers is not None:
             tokens = answers.add(tokens, ended)
         digest.update(writer.add(tokens, ended))
-        if number % _FORGET_AFTER == 0:
+        if min(mapped, len(whole)) > _MAPPED_TOKENS:
             store.forget_read()
+            mapped = 0
     writer.close()
     digest.update(lengths[order].tobytes())
     return DatasetInfo(
@@ -478,8 +486,9 @@ def _in_order(
     long ones in blocks."""
     alone = lengths[order] > _BLOCK_TOKENS
     alone |= np.isin(order, list(several))
-    places = np.cumsum(lengths[order]) // _BLOCK_TOKENS
-    borders = np.flatnonzero(alone[1:] | alone[:-1] | (np.diff(places) > 0)) + 1
+    full = np.diff(np.cumsum(lengths[order]) // _BLOCK_TOKENS) > 0
+    full |= np.diff(np.cumsum(np.maximum(lengths[order], _READ_TOKENS)) // _MAPPED_TOKENS) > 0
+    borders = np.flatnonzero(alone[1:] | alone[:-1] | full) + 1
     for first, last in pairwise([0, *borders.tolist(), len(order)]):
         numbers = order[first:last]
         if not alone[first]:

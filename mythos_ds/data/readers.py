@@ -27,6 +27,7 @@ TextDocuments = Literal["file", "paragraph"]
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _MOST_BATCH_ROWS = 1024
 _BATCH_BYTES = 8 << 20
+_WHITE_SPACE = b" \t\r\n"
 _MARK_CHARACTER = "\ufeff"
 
 
@@ -140,18 +141,18 @@ def limited(rows: Iterable[Row], limit: int | None) -> Iterator[Row]:
 
 def _read_jsonl(path: Path, options: ReadOptions) -> Iterator[Row]:
     file, encoding = open_text(path, options.encoding)
-    number, first = 0, True
+    number, first, name = 0, True, str(path)
     with file:
         try:
             for number, line in lines(file, options.max_row_bytes):
-                where = f"{path} line {number}"
+                where = f"{name} line {number}"
                 if line is None:
                     yield BadRow(where, options.too_long)
                 elif bare := line.strip():
                     if first and bare in OVER_LINES:
                         raise DataError(f"{path}: {OVER_LINES[bare]}", code="MDS425")
                     first = False
-                    yield options.row_of(parsed(line, encoding, where), where)
+                    yield options.row_of(parsed(line.strip(_WHITE_SPACE), encoding, where), where)
         except DAMAGES as error:
             yield _damaged(path, f"after line {number}", error)
 

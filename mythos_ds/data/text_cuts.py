@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PIECE_CHARACTERS = 500_000
 MAX_WHOLE_BYTES = 6 << 20
 """What is encoded in one piece where there is no place to cut."""
+_BLOCK = 1 << 15
 _WINDOW = 192
 _MOST_CHECKS = 400
 _JAMO = ((0x1100, 0x11FF), (0xA960, 0xA97F), (0xD7B0, 0xD7FF))
@@ -89,7 +90,8 @@ def ids_of_piece(tokenizer: "Tokenizer", text: str, *, starts: bool) -> list[int
     if tokenizer.needs_whole_text or not tokenizer.fastest_characters:
         return tokenizer.encode(text) if starts else tokenizer.encode_piece(text)
     ids: list[int] = []
-    for number, piece in enumerate(in_pieces(tokenizer, [text], "", tokenizer.fastest_characters)):
+    blocks = (text[start : start + _BLOCK] for start in range(0, len(text), _BLOCK))  # what is left is copied each time
+    for number, piece in enumerate(in_pieces(tokenizer, blocks, "", tokenizer.fastest_characters)):
         assert isinstance(piece, str)  # no more than was found to be encodable at once
         ids += tokenizer.encode(piece) if starts and not number else tokenizer.encode_piece(piece)
     return ids
@@ -131,8 +133,9 @@ def may_cut(tokenizer: "Tokenizer", text: str, place: int) -> bool:
     left, right = text[max(0, place - _WINDOW) : place], text[place : place + _WINDOW]
     if tokenizer.reaches_over(left, right):
         return False
+    window = min(_WINDOW, tokenizer.checked_characters)
     for shift in range(tokenizer.cut_checks):
-        left, right = text[max(0, place - _WINDOW + shift) : place], text[place : place + _WINDOW - shift]
+        left, right = text[max(0, place - window + shift) : place], text[place : place + window - shift]
         if tokenizer.encode_piece(left) + tokenizer.encode_piece(right) != tokenizer.encode_piece(left + right):
             return False
     return True

@@ -190,6 +190,10 @@ def lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
             number += 1
             yield number, None
             continue
-        for part in line.splitlines(keepends=True) if b"\r" in line else (line,):
+        if b"\r" not in line:
+            number += 1
+            yield number, line.removeprefix(MARK)
+            continue
+        for part in line.splitlines(keepends=True):
             number += 1
             yield number, part.removeprefix(MARK)

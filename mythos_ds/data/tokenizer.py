@@ -42,6 +42,7 @@ class Tokenizer(ABC):
         companions: what the files beside it say.
         fastest_characters: length of text from which on encoding gets slower by the character; 0 where it does not.
         cut_checks: how many surroundings a place in a text is tried in before the text is cut there.
+        checked_characters: how many characters on each side these have.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Tokenizer(ABC):
     companions: Companions
     fastest_characters = 0
     cut_checks = 4
+    checked_characters = 192
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -135,8 +137,9 @@ class SentencePieceTokenizer(Tokenizer):
     user-defined symbols are recognised.
     """
 
-    fastest_characters = 16_000
-    cut_checks = 1  # its pieces are all that decides
+    fastest_characters = 8_000
+    cut_checks = 1  # its pieces are all that decides: the few characters are tried to be sure
+    checked_characters = 48
 
     def __init__(self, model: bytes, path: Path):
         import sentencepiece

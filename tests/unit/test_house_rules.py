@@ -49,7 +49,7 @@ LINES = {
     "costs": 1_260,
     "model": 2_060,
     "weights": 1_200,
-    "data": 6_120,
+    "data": 6_160,
     "monitor": 660,
     "resilience": 120,
     "parallel": 1_460,

@@ -21,7 +21,7 @@ from mythos_ds.data.token_files import open_ids, open_lengths, open_mask
 from mythos_ds.data.tokenizer import Tokenizer
 from mythos_ds.data.validation import held_out
 from mythos_ds.data.verification import data_faults
-from mythos_ds.errors import DataError
+from mythos_ds.errors import DamagedDatasetError, DataError
 from tests.helpers.chats import CHATML, THINKING, conversations, rows_of
 from tests.helpers.text_data import make_dataset, make_texts
 from tests.helpers.tokenizers import byte_level_folder
@@ -78,6 +78,18 @@ def test_what_is_stored(prepared):
     assert mask.tolist() == [int(counts) for chat in expected for counts in chat.answers]
     assert info.counted_tokens == int(mask.sum()) > 0
     assert (info.chat_template, info.turn_ends) == (CHATML, (2,))
+
+
+@pytest.mark.parametrize("lost", [("mask_sha256",), ("chat_template",), ("mask_sha256", "chat_template")])
+def test_conversations_are_never_read_as_text(prepared, tmp_path, lost):
+    """Where the facts that make them conversations are lost."""
+    for path in prepared[0].parent.glob(f"{prepared[0].name}.*"):
+        (tmp_path / f"chats{path.suffix}").write_bytes(path.read_bytes())
+    content = json.loads((tmp_path / "chats.json").read_text())
+    kept = {key: value for key, value in content.items() if key not in lost}
+    (tmp_path / "chats.json").write_text(json.dumps(kept))
+    with pytest.raises(DamagedDatasetError, match=f"chats.json: .*given and no {', '.join(lost)}; .* prepare it again"):
+        read_info(tmp_path / "chats")
 
 
 def test_ends_of_answers_are_found_before_white_space(place, tmp_path):
