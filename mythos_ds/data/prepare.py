@@ -38,8 +38,10 @@ _PART_CHARACTERS, _FEW_PARTS = 2_000_000, 64
 """Characters of each of the first parts; of those after them, so that they do not become too many, eight times more."""
 _BORDER = 64
 _BLOCK_TOKENS = 1 << 20
-_READ_TOKENS, _MAPPED_TOKENS = 1 << 14, 1 << 25
-"""What the system maps around a place that is read, 64 KiB; what is mapped before it is given back, 128 to 256 MiB."""
+_READ_TOKENS, _MAPPED_TOKENS = 1 << 14, 1 << 24
+"""What the system maps around a place that is read, 64 KiB; what is mapped before it is given back, 64 to 128 MiB."""
+_SMALL_TOKENS = 3 << 24
+"""In files of fewer nothing is given back."""
 _PUBLISHING = "publishing.json"
 _MOST_TOKENS = np.iinfo(np.int32).max  # the index counts a document's tokens in four bytes
 _TRIED_DOCUMENTS, _TRIED_CHARACTERS = 100, 2_000_000
@@ -414,7 +416,7 @@ def _written(
         if answers is not None:
             tokens = answers.add(tokens, ended)
         digest.update(writer.add(tokens, ended))
-        if min(mapped, len(whole)) > _MAPPED_TOKENS:
+        if mapped > _MAPPED_TOKENS and len(whole) > _SMALL_TOKENS:
             store.forget_read()
             mapped = 0
     writer.close()

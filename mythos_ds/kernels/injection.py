@@ -78,10 +78,12 @@ def sinusoid(index: Tensor | int, width: int, device: torch.device) -> Tensor:
     numbers [batch].
 
     fp32 [width], or [batch, 1, width]; an odd width has no last cosine."""
-    exponent = torch.arange(0, width, 2, device=device).float() / width
+    half = (width + 1) // 2
+    channel = torch.arange(width, device=device)  # all of them at once: parts that are put together are kernels each
+    exponent = (channel % half * 2).float() / width
     frequency = torch.pow(torch.full_like(exponent, _THETA), -exponent)
     angle = index[:, None, None] * frequency if isinstance(index, Tensor) else frequency * index
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
+    return torch.where(channel < half, angle.sin(), angle.cos())
 
 
 @region

@@ -70,4 +70,4 @@ class RecurrentLayer(nn.Module):
             return x + self.ffn_norm(self.moe(x.to(dtype), loop, context, alive)), entry
         attended, entry = self.attn(self.attn_norm(x), context, halted)
         x, normed = self.ffn_norm(x, attended)
-        return x + self.moe(normed, loop, context, alive), entry
+        return self.moe(normed, loop, context, alive, x), entry

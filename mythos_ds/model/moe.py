@@ -70,9 +70,16 @@ class MoE(nn.Module):
         """Makes the dispatcher by which rows reach their experts."""
         return dispatch_locally
 
-    def forward(self, x: Tensor, loop: int, context: ForwardContext, alive: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        loop: int,
+        context: ForwardContext,
+        alive: Tensor | None = None,
+        stream: Tensor | None = None,
+    ) -> Tensor:
         """alive: bool [batch, seq], False where a halted position should not count in load and losses; so do sequences
-        that have not begun."""
+        that have not begun. stream: the residual stream [batch, seq, dim] that the result is added to, if any."""
         rows = x.flatten(0, -2)
         kept = None if context.replay is None else context.replay.get(self.layer)
         index = context.index_at(loop).by_token(len(rows))
@@ -85,7 +92,8 @@ class MoE(nn.Module):
         if context.replay is not None and kept is None:
             context.replay[self.layer] = replace(decision, route=route)
         shared = None if self.shared_experts is None else self.shared_experts(x).flatten(0, -2)
-        return weighted_sum_of_rows(results, weights, back, order, shared).view_as(x)
+        stream = None if stream is None else stream.flatten(0, -2)
+        return weighted_sum_of_rows(results, weights, back, order, shared, stream).view_as(x)
 
     def _decide(self, indices: Tensor) -> RoutingDecision:
         """What follows from the chosen experts, int64 [tokens, k], before any row travels."""

@@ -114,6 +114,7 @@ def counted(model: MythosModel, tokens: Tensor, loops: int, graded: int) -> tupl
         with patch.object(regions._Compiler, "compiled", _Regions(backward)), backward:
             loss.backward()
     backward.backward += forward.backward
+    forward.backward.clear()
     forward.forward, forward.names, forward.bytes = known
     return forward, backward
 

@@ -44,12 +44,12 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
     "root": 2_310,
-    "kernels": 1_190,
+    "kernels": 1_210,
     "config": 3_870,
     "costs": 1_260,
     "model": 2_060,
     "weights": 1_200,
-    "data": 6_160,
+    "data": 6_170,
     "monitor": 660,
     "resilience": 120,
     "parallel": 1_460,
