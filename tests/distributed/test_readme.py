@@ -148,7 +148,7 @@ def run_on_a_laptop(checkout: Checkout, command: Command) -> str:
         stamp = checkout.root / ".cache" / "installed"
         stamp.parent.mkdir(exist_ok=True)
         stamp.touch()
-        assert "-e ." not in checkout.run(f"{text} --dry-run"), "the copy is not to be installed"
+        assert "--no-build-isolation -e ." not in checkout.run(f"{text} --dry-run"), "the copy is not to be installed"
     elif {"pretrain", "launch/pretrain.py"} & set(words) and "--resume" in words:
         text = shlex.join([*words, *(f"{key}={value}" for key, value in FEWER.items())])
         text += f" training.max_steps={MORE_STEPS}"
