@@ -63,7 +63,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("PATH")
-inputs = tokenizer({json.dumps(prompt, ensure_ascii=False)}, return_tensors="pt", add_special_tokens=False)
+inputs = tokenizer({json.dumps(prompt, ensure_ascii=False)}, return_tensors="pt", add_special_tokens=False)  # any text
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, n_loops={2 * depth})[0]))
 ```
 

@@ -72,11 +72,21 @@ class ProgressLine:
 
 @contextmanager
 def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields the callback that adds bytes done."""
+    """A bar on stderr, from the first bytes on: what is refused before shows none. Yields the callback that adds bytes
+    done."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.advance(task, done)
+    progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    task = progress.add_task(label, total=total)
+
+    def add(done: int) -> None:
+        progress.start()
+        progress.advance(task, done)
+
+    try:
+        yield add
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 @contextmanager
