@@ -30,7 +30,12 @@ def gradients(model: Any, **options: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["latent", "post, zero-order hold", "bf16 state"])
+ROUNDING = {"latent": 5e-6, "post, zero-order hold": 5e-6, "bf16 state": 5e-4}
+"""Of gradients, relative: below 1e-6 where processors have AVX-512, 1.3e-6 and (bf16, whose last bit is 4e-3 of a
+number) 5e-5 seen without."""
+
+
+@pytest.mark.parametrize("name", ROUNDING)
 def test_gradients_are_those_without_checkpointing(name, tmp_path):
     _, model = exported(tmp_path, CONFIGURATIONS[name])
     model.train().set_attn_implementation("eager")
@@ -42,7 +47,7 @@ def test_gradients_are_those_without_checkpointing(name, tmp_path):
             found = gradients(model, **options)
             assert found.keys() == expected.keys()
             for key, gradient in expected.items():
-                assert (found[key] - gradient).norm() <= 1e-6 * gradient.norm(), (key, reentrant)
+                assert (found[key] - gradient).norm() <= ROUNDING[name] * gradient.norm(), (key, reentrant)
         model.gradient_checkpointing_disable()
         again = gradients(model, **options)
         assert all(torch.equal(again[key], gradient) for key, gradient in expected.items())
