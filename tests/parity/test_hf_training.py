@@ -30,24 +30,21 @@ def gradients(model: Any, **options: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-ROUNDING = {"latent": 5e-6, "post, zero-order hold": 5e-6, "bf16 state": 5e-4}
-"""Of gradients, relative: below 1e-6 where processors have AVX-512, 1.3e-6 and (bf16, whose last bit is 4e-3 of a
-number) 5e-5 seen without."""
-
-
-@pytest.mark.parametrize("name", ROUNDING)
+@pytest.mark.parametrize("name", ["latent", "post, zero-order hold", "bf16 state"])
 def test_gradients_are_those_without_checkpointing(name, tmp_path):
     _, model = exported(tmp_path, CONFIGURATIONS[name])
     model.train().set_attn_implementation("eager")
-    for options in ({"n_loops": 5}, {"n_loops": 2, "output_hidden_states": True, "output_attentions": True}):
+    for changes in ({"n_loops": 5}, {"n_loops": 2, "output_hidden_states": True, "output_attentions": True}):
+        # Recomputing goes without a cache, whose keys lie otherwise in memory: of them products round otherwise.
+        options = {**changes, "use_cache": False}
         expected = gradients(model, **options)
-        for reentrant in (False, True):
+        for reentrant, limit in ((False, 0.0), (True, 1e-6)):  # a reentrant piece's backward adds up in another order
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             assert model.is_gradient_checkpointing
             found = gradients(model, **options)
             assert found.keys() == expected.keys()
             for key, gradient in expected.items():
-                assert (found[key] - gradient).norm() <= ROUNDING[name] * gradient.norm(), (key, reentrant)
+                assert (found[key] - gradient).norm() <= limit * gradient.norm(), (key, reentrant)
         model.gradient_checkpointing_disable()
         again = gradients(model, **options)
         assert all(torch.equal(again[key], gradient) for key, gradient in expected.items())
