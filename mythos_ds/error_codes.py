@@ -139,7 +139,7 @@ CODES = {
     "MDS152": Code("A key that DeepSpeed has removed"),
     "MDS153": Code("A key that DeepSpeed does not know, and would ignore"),
     "MDS154": Code("A value that DeepSpeed would not take"),
-    "MDS155": Code("A logger of DeepSpeed whose package is not installed"),
+    "MDS155": Code("A logger of DeepSpeed that cannot be used, or whose package is not installed"),
     "MDS156": Code("Scaling of gradients that DeepSpeed refuses with reduce_scatter"),
     "MDS157": Code("Sums of gradients, which DeepSpeed refuses with ZeRO-3"),
     "MDS158": Code("Buffers or reductions that DeepSpeed refuses with experts"),

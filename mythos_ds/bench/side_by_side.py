@@ -6,7 +6,7 @@ clock of the thread's own processor time, so that other work on the machine fall
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.rope import Rotary
 from mythos_ds.model.router import Router
 from mythos_ds.plan.live_bytes import LiveBytes
-from mythos_ds.weights.reader import TensorSpec
+from mythos_ds.weights.reader import InMemorySource
 
 try:
     import open_mythos.main as open_mythos  # the oracle of the parity tests
@@ -184,19 +184,6 @@ def _fields(attention: str, loops: int, shared: int) -> Any:
     )  # fmt: skip
 
 
-class _InMemory:
-    """A state_dict as a source of weights."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.tensors = tensors
-
-    def specs(self) -> dict[str, TensorSpec]:
-        return {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in self.tensors.items()}
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.tensors[name] if rows is None else self.tensors[name][rows]
-
-
 def _models(attention: str, loops: int) -> tuple[Any, MythosModel]:
     """open-mythos's untrained model, and ours of the same weights."""
     fields = _fields(attention, loops, shared=1)
@@ -205,7 +192,7 @@ def _models(attention: str, loops: int) -> tuple[Any, MythosModel]:
         theirs.recurrent.act.halt.bias.fill_(_HALT_BIAS)
     config = openmythos_config(fields)
     ours = MythosModel(config, seed=None)
-    source = openmythos_source(_InMemory(theirs.state_dict()), config)
+    source = openmythos_source(InMemorySource(theirs.state_dict()), config)
     ours.load_state_dict({name: source.read(name).clone() for name in source.specs()}, strict=False)
     return theirs, ours
 

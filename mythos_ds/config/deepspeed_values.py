@@ -138,19 +138,23 @@ VALUES: Keys = {
 }  # fmt: skip
 """The keys that may be set here, and what they hold; a test compares them with the installed DeepSpeed."""
 
-_MODULES = {"wandb": "wandb", "comet": "comet_ml"}
-"""What a writer of DeepSpeed's imports."""
-
 
 def check(section: dict[str, Any]) -> list[Problem]:
     """(key path, message) of each value that DeepSpeed would not take; keys that it does not know are not looked at."""
     problems = _wrong(section, VALUES, "deepspeed")
-    for name, module in _MODULES.items():
-        writer = section.get(name)
-        if isinstance(writer, dict) and writer.get("enabled") is True and find_spec(module) is None:
-            message = f"true given, and {module} is not installed: pip install {module}, or false"
-            problems.append((f"deepspeed.{name}.enabled", Coded("MDS155", message)))
+    if _enabled(section, "wandb"):
+        # DeepSpeed's writer ends the run where no key is known or no server reached, on the rank that writes alone.
+        message = "true given; allowed: false; log there by monitor.wandb=PROJECT, which goes on where nothing is reached"
+        problems.append(("deepspeed.wandb.enabled", Coded("MDS155", message)))
+    if _enabled(section, "comet") and find_spec("comet_ml") is None:
+        message = "true given, and comet_ml is not installed: pip install comet_ml, or false"
+        problems.append(("deepspeed.comet.enabled", Coded("MDS155", message)))
     return problems
+
+
+def _enabled(section: dict[str, Any], name: str) -> bool:
+    writer = section.get(name)
+    return isinstance(writer, dict) and writer.get("enabled") is True
 
 
 def _wrong(section: dict[str, Any], known: Keys, at: str) -> list[Problem]:

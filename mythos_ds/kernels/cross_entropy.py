@@ -12,8 +12,16 @@ from torch.autograd.function import once_differentiable
 
 from mythos_ds.kernels.float32_product import add_product, product
 
-_CHUNK_LOGITS = 1 << 20
+CHUNK_LOGITS = {"cpu": 1 << 20}
+"""Logits held at once, by type of device. On a CPU as many as its caches hold; a GPU would spend more time on adding up
+the weight's gradient, once a chunk, than on the products of small chunks."""
+_OTHER_CHUNK_LOGITS = 1 << 28
 _MIN_CHUNK_ROWS = 256
+
+
+def chunk_rows(vocab: int, device_type: str) -> int:
+    """Rows of hidden states of which a device of this type forms the logits, fp32 [rows, vocab], at once."""
+    return max(_MIN_CHUNK_ROWS, CHUNK_LOGITS.get(device_type, _OTHER_CHUNK_LOGITS) // vocab)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -21,26 +29,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool, divisor: float | None
     ) -> Tensor:
-        rows = max(_MIN_CHUNK_ROWS, _CHUNK_LOGITS // weight.shape[0])
+        rows = chunk_rows(weight.shape[0], hidden.device.type)
         divisor = hidden.shape[0] if divisor is None else divisor
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         for start in range(0, hidden.shape[0], rows):
-            x, target = hidden[start : start + rows], targets[start : start + rows]
-            logits = product(x, weight)
-            peak = logits.amax(-1, keepdim=True)
-            chosen = logits.gather(-1, target[:, None])
-            exponential = logits.sub_(peak).exp_()
-            norm = exponential.sum(-1, keepdim=True)
-            total += (norm.log() + peak - chosen).sum()
-            if grad_hidden is None or grad_weight is None:
-                continue
-            delta = exponential.mul_(1.0 / (norm * divisor))
-            delta.scatter_add_(-1, target[:, None], torch.full_like(chosen, -1.0 / divisor))
-            delta = delta.to(hidden.dtype)
-            grad_hidden[start : start + rows] = delta @ weight
-            add_product(grad_weight, delta, x)
+            part = slice(start, start + rows)
+            grad_rows = None if grad_hidden is None else grad_hidden[part]
+            total += _add_chunk(hidden[part], weight, targets[part], divisor, grad_rows, grad_weight)
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total / divisor
@@ -50,6 +47,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad, grad_weight * grad, None, None, None
+
+
+def _add_chunk(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    divisor: float,
+    grad_rows: Tensor | None,
+    grad_weight: Tensor | None,
+) -> Tensor:
+    """Returns the sum of a chunk's losses, writes its rows' gradients and adds up the weight's. A function, so that a
+    chunk's logits are gone before the next one's come."""
+    logits = product(x, weight)
+    peak = logits.amax(-1, keepdim=True)
+    chosen = logits.gather(-1, target[:, None])
+    exponential = logits.sub_(peak).exp_()
+    norm = exponential.sum(-1, keepdim=True)
+    total = (norm.log() + peak - chosen).sum()
+    if grad_rows is None or grad_weight is None:
+        return total
+    delta = exponential.mul_(1.0 / (norm * divisor))
+    delta.scatter_add_(-1, target[:, None], torch.full_like(chosen, -1.0 / divisor))
+    delta = delta.to(x.dtype)
+    grad_rows.copy_(delta @ weight)
+    add_product(grad_weight, delta, x)
+    return total
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, divisor: float | None = None) -> Tensor:

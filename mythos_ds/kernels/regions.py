@@ -7,7 +7,8 @@ its first call, for any number of rows. Whoever calls it does not know which.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -24,10 +25,11 @@ norm, which all layers share; they stay far below this limit, whatever the numbe
 
 
 class _Compiler:
-    """What this process compiles regions with; None: they run as they are written."""
+    """What this process compiles regions with; None: they run as they are written. `caller` stands in for both."""
 
     backend: Backend | None = None
     compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    caller: Callable[..., Any] | None = None
 
 
 def compile_regions(backend: Backend | None) -> None:
@@ -35,6 +37,17 @@ def compile_regions(backend: Backend | None) -> None:
     they are written."""
     _Compiler.backend = backend
     _Compiler.compiled.clear()
+
+
+@contextmanager
+def regions_called_by(caller: Callable[..., Any]) -> Iterator[None]:
+    """Let caller(function, tensors, constants) run this process's regions meanwhile: who counts what they cost, and how
+    often they are called, gives their results."""
+    before, _Compiler.caller = _Compiler.caller, caller
+    try:
+        yield
+    finally:
+        _Compiler.caller = before
 
 
 @functools.cache
@@ -61,6 +74,8 @@ def region(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 
     @functools.wraps(function)
     def call(*tensors: Any, **constants: Any) -> Any:
+        if _Compiler.caller is not None:
+            return _Compiler.caller(function, tensors, constants)
         if _Compiler.backend is None or _is_watched(tensors):
             return function(*tensors, **constants)
         key = (function, *constants.items())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mythos_ds.config.layout import ModelChunk
 from mythos_ds.config.schema import ActivationCheckpointing, ModelConfig
-from mythos_ds.kernels import attention
+from mythos_ds.kernels import attention, cross_entropy
 from mythos_ds.kernels.grouped_mlp import grouped_swiglu
 from mythos_ds.kernels.looped_mlp import looped_swiglu
 from mythos_ds.kernels.permute import inverse_permutation, permute_rows
@@ -53,8 +53,10 @@ class Workload:
     checkpointing: ActivationCheckpointing
     grad_dtype: torch.dtype = torch.float32
     """What the gradients of a weight add up in."""
-    fused: bool = True
-    """Whether experts are one grouped product (GPUs) or a loop of products (CPUs)."""
+    on_gpu: bool = True
+    """Whether kernels take the ways of a GPU: experts as one grouped product, the loss in large chunks."""
+    compiled: bool = False
+    """Whether regions of elementwise work are compiled."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class _EvenMoE(MoE):
     """The mixture with this process's experts and as many rows for each."""
 
     ep_size = 1
-    fused = True
+    on_gpu = True
 
     def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
         local = config.n_experts // self.ep_size
@@ -125,7 +127,7 @@ class _EvenMoE(MoE):
         w1: Tensor = experts.w1
         w2: Tensor = experts.w2
         w3: Tensor = experts.w3
-        if self.fused and rows.dtype == torch.bfloat16:
+        if self.on_gpu and rows.dtype == torch.bfloat16:
             counts = torch.empty(n, dtype=torch.int64, device=rows.device)
             return grouped_swiglu(rows, counts, w1, w2, w3)
         if n > _MANY_EXPERTS:  # what is kept of all rows does not depend on how many share them
@@ -233,7 +235,7 @@ def coda_bytes(load: Workload, layers: tuple[int, ...]) -> int:
     model, context, x = piece(load, ModelChunk((), (), layers, embeds=False, loops=False, predicts=True), load.dtype)
     targets = torch.empty(load.rows, load.seq_len, dtype=torch.int64, device="meta")
     live = LiveBytes(existing=False)
-    with one_device(model), live:
+    with one_device(model), loss_chunks(load), live:
         live.ignore(*model.parameters(), *model.buffers(), x)
         model.logits_or_loss(model.run_coda(x, context), targets).backward()
     return live.peak
@@ -256,9 +258,17 @@ def one_device(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def loss_chunks(load: Workload) -> Iterator[None]:
+    """Lets the loss take its chunks on the meta device as it does on the device that the workload is for."""
+    own = cross_entropy.CHUNK_LOGITS
+    with patch.dict(own, {} if load.on_gpu else {"meta": own["cpu"]}):
+        yield
+
+
 def _even(load: Workload) -> type[MoE]:
     class Local(_EvenMoE):
-        ep_size, fused = load.ep_size, load.fused
+        ep_size, on_gpu = load.ep_size, load.on_gpu
 
     return Local
 
@@ -293,7 +303,7 @@ def _run(load: Workload, loops: int) -> Trace:
         _set_types(model, load)
         tokens = torch.empty(load.rows, load.seq_len, dtype=torch.int64)
     live = LiveBytes(existing=False)
-    with _substitutes(), _gathers(model, live), live:
+    with _substitutes(), loss_chunks(load), _gathers(model, live), live:
         live.ignore(*model.parameters(), *model.buffers())
         loss = model(tokens, n_loops=loops + 1, n_grad_loops=loops, targets=tokens, aux=_AUX)
         loss.backward()

@@ -108,7 +108,7 @@ def states(resolved: ResolvedRun, index: int = 0) -> States:
     return States(_BYTES[training.dtype] * held, 4 * held, kept, 4 * held)
 
 
-def workload(resolved: ResolvedRun, index: int = 0, *, fused: bool = True) -> Workload:
+def workload(resolved: ResolvedRun, index: int = 0, *, on_gpu: bool = True) -> Workload:
     """What a process of a stage computes in a micro-batch."""
     stage, config = resolved.stages[index], resolved.config
     return Workload(
@@ -120,7 +120,8 @@ def workload(resolved: ResolvedRun, index: int = 0, *, fused: bool = True) -> Wo
         torch.bfloat16 if config.training.dtype == "bfloat16" else torch.float32,
         config.parallel.activation_checkpointing,
         torch.bfloat16 if _adds_up_in_bfloat16(config.training) else torch.float32,
-        fused,
+        on_gpu,
+        (config.training.compile or ("regions" if on_gpu else "none")) == "regions",
     )
 
 
@@ -193,7 +194,7 @@ def _outside_items(resolved: ResolvedRun, index: int) -> list[Item]:
 
 
 def _step_items(resolved: ResolvedRun, on_gpu: bool) -> list[Item]:
-    load = workload(resolved, fused=on_gpu)
+    load = workload(resolved, on_gpu=on_gpu)
     found = trace(load)
     kept = saved_state_bytes(load)
     live = {"none": "of all loops with gradient", "layer": "one recomputed layer with its gradients",
@@ -228,7 +229,7 @@ def _pipeline_items(resolved: ResolvedRun, index: int, on_gpu: bool, expected: P
     shapes = parameter_shapes(config.model, stage.part)
     whole_elements = sum(prod(shape) // (ep_size if is_expert(name) else 1) for name, shape in shapes)
     messages = expected.peak_held_bytes[index]
-    load = workload(resolved, index, fused=on_gpu)
+    load = workload(resolved, index, on_gpu=on_gpu)
     head = 4 * config.model.vocab_size * config.model.dim if stage.part.predicts else 0
     coda = coda_bytes(load, stage.part.coda) - head if head else len(stage.part.coda) * dense_layer_bytes(load)
     # A prelude waits until its loops are through, and so do visits that are not recomputed; a coda is followed by its

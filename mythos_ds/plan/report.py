@@ -262,9 +262,9 @@ def _assumptions_text(numbers: dict[str, Any]) -> str:
     gpu = numbers["assumptions"]
     return (
         f"assumed: products reach {gpu['kernel_share']:.0%} of {gpu['peak_flops'] / 1e12:,.0f} TFLOP/s, other "
-        f"operations {gpu['memory_share']:.0%} of {gpu['memory_bandwidth'] / 1e12:.3g} TB/s, as written, regions not "
-        "compiled; a launch "
-        f"takes the host {gpu['launch_s'] * 1e6:.3g} us, one for each operation; links reach "
+        f"operations {gpu['memory_share']:.0%} of {gpu['memory_bandwidth'] / 1e12:.3g} TB/s, a compiled region "
+        "(training.compile) reading its inputs and writing its results once; a launch "
+        f"takes the host {gpu['launch_s'] * 1e6:.3g} us, one for each operation or region; links reach "
         f"{gpu['node_bandwidth'] / 1e9:,.0f} GB/s in the node, {gpu['network_bandwidth'] / 1e9:,.0f} to others, "
         f"{gpu['host_bandwidth'] / 1e9:,.0f} to host memory; experts are loaded evenly"
     )

@@ -1,7 +1,7 @@
 """Named tensors that are read one at a time, and the safetensors files of a folder as such a source."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, takewhile
@@ -59,6 +59,21 @@ class TensorSource(Protocol):
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor, or rows start:stop of its first dimension."""
+
+
+class InMemorySource:
+    """A mapping of tensors, such as a state_dict, as a source."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """The type and shape of each."""
+        return {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in self.tensors.items()}
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One of them, or some of its rows."""
+        return self.tensors[name] if rows is None else self.tensors[name][rows]
 
 
 def elements(source: TensorSource, name: str, start: int, stop: int) -> Tensor:

@@ -12,29 +12,14 @@ from mythos_ds.config.schema import ModelConfig
 from mythos_ds.conversion.openmythos import openmythos_config, openmythos_source
 from mythos_ds.errors import CheckpointError
 from mythos_ds.model.mythos import MythosModel
-from mythos_ds.weights.reader import TensorSpec
+from mythos_ds.weights.reader import InMemorySource
 
 MAX_LOOPS = 4
 
 
-class InMemory:
-    """A mapping of tensors as a source."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.tensors = tensors
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """The type and shape of each."""
-        return {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in self.tensors.items()}
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One of them, or some of its rows."""
-        return self.tensors[name] if rows is None else self.tensors[name][rows]
-
-
 def converted_tensors(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """An open-mythos state_dict (or its gradients by the same names) under our parameter names, as copies."""
-    source = openmythos_source(InMemory(theirs), config)
+    source = openmythos_source(InMemorySource(theirs), config)
     return {name: source.read(name).clone() for name in source.specs()}
 
 

@@ -44,8 +44,8 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
     "root": 2_310,
-    "kernels": 1_210,
-    "config": 3_870,
+    "kernels": 1_260,
+    "config": 3_900,
     "costs": 1_260,
     "model": 2_060,
     "weights": 1_200,
@@ -58,7 +58,7 @@ LINES = {
     "inference": 190,
     "train": 2_260,
     "conversion": 3_450,
-    "plan": 2_230,
+    "plan": 2_330,
     "analysis": 1_240,
     "cluster": 1_620,
     "lab": 3_750,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 11_850
+MAX_READING_PATH = 11_900
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 

@@ -236,8 +236,10 @@ def test_what_deepspeed_refuses_when_the_model_is_built_is_refused_before(overri
     assert f"{key}" in said("tiny", *overrides)
 
 
-def test_a_writer_whose_module_is_not_installed_is_told(monkeypatch):
+def test_writers_of_deepspeeds_that_cannot_be_used_are_told(monkeypatch):
     monkeypatch.setattr(deepspeed_values, "find_spec", lambda name: None)
-    assert "wandb is not installed: pip install wandb" in said("tiny", 'deepspeed.wandb={"enabled": true}')
+    refused = said("tiny", 'deepspeed.wandb={"enabled": true, "project": "x"}')
+    assert "deepspeed.wandb.enabled: true given" in refused
+    assert "monitor.wandb=PROJECT" in refused
     assert "comet_ml is not installed" in said("tiny", "deepspeed.comet.enabled=true")
     assert load_config("tiny", ['deepspeed.wandb={"enabled": false, "project": "x"}'])

@@ -20,21 +20,10 @@ from mythos_ds.conversion.fp8 import (
     unaligned,
 )
 from mythos_ds.errors import CheckpointError
-from mythos_ds.weights.reader import TensorSpec
+from mythos_ds.weights.reader import InMemorySource
 from mythos_ds.weights.writer import write_tensors
 
 KEPT = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.1.mlp.gate.weight")
-
-
-class _Source:
-    def __init__(self, tensors: dict[str, Tensor], dtype: torch.dtype):
-        self.tensors, self.dtype = tensors, dtype
-
-    def specs(self) -> dict[str, TensorSpec]:
-        return {name: TensorSpec(self.dtype, tuple(value.shape)) for name, value in self.tensors.items()}
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        return self.tensors[name][rows or slice(None)].to(self.dtype)
 
 
 def _tensors() -> dict[str, Tensor]:
@@ -49,9 +38,13 @@ def _tensors() -> dict[str, Tensor]:
     return {name: torch.randn(shape) * torch.logspace(-1, 1, shape[-1]) for name, shape in shapes.items()}
 
 
+def _source(tensors: dict[str, Tensor], dtype: torch.dtype) -> InMemorySource:
+    return InMemorySource({name: value.to(dtype) for name, value in tensors.items()})
+
+
 def _fp8() -> Fp8Tensors:
     tensors = _tensors()
-    return Fp8Tensors(_Source(tensors, torch.float32), _Source(tensors, torch.bfloat16))
+    return Fp8Tensors(_source(tensors, torch.float32), _source(tensors, torch.bfloat16))
 
 
 def test_each_block_is_within_3_percent() -> None:
@@ -116,7 +109,7 @@ def test_the_configuration_says_what_is_not_quantised() -> None:
 
 
 def test_a_matrix_is_quantised_from_fp32_only() -> None:
-    half = _Source(_tensors(), torch.bfloat16)
+    half = _source(_tensors(), torch.bfloat16)
     with pytest.raises(CheckpointError, match=r"allowed: torch\.float32"):
         Fp8Tensors(half, half)
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from mythos_ds.kernels import cross_entropy
 from mythos_ds.kernels.cross_entropy import chunked_cross_entropy
+from mythos_ds.plan.live_bytes import LiveBytes
 from tests.helpers.toy_model import gradient
 
 
@@ -85,6 +86,19 @@ def test_a_gradient_in_bfloat16_does_not_depend_on_the_chunks(monkeypatch: pytes
         chunked_cross_entropy(hidden, own, targets).backward()
         found.append(gradient(own).double())
     assert (found[0] - found[1]).norm() <= 3e-4 * found[1].norm()
+
+
+def test_no_two_chunks_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four chunks the most bytes are those of one: fp32 logits, the weight's gradient and the rows' gradients."""
+    monkeypatch.setattr(cross_entropy, "_MIN_CHUNK_ROWS", 1000)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", {"cpu": 1})
+    hidden, weight = torch.randn(4000, 8, requires_grad=True), torch.randn(5000, 8, requires_grad=True)
+    live = LiveBytes(existing=False)
+    with live:
+        live.ignore(hidden, weight)
+        chunked_cross_entropy(hidden, weight, torch.randint(0, 50, (4000,)))
+    chunk = 4 * 1000 * 5000
+    assert chunk <= live.peak <= 1.1 * chunk
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -16,10 +16,13 @@ from mythos_ds.costs.communicators import outside_bytes
 from mythos_ds.costs.flops import flops_per_token
 from mythos_ds.errors import ConfigError
 from mythos_ds.hardware import GPUS, read_gpu
+from mythos_ds.kernels.cross_entropy import chunk_rows
+from mythos_ds.kernels.norm import rms_norm
+from mythos_ds.kernels.regions import regions_called_by
 from mythos_ds.mains import run_tool
 from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.plan import layouts
-from mythos_ds.plan.activation_trace import Workload, trace
+from mythos_ds.plan.activation_trace import Workload, coda_bytes, trace
 from mythos_ds.plan.device_traffic import MovedBytes, micro_batch
 from mythos_ds.plan.layouts import candidates, examine, first_remedy, ranked, remedies, with_changes
 from mythos_ds.plan.memory import held_elements, memory, parameter_shapes, reduce_bucket_bytes, states, workload
@@ -150,7 +153,7 @@ def test_operations_beside_products_take_time():
 
 def test_the_host_holds_a_step_up_where_it_launches_longer_than_the_device_works():
     """13,400 launches of a micro-batch of 1b at 8 loops, 4 with gradient, without documents (profiled by operation)."""
-    config = load_config("1b", ["parallel.activation_checkpointing=loop"]).config
+    config = load_config("1b", ["parallel.activation_checkpointing=loop", "training.compile=none"]).config
     found = micro_batch(workload(resolve(config, 8)), 8, 4)
     assert 9_000 < found.launches < 14_000
     quick, slow = (timing(resolve(config, 8), replace(GPUS["h100"], launch_s=seconds)) for seconds in (0.0, 1e-3))
@@ -159,6 +162,52 @@ def test_the_host_holds_a_step_up_where_it_launches_longer_than_the_device_works
     assert slow.launch_s > slow.compute_s + slow.memory_s
     assert slow.serial_s == pytest.approx(slow.launch_s + travels)
     assert slow.bound_s >= slow.launch_s
+
+
+def test_compiled_regions_read_and_write_once():
+    """For a layer of 1b near what the inductor schedules, products and all (tests/cuda/test_launches.py): 60 launches
+    forward, 141 backward with the recompute; as written 159 and 375."""
+    config = load_config("1b", ["parallel.activation_checkpointing=loop"]).config
+    layers, load = config.model.recurrent_layers, workload(resolve(config, 8))
+    assert load.compiled, "the default of a GPU"
+    forward, backward = [], []
+    for compiled in (True, False):
+        one, two, graded = (micro_batch(replace(load, compiled=compiled), *loops) for loops in ((2, 1), (3, 1), (3, 2)))
+        forward.append((two + one * -1) * (1 / layers))
+        backward.append((graded + two * -1) * (1 / layers))
+    assert [found.launches for found in forward] == pytest.approx([60, 159], rel=0.15)
+    assert [found.launches for found in backward] == pytest.approx([141, 375], rel=0.15)
+    for found in (forward, backward):
+        assert 0.4 <= found[0].token / found[1].token <= 0.55
+
+
+def test_a_compiled_region_and_its_backward_are_a_kernel_each():
+    x = torch.empty(100, 40, device="meta", requires_grad=True)
+    gain = torch.empty(40, device="meta", requires_grad=True)
+    moved = MovedBytes()
+    with regions_called_by(moved.as_one_kernel), moved:
+        y = rms_norm(x, gain, eps=1e-6)
+        assert (moved.bytes, moved.launches) == (2 * 16_000 + 160, 1)
+        y.backward(torch.empty_like(y))
+    # Backward reads x, the gain and y's gradient, and writes x's and the gain's, for which it sums over rows.
+    assert (moved.bytes, moved.launches) == (2 * 16_000 + 160 + 3 * 16_000 + 2 * 160, 3)
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def test_the_loss_takes_the_chunks_of_its_device():
+    """A chunk adds to the head's gradient once; its logits take memory, but no two chunks' at once."""
+    config = load_config("1b", []).config
+    load = replace(workload(resolve(config, 8)), rows=1, seq_len=16_384)
+    on_gpu, on_cpu = (coda_bytes(replace(load, on_gpu=on), (0,)) for on in (True, False))
+    rows, vocab = chunk_rows(config.model.vocab_size, "cuda"), config.model.vocab_size
+    assert rows * vocab <= 1 << 28 < (rows + 1) * vocab
+    assert chunk_rows(vocab, "cpu") == 256
+    held = 6 * vocab * (rows - 256)  # fp32 logits and their bf16 gradient
+    assert 0.6 * held <= on_gpu - on_cpu <= held
+    two, three = (micro_batch(replace(load, rows=n), 2, 1) for n in (2, 3))  # of two chunks each
+    assert three.once - two.once == pytest.approx(2 * 2 * 4 * vocab * config.model.dim), "read and written"
+    assert three.launches - two.launches == 2 * 21
 
 
 def test_bytes_that_move_are_counted_by_operation():
