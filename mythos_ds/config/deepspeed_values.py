@@ -144,7 +144,7 @@ def check(section: dict[str, Any]) -> list[Problem]:
     problems = _wrong(section, VALUES, "deepspeed")
     if _enabled(section, "wandb"):
         # DeepSpeed's writer ends the run where no key is known or no server reached, on the rank that writes alone.
-        message = "true given; allowed: false; log there by monitor.wandb=PROJECT, which goes on where nothing is reached"
+        message = "true given; allowed: false; log there by monitor.wandb=PROJECT, which goes on without key or server"
         problems.append(("deepspeed.wandb.enabled", Coded("MDS155", message)))
     if _enabled(section, "comet") and find_spec("comet_ml") is None:
         message = "true given, and comet_ml is not installed: pip install comet_ml, or false"
