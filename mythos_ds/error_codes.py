@@ -255,6 +255,7 @@ CODES = {
     "MDS270": Code("A size of the batch ramp does not fit the pipeline"),
     "MDS271": Code("Pipeline stages would hold parts of nodes"),
     "MDS280": Code("grad_dtype bfloat16 with fp32 weights, or in a pipeline"),
+    "MDS281": Code("A dispatcher that has no effect in this layout"),
     "MDS400": Code("Another error of data or of a tokenizer"),
     "MDS401": Code("A sample that is read is not what was prepared"),
     "MDS402": Code("A chat template is at fault for every conversation"),

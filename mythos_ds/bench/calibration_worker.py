@@ -27,7 +27,12 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     environment = ProcessEnvironment.detect(os.environ)
     resolved = resolve(load_config(case["config"], case["overrides"]).config, environment.world_size)
     groups = init_parallel(
-        environment, resolved.ep_size, resolved.stages, tied=resolved.config.model.tie_embeddings, timeout_s=120.0
+        environment,
+        resolved.ep_size,
+        resolved.stages,
+        tied=resolved.config.model.tie_embeddings,
+        dispatch=resolved.config.parallel.dispatch,
+        timeout_s=120.0,
     )
     engine = build_engine(resolved, groups)
     n_loops, grad_loops = case["n_loops"], min(resolved.mean_backprop_depth, case["n_loops"])

@@ -49,7 +49,14 @@ def _batch(resolved: ResolvedRun, step: int, rows: int, first: int) -> dict[str,
 def _time_deepspeed(case: dict[str, Any]) -> dict[str, Any]:
     environment = ProcessEnvironment.detect(os.environ)
     resolved = resolve(load_config(case["config"], case["overrides"]).config, environment.world_size)
-    groups = init_parallel(environment, resolved.ep_size, resolved.stages, tied=resolved.config.model.tie_embeddings)
+    config = resolved.config
+    groups = init_parallel(
+        environment,
+        resolved.ep_size,
+        resolved.stages,
+        tied=config.model.tie_embeddings,
+        dispatch=config.parallel.dispatch,
+    )
     engine = build_engine(resolved, groups)
     micro, seconds, idle = resolved.stages[groups.layout.stage].rows, [], []
     for step in range(WARM_UP_STEPS + case["steps"]):

@@ -187,6 +187,19 @@ class RankLayout:
             self.ranks_of(stage)[place :: self.run_ep_size] for stage in self.expert_stages for place in places
         )
 
+    def expert_nodes(self, ranks_per_node: int) -> tuple[range, ...]:
+        """The groups of ranks that share experts, cut by node: those of one group follow each other, each as long."""
+        return tuple(
+            group[start : start + ranks_per_node]
+            for group in self.all_expert_groups
+            for start in range(0, self.run_ep_size, ranks_per_node)
+        )
+
+    def experts_across_nodes(self, ranks_per_node: int) -> tuple[range, ...]:
+        """The ranks of equal place in the nodes of each group that shares experts."""
+        places = range(ranks_per_node)
+        return tuple(group[place::ranks_per_node] for group in self.all_expert_groups for place in places)
+
 
 def is_pipelined(parallel: ParallelConfig) -> bool:
     """Whether there is more than one stage."""

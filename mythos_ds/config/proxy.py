@@ -141,11 +141,14 @@ def _scaled(width: int, dim: int) -> int:
 
 
 def _parallel_changes(config: RunConfig, world_size: int, pp_size: PipelineSize) -> dict[str, Any]:
-    ep_size = config.parallel.ep_size
-    if ep_size == "auto":
-        return {"pp_size": pp_size}
+    ep_size, zero_stage = config.parallel.ep_size, config.parallel.zero_stage
     fitting = math.gcd(EXPERTS, expert_stage_size(pp_size, world_size))
-    return {"pp_size": pp_size, "ep_size": largest_divisor(fitting, ep_size)}
+    most = (fitting if zero_stage else 1) if ep_size == "auto" else ep_size
+    own = largest_divisor(fitting, most)
+    changes: dict[str, Any] = {"pp_size": pp_size, "ep_size": ep_size if ep_size == "auto" else own}
+    if config.parallel.dispatch in ("per_rank", "per_node"):  # the processes of a proxy share one node
+        changes["dispatch"] = "per_rank" if own > 1 else "all_to_all"
+    return changes
 
 
 def _training_changes(

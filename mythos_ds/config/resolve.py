@@ -8,6 +8,7 @@ from typing import Any
 from mythos_ds.config import deepspeed_section
 from mythos_ds.config.batch_ramp import BatchSchedule
 from mythos_ds.config.depth_distribution import FRESH, StageStart
+from mythos_ds.config.dispatch import dispatch_problem
 from mythos_ds.config.divisors import divisors
 from mythos_ds.config.layout import RankLayout, Stage, expert_stage_size, rows_per_micro_batch, stages_of
 from mythos_ds.config.rules import check
@@ -72,6 +73,8 @@ def resolve(config: RunConfig, world_size: int, grows_from: int = FRESH.mean_rec
         ConfigError: with every setting that contradicts another one or does not fit the processes.
     """
     problems = check.check(config) + check.check_world(config, world_size)
+    if not problems and (message := _dispatch_problem(config, world_size)) is not None:
+        problems.append(("parallel.dispatch", message))
     if problems:
         raise ConfigError([message.after(f"{key}: ") for key, message in problems])
     training, model = config.training, config.model
@@ -164,6 +167,12 @@ def expert_parallel_size(config: RunConfig, world_size: int) -> int:
     common = math.gcd(config.model.n_experts, expert_stage_size(config.parallel.pp_size, world_size))
     per_node = config.cluster.gpus_per_node if config.cluster is not None else 1
     return next(n for n in reversed(divisors(common)) if per_node % n == 0 or n % per_node == 0)
+
+
+def _dispatch_problem(config: RunConfig, world_size: int) -> Coded | None:
+    """Where the number of processes says how many of them share experts."""
+    per_node = config.cluster.gpus_per_node if config.cluster is not None else None
+    return dispatch_problem(config, expert_parallel_size(config, world_size), per_node)
 
 
 def planned_world_size(config: RunConfig) -> int:

@@ -178,6 +178,12 @@ class ParallelConfig(Section):
     activation_checkpointing: ActivationCheckpointing = Field(
         "loop", description="Computed again in backward: nothing, each layer in each loop, or each loop; same results."
     )
+    dispatch: Literal["all_to_all", "per_rank", "per_node", "auto"] = Field(
+        "all_to_all",
+        description="How tokens reach experts on other processes: a copy for each expert, for each process that holds "
+        "any of them, or for each node and then each process; 'auto' = by the layout, of those that have run on this "
+        "kind of device (docs/parallelism.md).",
+    )
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_params: Literal["none", "cpu"] = "none"
     timeout_s: int = Field(1800, ge=10, le=SECONDS, description="Seconds a collective may wait before the run fails.")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.costs.reach import GPUS_PER_NODE, planned_dispatch
 
 CUDA_CONTEXT_BYTES = 0.5e9
 """The context and the kernels that are loaded (assumption)."""
@@ -17,8 +18,6 @@ PEER_BYTES = 4e6
 """Buffers of a connection that an all-to-all or a message opens to a rank, both directions (assumption)."""
 _RING_CHANNELS = 4
 """Communicators of a pipeline that send and receive only: by direction and parity of the stage."""
-_GPUS_PER_NODE = 8
-"""Where the configuration names no cluster."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def communicators(resolved: ResolvedRun, index: int = 0) -> tuple[Communicator, 
     stage = resolved.stages[index]
     layout = resolved.layout(stage.first_rank)
     cluster = resolved.config.cluster
-    per_node = cluster.gpus_per_node if cluster is not None else _GPUS_PER_NODE
+    per_node = cluster.gpus_per_node if cluster is not None else GPUS_PER_NODE
 
     def made(name: str, ranks: Sequence[int], peers: int = 0) -> Communicator:
         return Communicator(name, len(ranks), len({rank // per_node for rank in ranks}), peers)
@@ -62,6 +61,10 @@ def communicators(resolved: ResolvedRun, index: int = 0) -> tuple[Communicator, 
     if layout.ep_size > 1:
         sharing = layout.ranks_of(index)[: layout.ep_size]
         found += [made("experts", sharing, len(sharing) - 1), made("copies of experts", layout.expert_copies)]
+        if planned_dispatch(resolved).name == "per_node":
+            across, inside = sharing[::per_node], sharing[:per_node]
+            found += [made("experts across nodes", across, len(across) - 1)]
+            found += [made("experts of a node", inside, len(inside) - 1)]
     return tuple(found)
 
 

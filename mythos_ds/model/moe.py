@@ -4,40 +4,20 @@ Tokens are sorted by expert once, computed group by group, and put back by the i
 live is the dispatcher's business: expert parallelism replaces the `Experts` and the `Dispatcher`, nothing else.
 """
 
-from dataclasses import replace
-from typing import Any, Protocol
-
 import torch
 from torch import Tensor, nn
 
 from mythos_ds.config.schema import ModelConfig
-from mythos_ds.kernels.permute import repeat_permute_rows, weighted_sum_of_rows
-from mythos_ds.kernels.routing import count_experts, router_losses, sort_by_expert
+from mythos_ds.kernels.routing import count_experts, router_losses
 from mythos_ds.model.auxiliary_losses import attach_loss
 from mythos_ds.model.context import ForwardContext
+from mythos_ds.model.dispatch import Dispatcher, LocalDispatcher
 from mythos_ds.model.feed_forward import Experts, FeedForward
 from mythos_ds.model.forward_stats import ForwardRecords, RoutingRecord, jaccard_overlap, masked_mean
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.loop_index import repeat_by_token
 from mythos_ds.model.router import Router, Routing
 from mythos_ds.model.routing_replay import RoutingDecision
-
-
-class Dispatcher(Protocol):
-    """Brings rows to their experts and back."""
-
-    def __call__(self, experts: Experts, rows: Tensor, counts: Tensor, route: Any = None) -> tuple[Tensor, Any]:
-        """Computes rows [n, dim] sorted by global expert, counts int64 [n_experts]: results [n, dim], in that order.
-
-        Also returns the route: what the dispatcher found out about where rows go. A call with the route of an earlier
-        one, whose counts were the same, asks nobody again.
-        """
-        ...
-
-
-def dispatch_locally(experts: Experts, rows: Tensor, counts: Tensor, route: Any = None) -> tuple[Tensor, Any]:
-    """The dispatcher of a process that holds all experts, where rows have no way to go."""
-    return experts(rows, counts), None
 
 
 class MoE(nn.Module):
@@ -68,7 +48,7 @@ class MoE(nn.Module):
 
     def make_dispatcher(self) -> Dispatcher:
         """Makes the dispatcher by which rows reach their experts."""
-        return dispatch_locally
+        return LocalDispatcher()
 
     def forward(
         self,
@@ -84,20 +64,14 @@ class MoE(nn.Module):
         kept = None if context.replay is None else context.replay.get(self.layer)
         index = context.index_at(loop).by_token(len(rows))
         routing: Routing = self.router(rows, index, None if kept is None else kept.indices)
-        decision = self._decide(routing.indices) if kept is None else kept
+        decision = self.dispatcher.decide(routing.indices, self.n_experts) if kept is None else kept
         weights = self._note(routing, decision, loop, context, alive, x.shape[:2])
-        order, back, k = decision.order, decision.back, decision.indices.shape[-1]
-        sorted_rows = repeat_permute_rows(rows, order, back, k)
-        results, route = self.dispatcher(self.experts, sorted_rows, decision.counts, decision.route)
+        journey = self.dispatcher.send(rows, weights, decision)
         if context.replay is not None and kept is None:
-            context.replay[self.layer] = replace(decision, route=route)
-        shared = None if self.shared_experts is None else self.shared_experts(x).flatten(0, -2)
-        stream = None if stream is None else stream.flatten(0, -2)
-        return weighted_sum_of_rows(results, weights, back, order, shared, stream).view_as(x)
-
-    def _decide(self, indices: Tensor) -> RoutingDecision:
-        """What follows from the chosen experts, int64 [tokens, k], before any row travels."""
-        return RoutingDecision(indices, *sort_by_expert(indices, n_experts=self.n_experts))
+            context.replay[self.layer] = journey.decision
+        shared = None if self.shared_experts is None else self.shared_experts(x).flatten(0, -2)  # while rows travel
+        journey.compute(self.experts)
+        return journey.receive(shared, None if stream is None else stream.flatten(0, -2)).view_as(x)
 
     def _note(
         self,

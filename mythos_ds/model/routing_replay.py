@@ -17,14 +17,10 @@ class RoutingDecision:
 
     indices: Tensor
     """int64 [tokens, k]: the chosen experts."""
-    order: Tensor
-    """int64 [tokens * k]: the tokens' rows sorted by expert."""
-    back: Tensor
-    """int64 [tokens * k]: the inverse of `order`."""
     counts: Tensor
     """int64 [n_experts]: rows of each expert."""
     route: Any = None
-    """What the dispatcher returned to be given again."""
+    """What the dispatcher knows of where rows go: no float, and small."""
 
 
 RoutingReplay = dict[int, RoutingDecision]

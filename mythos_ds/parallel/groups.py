@@ -13,11 +13,20 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
+from mythos_ds.config.dispatch import LOCAL, DispatchChoice, choose_dispatch
 from mythos_ds.config.layout import RankLayout, Stage
 from mythos_ds.costs.schedule import Channel, channel_edges
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
-from mythos_ds.parallel.process_groups import WORK_TIMEOUT_S, forget_groups, group_of_one, host_group, own_group
+from mythos_ds.log import get_logger
+from mythos_ds.parallel.process_groups import (
+    WORK_TIMEOUT_S,
+    NodeGroups,
+    forget_groups,
+    group_of_one,
+    host_group,
+    own_group,
+)
 from mythos_ds.parallel.rendezvous import (
     allow_connections,
     claim_device,
@@ -29,6 +38,8 @@ from mythos_ds.parallel.rendezvous import (
 )
 
 DEFAULT_TIMEOUT_S = 1800.0
+
+_logger = get_logger(__name__)
 
 _OPERATIONS = {
     "sum": torch_distributed.ReduceOp.SUM,
@@ -57,6 +68,10 @@ class ParallelGroups:
     """What each of the pipeline's messages travels on; none without pipeline."""
     mpu: "StageTopology | None" = None
     """What confines DeepSpeed to the stage; None without pipeline."""
+    dispatch: DispatchChoice = DispatchChoice(LOCAL)
+    """What carries rows to experts."""
+    node_groups: NodeGroups | None = None
+    """Where that goes by node; None elsewhere."""
 
     @property
     def rank(self) -> int:
@@ -160,20 +175,24 @@ def init_parallel(
     stages: Sequence[Stage] | None = None,
     *,
     tied: bool = False,
+    dispatch: str = "all_to_all",
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> ParallelGroups:
     """Starts torch.distributed through DeepSpeed (nccl on cuda, else gloo) and creates all groups, once.
 
-    stages: the pipeline's (None: no pipeline). tied: whether its first and its last stage share an embedding. A
-    collective that waits longer than `timeout_s` seconds fails. May be called again for another layout. Errors:
-    ParallelError where ep_size does not divide the processes of a stage with experts, or the stages are not those of
-    all processes.
+    stages: the pipeline's (None: no pipeline). tied: whether its first and its last stage share an embedding. dispatch:
+    `parallel.dispatch`, by node where nodes have env.local_world_size consecutive ranks. A collective that waits longer
+    than `timeout_s` seconds fails. May be called again for another layout. Errors: ParallelError where ep_size does not
+    divide the processes of a stage with experts, the stages are not those of all processes, or experts are to be
+    reached by node and their groups do not hold several whole nodes.
     """
     layout = RankLayout(env.rank, (env.world_size,), run_ep_size=ep_size)
     if stages:
         layout = RankLayout.of(stages, ep_size, env.rank)
     _check_sizes(env, layout)
     device = select_device(env)
+    choice = choose_dispatch(dispatch, ep_size, env.local_world_size, device.type)
+    _check_nodes(choice, layout, env.local_world_size)
     _avoid_shared_memory_op()
     timeout = timedelta(seconds=timeout_s)
     _start(env, device, timeout)
@@ -183,13 +202,17 @@ def init_parallel(
     host = in_time(host_group, timeout_s)  # gloo's own limit on connecting is that on waiting for one that works alone
     if isinstance(host, Exception):
         raise host_network_problem(env, host) from None
-    groups = ParallelGroups(device, layout, None, host, timeout_s)
+    groups = ParallelGroups(device, layout, None, host, timeout_s, dispatch=choice)
     if groups.pipelined:
         groups = _with_stages(groups, timeout, tied=tied)
     if ep_size > 1:
         experts = _expert_groups(layout, timeout)
         _register(experts, ep_size)
         groups = replace(groups, ep_group=experts.ep)
+    if choice.name == "per_node":
+        groups = replace(groups, node_groups=_node_groups(layout, env.local_world_size, timeout))
+    if choice.why and env.rank == 0:
+        _logger.info("dispatch: %s (%s)", choice.name, choice.why)
     # Ranks make only the groups that they are in: one that ended now would take the others' meeting place with it.
     groups.barrier()
     return groups
@@ -260,6 +283,30 @@ def require_expert_data_group(ep_size: int) -> torch_distributed.ProcessGroup:
     """The ranks that hold the same experts as the calling rank: ZeRO cuts expert weights over them."""
     require_expert_group(ep_size)
     return deepspeed_groups._get_expert_data_parallel_group(expert_group_name(ep_size))
+
+
+def _check_nodes(choice: DispatchChoice, layout: RankLayout, ranks_per_node: int) -> None:
+    """Rows go to whole nodes, of which a group of experts has several: consecutive ranks from a node's first one on."""
+    if choice.name != "per_node":
+        return
+    size, starts = layout.run_ep_size, [group.start for group in layout.all_expert_groups]
+    whole = ranks_per_node > 1 and size % ranks_per_node == 0 and not any(s % ranks_per_node for s in starts)
+    if not whole or size == ranks_per_node:
+        raise ParallelError(
+            f'parallel.dispatch: given "per_node" with expert groups of {size} and {ranks_per_node} processes on this '
+            'node; allowed: groups of two whole nodes or more, of several processes each; nearest: "per_rank".',
+            code="MDS281",
+        )
+
+
+def _node_groups(layout: RankLayout, ranks_per_node: int, timeout: timedelta) -> NodeGroups | None:
+    """The calling rank's; None where its stage has no experts. Collective."""
+    kinds = (
+        ("experts across nodes", layout.experts_across_nodes(ranks_per_node)),
+        ("experts of a node", layout.expert_nodes(ranks_per_node)),
+    )
+    across, inside = (own_group(tuple(map(tuple, groups)), timeout, kind) for kind, groups in kinds)
+    return NodeGroups(across, inside) if layout.stage in layout.expert_stages else None
 
 
 @dataclass(frozen=True)

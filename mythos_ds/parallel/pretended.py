@@ -19,7 +19,14 @@ def pretend(resolved: ResolvedRun, rank: int, gpus_per_node: int) -> ParallelGro
     place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % gpus_per_node, "LOCAL_WORLD_SIZE": gpus_per_node}
     variables = {name: str(value) for name, value in place.items()}
     environment = ProcessEnvironment.detect({**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})
-    return init_parallel(environment, resolved.ep_size, resolved.stages, tied=resolved.config.model.tie_embeddings)
+    config = resolved.config
+    return init_parallel(
+        environment,
+        resolved.ep_size,
+        resolved.stages,
+        tied=config.model.tie_embeddings,
+        dispatch=config.parallel.dispatch,
+    )
 
 
 def ranks_of(group: Any) -> list[int]:

@@ -4,6 +4,7 @@ A rank is in exactly one group of each kind, alone in one where it has no part. 
 together, then splits the world once per kind; elsewhere each rank makes its own group with its members only.
 """
 
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 
@@ -14,6 +15,16 @@ WORK_TIMEOUT_S = 24 * 3600.0
 system take hours. A process that ends meanwhile ends the wait at once, by its closed connections."""
 
 _ON_THE_HOST = ("gloo", "fake")
+
+
+@dataclass(frozen=True)
+class NodeGroups:
+    """The calling rank's part of an expert-parallel group that spans nodes."""
+
+    across: torch_distributed.ProcessGroup
+    """The ranks of equal place in their nodes, one of each node."""
+    inside: torch_distributed.ProcessGroup
+    """The ranks of its node."""
 
 
 @cache

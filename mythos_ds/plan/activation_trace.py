@@ -22,8 +22,8 @@ from mythos_ds.config.schema import ActivationCheckpointing, ModelConfig
 from mythos_ds.kernels import attention, cross_entropy
 from mythos_ds.kernels.grouped_mlp import grouped_swiglu
 from mythos_ds.kernels.looped_mlp import looped_swiglu
-from mythos_ds.kernels.permute import inverse_permutation, permute_rows
 from mythos_ds.model.context import AuxLoss, ForwardContext
+from mythos_ds.model.dispatch import Dispatcher
 from mythos_ds.model.feed_forward import Experts
 from mythos_ds.model.initializer import Embedding, Initializer
 from mythos_ds.model.layers import DenseLayer
@@ -31,6 +31,7 @@ from mythos_ds.model.lm_head import LMHead
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.recurrent import RecurrentBlock
+from mythos_ds.plan.even_dispatch import even_dispatcher
 from mythos_ds.plan.live_bytes import LiveBytes
 
 _MANY_TOKENS = 1 << 20
@@ -53,6 +54,10 @@ class Workload:
     checkpointing: ActivationCheckpointing
     grad_dtype: torch.dtype = torch.float32
     """What the gradients of a weight add up in."""
+    dispatch: str = "all_to_all"
+    """What carries rows to experts; with ep_size 1 nothing does."""
+    ranks_per_node: int = 1
+    """Of an expert group that spans nodes, with dispatch "per_node"."""
     on_gpu: bool = True
     """Whether kernels take the ways of a GPU: experts as one grouped product, the loss in large chunks."""
     compiled: bool = False
@@ -72,18 +77,6 @@ class Trace:
     without_weights: int
 
 
-class _Exchange(torch.autograd.Function):
-    """Stands for an all-to-all: as many rows come as go."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        return rows.new_empty(rows.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.new_empty(grad.shape)
-
-
 class _Attention(torch.autograd.Function):
     """Stands for a fused attention: keeps its inputs, its result and a number per row."""
 
@@ -98,35 +91,18 @@ class _Attention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-class _EvenMoE(MoE):
-    """The mixture with this process's experts and as many rows for each."""
+class _EvenExperts(Experts):
+    """As many rows for each expert."""
 
-    ep_size = 1
-    on_gpu = True
+    def __init__(self, local: int, config: ModelConfig, init: Initializer, on_gpu: bool):
+        super().__init__(local, config.dim, config.expert_dim, init, config.resolved_init_std)
+        self.on_gpu = on_gpu
 
-    def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
-        local = config.n_experts // self.ep_size
-        return Experts(local, config.dim, config.expert_dim, init, config.resolved_init_std)
-
-    def make_dispatcher(self) -> Any:
-        return self._dispatch
-
-    def _dispatch(self, experts: Experts, rows: Tensor, counts: Tensor, route: Any = None) -> tuple[Tensor, Any]:
-        if self.ep_size == 1:
-            return self._compute(experts, rows), None
-        arrived = _Exchange.apply(rows)
-        if route is None:
-            order = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
-            route = order, inverse_permutation(order)
-        order, back = route
-        results = self._compute(experts, permute_rows(arrived, order, back))
-        return _Exchange.apply(permute_rows(results, back, order)), route
-
-    def _compute(self, experts: Experts, rows: Tensor) -> Tensor:
-        n = experts.w1.shape[0]
-        w1: Tensor = experts.w1
-        w2: Tensor = experts.w2
-        w3: Tensor = experts.w3
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        n = self.w1.shape[0]
+        w1: Tensor = self.w1
+        w2: Tensor = self.w2
+        w3: Tensor = self.w3
         if self.on_gpu and rows.dtype == torch.bfloat16:
             counts = torch.empty(n, dtype=torch.int64, device=rows.device)
             return grouped_swiglu(rows, counts, w1, w2, w3)
@@ -267,8 +243,14 @@ def loss_chunks(load: Workload) -> Iterator[None]:
 
 
 def _even(load: Workload) -> type[MoE]:
-    class Local(_EvenMoE):
-        ep_size, on_gpu = load.ep_size, load.on_gpu
+    class Local(MoE):
+        """The mixture with this process's experts."""
+
+        def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
+            return _EvenExperts(config.n_experts // load.ep_size, config, init, load.on_gpu)
+
+        def make_dispatcher(self) -> Dispatcher:
+            return even_dispatcher(load.dispatch, load.model, load.ep_size, load.ranks_per_node)
 
     return Local
 

@@ -11,6 +11,7 @@ from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import ModelConfig, TrainingConfig
 from mythos_ds.costs.communicators import CUDA_CONTEXT_BYTES, communicators
 from mythos_ds.costs.pipeline import PipelinePrediction, predict
+from mythos_ds.costs.reach import planned_dispatch
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.parameter_roles import MATRIX, is_expert, role_of
 from mythos_ds.plan.activation_trace import Workload, coda_bytes, dense_layer_bytes, loops_bytes, trace, visit_bytes
@@ -111,6 +112,7 @@ def states(resolved: ResolvedRun, index: int = 0) -> States:
 def workload(resolved: ResolvedRun, index: int = 0, *, on_gpu: bool = True) -> Workload:
     """What a process of a stage computes in a micro-batch."""
     stage, config = resolved.stages[index], resolved.config
+    dispatch = planned_dispatch(resolved)
     return Workload(
         config.model,
         stage.rows,
@@ -120,8 +122,10 @@ def workload(resolved: ResolvedRun, index: int = 0, *, on_gpu: bool = True) -> W
         torch.bfloat16 if config.training.dtype == "bfloat16" else torch.float32,
         config.parallel.activation_checkpointing,
         torch.bfloat16 if _adds_up_in_bfloat16(config.training) else torch.float32,
-        on_gpu,
-        (config.training.compile or ("regions" if on_gpu else "none")) == "regions",
+        dispatch=dispatch.name,
+        ranks_per_node=dispatch.ranks_per_node if dispatch.name == "per_node" else 1,
+        on_gpu=on_gpu,
+        compiled=(config.training.compile or ("regions" if on_gpu else "none")) == "regions",
     )
 
 

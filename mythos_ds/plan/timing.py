@@ -9,13 +9,16 @@ from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import cache_bytes_per_token, expected_flops_per_token, mean_training_depth
 from mythos_ds.costs.params import checkpoint_disk_bytes, count_parameters
 from mythos_ds.costs.pipeline import predict
+from mythos_ds.costs.reach import planned_dispatch
 from mythos_ds.hardware import Gpu
 from mythos_ds.plan.device_traffic import micro_batch
+from mythos_ds.plan.exchange import exchanged
 from mythos_ds.plan.memory import states, workload
-from mythos_ds.plan.traffic import Traffic, mean_graded_loops, traffic
+from mythos_ds.plan.traffic import mean_graded_loops, traffic
 
 TARGETS = (0.45, 0.35)
 """Model FLOPs utilisations that runs are also priced at: ambitious, and good."""
+_EXCHANGE = "dispatch and combine"
 _SERVING_SHARE = 0.9
 """Of a GPU's memory that weights and cache may take."""
 
@@ -75,10 +78,7 @@ def timing(resolved: ResolvedRun, gpu: Gpu) -> Timing:
     tokens = resolved.tokens_per_step / world
     compute = (cost.training + cost.recompute) * tokens / (gpu.peak_flops * gpu.kernel_share)
     loops, graded = mean_training_depth(config, resolved.grows_from), mean_graded_loops(resolved)
-    moved = [
-        transfers(resolved, traffic(resolved, loops, index, graded=graded), gpu, index)
-        for index in range(len(resolved.stages))
-    ]
+    moved = [transfers(resolved, loops, graded, gpu, index) for index in range(len(resolved.stages))]
     busiest = max(moved, key=lambda found: sum(transfer.seconds for transfer in found))
     idle = predict(resolved, config.model.mean_recurrence).bubble if len(resolved.stages) > 1 else 0.0
     network = sum(t.network_bytes for t in busiest) / gpu.network_bandwidth
@@ -116,32 +116,35 @@ def _beside_products(resolved: ResolvedRun, gpu: Gpu, loops: float, graded: floa
     return size / (gpu.memory_bandwidth * gpu.memory_share), launches * gpu.launch_s
 
 
-def transfers(resolved: ResolvedRun, moved: Traffic, gpu: Gpu, index: int) -> tuple[Transfer, ...]:
-    """Traffic over the links of nodes whose GPUs have consecutive ranks.
+def transfers(resolved: ResolvedRun, loops: float, graded: float, gpu: Gpu, index: int) -> tuple[Transfer, ...]:
+    """The traffic of a step of stage `index` over the links of nodes whose GPUs have consecutive ranks.
 
     A gather over several nodes enters each node once, through the network links of all its GPUs, and is spread inside;
     the processes that hold the same experts lie on different nodes, each with its own link.
     """
+    moved = traffic(resolved, loops, index, graded=graded)
+    rows = exchanged(resolved, loops, graded, index, gpu.gpus_per_node)
     stage, per_node = resolved.stages[index], gpu.gpus_per_node
     size = stage.size
     nodes = ceil(size / per_node)
     outside = (1 - 1 / nodes) / per_node
     ep_size = resolved.layout(stage.first_rank).ep_size
     copies, near = size // ep_size, max(1, min(per_node, size) // ep_size)
-    remote = max(0, ep_size - per_node) / ep_size
     kinds = (
         ("gather weights", moved.gather, moved.gather * (1 - 1 / size), moved.gather * outside),
         ("gather experts", *_between_copies(moved.gather_experts, copies, near)),
         ("reduce gradients", moved.reduce, moved.reduce * (1 - 1 / size), moved.reduce * outside),
         ("reduce expert gradients", *_between_copies(moved.reduce_experts, copies, near)),
-        ("dispatch and combine", moved.exchange, moved.exchange * (1 - 1 / ep_size - remote), moved.exchange * remote),
+        (_EXCHANGE, rows.total, rows.node, rows.network),
         ("ring", moved.ring, *((moved.ring, 0.0) if resolved.world_size <= per_node else (0.0, moved.ring))),
     )
-    made = [
-        Transfer(name, node, network, max(node / gpu.node_bandwidth, network / gpu.network_bandwidth))
-        for name, total, node, network in kinds
-        if total
-    ]
+    by_node = planned_dispatch(resolved, per_node).name == "per_node"
+    made = []
+    for name, total, node, network in kinds:
+        seconds = node / gpu.node_bandwidth, network / gpu.network_bandwidth
+        one_after_the_other = by_node and name == _EXCHANGE  # first over nodes, then inside
+        if total:
+            made.append(Transfer(name, node, network, sum(seconds) if one_after_the_other else max(seconds)))
     if seconds := _offload_seconds(resolved, gpu, index):
         made.append(Transfer("host memory", 0.0, 0.0, seconds))
     return tuple(made)

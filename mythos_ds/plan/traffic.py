@@ -7,10 +7,10 @@ from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import training_depth_pmf
 from mythos_ds.costs.pipeline import sent_bytes, visits_of
 from mythos_ds.model.parameter_roles import is_expert
+from mythos_ds.plan.exchange import exchanged
 from mythos_ds.plan.memory import parameter_shapes, reduced_bytes
 
 _BYTES = {"bfloat16": 2, "float32": 4}
-_COUNT_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Traffic:
         gather_experts: results of all-gathers of expert weights, over the processes that hold the same experts.
         reduce: gradients handed to reduce-scatter, of shared weights.
         reduce_experts: the same, of expert weights.
-        exchange: rows handed to all-to-all, there and back, with even routing.
+        exchange: rows handed to all-to-all, there and back, with even routing; with their weights, where these travel.
         counts: the integers that go before the rows.
         ring: messages sent to the next stage, and gradients back.
     """
@@ -117,22 +117,5 @@ def traffic(
         reduce, reduce_experts = wire * micro_batches * reduced, wire * micro_batches * reduced_experts
         ring = 0.0
     graded = min(resolved.mean_backprop_depth, n_loops) if graded is None else graded
-    exchange, counts = _exchange(resolved, n_loops, graded, index)
-    return Traffic(gather, gather_experts, reduce, reduce_experts, exchange, counts, ring)
-
-
-def _exchange(resolved: ResolvedRun, n_loops: float, graded: float, index: int) -> tuple[float, float]:
-    """Rows go to their experts and back in every forward, and their gradients in every backward; a recomputed loop
-    repeats its forward, but for the counts, which it has kept."""
-    config, stage = resolved.config, resolved.stages[index]
-    if resolved.layout(stage.first_rank).ep_size == 1:
-        return 0.0, 0.0
-    recompute = config.parallel.activation_checkpointing != "none"
-    model = config.model
-    exchanges = 2 * n_loops + 2 * graded + (2 * graded if recompute else 0)
-    rows = stage.rows * config.training.seq_len * model.n_experts_per_tok
-    layers = len(stage.part.recurrent) * resolved.gradient_accumulation_steps
-    return (
-        layers * exchanges * rows * model.dim * _BYTES[config.training.dtype],
-        layers * n_loops * model.n_experts * _COUNT_BYTES,
-    )
+    rows = exchanged(resolved, n_loops, graded, index)
+    return Traffic(gather, gather_experts, reduce, reduce_experts, rows.total, rows.integers, ring)

@@ -100,6 +100,7 @@ def train(
         resolved.ep_size,
         resolved.stages,
         tied=resolved.config.model.tie_embeddings,
+        dispatch=resolved.config.parallel.dispatch,
         timeout_s=resolved.config.parallel.timeout_s,
     )
     run = RunDirectory(request.run_dir)

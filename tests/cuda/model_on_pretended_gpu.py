@@ -60,26 +60,30 @@ class Watch(TorchDispatchMode):
         return out
 
 
-class OwnExperts(MoE):
-    """The mixture with the experts of one of ep_size processes; as many rows come as go. `fault` puts one in."""
+class _AsManyRows(Experts):
+    """The experts of one of ep_size processes; as many rows come as go. `fault` puts one in."""
 
     ep_size, fault = 1, ""
 
-    def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
-        return Experts(config.n_experts // self.ep_size, config.dim, config.expert_dim, init, 0.0)
-
-    def make_dispatcher(self) -> Any:
-        return self._dispatch
-
-    def _dispatch(self, experts: Experts, rows: Tensor, counts: Tensor, route: Any = None) -> tuple[Tensor, Any]:
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         if self.fault == "wait":
             counts.tolist()
         if self.fault == "processor":
             rows = rows * torch.ones((), dtype=rows.dtype)
         if self.fault == "gradient":
-            rows = rows.detach() * experts.w1.detach().sum()
-            return rows, None
-        return experts(rows, counts.view(self.ep_size, -1).sum(0)), None
+            return rows.detach() * self.w1.detach().sum()
+        return super().forward(rows, counts.view(self.ep_size, -1).sum(0))
+
+
+class OwnExperts(MoE):
+    """The mixture with such experts."""
+
+    ep_size, fault = 1, ""
+
+    def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
+        made = _AsManyRows(config.n_experts // self.ep_size, config.dim, config.expert_dim, init, 0.0)
+        made.ep_size, made.fault = self.ep_size, self.fault
+        return made
 
 
 class Kernels:

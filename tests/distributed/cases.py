@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -84,6 +85,7 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
             pp_size=pp_size,
             zero_stage=case["stage"],
             activation_checkpointing=case.get("checkpointing", "loop"),
+            dispatch=case.get("dispatch", "all_to_all"),
             offload_optimizer="cpu" if "offload" in case else "none",
             offload_params="cpu" if case.get("offload") == "all" else "none",
         ),
@@ -107,9 +109,16 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
 def opened(case: dict[str, Any]) -> Iterator[tuple[TrainingEngine, ParallelGroups]]:
     """The engine of a case, destroyed at the end so that the next one can follow in the same processes."""
     environment = ProcessEnvironment.detect(os.environ)
+    node = case.get("node", environment.world_size)  # so many consecutive ranks are taken for a node
+    environment = replace(environment, local_rank=environment.rank % node, local_world_size=node)
     resolved = resolve(toy_run(case, environment.world_size), environment.world_size)
     groups = init_parallel(
-        environment, case["ep"], resolved.stages, tied=resolved.config.model.tie_embeddings, timeout_s=120.0
+        environment,
+        case["ep"],
+        resolved.stages,
+        tied=resolved.config.model.tie_embeddings,
+        dispatch=resolved.config.parallel.dispatch,
+        timeout_s=120.0,
     )
     engine = build_engine(resolved, groups)
     try:

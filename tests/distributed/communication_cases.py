@@ -68,13 +68,13 @@ def _noting(notes: list[ForwardRecords]) -> Callable[[StepRecords, ForwardRecord
     return noting
 
 
-def expert_counts(checkpointing: list[str]) -> list[dict[str, Any]]:
+def expert_counts(checkpointing: list[str], **setting: Any) -> list[dict[str, Any]]:
     """Tokens per loop and expert, and the router biases, of one training step of 5 loops with 2 for the gradient; loss
-    and gradient norm of it and of the one before."""
+    and gradient norm of it and of the one before. setting: of the case."""
     out = []
     notes: list[ForwardRecords] = []
     for mode in checkpointing:
-        case = {"ep": 2, "stage": 3, "checkpointing": mode}
+        case = {"ep": 2, "stage": 3, "checkpointing": mode, **setting}
         with opened(case) as (engine, groups), patch.object(StepRecords, "add", _noting(notes)):
             steps = [
                 engine.train_step(own_batches(step, 2, groups), n_loops=5, n_grad_loops=2, lr=1e-2) for step in range(2)

@@ -27,14 +27,19 @@ def _case(pp_size: str, world_size: int, rank: int, *overrides: str, splits: boo
 SMALL_AND_LARGE = {
     "no pipeline": ("1", 64, 1024),
     "no pipeline, all experts everywhere": ("1", 64, 1024),
+    "no pipeline, rows by node": ("1", 64, 1024),
+    "ring of two, rows by node": ("2", 64, 1024),
     "ring of two": ("2", 64, 1024),
     "ring of four": ("4", 64, 1024),
     "ring of three, tied": ("3", 96, 1056),
     "literal, tied": ("[16,32,16]", 64, 1024),
 }
+BY_NODE = ["experts across nodes", "experts of a node"]
 CALLS = {
     "no pipeline": ["experts", "expert copies"],
     "no pipeline, all experts everywhere": [],
+    "no pipeline, rows by node": ["experts", "expert copies", *BY_NODE],
+    "ring of two, rows by node": ["stage", *["messages"] * 4, "experts", "expert copies", *BY_NODE],
     "ring of two": ["stage", *["messages"] * 4, "experts", "expert copies"],
     "ring of four": ["stage", *["messages"] * 4, "experts", "expert copies"],
     "ring of three, tied": ["stage", *["messages"] * 6, "tied embedding", "experts", "expert copies"],
@@ -45,6 +50,7 @@ CALLS = {
 def _cases(name: str, splits: bool) -> list[dict[str, Any]]:
     pp_size, small, large = SMALL_AND_LARGE[name]
     overrides = [f"parallel.ep_size={1 if 'everywhere' in name else 16}", *([TIED] if "tied" in name else [])]
+    overrides += ["parallel.dispatch=per_node"] if "by node" in name else []
     sizes = {small: pp_size, large: "[256,512,256]" if pp_size.startswith("[") else pp_size}
     return [
         _case(pp, world_size, rank, *overrides, splits=splits)

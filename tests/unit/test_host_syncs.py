@@ -48,7 +48,12 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("kernels/segments.py", "from_positions"): (6, "on the CPU, where a batch's positions stay until they are read"),
     ("model/feed_forward.py", "forward"): (1, "looped experts alone: where no grouped product is fused"),
     ("model/mythos.py", "_counted"): (1, "targets that do not count, once per micro-batch: as many rows as do"),
-    ("parallel/expert_parallel.py", "_agree"): (1, "a row exchange takes its sizes from the host; not in recomputes"),
+    ("parallel/dispatch_all_to_all.py", "_agree"): (
+        1,
+        "a row exchange takes its sizes from the host; not in recomputes",
+    ),
+    ("parallel/dispatch_per_node.py", "_agree"): (1, "the same, of both hops at once"),
+    ("parallel/dispatch_per_rank.py", "_agree"): (1, "the same"),
     ("parallel/groups.py", "any"): (1, "of a number on the host"),
     ("parallel/groups.py", "agree"): (1, "numbers of the host, between steps; they never were on the device"),
     ("parallel/pipeline_stopwatch.py", "idle_share"): (1, "after a step's last kernel, and nowhere else"),

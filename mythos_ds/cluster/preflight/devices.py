@@ -22,8 +22,8 @@ SLOW_SHARE = 0.5
 _SIZES = {"cuda": (8192, 256 * 2**20), "cpu": (512, 4 * 2**20)}
 """Side of the multiplied matrices, bytes of a collective's message."""
 _REPEATS = 5
-_EXPERTS = 3
-"""Which of the groups that `memory_outside` opens exchanges rows."""
+_EXPERTS = (3, 5, 6)
+"""Which of the groups that `memory_outside` opens exchange rows."""
 OUTSIDE_LIMIT = 1.1
 """Of the planned memory outside of the allocator."""
 _ECC = "ecc.errors.uncorrected.volatile.total"
@@ -127,19 +127,22 @@ def open_group(
     )
 
 
-def memory_outside(layout: RankLayout, device: torch.device, limit_s: float) -> HostFacts:
+def memory_outside(layout: RankLayout, device: torch.device, limit_s: float, ranks_per_node: int = 0) -> HostFacts:
     """Bytes of this process's GPU that are not torch's, once the run's own groups have spoken; none without a GPU.
-    Collective. What other programs hold counts too."""
+    Collective. What other programs hold counts too. ranks_per_node: of a run whose rows travel by node, else 0."""
     everyone, timeout = range(layout.world_size), timedelta(seconds=max(1.0, limit_s))
     stages = layout.all_stages if layout.pipelined else ()
     shared = (layout.all_expert_groups, layout.all_expert_copies) if layout.run_ep_size > 1 else ()
-    for number, groups in enumerate(((everyone,), (everyone,), stages, *shared)):
+    by_node: tuple[Sequence[range], ...] = ()
+    if ranks_per_node:
+        by_node = layout.experts_across_nodes(ranks_per_node), layout.expert_nodes(ranks_per_node)
+    for number, groups in enumerate(((everyone,), (everyone,), stages, *shared, *by_node)):
         own = own_group(tuple(map(tuple, groups)), timeout, f"memory {number}")
         if own.size() == 1:
             continue
         message = torch.ones(_SIZES[device.type][1] // 4 // own.size() * own.size(), device=device)
         torch_distributed.all_reduce(message, op=torch_distributed.ReduceOp.MAX, group=own)
-        if number == _EXPERTS:
+        if number in _EXPERTS:
             torch_distributed.all_to_all_single(torch.empty_like(message), message, group=own)
     _finish(device)
     if device.type != "cuda":

@@ -12,7 +12,7 @@ from mythos_ds.cluster.hostfile import Line, read_hostfile
 from mythos_ds.cluster.preflight import host_facts
 from mythos_ds.cluster.preflight.report import Check, passed, places
 from mythos_ds.cluster.preflight.ssh import ask
-from mythos_ds.config.layout import RankLayout
+from mythos_ds.config.dispatch import choose_dispatch, dispatch_problem
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, ResolvedStage, planned_world_size, resolve_stages
 from mythos_ds.costs.communicators import outside_bytes
@@ -190,7 +190,7 @@ class Preflight:
                 return _device(meeting)
             environment, run = meeting.environment, self._resolved_here(meeting.environment)[0].run
             started = run.world_size == environment.world_size  # and not one process of a planned cluster
-            return _links(meeting, announced, run.layout(environment.rank) if started else None)
+            return _links(meeting, announced, run if started else None)
         except Exception as error:
             message = str(error).splitlines() or [""]
             return {"error": f"{type(error).__name__}: {message[0]}"}
@@ -203,7 +203,7 @@ def _device(meeting: "Meeting") -> host_facts.HostFacts:
     return devices.device_facts(select_device(meeting.environment))
 
 
-def _links(meeting: "Meeting", nodes: dict[str, list[int]], layout: RankLayout | None) -> host_facts.HostFacts:
+def _links(meeting: "Meeting", nodes: dict[str, list[int]], run: ResolvedRun | None) -> host_facts.HostFacts:
     from mythos_ds.cluster.preflight import devices
     from mythos_ds.parallel.groups import select_device
 
@@ -215,8 +215,18 @@ def _links(meeting: "Meeting", nodes: dict[str, list[int]], layout: RankLayout |
         "device": device.type,
         "offsets": offsets,
         "speeds": devices.link_speeds(devices.Links.of(nodes), device, limit_s),
-        **(devices.memory_outside(layout, device, limit_s) if layout is not None else {}),
+        **(_memory_outside(meeting, run, device, limit_s) if run is not None else {}),
     }
+
+
+def _memory_outside(meeting: "Meeting", run: ResolvedRun, device: Any, limit_s: float) -> host_facts.HostFacts:
+    from mythos_ds.cluster.preflight import devices
+
+    environment = meeting.environment
+    per_node = environment.local_world_size
+    choice = choose_dispatch(run.config.parallel.dispatch, run.ep_size, per_node, device.type)
+    by_node = per_node if choice.name == "per_node" and not dispatch_problem(run.config, run.ep_size, per_node) else 0
+    return devices.memory_outside(run.layout(environment.rank), device, limit_s, by_node)
 
 
 def _layout(resolved: ResolvedRun, lines: list[Line]) -> Check:

@@ -44,6 +44,7 @@ PER_SEQUENCE = ["training.depth_per=sequence"]
         ([*POISSON, "training.depth_sigma=0.3"], "training.depth_sigma", "no effect"),
         (["training.ponder_cost=0.1"], "training.ponder_cost", "no effect"),
         (["training.grad_dtype=bfloat16"], "training.grad_dtype", "no effect"),
+        (["parallel.ep_size=1", "parallel.dispatch=per_rank"], "parallel.dispatch", 'nearest: "auto"'),
         (["training.dtype=bfloat16", "training.grad_dtype=bfloat16", "model.recurrent_layers=2", "parallel.pp_size=2"],
          "training.grad_dtype", 'nearest: "float32"'),
         ([*PER_SEQUENCE, "model.recurrent_layers=2", "parallel.pp_size=2"], "training.depth_per", 'nearest: "step"'),

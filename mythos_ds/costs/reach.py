@@ -1,0 +1,52 @@
+"""Where a token's experts lie, with even routing, and what brings it there. Pure; no torch."""
+
+from dataclasses import dataclass
+from math import comb
+
+from mythos_ds.config.dispatch import choose_dispatch
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.config.schema import ModelConfig
+
+GPUS_PER_NODE = 8
+"""Where the configuration names no cluster."""
+
+
+@dataclass(frozen=True)
+class PlannedDispatch:
+    """The dispatcher of a run, and of how many ranks each node of an expert group has."""
+
+    name: str
+    ranks_per_node: int
+
+
+def planned_dispatch(resolved: ResolvedRun, ranks_per_node: int | None = None) -> PlannedDispatch:
+    """Chooses as the run will on GPUs. ranks_per_node: None for what the configuration's cluster says."""
+    cluster = resolved.config.cluster
+    per_node = ranks_per_node or (GPUS_PER_NODE if cluster is None else cluster.gpus_per_node)
+    choice = choose_dispatch(resolved.config.parallel.dispatch, resolved.ep_size, per_node, "cuda")
+    return PlannedDispatch(choice.name, min(per_node, resolved.ep_size))
+
+
+def places_reached(model: ModelConfig, places: int) -> float:
+    """Computes the mean number of places that hold any of a token's experts, where each of `places` holds as many.
+
+    Every choice is as likely as any other. With group-limited routing, of which a group is chosen for its two best
+    experts, these are the candidates: of few groups a token uses both of each, of more groups any.
+    """
+    experts, chosen = model.n_experts, model.n_experts_per_tok
+    groups, limit = model.n_expert_groups, model.n_limited_groups
+    if groups is None or limit is None or (groups % places and places % groups):
+        return _reached(experts, places, chosen)
+    used = _reached(2 * limit, limit, chosen) if 2 * limit > chosen else float(limit)
+    if groups % places == 0:
+        return _reached(groups, places, used)
+    return used * _reached(experts // groups, places // groups, chosen / used)
+
+
+def _reached(items: int, places: int, chosen: float) -> float:
+    """Of `items` items, as many at each of `places` places, `chosen` are drawn: the mean number of places hit; along
+    the line between whole numbers of drawn items."""
+    low = int(chosen)
+    drawn = low, min(low + 1, items)
+    few, more = (places * (1 - comb(items - items // places, each) / comb(items, each)) for each in drawn)
+    return few + (chosen - low) * (more - few)

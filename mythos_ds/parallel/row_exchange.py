@@ -1,0 +1,102 @@
+"""All-to-all in two halves: rows leave, and are waited for later; in backward their gradients leave where the forward
+waited, and are waited for where it let rows leave. What runs between the halves hides the exchange.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as torch_distributed
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Group = torch_distributed.ProcessGroup | None
+"""None: nobody is there, as on the meta device, where only sizes matter."""
+
+
+@dataclass
+class Passage:
+    """One exchange: the next send[r] rows go to rank r of the group, which sends receive[r]."""
+
+    send: list[int]
+    receive: list[int]
+    group: Group
+    _under_way: tuple[Any, Tensor, Tensor] | None = field(default=None, init=False)
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """Lets rows [sum(send), ...] leave: [sum(receive), ...], not there until `arrive` is called with it."""
+        return _Leave.apply(rows, self)
+
+    def arrive(self, rows: Tensor) -> Tensor:
+        """Waits for rows that `leave` returned."""
+        return _Arrive.apply(rows, self)
+
+    def exchange(self, rows: Tensor) -> Tensor:
+        """Lets rows leave and waits at once: for numbers without gradient."""
+        self._start(rows, self.send, self.receive)
+        return self._finish()
+
+    def _start(self, rows: Tensor, there: list[int], here: list[int]) -> Tensor:
+        rows = rows.contiguous()
+        received, work = rows.new_empty(sum(here), *rows.shape[1:]), None
+        if self.group is not None:
+            work = torch_distributed.all_to_all_single(received, rows, here, there, group=self.group, async_op=True)
+        self._under_way = work, received, rows  # which must live as long
+        return received
+
+    def _finish(self) -> Tensor:
+        assert self._under_way is not None
+        work, received, _ = self._under_way
+        self._under_way = None
+        if work is not None:
+            work.wait()
+        return received
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, passage: Passage) -> Tensor:
+        ctx.passage = passage
+        return passage._start(rows, passage.send, passage.receive)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.passage._finish(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, passage: Passage) -> Tensor:
+        passage._finish()
+        ctx.passage = passage
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.passage._start(grad, ctx.passage.receive, ctx.passage.send)
+        return grad, None  # of the shape that autograd asks for; what comes back is waited for where rows left
+
+
+@dataclass
+class Counts:
+    """Numbers that go before the rows: int64 [ranks, ...], a line to each rank of the group and one from each."""
+
+    outgoing: Tensor
+    incoming: Tensor
+    _work: Any
+
+    @classmethod
+    def ask(cls, outgoing: Tensor, group: Group) -> "Counts":
+        """Lets the lines leave."""
+        incoming, work = torch.empty_like(outgoing), None
+        if group is not None:
+            work = torch_distributed.all_to_all_single(incoming, outgoing, group=group, async_op=True)
+        return cls(outgoing, incoming, work)
+
+    def answer(self) -> Tensor:
+        """Waits for the lines of the others."""
+        if self._work is not None:
+            self._work.wait()
+        return self.incoming

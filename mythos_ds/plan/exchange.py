@@ -1,0 +1,107 @@
+"""Bytes that rows of tokens take to their experts and back, by dispatcher, with even routing.
+
+All numbers are of one process and add up what it hands to all-to-all, its own share included, which goes nowhere.
+"""
+
+from dataclasses import dataclass
+
+from mythos_ds.config.resolve import ResolvedRun
+from mythos_ds.config.schema import RunConfig
+from mythos_ds.costs.reach import PlannedDispatch, places_reached, planned_dispatch
+
+_BYTES = {"bfloat16": 2, "float32": 4}
+_INTEGER_BYTES, _WEIGHT_BYTES = 8, 4
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """Bytes of a process.
+
+    Attributes:
+        total: handed to all-to-all: rows, routing weights, and the gradients of both.
+        node: of these, to other ranks of its node.
+        network: to other nodes.
+        integers: handed to all-to-all before the rows: counts, and which copy and expert is meant.
+    """
+
+    total: float = 0.0
+    node: float = 0.0
+    network: float = 0.0
+    integers: float = 0.0
+
+    def __mul__(self, times: float) -> "Exchanged":
+        return Exchanged(self.total * times, self.node * times, self.network * times, self.integers * times)
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """An all-to-all: ranks that share a node with the sender, those on other nodes, and copies of a token."""
+
+    near: int
+    far: int
+    copies: float
+
+
+def exchanged(
+    resolved: ResolvedRun, n_loops: float, graded: float, index: int = 0, ranks_per_node: int | None = None
+) -> Exchanged:
+    """Computes the exchange of a process of stage `index` in a step of n_loops loops, `graded` of them with gradient.
+
+    Rows go to their experts and back in every forward, and their gradients in every backward; what is recomputed
+    repeats the way out, and the way back where something behind it is needed, but no integers.
+    """
+    config, stage = resolved.config, resolved.stages[index]
+    ep_size = resolved.layout(stage.first_rank).ep_size
+    if ep_size == 1:
+        return Exchanged()
+    dispatch, model = planned_dispatch(resolved, ranks_per_node), config.model
+    tokens, layers = stage.rows * config.training.seq_len, len(stage.part.recurrent)
+    pairs, row = tokens * model.n_experts_per_tok, model.dim * _BYTES[config.training.dtype]
+    recomputed = graded if config.parallel.activation_checkpointing != "none" else 0.0
+    out = n_loops + graded + recomputed
+    back = n_loops + graded + recomputed * repeated_way_back(config, dispatch, layers)
+    hops = _hops(resolved, dispatch, ep_size)
+    weights = 0.0 if dispatch.name == "all_to_all" else pairs * _WEIGHT_BYTES
+    total = node = network = 0.0
+    for hop in hops:
+        size = tokens * hop.copies * row * (out + back) + weights * out
+        ranks = hop.near + hop.far
+        total += size
+        node += size * max(0, hop.near - 1) / ranks
+        network += size * hop.far / ranks
+    integers = n_loops * _integers(dispatch, ep_size, model.n_experts, pairs)
+    return Exchanged(total, node, network, integers) * (layers * resolved.gradient_accumulation_steps)
+
+
+def repeated_way_back(config: RunConfig, dispatch: PlannedDispatch, layers: int) -> float:
+    """Computes the share of recomputed layers whose way back is repeated.
+
+    Where weights are applied at the expert's rank, a recompute that ends with the layer has all it needs before.
+    """
+    model = config.model
+    if dispatch.name == "all_to_all" or model.norm_placement == "after":
+        return 1.0
+    if config.parallel.activation_checkpointing == "layer":
+        return 0.0
+    ends_later = model.halting in ("act", "act_openmythos") or (model.lora_rank and model.lora_target == "output")
+    return 1.0 if ends_later else (layers - 1) / layers
+
+
+def _hops(resolved: ResolvedRun, dispatch: PlannedDispatch, ep_size: int) -> list[_Hop]:
+    model, per_node = resolved.config.model, dispatch.ranks_per_node
+    near = min(per_node, ep_size)
+    if dispatch.name == "per_node":
+        nodes = ep_size // per_node
+        across = _Hop(1, nodes - 1, places_reached(model, nodes))
+        return [across, _Hop(per_node, 0, places_reached(model, ep_size))]
+    copies = model.n_experts_per_tok if dispatch.name == "all_to_all" else places_reached(model, ep_size)
+    return [_Hop(near, ep_size - near, copies)]
+
+
+def _integers(dispatch: PlannedDispatch, ep_size: int, n_experts: int, pairs: int) -> float:
+    if dispatch.name == "all_to_all":
+        return n_experts * _INTEGER_BYTES
+    if dispatch.name == "per_rank":
+        return (2 * ep_size + pairs) * _INTEGER_BYTES
+    ranks = dispatch.ranks_per_node
+    return (ep_size // ranks * (1 + 2 * ranks) + 2 * ranks + 2 * pairs) * _INTEGER_BYTES

@@ -1,0 +1,83 @@
+"""Which dispatcher a run takes, and settings of one that would have no effect."""
+
+import pytest
+
+from mythos_ds.config.dispatch import HAS_RUN_ON, choose_dispatch
+from mythos_ds.config.loader import load_config
+from mythos_ds.config.proxy import make_proxy
+from mythos_ds.config.resolve import resolve
+from mythos_ds.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "per_node", "device", "name", "why"),
+    [
+        (1, 8, "cpu", "local", "every process holds all experts"),
+        (4, 8, "cpu", "per_rank", "one node"),
+        (8, 8, "cpu", "per_rank", "one node"),
+        (16, 8, "cpu", "per_node", "more than one node"),
+        (4, 1, "cpu", "per_rank", "not on whole nodes of several processes"),
+        (6, 4, "cpu", "per_rank", "not on whole nodes of several processes"),
+        (4, 8, "cuda", "all_to_all", '"per_rank" has never run on cuda'),
+        (16, 8, "cuda", "all_to_all", '"per_node" has never run on cuda'),
+        (1, 8, "cuda", "local", "every process holds all experts"),
+    ],
+)
+def test_what_auto_chooses(ep_size: int, per_node: int, device: str, name: str, why: str) -> None:
+    choice = choose_dispatch("auto", ep_size, per_node, device)
+    assert choice.name == name
+    assert why in choice.why
+
+
+def test_what_a_configuration_names_is_taken_without_a_word() -> None:
+    for name in HAS_RUN_ON:
+        choice = choose_dispatch(name, 16, 8, "cuda")
+        assert (choice.name, choice.why) == (name, "")
+    assert choose_dispatch("all_to_all", 1, 8, "cuda").why == ""
+
+
+CLUSTER = ["cluster.gpu=h100", "cluster.nodes=2", "training.global_batch_size=32"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "message"),
+    [
+        (["parallel.ep_size=1", "parallel.dispatch=per_rank"], 2, "every process holds all experts"),
+        (["parallel.dispatch=per_rank"], 1, "every process holds all experts"),
+        (["parallel.zero_stage=0", "parallel.dispatch=per_node"], 2, "every process holds all experts"),
+        ([*CLUSTER, "cluster.gpus_per_node=4", "parallel.ep_size=4", "parallel.dispatch=per_node"], 8,
+         "lie within one node of 4"),
+        ([*CLUSTER, "cluster.gpus_per_node=4", "parallel.ep_size=2", "parallel.dispatch=per_node"], 8,
+         "lie within one node of 4"),
+        ([*CLUSTER, "cluster.gpus_per_node=1", "parallel.ep_size=2", "parallel.dispatch=per_node"], 2,
+         "one process on each node"),
+    ],
+)  # fmt: skip
+def test_a_dispatcher_without_effect_is_refused(overrides: list[str], processes: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        resolve(load_config("tiny", overrides).config, processes)
+    (problem,) = error.value.problems  # one, though two rules look
+    assert "parallel.dispatch: " in problem
+    assert problem.code == "MDS281"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes"),
+    [
+        (["parallel.ep_size=1", "parallel.dispatch=auto"], 2),
+        (["parallel.ep_size=2", "parallel.dispatch=per_rank"], 2),
+        (["parallel.dispatch=per_rank"], 2),
+        ([*CLUSTER, "cluster.gpus_per_node=2", "parallel.ep_size=4", "parallel.dispatch=per_node"], 4),
+    ],
+)
+def test_one_with_effect_is_taken(overrides: list[str], processes: int) -> None:
+    resolve(load_config("tiny", overrides).config, processes)
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, "all_to_all"), (2, "per_rank")])
+def test_a_proxy_stays_on_its_node(processes: int, expected: str) -> None:
+    config = load_config("1t", ["parallel.dispatch=per_node"]).config
+    proxy, lines = make_proxy(config, processes)
+    assert proxy.parallel.dispatch == expected
+    assert f"proxy: parallel.dispatch: per_node -> {expected}" in lines
+    resolve(proxy, processes)
