@@ -1,5 +1,6 @@
 """Which dispatcher carries rows to experts. Pure; no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mythos_ds.config.schema import RunConfig
@@ -56,6 +57,23 @@ def dispatch_problem(config: RunConfig, ep_size: int, ranks_per_node: int | None
         return (
             f'"per_node" given, but expert groups of {ep_size} are no whole nodes of {ranks_per_node} processes; '
             'nearest: "per_rank"'
+        )
+    return None
+
+
+@coded("MDS282")
+def overlap_problem(config: RunConfig, ep_size: int, rows: Sequence[int]) -> str | None:
+    """Says why a configuration cannot run in two lanes, or would gain nothing. rows: sequences of a micro-batch that a
+    process of each pipeline stage computes."""
+    if not config.parallel.overlap:
+        return None
+    if ep_size == 1:
+        return "true given with ep_size 1, where every process holds all experts; nearest: false"
+    if config.model.halting in ("act", "act_openmythos"):
+        return f'true given with halting "{config.model.halting}"; allowed: "none" or "gate"; nearest: false'
+    if odd := [number for number in rows if number % 2]:
+        return (
+            f"true given with micro-batches of {odd[0]} sequences on a process; allowed: an even number; nearest: false"
         )
     return None
 

@@ -8,7 +8,7 @@ from typing import Any
 from mythos_ds.config import deepspeed_section
 from mythos_ds.config.batch_ramp import BatchSchedule
 from mythos_ds.config.depth_distribution import FRESH, StageStart
-from mythos_ds.config.dispatch import dispatch_problem
+from mythos_ds.config.dispatch import dispatch_problem, overlap_problem
 from mythos_ds.config.divisors import divisors
 from mythos_ds.config.layout import RankLayout, Stage, expert_stage_size, rows_per_micro_batch, stages_of
 from mythos_ds.config.rules import check
@@ -73,8 +73,8 @@ def resolve(config: RunConfig, world_size: int, grows_from: int = FRESH.mean_rec
         ConfigError: with every setting that contradicts another one or does not fit the processes.
     """
     problems = check.check(config) + check.check_world(config, world_size)
-    if not problems and (message := _dispatch_problem(config, world_size)) is not None:
-        problems.append(("parallel.dispatch", message))
+    if not problems:
+        problems += _exchange_problems(config, world_size)
     if problems:
         raise ConfigError([message.after(f"{key}: ") for key, message in problems])
     training, model = config.training, config.model
@@ -169,10 +169,15 @@ def expert_parallel_size(config: RunConfig, world_size: int) -> int:
     return next(n for n in reversed(divisors(common)) if per_node % n == 0 or n % per_node == 0)
 
 
-def _dispatch_problem(config: RunConfig, world_size: int) -> Coded | None:
-    """Where the number of processes says how many of them share experts."""
+def _exchange_problems(config: RunConfig, world_size: int) -> list[tuple[str, Coded]]:
+    """Those of which the number of processes decides, by which it is known how many of them share experts."""
     per_node = config.cluster.gpus_per_node if config.cluster is not None else None
-    return dispatch_problem(config, expert_parallel_size(config, world_size), per_node)
+    ep_size, rows = expert_parallel_size(config, world_size), [stage.rows for stage in stages_of(config, world_size)]
+    found = {
+        "parallel.dispatch": dispatch_problem(config, ep_size, per_node),
+        "parallel.overlap": overlap_problem(config, ep_size, rows),
+    }
+    return [(key, message) for key, message in found.items() if message is not None]
 
 
 def planned_world_size(config: RunConfig) -> int:

@@ -184,6 +184,11 @@ class ParallelConfig(Section):
         "any of them, or for each node and then each process; 'auto' = by the layout, of those that have run on this "
         "kind of device (docs/parallelism.md).",
     )
+    overlap: bool = Field(
+        False,
+        description="Two halves of each micro-batch take turns in the looped layers: one computes while the rows of "
+        "the other travel to experts and back (docs/parallelism.md).",
+    )
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_params: Literal["none", "cpu"] = "none"
     timeout_s: int = Field(1800, ge=10, le=SECONDS, description="Seconds a collective may wait before the run fails.")

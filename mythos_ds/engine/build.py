@@ -32,6 +32,7 @@ from mythos_ds.model.pipeline_stage import StageModel
 from mythos_ds.model.recurrent import RecurrentBlock
 from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
 from mythos_ds.parallel.groups import ParallelGroups
+from mythos_ds.parallel.overlap import overlap
 from mythos_ds.parallel.pipeline_executor import require_torch
 
 Adapt = Callable[[MythosModel], None]
@@ -143,6 +144,8 @@ def build_model(
             activation_checkpointing=config.parallel.activation_checkpointing,
             part=resolved.stages[groups.layout.stage].part,
         )
+        if config.parallel.overlap:
+            overlap(model)
         if adapt is not None:
             adapt(model)
         return model

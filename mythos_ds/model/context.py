@@ -1,5 +1,6 @@
 """The context of a forward: what all its layers and loops share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -41,9 +42,29 @@ class ForwardContext:
     replay: RoutingReplay | None = None
     """The routing of a layer or loop that will be recomputed, or is being; None where none is: then nothing is kept."""
 
+    exchange_chunks: int = 1
+    """Equal parts of the tokens whose rows go to experts and back by themselves, so that those of one part travel while
+    those of the next are computed."""
+    lanes: tuple["ForwardContext", ...] = ()
+    """The contexts of equal parts of the micro-batch that run in turn; none where it runs as a whole."""
+
     def for_recompute(self) -> "ForwardContext":
         """The same context, for one layer or loop that is recomputed in backward: its routing is decided once."""
-        return replace(self, replay={})
+        return replace(self, replay={}, lanes=tuple(lane.for_recompute() for lane in self.lanes))
+
+    def in_lanes(self, documents: Sequence[DocumentBounds | None], chunks: int) -> "ForwardContext":
+        """The same context with one for each of as many equal parts of the sequences, whose documents are given. A
+        part's auxiliary losses are means over its own sequences, and weigh as much as there are fewer of these; its
+        tokens are exchanged in `chunks` chunks."""
+        n = len(documents)
+        aux = None if self.aux is None else replace(self.aux, scale=self.aux.scale / n)
+        rotaries, depths = self.rotary.split(n), [None] * n if self.depths is None else self.depths.split(n)
+        parts = zip(rotaries, documents, depths, self.records.split(depths), strict=True)
+        lanes = tuple(
+            ForwardContext(rotary, own_documents, aux, self.n_grad_loops, notes, own, exchange_chunks=chunks)
+            for rotary, own_documents, own, notes in parts
+        )
+        return replace(self, lanes=lanes)
 
     def index_at(self, loop: int) -> LoopIndex:
         """The index that the model sees in loop `loop`: with a depth per sequence each one's own."""

@@ -4,6 +4,7 @@ Recomputation in the backward comes after that and writes nothing, so nothing co
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,7 @@ class ForwardRecords:
         loops: the carried state by loop; only with details.
         decay_maximum: rho(A), a scalar; only with details.
         depths: the sequences' own depths; None where all have the same.
+        lanes: the notes of parts of the micro-batch that run in turn, which then have its routing; else none.
     """
 
     def __init__(self, *, details: bool = False):
@@ -62,6 +64,7 @@ class ForwardRecords:
         self.loops: dict[int, LoopRecord] = {}
         self.decay_maximum: Tensor | None = None
         self.depths: SequenceDepths | None = None
+        self.lanes: list[ForwardRecords] = []
         self._state: Tensor | None = None
 
     @classmethod
@@ -70,6 +73,13 @@ class ForwardRecords:
         records = cls()
         records.close()
         return records
+
+    def split(self, depths: Sequence[SequenceDepths | None]) -> list["ForwardRecords"]:
+        """Makes the notes of as many parts, whose sequences have these depths."""
+        self.lanes = [ForwardRecords(details=self.details) for _ in depths]
+        for lane, own in zip(self.lanes, depths, strict=True):
+            lane.depths, lane.open = own, self.open
+        return self.lanes
 
     @property
     def wants_states(self) -> bool:
@@ -100,6 +110,8 @@ class ForwardRecords:
         """The forward is over: what comes now is recomputation."""
         self.open = False
         self._state = None
+        for lane in self.lanes:
+            lane.close()
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

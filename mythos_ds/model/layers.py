@@ -14,6 +14,7 @@ from mythos_ds.model.feed_forward import FeedForward
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import AddRMSNorm, RMSNorm
+from mythos_ds.model.steps import Steps, finish
 
 
 class MoEFactory(Protocol):
@@ -62,12 +63,20 @@ class RecurrentLayer(nn.Module):
         self, x: Tensor, loop: int, context: ForwardContext, halted: HaltedPositions | None = None
     ) -> tuple[Tensor, CacheEntry]:
         """Returns the new residual stream from x, both fp32 [batch, seq, dim], and the attention's cache entry."""
+        return finish(self.steps(x, loop, context, halted))
+
+    def steps(
+        self, x: Tensor, loop: int, context: ForwardContext, halted: HaltedPositions | None = None
+    ) -> Steps[tuple[Tensor, CacheEntry]]:
+        """Does what `forward` does, and stops where the mixture does."""
         alive = None if halted is None else ~halted.halted
         if self.norms_after:
             dtype = self.attn_norm.weight.dtype  # in which the branches compute; the stream stays fp32
             attended, entry = self.attn(x.to(dtype), context, halted)
             x = x + self.attn_norm(attended)
-            return x + self.ffn_norm(self.moe(x.to(dtype), loop, context, alive)), entry
+            mixed = yield from self.moe.steps(x.to(dtype), loop, context, alive)
+            return x + self.ffn_norm(mixed), entry
         attended, entry = self.attn(self.attn_norm(x), context, halted)
         x, normed = self.ffn_norm(x, attended)
-        return self.moe(normed, loop, context, alive, x), entry
+        mixed = yield from self.moe.steps(normed, loop, context, alive, x)
+        return mixed, entry

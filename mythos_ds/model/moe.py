@@ -4,6 +4,9 @@ Tokens are sorted by expert once, computed group by group, and put back by the i
 live is the dispatcher's business: expert parallelism replaces the `Experts` and the `Dispatcher`, nothing else.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +20,7 @@ from mythos_ds.model.forward_stats import ForwardRecords, RoutingRecord, jaccard
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.loop_index import repeat_by_token
 from mythos_ds.model.router import Router, Routing
-from mythos_ds.model.routing_replay import RoutingDecision
+from mythos_ds.model.steps import Steps, finish
 
 
 class MoE(nn.Module):
@@ -60,23 +63,42 @@ class MoE(nn.Module):
     ) -> Tensor:
         """alive: bool [batch, seq], False where a halted position should not count in load and losses; so do sequences
         that have not begun. stream: the residual stream [batch, seq, dim] that the result is added to, if any."""
-        rows = x.flatten(0, -2)
+        return finish(self.steps(x, loop, context, alive, stream))
+
+    def steps(
+        self,
+        x: Tensor,
+        loop: int,
+        context: ForwardContext,
+        alive: Tensor | None = None,
+        stream: Tensor | None = None,
+    ) -> Steps[Tensor]:
+        """Does what `forward` does, and stops where it would wait next: with the rows under way, and again after each
+        chunk of them is computed, with its results under way."""
+        rows, n = x.flatten(0, -2), context.exchange_chunks
         kept = None if context.replay is None else context.replay.get(self.layer)
         index = context.index_at(loop).by_token(len(rows))
-        routing: Routing = self.router(rows, index, None if kept is None else kept.indices)
-        decision = self.dispatcher.decide(routing.indices, self.n_experts) if kept is None else kept
-        weights = self._note(routing, decision, loop, context, alive, x.shape[:2])
-        journey = self.dispatcher.send(rows, weights, decision)
+        routing: Routing = self.router(rows, index, None if kept is None else _joined([d.indices for d in kept]))
+        decisions = kept or [self.dispatcher.decide(part, self.n_experts) for part in _chunks(routing.indices, n)]
+        counts = decisions[0].counts if n == 1 else torch.stack([decision.counts for decision in decisions]).sum(0)
+        weights = self._note(routing, counts, loop, context, alive, x.shape[:2])
+        parts = zip(_chunks(rows, n), _chunks(weights, n), decisions, strict=True)
+        journeys = [self.dispatcher.send(*part) for part in parts]
         if context.replay is not None and kept is None:
-            context.replay[self.layer] = journey.decision
+            context.replay[self.layer] = [journey.decision for journey in journeys]
         shared = None if self.shared_experts is None else self.shared_experts(x).flatten(0, -2)  # while rows travel
-        journey.compute(self.experts)
-        return journey.receive(shared, None if stream is None else stream.flatten(0, -2)).view_as(x)
+        yield
+        for journey in journeys:
+            journey.compute(self.experts)
+        yield
+        stream = None if stream is None else stream.flatten(0, -2)
+        added = zip(journeys, _chunks(shared, n), _chunks(stream, n), strict=True)
+        return _joined([journey.receive(*given) for journey, *given in added]).view_as(x)
 
     def _note(
         self,
         routing: Routing,
-        decision: RoutingDecision,
+        counts: Tensor,
         loop: int,
         context: ForwardContext,
         alive: Tensor | None,
@@ -101,7 +123,7 @@ class MoE(nn.Module):
         if context.records.open:
             with torch.no_grad():
                 mask = mask if depths is None else repeat_by_token(depths.begun(loop), len(routing.indices))
-                self._record(context.records, loop, routing, decision.counts, mask, balance, z)
+                self._record(context.records, loop, routing, counts, mask, balance, z)
         return weights
 
     def _record(
@@ -143,3 +165,14 @@ class MoE(nn.Module):
             indices=routing.indices,
             overlap_previous=overlap,
         )
+
+
+def _chunks(values: Tensor | None, n: int) -> Sequence[Any]:
+    """Cuts the first dimension into n equal parts; None stands for each of them, if there is nothing."""
+    if values is None or n == 1:
+        return [values] * n
+    return values.chunk(n)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -149,10 +148,7 @@ class MythosModel(nn.Module):
 
         records None: nothing is noted. The other arguments: see `forward`.
         """
-        context = self.make_context(tokens, positions, aux, n_grad_loops, records or ForwardRecords.closed())
-        if depths is not None:
-            context.records.depths = depths
-            context = replace(context, depths=depths)
+        context = self.make_context(tokens, positions, aux, n_grad_loops, records or ForwardRecords.closed(), depths)
         return self.normed(self.run_prelude(self.embed(tokens), context)), context
 
     def start_loop(self, e: Tensor, *, context: ForwardContext) -> tuple[Tensor, HaltingState | None]:
@@ -223,10 +219,11 @@ class MythosModel(nn.Module):
         aux: AuxLoss | None,
         n_grad_loops: int,
         records: ForwardRecords | None = None,
+        depths: SequenceDepths | None = None,
     ) -> ForwardContext:
-        """Makes the rotary tables, document bounds and records of a micro-batch. Positions that are still on the CPU,
-        wherever the tokens are, save a wait for the device: the bounds are read off there."""
-        documents = None
+        """Makes the rotary tables, document bounds and records of a micro-batch, and those of its lanes. Positions that
+        are still on the CPU, wherever the tokens are, save a wait for the device: the bounds are read off there."""
+        documents, given = None, positions
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         else:
@@ -235,7 +232,11 @@ class MythosModel(nn.Module):
         config = self.config
         shape = rotary_width(config), config.rope_theta, config.rope_interleaved
         rotary = Rotary.at(positions, *shape, config.rope_scaling)
-        return ForwardContext(rotary, documents, aux, n_grad_loops, records or ForwardRecords())
+        records = records or ForwardRecords()
+        records.depths = depths
+        context = ForwardContext(rotary, documents, aux, n_grad_loops, records, depths)
+        driver = self.recurrent.lane_driver
+        return context if driver is None else driver.split(context, given, tokens.shape[0])
 
     def moe_layers(self) -> list[MoE]:
         """The mixture-of-experts layers held here, in order."""

@@ -7,7 +7,7 @@ layers calls `begin`, `run_layers` and `end` itself; exit rules and studies run 
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,24 @@ from mythos_ds.model.loop_conditioning import DepthwiseLoRA, LoopEmbedding
 from mythos_ds.model.loop_index import LoopIndex
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import RMSNorm
+from mythos_ds.model.steps import Steps, finish
 
 Result = TypeVar("Result")
+
+
+class LaneDriver(Protocol):
+    """Runs parts of a micro-batch, its lanes, in turn, so that one computes while the rows of the others travel."""
+
+    def split(self, context: ForwardContext, positions: Tensor | None, rows: int) -> ForwardContext:
+        """Adds to the context of a micro-batch of `rows` sequences those of its lanes, if it has any; positions int64
+        [batch, seq] as the model is given them."""
+        ...
+
+    def run(
+        self, block: "RecurrentBlock", x: Tensor, loop: int, context: ForwardContext, e: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Does what `run_layers` does, without halting and cache entries, by `layer_steps` of each lane."""
+        ...
 
 
 class RecurrentBlock(nn.Module):
@@ -56,6 +72,7 @@ class RecurrentBlock(nn.Module):
         self.state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else torch.float32
         self.lora_at_input = config.lora_target == "input"
         self.activation_checkpointing = activation_checkpointing
+        self.lane_driver: LaneDriver | None = None
         self.loop_embedding: LoopEmbedding | None = None
         self.lora: DepthwiseLoRA | None = None
         self.norm: RMSNorm | None = None
@@ -138,6 +155,8 @@ class RecurrentBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None, CacheEntries]:
         """Runs the layers held here once: x fp32 [batch, seq, dim] -> the new x, None and their cache entries; with e
         from the state h = x on, as `begin` does, the second result being the injected state."""
+        if self.lane_driver is not None and context.lanes:
+            return (*self.lane_driver.run(self, x, loop, context, e), CacheEntries())
         injected, entries = None, CacheEntries()
         for layer in map(int, self.layers):
             halted = None if halting is None else halting.halted_positions(loop, layer)
@@ -149,10 +168,22 @@ class RecurrentBlock(nn.Module):
     def _layer(
         self, context: ForwardContext, x: Tensor, e: Tensor | None, key: tuple[int, int], halted: HaltedPositions | None
     ) -> tuple[Tensor, Tensor | None, CacheEntry]:
+        return finish(self.layer_steps(context, x, e, key, halted))
+
+    def layer_steps(
+        self,
+        context: ForwardContext,
+        x: Tensor,
+        e: Tensor | None,
+        key: tuple[int, int],
+        halted: HaltedPositions | None = None,
+    ) -> Steps[tuple[Tensor, Tensor | None, CacheEntry]]:
+        """Runs a layer in a loop, both of `key`, from x, or with e from the state h = x on, and stops where its mixture
+        does: the new x, with e the injected state, and its cache entry."""
         (loop, layer), injected = key, None
         if e is not None:  # here, so that by layer h alone is kept of what begins a loop
             x, injected = self.begin(x, e, context.index_at(loop))
-        x, entry = self.layers[str(layer)](x, loop, context, halted)
+        x, entry = yield from cast(RecurrentLayer, self.layers[str(layer)]).steps(x, loop, context, halted)
         return x, injected, entry
 
     def recomputed(

@@ -39,6 +39,13 @@ class Rotary:
         factor = attention_factor(scaling)
         return cls(angle.cos() * factor, angle.sin() * factor, interleaved)
 
+    def split(self, parts: int) -> list["Rotary"]:
+        """The tables of equal parts of the sequences; they may share them all."""
+        if len(self.cos) == 1:
+            return [self] * parts
+        tables = zip(self.cos.chunk(parts), self.sin.chunk(parts), strict=True)
+        return [Rotary(cos, sin, self.interleaved) for cos, sin in tables]
+
     def rotate(self, x: Tensor) -> Tensor:
         """Rotates x [batch, seq, heads, width] by its positions; computed in fp32, returned in x's dtype."""
         return rotate(x, self.cos, self.sin, interleaved=self.interleaved)

@@ -23,6 +23,6 @@ class RoutingDecision:
     """What the dispatcher knows of where rows go: no float, and small."""
 
 
-RoutingReplay = dict[int, RoutingDecision]
+RoutingReplay = dict[int, list[RoutingDecision]]
 """The decisions of one checkpointed loop, or layer in a loop, by recurrent layer (its index in the whole model). The
 forward fills it; the recompute finds it full. It lives as long as the graph that may recompute it."""

@@ -18,6 +18,10 @@ class SequenceDepths:
     """int64 [batch], 1 .. n_loops."""
     n_loops: int
 
+    def split(self, parts: int) -> list["SequenceDepths"]:
+        """The depths of equal parts of the sequences."""
+        return [SequenceDepths(depths, self.n_loops) for depths in self.depths.chunk(parts)]
+
     def index(self, loop: int) -> Tensor:
         """Computes each sequence's own loop index in loop `loop`, int64 [batch]; 0 before it begins."""
         return (self.depths + (loop - self.n_loops)).clamp_min(0)

@@ -54,8 +54,8 @@ class PerNodeDispatcher:
         sizes = torch.cat(both).split([self._nodes] * 2 + [self._ranks] * 2)
         host = torch.cat(both).tolist()
         n = self._nodes
-        first = HopSizes(*sizes[:2], [host[:n], host[n : 2 * n]])
-        second = HopSizes(*sizes[2:], [host[2 * n : -self._ranks], host[-self._ranks :]])
+        first = HopSizes(sizes[0], sizes[1], [host[:n], host[n : 2 * n]])
+        second = HopSizes(sizes[2], sizes[3], [host[2 * n : -self._ranks], host[-self._ranks :]])
         local = len(decision.counts) // (self._nodes * self._ranks)
         wanted, tokens = Wanted.by_tokens(decision.indices), len(decision.indices)
         there = Hop.plan(wanted, tokens, local * self._ranks, first, self.groups.across)

@@ -38,25 +38,37 @@ class StepRecords:
         """Reads the notes of one micro-batch; those of all layers and loops at once, as each is a kernel launch by
         itself. The layers held here follow one another."""
         self.micro_batches += 1
-        begun = torch.ones_like(self.sums["begun"])  # part of the micro-batch's sequences that run in each loop
-        if records.depths is not None:
-            begun = torch.stack([records.depths.begun(loop).double().mean() for loop in range(len(begun))])
+        begun = self._begun(records)
         self.sums["begun"] += begun
-        notes = {layer: [by_loop[loop] for loop in range(len(begun))] for layer, by_loop in records.routing.items()}
-        if notes:
-            self._add_counts("counts", notes)
-            if self.details:
-                self._add_counts("prebias_counts", notes)
-            self._add_means([field for field in self.fields if field != _OVERLAP], notes, begun)
-            if self.details:  # loop 0 overlaps with nothing; an overlap counts where its earlier loop has begun
-                later = {layer: by_loop[1:] for layer, by_loop in notes.items()}
-                self._add_means([_OVERLAP], later, begun[:-1])
+        lanes = records.lanes or [records]
+        for lane in lanes:
+            self._add_routing(lane, self._begun(lane) / len(lanes))
         if records.loops:
             states = [records.loops[loop] for loop in range(len(begun))]
             self.sums["state_rms"] += torch.stack([state.state_rms for state in states]) * begun
             self.sums["residual"] += torch.stack([state.residual for state in states]) * begun
         if records.decay_maximum is not None:
             self.sums["rho_A"] += records.decay_maximum
+
+    def _begun(self, records: ForwardRecords) -> Tensor:
+        """The part of the sequences that run in each loop."""
+        begun = torch.ones_like(self.sums["begun"])
+        if records.depths is not None:
+            begun = torch.stack([records.depths.begun(loop).double().mean() for loop in range(len(begun))])
+        return begun
+
+    def _add_routing(self, records: ForwardRecords, begun: Tensor) -> None:
+        """Adds counts, and means over sequences of which a part `begun` of the micro-batch's counts in each loop."""
+        notes = {layer: [by_loop[loop] for loop in range(len(begun))] for layer, by_loop in records.routing.items()}
+        if not notes:
+            return
+        self._add_counts("counts", notes)
+        if self.details:
+            self._add_counts("prebias_counts", notes)
+        self._add_means([field for field in self.fields if field != _OVERLAP], notes, begun)
+        if self.details:  # loop 0 overlaps with nothing; an overlap counts where its earlier loop has begun
+            later = {layer: by_loop[1:] for layer, by_loop in notes.items()}
+            self._add_means([_OVERLAP], later, begun[:-1])
 
     def _add_counts(self, name: str, notes: dict[int, list[RoutingRecord]]) -> None:
         """Adds the layers' counts of each loop: [n_experts], or [n_loops, n_experts] where sequences have own loops."""

@@ -141,10 +141,10 @@ def transfers(resolved: ResolvedRun, loops: float, graded: float, gpu: Gpu, inde
     by_node = planned_dispatch(resolved, per_node).name == "per_node"
     made = []
     for name, total, node, network in kinds:
-        seconds = node / gpu.node_bandwidth, network / gpu.network_bandwidth
+        links = node / gpu.node_bandwidth, network / gpu.network_bandwidth
         one_after_the_other = by_node and name == _EXCHANGE  # first over nodes, then inside
         if total:
-            made.append(Transfer(name, node, network, sum(seconds) if one_after_the_other else max(seconds)))
+            made.append(Transfer(name, node, network, sum(links) if one_after_the_other else max(links)))
     if seconds := _offload_seconds(resolved, gpu, index):
         made.append(Transfer("host memory", 0.0, 0.0, seconds))
     return tuple(made)

@@ -72,7 +72,7 @@ def made(groups: ParallelGroups) -> dict[str, Dispatcher]:
     }
 
 
-DRAWS = (
+DRAWS: tuple[dict[str, Any], ...] = (
     {"k": 1, "rows": (4, 4, 4, 4)},
     {"k": 2, "rows": (7, 3, 0, 5)},
     {"k": 4, "rows": (6, 6, 6, 6)},

@@ -15,11 +15,24 @@ from tests.helpers.distributed import run_distributed
 
 TIMEOUT_S = 900.0
 RANKS, LOCAL = range(4), EXPERTS // 4
+IN_LANES = {"overlap": True, "accumulation": 1}
+"""Micro-batches of two sequences on each of four ranks."""
 CASES: list[dict[str, Any]] = [
     {"ep": 4, "stage": 3, "checkpointing": "layer", "optimizer": "sgd", "dispatch": "per_rank"},
     {"ep": 2, "stage": 1, "checkpointing": "none", "optimizer": "adamw", "dispatch": "per_rank"},
     {"ep": 4, "stage": 3, "checkpointing": "loop", "optimizer": "sgd", "dispatch": "per_node", "node": 2},
     {"ep": 4, "stage": 1, "checkpointing": "layer", "optimizer": "adamw", "dispatch": "per_node", "node": 2},
+    {"ep": 4, "stage": 3, "checkpointing": "loop", "optimizer": "sgd", "dispatch": "all_to_all", **IN_LANES},
+    {"ep": 2, "stage": 1, "checkpointing": "none", "optimizer": "adamw", "dispatch": "per_rank", **IN_LANES},
+    {
+        "ep": 4,
+        "stage": 3,
+        "checkpointing": "layer",
+        "optimizer": "adamw",
+        "dispatch": "per_node",
+        "node": 2,
+        **IN_LANES,
+    },
 ]
 WIDE = {"n_experts_per_tok": 4}
 
@@ -34,6 +47,7 @@ def slow_cases(world_size: int) -> list[dict[str, Any]]:
         case = {"ep": ep, "stage": stage, "checkpointing": mode, "dispatch": name}
         case |= {"optimizer": ("adamw", "sgd")[(number + stage // 2) % 2]}
         case |= {"node": node} if node else {}
+        case |= IN_LANES if number % 2 else {}
         case |= {"model": WIDE} if number % 3 == 0 else {}
         made.append(case)
     return made
@@ -42,8 +56,17 @@ def slow_cases(world_size: int) -> list[dict[str, Any]]:
 def ring_cases() -> list[dict[str, Any]]:
     """The ring of two stages, each with its own experts."""
     return [
-        {"ep": 2, "stage": 3, "pp": 2, "checkpointing": mode, "optimizer": optimizer, "dispatch": "per_rank"}
+        {
+            "ep": 2,
+            "stage": 3,
+            "pp": 2,
+            "checkpointing": mode,
+            "optimizer": optimizer,
+            "dispatch": dispatch,
+            "overlap": on,
+        }
         for mode, optimizer in (("loop", "sgd"), ("layer", "adamw"), ("none", "sgd"))
+        for dispatch, on in (("per_rank", False), ("per_rank", True), ("all_to_all", True))
     ]
 
 

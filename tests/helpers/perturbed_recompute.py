@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from mythos_ds.model.context import ForwardContext
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.router import Router, Routing
+from mythos_ds.model.steps import Steps
 
 
 class Choices:
@@ -32,15 +35,16 @@ def perturbed_recompute(model: nn.Module, noise: float, seed: int) -> Iterator[C
     generator = torch.Generator().manual_seed(seed)
     choices, place = Choices(), (0, 0, False)
 
-    def entering(module: MoE, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    steps = MoE.steps
+
+    def entering(module: MoE, x: Tensor, loop: int, context: ForwardContext, *rest: Any) -> Steps[Tensor]:
         nonlocal place
-        x, loop, context, *rest = inputs
         place = module.layer, loop, not context.records.open
         if place[2]:
             x = x + noise * torch.randn(x.shape, generator=generator)
         elif context.replay is not None:
             choices.loops_kept.append(loop)
-        return x, loop, context, *rest
+        return steps(module, x, loop, context, *rest)
 
     def chosen(module: Router, inputs: tuple[Any, ...], routing: Routing) -> None:
         layer, loop, recomputed = place
@@ -49,10 +53,10 @@ def perturbed_recompute(model: nn.Module, noise: float, seed: int) -> Iterator[C
     handles: list[Any] = []
     for module in model.modules():
         if isinstance(module, MoE):
-            handles.append(module.register_forward_pre_hook(entering))
             handles.append(module.router.register_forward_hook(chosen))
     try:
-        yield choices
+        with patch.object(MoE, "steps", entering):
+            yield choices
     finally:
         for handle in handles:
             handle.remove()

@@ -53,7 +53,7 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
         "a row exchange takes its sizes from the host; not in recomputes",
     ),
     ("parallel/dispatch_per_node.py", "_agree"): (1, "the same, of both hops at once"),
-    ("parallel/dispatch_per_rank.py", "_agree"): (1, "the same"),
+    ("parallel/dispatch_per_rank.py", "_agree"): (1, "the same, of one hop"),
     ("parallel/groups.py", "any"): (1, "of a number on the host"),
     ("parallel/groups.py", "agree"): (1, "numbers of the host, between steps; they never were on the device"),
     ("parallel/pipeline_stopwatch.py", "idle_share"): (1, "after a step's last kernel, and nowhere else"),

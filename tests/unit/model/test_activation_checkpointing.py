@@ -11,6 +11,7 @@ from mythos_ds.model.context import AuxLoss
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
+from mythos_ds.model.steps import Steps
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
 
 LORA: dict[str, Any] = {"lora_target": "output", "lora_rank": 2, "recurrent_layers": 3}
@@ -54,13 +55,13 @@ def test_bitwise_equal(
 
 def test_only_loops_with_gradient_are_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     visited: list[tuple[int, int]] = []
-    forward = MoE.forward
+    steps = MoE.steps
 
-    def counting(self: MoE, x: Tensor, loop: int, *rest: Any) -> Tensor:
+    def counting(self: MoE, x: Tensor, loop: int, *rest: Any) -> Steps[Tensor]:
         visited.append((loop, self.layer))
-        return forward(self, x, loop, *rest)
+        return steps(self, x, loop, *rest)
 
-    monkeypatch.setattr(MoE, "forward", counting)
+    monkeypatch.setattr(MoE, "steps", counting)
     forwards = [(loop, layer) for loop in range(5) for layer in range(3)]
     run({"recurrent_layers": 3}, "loop", 5, 2)
     assert visited == [*forwards, *((loop, layer) for loop in (4, 3) for layer in range(3))]

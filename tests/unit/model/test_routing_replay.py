@@ -13,10 +13,10 @@ from mythos_ds.config.layout import whole_model
 from mythos_ds.config.schema import ActivationCheckpointing
 from mythos_ds.model import routing_replay
 from mythos_ds.model.context import AuxLoss, ForwardContext
+from mythos_ds.model.dispatch import LocalDispatcher
 from mythos_ds.model.forward_stats import ForwardRecords
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.loop_index import LoopIndex
-from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.pipeline_stage import MicroBatch, StageModel, StageState, Visit
 from mythos_ds.model.router import Router
@@ -147,16 +147,17 @@ def test_what_is_kept_goes_with_the_graph(monkeypatch: pytest.MonkeyPatch, unit:
     """And is small: three integers per token and chosen expert, and one per expert, for each layer and loop."""
     made: list[weakref.ref[Any]] = []
     sizes: list[int] = []
-    decide = MoE._decide
+    decide = LocalDispatcher.decide
 
-    def noting(self: MoE, indices: Tensor) -> routing_replay.RoutingDecision:
-        decision = decide(self, indices)
-        tensors = [value for value in vars(decision).values() if isinstance(value, Tensor)]
+    def noting(self: LocalDispatcher, indices: Tensor, n_experts: int) -> routing_replay.RoutingDecision:
+        decision = decide(self, indices, n_experts)
+        kept = [*vars(decision).values(), *vars(decision.route).values()]
+        tensors = [value for value in kept if isinstance(value, Tensor)]
         sizes.append(sum(tensor.nbytes for tensor in tensors))
         made.append(weakref.ref(tensors[0]))
         return decision
 
-    monkeypatch.setattr(MoE, "_decide", noting)
+    monkeypatch.setattr(LocalDispatcher, "decide", noting)
     config = toy_config()
     model = MythosModel(config, activation_checkpointing=unit)
     batch = toy_batch(config)
