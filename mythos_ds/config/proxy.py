@@ -141,14 +141,21 @@ def _scaled(width: int, dim: int) -> int:
 
 
 def _parallel_changes(config: RunConfig, world_size: int, pp_size: PipelineSize) -> dict[str, Any]:
-    ep_size, zero_stage = config.parallel.ep_size, config.parallel.zero_stage
-    fitting = math.gcd(EXPERTS, expert_stage_size(pp_size, world_size))
-    most = (fitting if zero_stage else 1) if ep_size == "auto" else ep_size
-    own = largest_divisor(fitting, most)
+    ep_size, own = config.parallel.ep_size, _expert_ranks(config, world_size, pp_size)
     changes: dict[str, Any] = {"pp_size": pp_size, "ep_size": ep_size if ep_size == "auto" else own}
     if config.parallel.dispatch in ("per_rank", "per_node"):  # the processes of a proxy share one node
         changes["dispatch"] = "per_rank" if own > 1 else "all_to_all"
+    if config.parallel.overlap:
+        changes["overlap"] = own > 1
     return changes
+
+
+def _expert_ranks(config: RunConfig, world_size: int, pp_size: PipelineSize) -> int:
+    """Counts the processes that share the proxy's experts."""
+    ep_size = config.parallel.ep_size
+    fitting = math.gcd(EXPERTS, expert_stage_size(pp_size, world_size))
+    most = (fitting if config.parallel.zero_stage else 1) if ep_size == "auto" else ep_size
+    return largest_divisor(fitting, most)
 
 
 def _training_changes(
@@ -165,6 +172,8 @@ def _training_changes(
     else:
         unit = training.micro_batch_size * world_size
         accumulation = min(_ACCUMULATION, max(1, training.global_batch_size // unit))
+    if config.parallel.overlap and _expert_ranks(config, world_size, pp_size) > 1:
+        rows *= 2  # one for each lane
     ramp = None
     if training.global_batch_ramp is not None:
         accumulation = 1 if pp_size == 1 else accumulation

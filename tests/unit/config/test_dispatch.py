@@ -81,3 +81,40 @@ def test_a_proxy_stays_on_its_node(processes: int, expected: str) -> None:
     assert proxy.parallel.dispatch == expected
     assert f"proxy: parallel.dispatch: per_node -> {expected}" in lines
     resolve(proxy, processes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "message"),
+    [
+        ([], 1, "every process holds all experts"),
+        (["parallel.ep_size=1"], 2, "every process holds all experts"),
+        (["model.halting=act", "training.ponder_cost=0.001"], 2, 'halting "act"'),
+        (["training.micro_batch_size=1"], 2, "micro-batches of 1 sequences"),
+        (["training.micro_batch_size=3", "training.global_batch_size=6"], 2, "micro-batches of 3 sequences"),
+    ],
+)
+def test_overlap_that_cannot_be_is_refused(overrides: list[str], processes: int, message: str) -> None:
+    config = load_config("tiny", [*overrides, "parallel.overlap=true"]).config
+    with pytest.raises(ConfigError, match=message) as error:
+        resolve(config, processes)
+    (problem,) = error.value.problems
+    assert "parallel.overlap: " in problem
+    assert problem.code == "MDS282"
+    resolve(load_config("tiny", overrides).config, processes)
+
+
+def test_overlap_in_uneven_pipeline_stages_needs_even_rows_on_each() -> None:
+    changes = ["model.recurrent_layers=2", "training.micro_batch_size=1", "training.global_batch_size=24"]
+    held = "deepspeed.zero_optimization.stage3_param_persistence_threshold=null"
+    stages = ["parallel.pp_size=[1,2,1]", "parallel.ep_size=2", held, *changes]
+    with pytest.raises(ConfigError, match="an even number"):
+        resolve(load_config("tiny", [*stages, "parallel.overlap=true"]).config, 4)
+    resolve(load_config("tiny", [*stages, "training.micro_batch_size=2", "parallel.overlap=true"]).config, 4)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_proxy_has_lanes_where_it_has_experts_elsewhere(processes: int) -> None:
+    proxy, _ = make_proxy(load_config("1t", ["parallel.overlap=true"]).config, processes)
+    assert proxy.parallel.overlap == (processes > 1)
+    assert proxy.training.micro_batch_size == (2 if processes > 1 else 1)
+    resolve(proxy, processes)
