@@ -21,7 +21,7 @@ from mythos_ds.model.layers import DenseLayer, MoEFactory
 from mythos_ds.model.lm_head import LMHead
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.norm import RMSNorm
-from mythos_ds.model.recurrent import RecurrentBlock
+from mythos_ds.model.recurrent import LaneDriver, RecurrentBlock
 from mythos_ds.model.rope import Rotary
 from mythos_ds.model.sequence_depths import SequenceDepths
 
@@ -56,6 +56,7 @@ class MythosModel(nn.Module):
         self.config, self.part = config, part
         if part.embeds or (part.predicts and config.tie_embeddings):
             self.embed = Embedding(config.vocab_size, config.dim, init.at("embed"), config.embedding_std)
+        self.lane_driver: LaneDriver | None = None
         self.prelude = _dense_layers(config, init, attention_core, "prelude", part.prelude)
         self.prelude_norm = RMSNorm(config.dim, config.norm_eps) if config.prelude_norm and part.loops else None
         self.recurrent = RecurrentBlock(
@@ -235,8 +236,7 @@ class MythosModel(nn.Module):
         records = records or ForwardRecords()
         records.depths = depths
         context = ForwardContext(rotary, documents, aux, n_grad_loops, records, depths)
-        driver = self.recurrent.lane_driver
-        return context if driver is None else driver.split(context, given, tokens.shape[0])
+        return context if self.lane_driver is None else self.lane_driver.split(context, given, tokens.shape[0])
 
     def moe_layers(self) -> list[MoE]:
         """The mixture-of-experts layers held here, in order."""

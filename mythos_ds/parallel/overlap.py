@@ -92,4 +92,4 @@ def _lane(
 
 def overlap(model: MythosModel) -> None:
     """Let the model, or the stage's part of it, run its loops in two lanes from now on."""
-    model.recurrent.lane_driver = TwoLanes()
+    model.lane_driver = model.recurrent.lane_driver = TwoLanes()

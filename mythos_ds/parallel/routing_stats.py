@@ -40,9 +40,10 @@ class StepRecords:
         self.micro_batches += 1
         begun = self._begun(records)
         self.sums["begun"] += begun
-        lanes = records.lanes or [records]
-        for lane in lanes:
-            self._add_routing(lane, self._begun(lane) / len(lanes))
+        if not records.lanes:
+            self._add_routing(records, begun)
+        for lane in records.lanes:
+            self._add_routing(lane, self._begun(lane) / len(records.lanes))
         if records.loops:
             states = [records.loops[loop] for loop in range(len(begun))]
             self.sums["state_rms"] += torch.stack([state.state_rms for state in states]) * begun
