@@ -7,6 +7,7 @@ from typing import Any
 
 from mythos_ds.checkpoint.training_state import read_state
 from mythos_ds.config.loader import LoadedConfig, apply_overrides, check_raw
+from mythos_ds.config.schema import DataConfig
 from mythos_ds.config.starting_model import model_section
 from mythos_ds.conversion.merge import newest_tag, tokenizer_of
 from mythos_ds.data.builtin import existing_builtin
@@ -41,10 +42,11 @@ def init_config(
         section["datasets"] = [{"prefix": str(prefix)} for prefix in data]
     if section.get("datasets") and tokenizer is not None:
         section["tokenizer"] = str(tokenizer.path)
-    notes = _notes(raw, weights, tokenizer)
+    run = check_raw(raw, overrides, like.path)
+    notes = _notes(run.config.data, weights, tokenizer)
     if (first := like.stages[0].name) is not None:
         notes.append(f"{like.path.name}: of its training stages the first, {first}, is taken; write the others anew")
-    return check_raw(raw, overrides, like.path), notes
+    return run, notes
 
 
 def _tokenizer(weights: Path) -> Tokenizer | None:
@@ -58,14 +60,13 @@ def _tokenizer(weights: Path) -> Tokenizer | None:
         return None
 
 
-def _notes(raw: dict[str, Any], weights: Path, tokenizer: Tokenizer | None) -> list[str]:
-    section = raw["data"]
+def _notes(data: DataConfig, weights: Path, tokenizer: Tokenizer | None) -> list[str]:
     if tokenizer is None:
-        return [f"{weights} has no tokenizer: data.{'tokenizer' if section.get('datasets') else 'corpus'} is unchecked"]
-    if section.get("corpus") != "builtin":
+        return [f"{weights} has no tokenizer: data.{'tokenizer' if data.datasets else 'corpus'} is unchecked"]
+    if data.corpus != "builtin":
         return []
     try:
-        used = Tokenizer.load(existing_builtin(Path(section.get("data_dir", "data"))).tokenizer)
+        used = Tokenizer.load(existing_builtin(Path(data.data_dir)).tokenizer)
     except MythosError:  # made at the run's start
         used = None
     if used is not None and used.sha256 == tokenizer.sha256:
