@@ -73,8 +73,8 @@ class MoE(nn.Module):
         alive: Tensor | None = None,
         stream: Tensor | None = None,
     ) -> Steps[Tensor]:
-        """Does what `forward` does, and stops where it would wait next: with the rows under way, and again after each
-        chunk of them is computed, with its results under way."""
+        """Does what `forward` does, and stops twice where it would wait next: with the rows under way, and with their
+        results. Of several chunks the results of one leave while the next is computed."""
         rows, n = x.flatten(0, -2), context.exchange_chunks
         kept = None if context.replay is None else context.replay.get(self.layer)
         index = context.index_at(loop).by_token(len(rows))

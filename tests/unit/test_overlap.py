@@ -15,6 +15,7 @@ from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.routing_replay import RoutingDecision
 from mythos_ds.parallel.overlap import CHUNKS, interleave, overlap
 from mythos_ds.parallel.routing_stats import StepRecords
+from tests.helpers.perturbed_recompute import perturbed_recompute
 from tests.helpers.toy_model import MLA, randomise, toy_batch, toy_config
 
 LOOPS, GRAD_LOOPS = 5, 3
@@ -83,6 +84,19 @@ def test_recomputing_is_bitwise_the_same_in_lanes() -> None:
         again = run({}, unit, None, lanes=True)  # type: ignore[arg-type]
         assert torch.equal(whole[0], again[0])
         assert all(torch.equal(again[1][name], gradient) for name, gradient in whole[1].items())
+
+
+@pytest.mark.parametrize("unit", ["layer", "loop"])
+def test_a_perturbed_recompute_keeps_the_choices_of_a_lane(unit: ActivationCheckpointing) -> None:
+    for seed in range(5):
+        config = toy_config()
+        model = randomise(MythosModel(config, activation_checkpointing=unit), seed)
+        overlap(model)
+        with perturbed_recompute(model, 1.0, seed) as choices:
+            batch = toy_batch(config, batch=4, seed=seed)
+            model(**batch, n_loops=LOOPS, n_grad_loops=GRAD_LOOPS, records=ForwardRecords()).backward()
+        assert len(choices.recompute) == 2 * GRAD_LOOPS
+        assert choices.changed() == 0
 
 
 def test_an_odd_number_of_sequences_runs_as_a_whole() -> None:
