@@ -31,7 +31,7 @@ GROUPS = {
         "loop-from-dense",
     ),
     "cluster": ("plan", "rehearse", "plot-pipeline", "render-launch", "preflight", "gpu-acceptance", "calibrate"),
-    "studies": ("lab", "loop-smollm", "bench-step", "bench-side-by-side", "bench-data"),
+    "studies": ("lab", "loop-smollm", "bench-step", "bench-side-by-side", "bench-lanes", "bench-data"),
     "upkeep": ("env", "config-schema", "preset-table", "train-tiny", "test-environments"),
 }  # fmt: skip
 """The verbs as the help lists them."""

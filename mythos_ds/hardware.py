@@ -76,6 +76,9 @@ GPUS = {
     "mi300x": Gpu("mi300x", 192e9, PEAK_BF16["MI300X"], 0.6, 448e9, 50e9, memory_bandwidth=5.3e12, price_per_hour=2.5),
 }
 
+PADS_GROUPS = ("b200",)
+"""GPUs whose grouped products take groups of whole 16 bytes only, so that rows are copied (kernels/grouped_mlp.py)."""
+
 
 def peak_bf16(device_name: str) -> float | None:
     """The dense bf16 peak of a device by the name that its driver gives it; None where it is not known."""

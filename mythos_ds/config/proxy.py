@@ -121,7 +121,7 @@ def _model_changes(config: RunConfig, pp_size: PipelineSize, share: float) -> di
         ratio = model.n_heads // model.resolved_kv_heads
         changes.update(n_kv_heads=max(1, HEADS // ratio), head_dim=None)
     if model.n_expert_groups is not None and model.n_limited_groups is not None:
-        groups = math.gcd(model.n_expert_groups, EXPERTS)
+        groups = math.gcd(model.n_expert_groups, EXPERTS // 2)  # of two or more: a group is chosen for its two best
         needed = -(-changes["n_experts_per_tok"] * groups // EXPERTS)
         changes.update(n_expert_groups=groups, n_limited_groups=max(needed, min(model.n_limited_groups, groups)))
     return changes

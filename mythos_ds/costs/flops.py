@@ -124,6 +124,11 @@ def recurrent_layer_flops(model: ModelConfig, context: int) -> float:
     return _recurrent_layer(model) + _scores(model, context)
 
 
+def expert_flops(model: ModelConfig) -> float:
+    """Forward FLOPs of one token in the experts that it chooses in one recurrent layer."""
+    return 2.0 * model.n_experts_per_tok * expert_matmul(model)
+
+
 def lora_flops(model: ModelConfig) -> float:
     """Forward FLOPs of one token in one loop's LoRA."""
     return 2.0 * 2 * model.lora_rank * model.dim
@@ -150,8 +155,8 @@ def _dense_layer(model: ModelConfig) -> float:
 
 def _recurrent_layer(model: ModelConfig) -> float:
     """Attention, router, chosen and shared experts."""
-    experts = model.n_experts_per_tok * expert_matmul(model) + shared_matmul(model)
-    return 2.0 * (attention_matmul(model) + model.n_experts * model.dim + experts)
+    beside = attention_matmul(model) + model.n_experts * model.dim + shared_matmul(model)
+    return 2.0 * beside + expert_flops(model)
 
 
 def _scores(model: ModelConfig, context: int) -> float:

@@ -5,7 +5,6 @@ products are kept. In plain torch it is w2(silu(w1 x) * w3 x) of each expert's r
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,81 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-
-class _StackedGradient:
-    """The gradient of stacked weights in one backward, of which experts write their parts; it becomes whole when it is
-    taken. In the weight's own type of gradients."""
-
-    def __init__(self, weight: Tensor):
-        own = getattr(weight, "grad_dtype", None) if weight.is_leaf else None  # what is computed has none to ask for
-        self._like = weight.shape, own or weight.dtype, weight.device
-        self._whole: Tensor | None = None
-        self._written: set[int] = set()
-        self._backward = -1
-
-    def _begin(self) -> Tensor:
-        """The memory; a backward that broke off leaves nothing to the next one."""
-        current = torch._C._current_graph_task_id()
-        if self._whole is None or current != self._backward:
-            shape, dtype, device = self._like
-            self._whole, self._written = torch.empty(shape, dtype=dtype, device=device), set()
-            self._backward = current
-        return self._whole
-
-    def add(self, index: int, delta: Tensor, rows: Tensor) -> None:
-        """Adds delta^T rows to the gradient of expert `index`."""
-        own = self._begin()[index]
-        if index in self._written:
-            own += delta.t() @ rows
-        elif own.dtype == delta.dtype:
-            torch.mm(delta.t(), rows, out=own)
-        else:
-            own.copy_(delta.t() @ rows)
-        self._written.add(index)
-
-    def take(self) -> Tensor:
-        """Gives the gradient away: zeros for experts that added nothing, as every rank has a gradient."""
-        whole = self._begin()
-        for index in range(len(whole)):
-            if index not in self._written:
-                whole[index].zero_()
-        self._whole = None
-        return whole
-
-
-class _HandOver(torch.autograd.Function):
-    """Stands between weights and the calls that use them: its backward comes after all of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, gradient: _StackedGradient) -> Tensor:
-        ctx.gradient = gradient
-        ctx.set_materialize_grads(False)
-        return weight.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, _: None) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():  # create_graph: its gradient would lack the experts' part, without a word
-            raise RuntimeError("the gradient of looped experts' weights has no gradient of its own")
-        return ctx.gradient.take(), None
-
-
-@dataclass(frozen=True)
-class GradientSums:
-    """Adds up the gradients of stacked w1, w2 and w3 over the calls of one graph.
-
-    A graph that runs the same experts in many loops would otherwise make a whole gradient in each, with zeros for every
-    expert without rows there, and add them all up; so every loop adds to the experts it used.
-    """
-
-    gradients: tuple[_StackedGradient, ...]
-    tokens: tuple[Tensor, ...]
-    """Empty tensors by which a call depends on the weights."""
-
-    @classmethod
-    def of(cls, *weights: Tensor) -> "GradientSums":
-        """Makes those of w1, w2 and w3, with nothing added yet."""
-        gradients = tuple(map(_StackedGradient, weights))
-        return cls(gradients, tuple(_HandOver.apply(w, g) for w, g in zip(weights, gradients, strict=True)))
+from mythos_ds.kernels.gradient_sums import GradientSums, asked
 
 
 class _LoopedSwiGLU(torch.autograd.Function):
@@ -119,10 +44,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, w1, w2, w3, gate, up = ctx.saved_tensors
         d_rows = rows.new_empty(rows.shape)
-        nodes = [node for node, _ in ctx.next_functions[-3:]]
-        # Nothing is added for weights whose gradient nobody asked for: they are frozen, or only that of x is computed.
-        asked = [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]
-        first, second, third = (g if a else None for g, a in zip(ctx.gradients, asked, strict=True))
+        first, second, third = asked(ctx, ctx.gradients)
         for index, x, g, u, d_y, d_x in _by_expert(ctx.counts, rows, gate, up, grad, d_rows):
             activated = functional.silu(g)
             d_hidden = d_y @ w2[index]

@@ -41,6 +41,8 @@ class ForwardContext:
     """None: all sequences run all loops."""
     replay: RoutingReplay | None = None
     """The routing of a layer or loop that will be recomputed, or is being; None where none is: then nothing is kept."""
+    last_replayed: int | None = None
+    """The layer that a recompute ends with, if nothing behind its mixture needs the results again."""
 
     exchange_chunks: int = 1
     """Equal parts of the tokens whose rows go to experts and back by themselves, so that those of one part travel while
@@ -48,9 +50,11 @@ class ForwardContext:
     lanes: tuple["ForwardContext", ...] = ()
     """The contexts of equal parts of the micro-batch that run in turn; none where it runs as a whole."""
 
-    def for_recompute(self) -> "ForwardContext":
-        """The same context, for one layer or loop that is recomputed in backward: its routing is decided once."""
-        return replace(self, replay={}, lanes=tuple(lane.for_recompute() for lane in self.lanes))
+    def for_recompute(self, last: int | None) -> "ForwardContext":
+        """The same context, for one layer or loop that is recomputed in backward: its routing is decided once. last: as
+        `last_replayed`."""
+        lanes = tuple(lane.for_recompute(last) for lane in self.lanes)
+        return replace(self, replay={}, last_replayed=last, lanes=lanes)
 
     def in_lanes(self, documents: Sequence[DocumentBounds | None], chunks: int) -> "ForwardContext":
         """The same context with one for each of as many equal parts of the sequences, whose documents are given. A

@@ -1,11 +1,12 @@
 """How rows reach their experts and come back: what every dispatcher offers, and the one of a single process.
 
 A call goes in phases, between which other work may run: `send` lets the rows leave, `compute` runs the experts on what
-arrived and lets the results leave, `receive` adds them up.
+arrived, `send_back` lets the results leave, `receive` adds them up. Where rows change from one kind of link to another
+on their way, `hand_on` and `hand_back` do so; of several calls the links of both kinds are then busy at once.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -21,8 +22,20 @@ class Journey(Protocol):
     decision: RoutingDecision
     """With all that was found out about where rows go: a call that is given it asks nobody again."""
 
+    def hand_on(self) -> None:
+        """Lets rows that came go on, where this process is only a stop on their way."""
+        ...
+
     def compute(self, experts: Experts) -> None:
-        """Computes this process's experts on the rows that came, and lets the results leave."""
+        """Computes this process's experts on the rows that came."""
+        ...
+
+    def send_back(self) -> None:
+        """Lets the results leave."""
+        ...
+
+    def hand_back(self) -> None:
+        """Does with results what `hand_on` does with rows."""
         ...
 
     def receive(self, shared: Tensor | None, stream: Tensor | None) -> Tensor:
@@ -32,7 +45,13 @@ class Journey(Protocol):
 
 
 class Dispatcher(Protocol):
-    """Brings rows to their experts and back."""
+    """Brings rows to their experts and back.
+
+    Attributes:
+        returns_sums: whether results come back as weighted sums, so that no gradient needs them a second time.
+    """
+
+    returns_sums: ClassVar[bool]
 
     def decide(self, indices: Tensor, n_experts: int) -> RoutingDecision:
         """Finds what follows from the chosen experts, int64 [n, k], before any row travels."""
@@ -69,9 +88,18 @@ class _Stay:
         self._sorted: SortedRows = decision.route
         self._rows = self._sorted.sort(rows, weights.shape[1])
 
+    def hand_on(self) -> None:
+        """Does nothing."""
+
     def compute(self, experts: Experts) -> None:
         """Computes all experts."""
         self._rows = experts(self._rows, self.decision.counts)
+
+    def send_back(self) -> None:
+        """Does nothing."""
+
+    def hand_back(self) -> None:
+        """Does nothing."""
 
     def receive(self, shared: Tensor | None, stream: Tensor | None) -> Tensor:
         """Adds up each token's rows."""
@@ -80,6 +108,8 @@ class _Stay:
 
 class LocalDispatcher:
     """The dispatcher of a process that holds all experts."""
+
+    returns_sums: ClassVar[bool] = False
 
     def decide(self, indices: Tensor, n_experts: int) -> RoutingDecision:
         """Sorts the rows by expert."""

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mythos_ds.kernels.gradient_sums import GradientSums
 from mythos_ds.kernels.grouped_mlp import grouped_matmul_is_fast, grouped_swiglu
-from mythos_ds.kernels.looped_mlp import GradientSums, looped_swiglu
+from mythos_ds.kernels.looped_mlp import looped_swiglu
 from mythos_ds.kernels.swiglu import swiglu
 from mythos_ds.model.initializer import Initializer, Linear
 
@@ -57,7 +58,7 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Computes rows [n, dim] sorted by expert, counts int64 [n_experts] (local) -> [n, dim]."""
         if grouped_matmul_is_fast(rows, self.w1.shape[1], self.w1.shape[0]):
-            return grouped_swiglu(rows, counts, self.w1, self.w2, self.w3)
+            return grouped_swiglu(rows, counts, self.w1, self.w2, self.w3, sums=self._sums)
         return looped_swiglu(rows, counts.tolist(), self.w1, self.w2, self.w3, sums=self._sums)
 
     @contextmanager

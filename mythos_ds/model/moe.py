@@ -89,7 +89,18 @@ class MoE(nn.Module):
         shared = None if self.shared_experts is None else self.shared_experts(x).flatten(0, -2)  # while rows travel
         yield
         for journey in journeys:
+            journey.hand_on()
+        # A recompute that ends here has all that its backward needs before any result comes back.
+        needed = kept is None or context.last_replayed != self.layer or not self.dispatcher.returns_sums
+        for journey in journeys:
             journey.compute(self.experts)
+            if needed:
+                journey.send_back()
+        if not needed:
+            yield
+            return torch.empty_like(x if stream is None else stream)
+        for journey in journeys:
+            journey.hand_back()
         yield
         stream = None if stream is None else stream.flatten(0, -2)
         added = zip(journeys, _chunks(shared, n), _chunks(stream, n), strict=True)

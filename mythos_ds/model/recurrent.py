@@ -5,8 +5,8 @@ whatever the loop count (docs/deepspeed.md says what goes wrong otherwise). A pi
 layers calls `begin`, `run_layers` and `end` itself; exit rules and studies run single loops by `start` and `step`.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
@@ -71,6 +71,10 @@ class RecurrentBlock(nn.Module):
         self.starts_from_e = config.initial_state == "embedding"
         self.state_dtype = torch.bfloat16 if config.state_dtype == "bfloat16" else torch.float32
         self.lora_at_input = config.lora_target == "input"
+        # What has gradient and follows the last layer's mixture keeps what the mixture gave.
+        ends_later = config.halting in ("act", "act_openmythos") or (config.lora_rank and not self.lora_at_input)
+        by_loop = activation_checkpointing == "loop"
+        self.keeps_results = config.norm_placement == "after" or bool(by_loop and ends_later)
         self.activation_checkpointing = activation_checkpointing
         self.lane_driver: LaneDriver | None = None
         self.loop_embedding: LoopEmbedding | None = None
@@ -102,13 +106,19 @@ class RecurrentBlock(nn.Module):
         """Runs n_loops loops, the first n_loops - context.n_grad_loops of them without gradient."""
         h = self.start(e, context)
         halting = None if self.halting is None else HaltingState.start(h)
-        with ExitStack() as stack:
-            for moe in self.moe_layers():
-                stack.enter_context(moe.experts.adding_up())
+        with self.adding_up():
             h, halting = self._run_loops(h, e, n_loops, context, halting)
         if halting is None:
             return h.float()
         return self._with_ponder_cost(halting, context)
+
+    @contextmanager
+    def adding_up(self) -> Iterator[None]:
+        """Lets the gradients of each layer's experts add up in one place over the loops meanwhile."""
+        with ExitStack() as stack:
+            for moe in self.moe_layers():
+                stack.enter_context(moe.experts.adding_up())
+            yield
 
     def _run_loops(
         self, h: Tensor, e: Tensor, n_loops: int, context: ForwardContext, halting: HaltingState | None
@@ -161,7 +171,7 @@ class RecurrentBlock(nn.Module):
         for layer in map(int, self.layers):
             halted = None if halting is None else halting.halted_positions(loop, layer)
             arguments = context, x, e, (loop, layer), halted
-            x, begun, entries[loop, layer] = self.recomputed("layer", self._layer, *arguments)
+            x, begun, entries[loop, layer] = self.recomputed("layer", self._layer, *arguments, last=layer)
             injected, e = begun if injected is None else injected, None
         return x, injected, entries
 
@@ -187,13 +197,19 @@ class RecurrentBlock(nn.Module):
         return x, injected, entry
 
     def recomputed(
-        self, unit: Literal["layer", "loop"], function: Callable[..., Result], context: ForwardContext, *arguments: Any
+        self,
+        unit: Literal["layer", "loop"],
+        function: Callable[..., Result],
+        context: ForwardContext,
+        *arguments: Any,
+        last: int | None = None,
     ) -> Result:
-        """Calls function(context, *arguments); a block made to recompute by `unit` keeps the arguments alone, and calls
-        it again in backward, with the same routing."""
+        """Calls function(context, *arguments), which ends with layer `last`, None: the last one here. A block made to
+        recompute by `unit` keeps the arguments alone, and calls it again in backward, with the same routing."""
         if self.activation_checkpointing != unit or not torch.is_grad_enabled():
             return function(context, *arguments)
-        arguments = context.for_recompute(), *arguments
+        ends = max(map(int, self.layers)) if last is None else last
+        arguments = context.for_recompute(None if self.keeps_results else ends), *arguments
         return cast(Result, checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False))
 
     def end(self, x: Tensor, injected: Tensor | None, loop: LoopIndex) -> Tensor:

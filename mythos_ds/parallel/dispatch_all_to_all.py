@@ -1,6 +1,7 @@
 """The dispatcher `all_to_all`: a row for each token and expert, to the expert's rank and back."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.distributed as torch_distributed
@@ -45,6 +46,8 @@ class AllToAllDispatcher:
     that is given again does neither.
     """
 
+    returns_sums: ClassVar[bool] = False
+
     def __init__(self, group: torch_distributed.ProcessGroup):
         self.group = group
         self._size = torch_distributed.get_world_size(group)
@@ -64,7 +67,7 @@ class AllToAllDispatcher:
 
 
 class RowsToExperts:
-    """A row for each token and expert, under way. group None: on the meta device."""
+    """A row for each token and expert, under way."""
 
     def __init__(
         self,
@@ -80,12 +83,21 @@ class RowsToExperts:
         self._back = Passage(self._route.receive, self._route.send, group)
         self._rows = self._there.leave(rows)
 
+    def hand_on(self) -> None:
+        """Does nothing: rows go straight to their experts."""
+
     def compute(self, experts: Experts) -> None:
         """Computes this rank's experts."""
         route = self._route
         arrived = permute_rows(self._there.arrive(self._rows), route.order, route.back)
-        results = permute_rows(experts(arrived, route.counts), route.back, route.order)
-        self._rows = self._back.leave(results)
+        self._rows = permute_rows(experts(arrived, route.counts), route.back, route.order)
+
+    def send_back(self) -> None:
+        """Lets a row leave for each that came."""
+        self._rows = self._back.leave(self._rows)
+
+    def hand_back(self) -> None:
+        """Does nothing: results come straight back."""
 
     def receive(self, shared: Tensor | None, stream: Tensor | None) -> Tensor:
         """Adds up each token's rows."""

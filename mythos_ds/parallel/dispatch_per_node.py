@@ -3,6 +3,7 @@ place in their nodes, and on inside the node to each rank that does; results are
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.distributed as torch_distributed
@@ -23,6 +24,8 @@ class PerNodeDispatcher:
     A new decision exchanges counts over nodes and then inside, and the host waits for both at once; one that is given
     again exchanges none.
     """
+
+    returns_sums: ClassVar[bool] = True
 
     def __init__(self, groups: NodeGroups):
         self.groups = groups

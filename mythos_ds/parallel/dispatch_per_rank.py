@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.distributed as torch_distributed
@@ -34,22 +35,31 @@ class RowsOverHops:
         self._groups = groups
         self._under_way = [RowsOnHop(self._route.hops[0], rows, weights.flatten(), groups[0])]
 
-    def compute(self, experts: Experts) -> None:
-        """Computes this rank's experts on each row that came, and lets one row go back for it."""
-        rows, weights = self._under_way[0].arrive()
+    def hand_on(self) -> None:
+        """Lets rows leave on the second hop, if there is one."""
         for hop, group in zip(self._route.hops[1:], self._groups[1:], strict=True):
-            self._under_way.append(RowsOnHop(hop, rows, weights, group))
-            rows, weights = self._under_way[-1].arrive()
+            self._under_way.append(RowsOnHop(hop, *self._under_way[-1].arrive(), group))
+
+    def compute(self, experts: Experts) -> None:
+        """Computes this rank's experts on each row that came, and adds up one row for it."""
+        rows, weights = self._under_way[-1].arrive()
         own = self._route.own
         results = experts(repeat_rows(rows, own.slots), own.counts)
         weights = permute_rows(weights, own.order, own.slots.by_row)
-        self._under_way[-1].send_back(weighted_sum_rows(results, weights, own.slots))
+        self._sums = weighted_sum_rows(results, weights, own.slots)
 
-    def receive(self, shared: Tensor | None, stream: Tensor | None) -> Tensor:
-        """Adds up each token's rows."""
+    def send_back(self) -> None:
+        """Lets these rows leave."""
+        self._under_way[-1].send_back(self._sums)
+
+    def hand_back(self) -> None:
+        """Lets what came back over the second hop, if there is one, leave on the first."""
         while len(self._under_way) > 1:
             rows = self._under_way.pop().add_up()
             self._under_way[-1].send_back(rows)
+
+    def receive(self, shared: Tensor | None, stream: Tensor | None) -> Tensor:
+        """Adds up each token's rows."""
         return self._under_way[0].add_up(shared, stream)
 
 
@@ -59,6 +69,8 @@ class PerRankDispatcher:
     A new decision exchanges two counts per rank, for which the host waits, and for each pair of a token and an expert
     which is meant; one that is given again does neither.
     """
+
+    returns_sums: ClassVar[bool] = True
 
     def __init__(self, group: torch_distributed.ProcessGroup):
         self.group = group

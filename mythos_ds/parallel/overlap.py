@@ -56,11 +56,12 @@ class TwoLanes:
     ) -> tuple[Tensor, Tensor | None]:
         """Runs the block's layers once, in lanes: x [batch, seq, dim] -> the new x, and with e the injected state."""
         layers = [int(name) for name in block.layers]
-        units = [[layer] for layer in layers] if block.activation_checkpointing == "layer" else [layers]
+        by_layer = block.activation_checkpointing == "layer" and torch.is_grad_enabled()
+        units = [[layer] for layer in layers] if by_layer else [layers]
         xs, es = x.chunk(LANES), (None,) * LANES if e is None else e.chunk(LANES)
         injected: Sequence[Tensor | None] = (None,) * LANES
         for unit in units:
-            results = block.recomputed("layer", _unit, context, block, loop, unit, xs, es)
+            results = block.recomputed("layer", _unit, context, block, loop, unit, xs, es, last=unit[-1])
             xs = tuple(x for x, _ in results)
             if e is not None and es[0] is not None:
                 injected, es = tuple(begun for _, begun in results), (None,) * LANES

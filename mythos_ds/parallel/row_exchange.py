@@ -10,8 +10,19 @@ import torch.distributed as torch_distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Group = torch_distributed.ProcessGroup | None
-"""None: nobody is there, as on the meta device, where only sizes matter."""
+
+@dataclass(frozen=True)
+class Nobody:
+    """Stands for a group on the meta device, where nobody is and only sizes matter.
+
+    Attributes:
+        hop: which of a journey's hops goes over it.
+    """
+
+    hop: int = 0
+
+
+Group = torch_distributed.ProcessGroup | Nobody
 
 
 @dataclass
@@ -39,9 +50,11 @@ class Passage:
     def _start(self, rows: Tensor, there: list[int], here: list[int]) -> Tensor:
         rows = rows.contiguous()
         received, work = rows.new_empty(sum(here), *rows.shape[1:]), None
-        if self.group is not None:
+        if not isinstance(self.group, Nobody):
             work = torch_distributed.all_to_all_single(received, rows, here, there, group=self.group, async_op=True)
-        self._under_way = work, received, rows  # which must live as long
+        # Both must live as long; detached, or a passage that nobody waits for, as a recompute may end before it does,
+        # would hold the graph that holds it.
+        self._under_way = work, received.detach(), rows.detach()
         return received
 
     def _finish(self) -> Tensor:
@@ -91,7 +104,7 @@ class Counts:
     def ask(cls, outgoing: Tensor, group: Group) -> "Counts":
         """Lets the lines leave."""
         incoming, work = torch.empty_like(outgoing), None
-        if group is not None:
+        if not isinstance(group, Nobody):
             work = torch_distributed.all_to_all_single(incoming, outgoing, group=group, async_op=True)
         return cls(outgoing, incoming, work)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mythos_ds.config.layout import ModelChunk
 from mythos_ds.config.schema import ActivationCheckpointing, ModelConfig
-from mythos_ds.kernels import attention, cross_entropy
+from mythos_ds.kernels import attention, cross_entropy, grouped_mlp
 from mythos_ds.kernels.grouped_mlp import grouped_swiglu
 from mythos_ds.kernels.looped_mlp import looped_swiglu
 from mythos_ds.model.context import AuxLoss, ForwardContext
@@ -31,6 +31,7 @@ from mythos_ds.model.lm_head import LMHead
 from mythos_ds.model.moe import MoE
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.recurrent import RecurrentBlock
+from mythos_ds.parallel.overlap import LANES, overlap
 from mythos_ds.plan.even_dispatch import even_dispatcher
 from mythos_ds.plan.live_bytes import LiveBytes
 
@@ -62,6 +63,10 @@ class Workload:
     """Whether kernels take the ways of a GPU: experts as one grouped product, the loss in large chunks."""
     compiled: bool = False
     """Whether regions of elementwise work are compiled."""
+    overlap: bool = False
+    """Whether the loops run in two lanes."""
+    pads_groups: bool = False
+    """Whether the GPU's grouped products take whole 16 bytes of rows only."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Trace:
     without_weights: int
 
 
-class _Attention(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
     """Stands for a fused attention: keeps its inputs, its result and a number per row."""
 
     @staticmethod
@@ -94,9 +99,9 @@ class _Attention(torch.autograd.Function):
 class _EvenExperts(Experts):
     """As many rows for each expert."""
 
-    def __init__(self, local: int, config: ModelConfig, init: Initializer, on_gpu: bool):
+    def __init__(self, local: int, config: ModelConfig, init: Initializer, load: Workload):
         super().__init__(local, config.dim, config.expert_dim, init, config.resolved_init_std)
-        self.on_gpu = on_gpu
+        self.on_gpu, self.pads_groups = load.on_gpu, load.pads_groups
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         n = self.w1.shape[0]
@@ -105,12 +110,13 @@ class _EvenExperts(Experts):
         w3: Tensor = self.w3
         if self.on_gpu and rows.dtype == torch.bfloat16:
             counts = torch.empty(n, dtype=torch.int64, device=rows.device)
-            return grouped_swiglu(rows, counts, w1, w2, w3)
+            with patch.object(grouped_mlp, "takes_any_groups", lambda rows: not self.pads_groups):
+                return grouped_swiglu(rows, counts, w1, w2, w3, sums=self._sums)
         if n > _MANY_EXPERTS:  # what is kept of all rows does not depend on how many share them
             n = _MANY_EXPERTS
             w1, w2, w3 = w1[:n], w2[:n], w3[:n]
         sizes = [rows.shape[0] // n + (i < rows.shape[0] % n) for i in range(n)]
-        return looped_swiglu(rows, sizes, w1, w2, w3)
+        return looped_swiglu(rows, sizes, w1, w2, w3, sums=self._sums if n == len(self.w1) else None)
 
 
 def _line(measure: Callable[..., int]) -> Callable[..., int]:
@@ -133,7 +139,13 @@ def _samples(load: Workload) -> tuple[Workload, Workload] | None:
     """Two workloads of fewer tokens, the second of twice the first's; None where the workload itself has few."""
     if load.rows * load.seq_len <= _MANY_TOKENS:
         return None
-    return replace(load, rows=1, seq_len=_SAMPLE_TOKENS), replace(load, rows=1, seq_len=2 * _SAMPLE_TOKENS)
+    return sample(load, _SAMPLE_TOKENS), sample(load, 2 * _SAMPLE_TOKENS)
+
+
+def sample(load: Workload, tokens: int) -> Workload:
+    """The workload with `tokens` tokens: one sequence, or one for each lane."""
+    rows = LANES if load.overlap else 1
+    return replace(load, rows=rows, seq_len=tokens // rows)
 
 
 def _extended(few: int, more: int, load: Workload) -> int:
@@ -221,7 +233,7 @@ def piece(load: Workload, part: ModelChunk, dtype: torch.dtype) -> tuple[MythosM
     """Makes a part of the model on the meta device, its context, and an input [rows, seq_len, dim] with gradient."""
     with torch.device("meta"):
         model = MythosModel(load.model, moe_factory=_even(load), part=part, activation_checkpointing=load.checkpointing)
-        _set_types(model, load)
+        _prepare(model, load)
         tokens = torch.empty(load.rows, load.seq_len, dtype=torch.int64)
         x = torch.empty(load.rows, load.seq_len, load.model.dim, dtype=dtype, requires_grad=True)
     return model, model.make_context(tokens, None, _AUX, load.grad_loops), x
@@ -247,7 +259,7 @@ def _even(load: Workload) -> type[MoE]:
         """The mixture with this process's experts."""
 
         def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
-            return _EvenExperts(config.n_experts // load.ep_size, config, init, load.on_gpu)
+            return _EvenExperts(config.n_experts // load.ep_size, config, init, load)
 
         def make_dispatcher(self) -> Dispatcher:
             return even_dispatcher(load.dispatch, load.model, load.ep_size, load.ranks_per_node)
@@ -282,7 +294,7 @@ def _dropping(model: nn.Module) -> Iterator[None]:
 def _run(load: Workload, loops: int) -> Trace:
     with torch.device("meta"):
         model = MythosModel(load.model, moe_factory=_even(load), activation_checkpointing=load.checkpointing)
-        _set_types(model, load)
+        _prepare(model, load)
         tokens = torch.empty(load.rows, load.seq_len, dtype=torch.int64)
     live = LiveBytes(existing=False)
     with _substitutes(), loss_chunks(load), _gathers(model, live), live:
@@ -293,11 +305,13 @@ def _run(load: Workload, loops: int) -> Trace:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
-    return _Attention.apply(q, k, v)
+    return FusedAttention.apply(q, k, v)
 
 
-def _set_types(model: nn.Module, load: Workload) -> None:
-    """Buffers stay fp32, whatever the weights and their gradients are."""
+def _prepare(model: MythosModel, load: Workload) -> None:
+    """Lanes and types as in training: buffers stay fp32, whatever the weights and their gradients are."""
+    if load.overlap:
+        overlap(model)
     model.to(load.dtype)
     if load.grad_dtype != load.dtype:
         for parameter in model.parameters():

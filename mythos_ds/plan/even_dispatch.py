@@ -3,6 +3,7 @@ compute on one process, with tokens spread evenly over the experts.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from mythos_ds.model.dispatch import Dispatcher, Journey, LocalDispatcher
 from mythos_ds.model.routing_replay import RoutingDecision
 from mythos_ds.parallel.dispatch_all_to_all import RowsToExperts, SortedRoute
 from mythos_ds.parallel.dispatch_per_rank import RouteOverHops, RowsOverHops
+from mythos_ds.parallel.row_exchange import Nobody
 from mythos_ds.parallel.row_hop import Hop, OwnExperts, Wanted
 
 
@@ -31,6 +33,8 @@ def even_dispatcher(name: str, model: ModelConfig, ep_size: int, ranks_per_node:
 
 
 class _ToExperts:
+    returns_sums: ClassVar[bool] = False
+
     def decide(self, indices: Tensor, n_experts: int) -> RoutingDecision:
         return LocalDispatcher().decide(indices, n_experts)
 
@@ -40,7 +44,7 @@ class _ToExperts:
             order, number = _integers(weights.numel()), [weights.numel()]
             route = SortedRoute(route, number, number, order, inverse_permutation(order), decision.counts)
         decision = replace(decision, route=route)
-        return RowsToExperts(route.rows.sort(rows, weights.shape[1]), weights, decision, None)
+        return RowsToExperts(route.rows.sort(rows, weights.shape[1]), weights, decision, Nobody())
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class _OverHops:
     """Of a token after each hop."""
     local: int
     """Experts of this process."""
+    returns_sums: ClassVar[bool] = True
 
     def decide(self, indices: Tensor, n_experts: int) -> RoutingDecision:
         return RoutingDecision(indices, count_experts(indices, n_experts))
@@ -56,7 +61,7 @@ class _OverHops:
     def send(self, rows: Tensor, weights: Tensor, decision: RoutingDecision) -> Journey:
         if decision.route is None:
             decision = replace(decision, route=self._route(len(rows), weights.numel()))
-        return RowsOverHops(rows, weights, decision, [None] * len(self.copies))
+        return RowsOverHops(rows, weights, decision, [Nobody(hop) for hop in range(len(self.copies))])
 
     def _route(self, tokens: int, pairs: int) -> RouteOverHops:
         hops, here = [], tokens

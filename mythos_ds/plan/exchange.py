@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.costs.reach import PlannedDispatch, places_reached, planned_dispatch
+from mythos_ds.hardware import Gpu
 
 _BYTES = {"bfloat16": 2, "float32": 4}
 _INTEGER_BYTES, _WEIGHT_BYTES = 8, 4
@@ -34,12 +35,23 @@ class Exchanged:
 
 
 @dataclass(frozen=True)
-class _Hop:
-    """An all-to-all: ranks that share a node with the sender, those on other nodes, and copies of a token."""
+class HopLinks:
+    """An all-to-all: ranks that share a node with the sender, it included, those on other nodes, and copies of a
+    token."""
 
     near: int
     far: int
     copies: float
+
+    def split(self, size: float) -> tuple[float, float]:
+        """Takes of `size` bytes, handed to it evenly, those to other ranks of the node, and those to other nodes."""
+        ranks = self.near + self.far
+        return size * max(0, self.near - 1) / ranks, size * self.far / ranks
+
+    def seconds(self, size: float, gpu: Gpu) -> float:
+        """Computes how long `size` bytes take over both kinds of links, which work at the same time."""
+        node, network = self.split(size)
+        return max(node / gpu.node_bandwidth, network / gpu.network_bandwidth)
 
 
 def exchanged(
@@ -60,15 +72,12 @@ def exchanged(
     recomputed = graded if config.parallel.activation_checkpointing != "none" else 0.0
     out = n_loops + graded + recomputed
     back = n_loops + graded + recomputed * repeated_way_back(config, dispatch, layers)
-    hops = _hops(resolved, dispatch, ep_size)
     weights = 0.0 if dispatch.name == "all_to_all" else pairs * _WEIGHT_BYTES
     total = node = network = 0.0
-    for hop in hops:
+    for hop in hop_links(resolved, index, ranks_per_node):
         size = tokens * hop.copies * row * (out + back) + weights * out
-        ranks = hop.near + hop.far
-        total += size
-        node += size * max(0, hop.near - 1) / ranks
-        network += size * hop.far / ranks
+        near, far = hop.split(size)
+        total, node, network = total + size, node + near, network + far
     integers = n_loops * _integers(dispatch, ep_size, model.n_experts, pairs)
     return Exchanged(total, node, network, integers) * (layers * resolved.gradient_accumulation_steps)
 
@@ -87,15 +96,18 @@ def repeated_way_back(config: RunConfig, dispatch: PlannedDispatch, layers: int)
     return 1.0 if ends_later else (layers - 1) / layers
 
 
-def _hops(resolved: ResolvedRun, dispatch: PlannedDispatch, ep_size: int) -> list[_Hop]:
+def hop_links(resolved: ResolvedRun, index: int, ranks_per_node: int | None = None) -> list[HopLinks]:
+    """Lists the hops of a journey of stage `index`, which has experts on several ranks."""
+    dispatch = planned_dispatch(resolved, ranks_per_node)
+    ep_size = resolved.layout(resolved.stages[index].first_rank).ep_size
     model, per_node = resolved.config.model, dispatch.ranks_per_node
     near = min(per_node, ep_size)
     if dispatch.name == "per_node":
         nodes = ep_size // per_node
-        across = _Hop(1, nodes - 1, places_reached(model, nodes))
-        return [across, _Hop(per_node, 0, places_reached(model, ep_size))]
+        across = HopLinks(1, nodes - 1, places_reached(model, nodes))
+        return [across, HopLinks(per_node, 0, places_reached(model, ep_size))]
     copies = model.n_experts_per_tok if dispatch.name == "all_to_all" else places_reached(model, ep_size)
-    return [_Hop(near, ep_size - near, copies)]
+    return [HopLinks(near, ep_size - near, copies)]
 
 
 def _integers(dispatch: PlannedDispatch, ep_size: int, n_experts: int, pairs: int) -> float:

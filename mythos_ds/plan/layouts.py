@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import product
 from math import gcd
 from typing import Any
@@ -12,7 +13,7 @@ from mythos_ds.config.schema import RunConfig
 from mythos_ds.errors import ConfigError
 from mythos_ds.hardware import Gpu
 from mythos_ds.plan.memory import Memory, memory
-from mythos_ds.plan.timing import Timing, timing
+from mythos_ds.plan.timing import Timing, least_seconds, timing
 
 COMMON = "parallel."
 """What settings begin with that all training stages share."""
@@ -147,7 +148,7 @@ def _examined(config: RunConfig, gpus: int, gpu: Gpu, changes: dict[str, Any], g
 
 def candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[dict[str, Any]]:
     """Expert-parallel sizes inside a node or over whole nodes, rings of few stages, half, once and twice the
-    micro-batch, without recomputation, by layer and by loop."""
+    micro-batch, without recomputation, by layer and by loop; each dispatcher, without and with two lanes."""
     model, rows = config.model, config.training.micro_batch_size
     for stages in (p for p in (1, 2, _MOST_STAGES) if model.recurrent_layers % p == 0 and gpus % p == 0):
         per_stage = gpus // stages
@@ -155,9 +156,19 @@ def candidates(config: RunConfig, gpus: int, gpu: Gpu) -> Iterator[dict[str, Any
         aware = [n for n in sizes if gpu.gpus_per_node % n == 0 or n % gpu.gpus_per_node == 0]
         for ep_size in aware:
             for micro_batch, kept in product(sorted({max(1, rows // 2), rows, 2 * rows}), ("layer", "loop", "none")):
-                changes = {"parallel.ep_size": ep_size, "training.micro_batch_size": micro_batch}
+                changes: dict[str, Any] = {"parallel.ep_size": ep_size, "training.micro_batch_size": micro_batch}
                 changes |= _sums(config, stages)
-                yield {**changes, "parallel.pp_size": stages, "parallel.activation_checkpointing": kept}
+                changes |= {"parallel.pp_size": stages, "parallel.activation_checkpointing": kept}
+                for dispatch, lanes in _exchanges(ep_size, gpu.gpus_per_node):
+                    yield {**changes, "parallel.dispatch": dispatch, "parallel.overlap": lanes}
+
+
+def _exchanges(ep_size: int, per_node: int) -> Iterator[tuple[str, bool]]:
+    """How rows may reach their experts."""
+    if ep_size == 1:
+        yield "all_to_all", False
+        return
+    yield from product(["all_to_all", "per_rank", *(["per_node"] if ep_size > per_node else [])], (False, True))
 
 
 def _savers(config: RunConfig) -> list[dict[str, Any]]:
@@ -170,29 +181,12 @@ def _savers(config: RunConfig) -> list[dict[str, Any]]:
 
 def ranked(configs: Sequence[RunConfig], gpus: int, gpu: Gpu, objective: str, *, most: int) -> list[tuple[Layout, ...]]:
     """The best layouts that fit every training stage, as one `Layout` of each: by time of the run as built, or by
-    memory of its fullest stage. Times come first, as they are quick to find; memory is looked at in that order until
-    `most` layouts fit. A layout that has no room is not tried with more."""
-    means = curriculum_starts(configs)
+    memory of its fullest stage. Times come first; memory is looked at in that order until `most` layouts fit. A layout
+    that has no room is not tried with more. By memory none has lanes or sums rows elsewhere, which take more."""
     for number in range(len(_savers(configs[0]))):
-        timed = []
-        for candidate in candidates(configs[0], gpus, gpu):
-            of_stages = _in_all_stages(configs, candidate, number)
-            if objective == "memory" and of_stages[0]["parallel.activation_checkpointing"] == "none":
-                continue
-            try:
-                runs = [
-                    resolve(with_changes(config, changes), gpus, mean)
-                    for config, changes, mean in zip(configs, of_stages, means, strict=True)
-                ]
-            except ConfigError:
-                continue
-            timed.append(([timing(run, gpu) for run in runs], runs, of_stages))
-        timed.sort(key=lambda entry: _mean_seconds(entry[0], entry[1]))
         found: list[tuple[Layout, ...]] = []
-        too_large: list[tuple[int, dict[str, Any]]] = []
-        for steps, runs, of_stages in timed:
-            fitting = _fitting(gpu, too_large, steps, runs, of_stages)
-            found += [fitting] if fitting is not None else []
+        for layouts in _by_time(_tried(configs, gpus, gpu, number, plain=objective == "memory"), gpu):
+            found.append(layouts)
             if len(found) == most and objective == "time":
                 break
         if found:
@@ -202,23 +196,78 @@ def ranked(configs: Sequence[RunConfig], gpus: int, gpu: Gpu, objective: str, *,
     return found[:most]
 
 
+Candidate = tuple[list[ResolvedRun], tuple[dict[str, Any], ...]]
+"""A layout of all training stages: each as resolved, and its changes."""
+
+
+def _tried(configs: Sequence[RunConfig], gpus: int, gpu: Gpu, saver: int, *, plain: bool) -> list[Candidate]:
+    """The candidates that contradict nothing; plain: those that take least memory of each kind."""
+    means, made = curriculum_starts(configs), []
+    for candidate in candidates(configs[0], gpus, gpu):
+        exchange = candidate["parallel.dispatch"], candidate["parallel.overlap"]
+        keeps_all = candidate["parallel.activation_checkpointing"] == "none"
+        if plain and (keeps_all or exchange != ("all_to_all", False)):
+            continue
+        of_stages = _in_all_stages(configs, candidate, saver)
+        try:
+            runs = [
+                resolve(with_changes(config, changes), gpus, mean)
+                for config, changes, mean in zip(configs, of_stages, means, strict=True)
+            ]
+        except ConfigError:
+            continue
+        made.append((runs, of_stages))
+    return made
+
+
+def _by_time(tried: Sequence[Candidate], gpu: Gpu) -> Iterator[tuple[Layout, ...]]:
+    """The candidates that fit, the fastest first. One is looked at closely, which takes seconds, once it may be the
+    next: first at its memory, as most of the fast ones have no room, and as what has none rules out others."""
+    floors = [_mean_seconds([least_seconds(run, gpu) for run in runs], runs) for runs, _ in tried]
+    waiting = sorted(range(len(tried)), key=lambda index: -floors[index])
+    closely: list[tuple[float, int, tuple[Layout, ...]]] = []
+    too_large: list[_TooLarge] = []
+    while waiting or closely:
+        while waiting and (not closely or floors[waiting[-1]] < closely[0][0]):
+            index = waiting.pop()
+            runs, of_stages = tried[index]
+            sizes = _fitting(gpu, too_large, runs, of_stages)
+            if sizes is None:
+                continue
+            parts = zip(of_stages, runs, sizes, strict=True)
+            layouts = tuple(Layout(changes, run, size, timing(run, gpu)) for changes, run, size in parts)
+            seconds = _mean_seconds([layout.timing.built_s for layout in layouts], runs)
+            heappush(closely, (seconds, index, layouts))
+        if closely:
+            yield heappop(closely)[2]
+
+
+_FAR = 1.1
+"""Times a GPU's memory: more than what dispatchers and lanes differ by."""
+
+
+@dataclass(frozen=True)
+class _TooLarge:
+    """A layout of a training stage that has no room; by far: whatever its dispatcher and lanes."""
+
+    stage: int
+    changes: dict[str, Any]
+    by_far: bool
+
+
 def _fitting(
-    gpu: Gpu,
-    too_large: list[tuple[int, dict[str, Any]]],
-    steps: Sequence[Timing],
-    runs: Sequence[ResolvedRun],
-    of_stages: Sequence[dict[str, Any]],
-) -> tuple[Layout, ...] | None:
-    """The layouts of all training stages, or None where one does not fit; that one is added to `too_large`."""
-    layouts: list[Layout] = []
-    for index, (step, run, changes) in enumerate(zip(steps, runs, of_stages, strict=True)):
-        if any(at == index and _asks_more(changes, other) for at, other in too_large):
+    gpu: Gpu, too_large: list[_TooLarge], runs: Sequence[ResolvedRun], of_stages: Sequence[dict[str, Any]]
+) -> list[Memory] | None:
+    """The memory of all training stages, or None where one does not fit; that one is added to `too_large`."""
+    found = []
+    for index, (run, changes) in enumerate(zip(runs, of_stages, strict=True)):
+        if any(other.stage == index and _asks_more(changes, other) for other in too_large):
             return None
-        layouts.append(Layout(changes, run, memory(run), step))
-        if not layouts[-1].fits(gpu):
-            too_large.append((index, changes))
+        found.append(memory(run))
+        if found[-1].total > gpu.memory_bytes:
+            too_large.append(_TooLarge(index, changes, found[-1].total > _FAR * gpu.memory_bytes))
             return None
-    return tuple(layouts)
+    return found
 
 
 def _in_all_stages(configs: Sequence[RunConfig], changes: dict[str, Any], saver: int) -> tuple[dict[str, Any], ...]:
@@ -232,18 +281,20 @@ def _in_all_stages(configs: Sequence[RunConfig], changes: dict[str, Any], saver:
     return tuple(made)
 
 
-def _mean_seconds(steps: Sequence[Timing], runs: Sequence[ResolvedRun]) -> float:
-    """Seconds per token of all stages as built."""
-    tokens = [run.total_tokens for run in runs]
-    shares = [count / sum(tokens) for count in tokens]
-    return sum(step.serial_s / step.tokens_per_step * share for step, share in zip(steps, shares, strict=True))
+def _mean_seconds(steps: Sequence[float], runs: Sequence[ResolvedRun]) -> float:
+    """Seconds per token of all stages, given those of a step of each."""
+    tokens = sum(run.total_tokens for run in runs)
+    return sum(
+        seconds / run.tokens_per_step * run.total_tokens / tokens for seconds, run in zip(steps, runs, strict=True)
+    )
 
 
-def _asks_more(changes: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether a layout needs at least the memory of another: all alike, but as many or more rows, and the same
+def _asks_more(changes: dict[str, Any], other: _TooLarge) -> bool:
+    """Whether a layout needs at least the memory that another lacks: all alike, but as many or more rows, and the same
     recomputation or none."""
     loose = {"training.micro_batch_size", "parallel.activation_checkpointing"}
-    alike = all(changes[key] == other[key] for key in changes.keys() - loose)
-    unit, other_unit = (c["parallel.activation_checkpointing"] for c in (changes, other))
-    more_rows = changes["training.micro_batch_size"] >= other["training.micro_batch_size"]
+    loose |= {"parallel.dispatch", "parallel.overlap"} if other.by_far else set()
+    alike = all(changes[key] == other.changes[key] for key in changes.keys() - loose)
+    unit, other_unit = (c["parallel.activation_checkpointing"] for c in (changes, other.changes))
+    more_rows = changes["training.micro_batch_size"] >= other.changes["training.micro_batch_size"]
     return alike and more_rows and unit in ("none", other_unit)

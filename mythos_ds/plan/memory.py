@@ -12,6 +12,7 @@ from mythos_ds.config.schema import ModelConfig, TrainingConfig
 from mythos_ds.costs.communicators import CUDA_CONTEXT_BYTES, communicators
 from mythos_ds.costs.pipeline import PipelinePrediction, predict
 from mythos_ds.costs.reach import planned_dispatch
+from mythos_ds.hardware import PADS_GROUPS
 from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.parameter_roles import MATRIX, is_expert, role_of
 from mythos_ds.plan.activation_trace import Workload, coda_bytes, dense_layer_bytes, loops_bytes, trace, visit_bytes
@@ -126,6 +127,8 @@ def workload(resolved: ResolvedRun, index: int = 0, *, on_gpu: bool = True) -> W
         ranks_per_node=dispatch.ranks_per_node if dispatch.name == "per_node" else 1,
         on_gpu=on_gpu,
         compiled=(config.training.compile or ("regions" if on_gpu else "none")) == "regions",
+        overlap=config.parallel.overlap,
+        pads_groups=config.cluster is not None and config.cluster.gpu in PADS_GROUPS,
     )
 
 

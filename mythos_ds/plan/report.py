@@ -14,7 +14,8 @@ from mythos_ds.costs.params import count_parameters
 from mythos_ds.formatting import byte_text, dollar_text, number_text
 from mythos_ds.hardware import Gpu
 from mythos_ds.plan.layouts import Layout
-from mythos_ds.plan.timing import checkpoint, costs, serving
+from mythos_ds.plan.slots import HOTTEST
+from mythos_ds.plan.timing import EXCHANGE, checkpoint, costs, serving
 from mythos_ds.plan.traffic import node_limit
 
 
@@ -41,11 +42,14 @@ def as_numbers(layout: Layout, gpu: Gpu, tokens: float, remedy: Layout | None, o
         "memory_bound_s": step.memory_s,
         "launch_s": step.launch_s,
         "assumptions": {name: value for name, value in vars(gpu).items() if name != "name"},
+        "row_waits_s": step.waits_s,
         "pipeline_idle_share": step.idle_share,
         "step_bound_s": step.bound_s,
-        "step_as_built_s": step.serial_s,
+        "step_as_built_s": step.built_s,
         "mfu_bound": step.mfu_bound,
-        "mfu_as_built": step.mfu_serial,
+        "mfu_as_built": step.mfu_built,
+        "step_hottest_rank_s": step.hottest_s,
+        "mfu_hottest_rank": step.mfu_hottest,
         "evaluation_share": evaluation_share(resolved),
         "reasons": reasons(layout),
         "costs": [
@@ -61,7 +65,7 @@ def as_numbers(layout: Layout, gpu: Gpu, tokens: float, remedy: Layout | None, o
         "layouts": [
             {
                 "changes": other.changes, "memory_total_bytes": other.memory.total,
-                "step_as_built_s": other.timing.serial_s, "mfu_as_built": other.timing.mfu_serial,
+                "step_as_built_s": other.timing.built_s, "mfu_as_built": other.timing.mfu_built,
                 "mfu_bound": other.timing.mfu_bound, "tokens_per_step": other.timing.tokens_per_step,
             }
             for other in others
@@ -103,8 +107,9 @@ def reasons(layout: Layout) -> list[str]:
         "operations beside products wait for memory": step.memory_s,
         "the host launches operations": max(0.0, step.launch_s - step.compute_s - step.memory_s),
         "loops are computed again in backward": step.compute_s * _kernel_share(layout) * recompute,
-        **{f"{t.name} is not hidden behind computation": t.seconds for t in step.transfers},
-        "the pipeline idles": step.serial_s * step.idle_share,
+        f"{EXCHANGE} is not hidden behind computation": step.waits_s,
+        **{f"{t.name} is not hidden behind computation": t.seconds for t in step.transfers if t.name != EXCHANGE},
+        "the pipeline idles": step.built_s * step.idle_share,
     }
     return [name for name, seconds in sorted(lost.items(), key=lambda entry: -entry[1]) if seconds > 0]
 
@@ -192,9 +197,10 @@ def _saved_text(numbers: dict[str, Any]) -> str:
 def _reach_text(numbers: dict[str, Any]) -> str | None:
     reach = numbers["node_limited_routing"]
     return reach and (
-        f"expert groups span {reach['nodes']} nodes: {reach['sent']:.3g} copies of a token leave its node for each "
-        "looped layer, one per expert; node-limited routing does not change that and does not pay. Sent once per "
-        f"node it would be {reach['once_per_node']:.3g}, limited to {reach['limit']} nodes {reach['limited']:.3g}"
+        f'expert groups span {reach["nodes"]} nodes: by parallel.dispatch "{reach["dispatch"]}" {reach["sent"]:.3g} '
+        f'copies of a token leave its node for each looped layer; by "all_to_all" {reach["one_per_expert"]:.3g}, one '
+        f'per expert, by "per_node" {reach["once_per_node"]:.3g}, and {reach["limited"]:.3g} with routing limited to '
+        f"{reach['limit']} nodes (model.n_expert_groups={reach['nodes']}, n_limited_groups={reach['limit']})"
     )
 
 
@@ -251,10 +257,15 @@ def _step_table(numbers: dict[str, Any]) -> Table:
     for moved in numbers["transfers"]:
         cells = (byte_text(moved["node_bytes"]), byte_text(moved["network_bytes"]), f"{moved['seconds']:.3g}")
         made.add_row(moved["name"], *cells)
+    made.add_row("waits for rows, of dispatch and combine", "", "", f"{numbers['row_waits_s']:.3g}")
     made.add_row("step, all hidden", "", "", f"{numbers['step_bound_s']:.3g}")
-    made.add_row("step as built, nothing hidden", "", "", f"{numbers['step_as_built_s']:.3g}")
-    lost = "; ".join(numbers["reasons"][:4])
-    made.caption = f"MFU at most {numbers['mfu_bound']:.0%}, as built {numbers['mfu_as_built']:.0%}; lost to: {lost}"
+    made.add_row("step as built, only rows hidden", "", "", f"{numbers['step_as_built_s']:.3g}")
+    lost, uneven = "; ".join(numbers["reasons"][:4]), ""
+    if numbers["mfu_hottest_rank"] is not None and numbers["row_waits_s"]:
+        uneven = f", {numbers['mfu_hottest_rank']:.0%} where the hottest rank has {HOTTEST} times the mean of rows"
+    made.caption = (
+        f"MFU at most {numbers['mfu_bound']:.0%}, as built {numbers['mfu_as_built']:.0%}{uneven}; lost to: {lost}"
+    )
     return made
 
 
@@ -287,7 +298,16 @@ def _cost_table(numbers: dict[str, Any]) -> Table:
     return made
 
 
-_STEP_KEYS = ("transfers", "compute_s", "memory_bound_s", "step_bound_s", "step_as_built_s", "mfu_bound", "reasons")
+_STEP_KEYS = (
+    "transfers",
+    "row_waits_s",
+    "compute_s",
+    "memory_bound_s",
+    "step_bound_s",
+    "step_as_built_s",
+    "mfu_bound",
+    "reasons",
+)
 _PARTS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], Table | str | None]]] = {
     "parameters": (("parameters", "flops"), _counted_text),
     "memory": (("memory_bytes",), _memory_table),
@@ -339,13 +359,14 @@ def draw(name: str, numbers: dict[str, Any], path: Path) -> None:
     for number, stage in enumerate(stages):
         start = 0.0
         own = {"products and attention": stage["compute_s"], "memory-bound": stage["memory_bound_s"]}
-        parts = {**own, **{t["name"]: t["seconds"] for t in stage["transfers"]}}
+        bare = {t["name"]: t["seconds"] for t in stage["transfers"] if t["name"] != EXCHANGE}
+        parts = {**own, "waits for rows": stage["row_waits_s"], **bare}
         for part, seconds in parts.items():
             right.barh([number], [seconds], left=start, height=0.4, **look(part))
             start += seconds
         hidden = "" if number else "all hidden"
         right.vlines(stage["step_bound_s"], number - 0.4, number + 0.4, color="black", linestyle="--", label=hidden)
-    right.set(ylim=(-0.5, len(stages) + 0.5), xlabel="seconds per step", title="a mean step, nothing hidden")
+    right.set(ylim=(-0.5, len(stages) + 0.5), xlabel="seconds per step", title="a mean step as built, only rows hidden")
     right.set_yticks(range(len(shown)), shown)
     right.legend(fontsize="x-small", loc="upper left")
     figure.savefig(path, dpi=110)

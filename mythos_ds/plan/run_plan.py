@@ -79,7 +79,7 @@ def plan_numbers(
                 "changes": _as_overrides(stages, other),
                 "memory_total_bytes": max(layout.memory.total for layout in other),
                 "days_as_built": sum(
-                    layout.timing.serial_s * layout.resolved.total_tokens / layout.timing.tokens_per_step / 86400
+                    layout.timing.built_s * layout.resolved.total_tokens / layout.timing.tokens_per_step / 86400
                     for layout in other
                 ),
             }

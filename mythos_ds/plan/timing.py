@@ -1,7 +1,7 @@
 """How long a step takes at best, what holds it up, and what a run costs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from typing import Any
 
@@ -11,14 +11,16 @@ from mythos_ds.costs.params import checkpoint_disk_bytes, count_parameters
 from mythos_ds.costs.pipeline import predict
 from mythos_ds.costs.reach import planned_dispatch
 from mythos_ds.hardware import Gpu
+from mythos_ds.plan.activation_trace import Workload
 from mythos_ds.plan.device_traffic import micro_batch
 from mythos_ds.plan.exchange import exchanged
 from mythos_ds.plan.memory import states, workload
+from mythos_ds.plan.slots import row_waits
 from mythos_ds.plan.traffic import mean_graded_loops, traffic
 
 TARGETS = (0.45, 0.35)
 """Model FLOPs utilisations that runs are also priced at: ambitious, and good."""
-_EXCHANGE = "dispatch and combine"
+EXCHANGE = "dispatch and combine"
 _SERVING_SHARE = 0.9
 """Of a GPU's memory that weights and cache may take."""
 
@@ -43,8 +45,11 @@ class Timing:
         launch_s: the host's time to launch all of these, hidden behind them where they take longer.
         transfers: what travels.
         idle_share: of a pipeline.
+        waits_s: of computation for rows of tokens, in the order in which loops compute and let rows leave.
         bound_s: if everything that travels were hidden behind computation, or the other way round.
-        serial_s: as built: nothing is hidden.
+        built_s: as built: rows are hidden as `waits_s` says, and nothing else that travels.
+        hottest_s: the same where all wait for the hottest rank of each exchange, with `slots.HOTTEST` times the mean of
+            rows; None where that is not known.
         tokens_per_step: of all GPUs.
         model_flops: of a step per GPU, without what is recomputed.
     """
@@ -54,8 +59,10 @@ class Timing:
     launch_s: float
     transfers: tuple[Transfer, ...]
     idle_share: float
+    waits_s: float
     bound_s: float
-    serial_s: float
+    built_s: float
+    hottest_s: float | None
     tokens_per_step: int
     model_flops: float
     peak_flops: float
@@ -66,54 +73,72 @@ class Timing:
         return self.model_flops / (self.bound_s * self.peak_flops)
 
     @property
-    def mfu_serial(self) -> float:
-        """Model FLOPs utilisation of `serial_s`."""
-        return self.model_flops / (self.serial_s * self.peak_flops)
+    def mfu_built(self) -> float:
+        """Model FLOPs utilisation of `built_s`."""
+        return self.model_flops / (self.built_s * self.peak_flops)
+
+    @property
+    def mfu_hottest(self) -> float | None:
+        """Model FLOPs utilisation of `hottest_s`."""
+        return None if self.hottest_s is None else self.model_flops / (self.hottest_s * self.peak_flops)
 
 
 def timing(resolved: ResolvedRun, gpu: Gpu) -> Timing:
     """The mean step of a run; of a pipeline the busiest stage."""
-    config, world = resolved.config, resolved.world_size
+    config = resolved.config
     cost = expected_flops_per_token(config, resolved.mean_backprop_depth, resolved.grows_from)
-    tokens = resolved.tokens_per_step / world
-    compute = (cost.training + cost.recompute) * tokens / (gpu.peak_flops * gpu.kernel_share)
+    tokens = resolved.tokens_per_step / resolved.world_size
     loops, graded = mean_training_depth(config, resolved.grows_from), mean_graded_loops(resolved)
     moved = [transfers(resolved, loops, graded, gpu, index) for index in range(len(resolved.stages))]
     busiest = max(moved, key=lambda found: sum(transfer.seconds for transfer in found))
+    waits = row_waits(resolved, loops, graded, gpu, moved.index(busiest))
     idle = predict(resolved, config.model.mean_recurrence).bubble if len(resolved.stages) > 1 else 0.0
     network = sum(t.network_bytes for t in busiest) / gpu.network_bandwidth
     node = sum(t.node_bytes for t in busiest) / gpu.node_bandwidth
-    memory_s, launch_s = _beside_products(resolved, gpu, loops, graded)
+    compute, memory_s, launch_s = _working(resolved, gpu, workload(resolved))
     busy = max(compute + memory_s, launch_s)
     bound = max(busy, network, node) / (1 - idle)
-    serial = (busy + sum(t.seconds for t in busiest)) / (1 - idle)
+    bare = sum(t.seconds for t in busiest if t.name != EXCHANGE)
+    built = (busy + bare + waits.even) / (1 - idle)
     return Timing(
         compute,
         memory_s,
         launch_s,
         busiest,
         idle,
+        waits.even,
         bound,
-        serial,
+        built,
+        None if waits.hottest is None else built + waits.hottest / (1 - idle),
         resolved.tokens_per_step,
         cost.training * tokens,
         gpu.peak_flops,
     )
 
 
-def _beside_products(resolved: ResolvedRun, gpu: Gpu, loops: float, graded: float) -> tuple[float, float]:
-    """What operations beside products and attention take in a mean step, with reading and writing all states in the
-    update; and launching all but those of the update. Of a pipeline the mean over its stages."""
-    moved = micro_batch(workload(resolved), loops, graded)
+def least_seconds(resolved: ResolvedRun, gpu: Gpu) -> float:
+    """Computes what a mean step takes at least, as `Timing.built_s`: if no GPU waited for rows, and lanes cost nothing.
+    Quicker than `timing`."""
+    loops, graded = mean_training_depth(resolved.config, resolved.grows_from), mean_graded_loops(resolved)
+    moved = [transfers(resolved, loops, graded, gpu, index) for index in range(len(resolved.stages))]
+    bare = min(sum(t.seconds for t in found if t.name != EXCHANGE) for found in moved)
+    compute, memory_s, launch_s = _working(resolved, gpu, replace(workload(resolved), overlap=False))
+    idle = predict(resolved, resolved.config.model.mean_recurrence).bubble if len(resolved.stages) > 1 else 0.0
+    return (max(compute + memory_s, launch_s) + bare) / (1 - idle)
+
+
+def _working(resolved: ResolvedRun, gpu: Gpu, load: Workload) -> tuple[float, float, float]:
+    """What products and attention take in a mean step; what all other operations take, with reading and writing all
+    states in the update; and launching all but those of the update. Of a pipeline the mean over its stages."""
+    config, tokens = resolved.config, resolved.tokens_per_step / resolved.world_size
+    cost = expected_flops_per_token(config, resolved.mean_backprop_depth, resolved.grows_from)
+    compute = (cost.training + cost.recompute) * tokens / (gpu.peak_flops * gpu.kernel_share)
+    moved = micro_batch(load, mean_training_depth(config, resolved.grows_from), mean_graded_loops(resolved))
     stages = len(resolved.stages)
     update = 0 if resolved.config.parallel.offload_optimizer == "cpu" else 2 * states(resolved).total
-    size = (
-        moved.token * resolved.tokens_per_step / resolved.world_size
-        + moved.once * resolved.gradient_accumulation_steps / stages
-        + update
-    )
+    size = moved.token * tokens + moved.once * resolved.gradient_accumulation_steps / stages + update
     launches = moved.launches * resolved.gradient_accumulation_steps / stages
-    return size / (gpu.memory_bandwidth * gpu.memory_share), launches * gpu.launch_s
+    return compute, size / (gpu.memory_bandwidth * gpu.memory_share), launches * gpu.launch_s
 
 
 def transfers(resolved: ResolvedRun, loops: float, graded: float, gpu: Gpu, index: int) -> tuple[Transfer, ...]:
@@ -135,14 +160,14 @@ def transfers(resolved: ResolvedRun, loops: float, graded: float, gpu: Gpu, inde
         ("gather experts", *_between_copies(moved.gather_experts, copies, near)),
         ("reduce gradients", moved.reduce, moved.reduce * (1 - 1 / size), moved.reduce * outside),
         ("reduce expert gradients", *_between_copies(moved.reduce_experts, copies, near)),
-        (_EXCHANGE, rows.total, rows.node, rows.network),
+        (EXCHANGE, rows.total, rows.node, rows.network),
         ("ring", moved.ring, *((moved.ring, 0.0) if resolved.world_size <= per_node else (0.0, moved.ring))),
     )
     by_node = planned_dispatch(resolved, per_node).name == "per_node"
     made = []
     for name, total, node, network in kinds:
         links = node / gpu.node_bandwidth, network / gpu.network_bandwidth
-        one_after_the_other = by_node and name == _EXCHANGE  # first over nodes, then inside
+        one_after_the_other = by_node and name == EXCHANGE  # first over nodes, then inside
         if total:
             made.append(Transfer(name, node, network, sum(links) if one_after_the_other else max(links)))
     if seconds := _offload_seconds(resolved, gpu, index):
@@ -183,7 +208,7 @@ def costs(found: Timing, gpus: int, gpu: Gpu, tokens: float) -> tuple[Cost, ...]
     """As built, at the bound, and at each of TARGETS that the bound allows."""
     made = []
     targets = ((f"target {target:.0%}", target) for target in TARGETS)
-    for label, mfu in (("as built", found.mfu_serial), ("bound", found.mfu_bound), *targets):
+    for label, mfu in (("as built", found.mfu_built), ("bound", found.mfu_bound), *targets):
         if mfu > found.mfu_bound:
             continue
         step = found.model_flops / (mfu * found.peak_flops)

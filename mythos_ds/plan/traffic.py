@@ -6,8 +6,9 @@ from math import prod
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.flops import training_depth_pmf
 from mythos_ds.costs.pipeline import sent_bytes, visits_of
+from mythos_ds.costs.reach import places_reached, planned_dispatch
 from mythos_ds.model.parameter_roles import is_expert
-from mythos_ds.plan.exchange import exchanged
+from mythos_ds.plan.exchange import exchanged, hop_links
 from mythos_ds.plan.memory import parameter_shapes, reduced_bytes
 
 _BYTES = {"bfloat16": 2, "float32": 4}
@@ -42,20 +43,24 @@ LIMITED_NODES = 4
 
 @dataclass(frozen=True)
 class NodeLimit:
-    """What node-limited routing would do for a run whose expert groups span `nodes` nodes; copies of a token that leave
-    its node, per looped layer, with even routing.
+    """What leaves a node of a run whose expert groups span `nodes` nodes, and what it would be otherwise: copies of a
+    token that go to other nodes in each looped layer, with even routing.
 
     Attributes:
+        dispatch: the run's dispatcher.
+        sent: as the run is.
+        one_per_expert: by "all_to_all", limited or not.
+        once_per_node: by "per_node", without a limit.
         limit: nodes that a token's experts would lie on.
-        sent: as it is: a copy for each expert on another node, limited or not.
-        once_per_node: were a token sent once to each node that has experts of its, and handed on there.
-        limited: the same, with the limit. Only there does the limit save anything.
+        limited: by "per_node" with that limit.
     """
 
     nodes: int
-    limit: int
+    dispatch: str
     sent: float
+    one_per_expert: float
     once_per_node: float
+    limit: int
     limited: float
 
 
@@ -64,12 +69,21 @@ def node_limit(resolved: ResolvedRun, gpus_per_node: int) -> NodeLimit | None:
     nodes, model = resolved.ep_size // gpus_per_node, resolved.config.model
     if nodes < 2:
         return None
-    used = model.n_experts_per_tok
+    free = model.model_copy(update={"n_expert_groups": None, "n_limited_groups": None})
+    used, elsewhere = model.n_experts_per_tok, 1 - 1 / nodes
     limited = model.n_limited_groups if model.n_expert_groups == nodes else None
     limit = min(LIMITED_NODES if limited is None else limited, nodes, used)
-    elsewhere = 1 - 1 / nodes
-    reached = nodes * (1 - prod(1 - (model.n_experts // nodes) / (model.n_experts - i) for i in range(used)))
-    return NodeLimit(nodes, limit, used * elsewhere, reached * elsewhere, min(limit, reached) * elsewhere)
+    reached = places_reached(free, nodes)
+    sent = sum(hop.copies * hop.far / (hop.near + hop.far) for hop in hop_links(resolved, 0, gpus_per_node))
+    return NodeLimit(
+        nodes,
+        planned_dispatch(resolved, gpus_per_node).name,
+        sent,
+        used * elsewhere,
+        reached * elsewhere,
+        limit,
+        min(limit, reached) * elsewhere,
+    )
 
 
 def mean_graded_loops(resolved: ResolvedRun) -> float:

@@ -109,7 +109,10 @@ def travel(dispatcher: Dispatcher, held: Experts, given: dict[str, Tensor], *, a
     for _ in range(1 + again):
         journey = dispatcher.send(given["rows"], given["weights"], decision)
         decision = journey.decision
+        journey.hand_on()
         journey.compute(held)
+        journey.send_back()
+        journey.hand_back()
         result = journey.receive(given["shared"], given["factors"])
     return result
 

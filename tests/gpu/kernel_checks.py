@@ -120,7 +120,7 @@ def experts(probe: Probe) -> None:
     if not probe.on_gpu:
         shapes = [(count, 32, 16) for count in (4, 17, 136, 1023, 1024)]
     sample = torch.empty(8, 32, device=probe.device_type, dtype=torch.bfloat16)
-    probe.note("groups of experts are padded", not grouped_mlp._takes_any_groups(sample))
+    probe.note("groups of experts are padded", not grouped_mlp.takes_any_groups(sample))
     for count, dim, hidden in shapes:
         patterns = counts_of(count, 8 * count).values()
         found = [_experts_once(probe, count, dim, hidden, pattern) for pattern in patterns]

@@ -112,6 +112,15 @@ class _Noted:
     def __init__(self, journey: Journey, events: list[str], number: int):
         self.decision, self._journey, self._events, self._number = journey.decision, journey, events, number
 
+    def hand_on(self) -> None:
+        self._journey.hand_on()
+
+    def send_back(self) -> None:
+        self._journey.send_back()
+
+    def hand_back(self) -> None:
+        self._journey.hand_back()
+
     def compute(self, experts: Experts) -> None:
         self._events.append(f"compute {self._number}")
         self._journey.compute(experts)

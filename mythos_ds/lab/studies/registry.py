@@ -4,6 +4,7 @@ from mythos_ds.lab.studies import (
     context,
     decay,
     grokking,
+    groups,
     inspections,
     khop,
     language_studies,
@@ -31,5 +32,6 @@ STUDIES: dict[str, Study] = {
         scaling.STUDY,
         width.STUDY,
         context.STUDY,
+        groups.STUDY,
     )
 }

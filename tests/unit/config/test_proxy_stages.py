@@ -82,6 +82,8 @@ def test_presets_have_stages_and_proxies_of_them(name, names):
     decays = [stage.config.training.decay_fraction for stage in loaded.stages]
     assert decays == [0.0] * (len(names) - 1) + [1.0]
     assert loaded.stages[-1].config.training.min_lr_ratio == 0
-    whole = resolve_stages(loaded.stages, 1024)
+    cluster = loaded.config.cluster
+    assert cluster is not None
+    whole = resolve_stages(loaded.stages, cluster.nodes * cluster.gpus_per_node)
     assert sum(run.run.total_tokens for run in whole) == pytest.approx({"100b": 2e12, "1t": 15e12}[name], rel=1e-5)
     assert len({stage.run.tokens_per_step for stage in whole}) == 1

@@ -238,7 +238,7 @@ def test_proxy_of_group_limited_routing_and_overrides():
         "training.warmup_steps=0",
     ]
     proxy, _ = make_proxy(load_config("1t", groups).config, 2)
-    assert (proxy.model.n_expert_groups, proxy.model.n_limited_groups) == (32, 8)
+    assert (proxy.model.n_expert_groups, proxy.model.n_limited_groups) == (16, 4)
     assert proxy.training.max_steps == 3
 
 

@@ -14,14 +14,17 @@ def sizes(name: str, processes: int, *overrides: str) -> dict[str, tuple[int, in
 
 def test_groups_and_their_nodes():
     world = {"all processes": (1024, 128), "DeepSpeed's copy of it": (1024, 128)}
-    assert sizes("1t", 1024) == {**world, "experts": (256, 32), "copies of experts": (4, 4)}
+    one_trillion = {**world, "experts": (256, 32), "copies of experts": (4, 4)}
+    assert sizes("1t", 1024, "parallel.dispatch=all_to_all") == one_trillion
+    by_node = {"experts across nodes": (32, 32), "experts of a node": (8, 1)}
+    assert sizes("1t", 1024) == {**one_trillion, **by_node}
     assert sizes("1b", 8, "parallel.ep_size=8") == {
         "all processes": (8, 1),
         "DeepSpeed's copy of it": (8, 1),
         "experts": (8, 1),
     }
     assert sizes("tiny", 1) == {}
-    ring = sizes("1t", 1024, "parallel.pp_size=4", "parallel.ep_size=256")
+    ring = sizes("1t", 1024, "parallel.pp_size=4", "parallel.ep_size=256", "parallel.dispatch=all_to_all")
     assert ring == {**world, "pipeline stage": (256, 32), "experts": (256, 32), "ring": (1024, 1)}
 
 
@@ -46,6 +49,7 @@ def test_bytes_grow_with_groups_and_peers():
         return outside_bytes(resolve(load_config(name, overrides).config, processes))
 
     assert 3.5e9 <= outside("1t", 1024) <= 5e9
-    assert outside("1t", 1024) - outside("1t", 1024, "parallel.ep_size=128") == pytest.approx(128 * 4e6)
+    few, many = (outside("1t", 1024, f"parallel.ep_size={n}", "parallel.dispatch=all_to_all") for n in (128, 256))
+    assert many - few == pytest.approx(128 * 4e6)
     assert outside("tiny", 1) < outside("1b", 8) < 2e9
     assert outside("1t", 1024, "cluster.context_bytes=4200000000") == 4.2e9

@@ -15,7 +15,7 @@ TOKENS, NODES, RANKS = 20_000, 32, 256
 
 def one_trillion(limit: int | None = None) -> ModelConfig:
     model = load_config("1t", []).config.model
-    return model.model_copy(update={"n_expert_groups": NODES, "n_limited_groups": limit}) if limit else model
+    return model.model_copy(update={"n_expert_groups": NODES if limit else None, "n_limited_groups": limit})
 
 
 def reached(model: ModelConfig) -> dict[int, torch.Tensor]:

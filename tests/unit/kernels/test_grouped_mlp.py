@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mythos_ds.kernels import grouped_mlp
+from mythos_ds.kernels.gradient_sums import GradientSums
 from mythos_ds.kernels.grouped_mlp import grouped_matmul_is_fast, grouped_swiglu
 from mythos_ds.kernels.looped_mlp import looped_swiglu
 from tests.helpers.toy_model import gradient
@@ -76,7 +77,7 @@ class GPU(TorchDispatchMode):
 def on_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Tensors of the CPU are taken for those of a GPU by what depends on which it is."""
     monkeypatch.setattr(grouped_mlp, "_misses_empty_groups", lambda rows: device == "blackwell")
-    monkeypatch.setattr(grouped_mlp, "_takes_any_groups", lambda rows: device == "hopper" and len(rows) > 0)
+    monkeypatch.setattr(grouped_mlp, "takes_any_groups", lambda rows: device == "hopper" and len(rows) > 0)
 
 
 def _counts(n: int, seed: int) -> list[int]:
@@ -122,6 +123,60 @@ def test_bfloat16_with_empty_groups_and_memory_that_was_never_written(
         assert (got[name] - want[name]).norm() < 1e-2 * want[name].norm(), name
     for name in ("w1", "w2", "w3"):
         assert (got[name][empty] == 0).all(), name
+
+
+@GROUPED
+@DEVICES
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_several_calls_add_up_in_place(
+    grad_dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the type of the weights' gradients: no whole gradient is made but once, and none is added up by autograd."""
+    on_device(monkeypatch, device)
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((4, HIDDEN, DIM), (4, DIM, HIDDEN), (4, HIDDEN, DIM))
+    weights = [torch.randn(shape, generator=generator).mul(0.3).to(torch.bfloat16) for shape in shapes]
+    parts = [([3, 0, 9, 4], 16), ([0, 0, 1, 0], 1), ([2, 5, 0, 1], 8)]
+    rows = [torch.randn(n, DIM, generator=generator).to(torch.bfloat16) for _, n in parts]
+    exact = [weight.double().requires_grad_() for weight in weights]
+    for (counts, _), part in zip(parts, rows, strict=True):
+        looped_swiglu(part.double(), counts, *exact).sum().backward()
+    for weight in weights:
+        weight.requires_grad_().grad_dtype = grad_dtype
+    added: list[str] = []
+
+    class Adds(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dim() == 3 and "add" in func._schema.name:
+                added.append(str(func.overloadpacket))
+            return out
+
+    with GPU(blackwell=device == "blackwell", padded=device != "hopper") as gpu, Adds():
+        sums = GradientSums.of(*weights)
+        results = [
+            grouped_swiglu(part, torch.tensor(counts), *weights, sums=sums)
+            for (counts, _), part in zip(parts, rows, strict=True)
+        ]
+        torch.cat(results).sum().backward()
+    assert gpu.products == 9 * len(parts)
+    assert added == ["aten.add_"] * 3 * (len(parts) - 1)
+    for weight, want in zip(weights, exact, strict=True):
+        found, wanted = gradient(weight), gradient(want)
+        assert found.dtype == grad_dtype
+        assert (found.double() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@GROUPED
+def test_grouped_weights_may_be_frozen_and_rows_without_gradient() -> None:
+    generator = torch.Generator().manual_seed(5)
+    w1, w2, w3 = (torch.randn(2, DIM, DIM, generator=generator).to(torch.bfloat16) for _ in range(3))
+    rows, counts = torch.randn(8, DIM, generator=generator).to(torch.bfloat16), torch.tensor([5, 3])
+    w1.requires_grad_()
+    grouped_swiglu(rows, counts, w1, w2, w3).float().sum().backward()
+    assert [weight.grad is not None for weight in (w1, w2, w3)] == [True, False, False]
+    with torch.no_grad():
+        assert not grouped_swiglu(rows, counts, w1, w2, w3).requires_grad
 
 
 def _rows(capability: tuple[int, int] | None, dtype: torch.dtype, width: int) -> Tensor:
@@ -195,4 +250,4 @@ def test_where_groups_may_have_any_size(
         monkeypatch.setattr(functional, "grouped_mm", lambda: None, raising=False)
     else:
         monkeypatch.delattr(functional, "grouped_mm", raising=False)
-    assert grouped_mlp._takes_any_groups(_rows(capability, torch.bfloat16, DIM)[:n]) is takes
+    assert grouped_mlp.takes_any_groups(_rows(capability, torch.bfloat16, DIM)[:n]) is takes

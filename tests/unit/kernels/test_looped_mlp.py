@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mythos_ds.kernels.looped_mlp import GradientSums, looped_swiglu
+from mythos_ds.kernels.gradient_sums import GradientSums
+from mythos_ds.kernels.looped_mlp import looped_swiglu
 from mythos_ds.model.feed_forward import Experts
 from mythos_ds.model.initializer import Initializer
 

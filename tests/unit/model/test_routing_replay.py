@@ -65,7 +65,7 @@ def run_visits(seed: int, noise: float, unit: ActivationCheckpointing = "loop") 
 
 def without_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets recomputes choose anew."""
-    monkeypatch.setattr(ForwardContext, "for_recompute", lambda self: self)
+    monkeypatch.setattr(ForwardContext, "for_recompute", lambda self, last: self)
 
 
 @pytest.mark.parametrize("unit", ["layer", "loop"])

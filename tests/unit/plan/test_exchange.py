@@ -18,8 +18,12 @@ from tests.helpers.toy_model import toy_model
 LIMITED = ("model.n_expert_groups=32", "model.n_limited_groups=4")
 
 
+FREE = ("model.n_expert_groups=null", "model.n_limited_groups=null", "parallel.overlap=false")
+"""1t with any experts for a token, and without lanes."""
+
+
 def run(name: str, *overrides: str) -> ResolvedRun:
-    return resolve(load_config("1t", [f"parallel.dispatch={name}", *overrides]).config, 1024)
+    return resolve(load_config("1t", [f"parallel.dispatch={name}", *FREE, *overrides]).config, 1024)
 
 
 def forwards(name: str, *overrides: str) -> tuple[float, float, float]:

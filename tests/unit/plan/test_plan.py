@@ -23,11 +23,12 @@ from mythos_ds.mains import run_tool
 from mythos_ds.model.parameter_roles import is_expert
 from mythos_ds.plan import layouts
 from mythos_ds.plan.activation_trace import Workload, coda_bytes, trace
-from mythos_ds.plan.device_traffic import MovedBytes, micro_batch
+from mythos_ds.plan.device_traffic import micro_batch
 from mythos_ds.plan.layouts import candidates, examine, first_remedy, ranked, remedies, with_changes
 from mythos_ds.plan.memory import held_elements, memory, parameter_shapes, reduce_bucket_bytes, states, workload
+from mythos_ds.plan.moved_bytes import MovedBytes
 from mythos_ds.plan.report import as_numbers, draw
-from mythos_ds.plan.timing import checkpoint, costs, timing
+from mythos_ds.plan.timing import EXCHANGE, checkpoint, costs, timing
 from mythos_ds.plan.traffic import node_limit, traffic
 from tests.helpers.mains import load_main
 from tests.helpers.paths import ROOT
@@ -147,8 +148,8 @@ def test_operations_beside_products_take_time():
     step = timing(resolve(config, 8), GPUS["h100"])
     assert 1 < step.memory_s / step.compute_s < 6
     assert step.bound_s >= step.compute_s + step.memory_s
-    travels = sum(transfer.seconds for transfer in step.transfers)
-    assert step.serial_s == pytest.approx(step.compute_s + step.memory_s + travels)
+    bare = sum(transfer.seconds for transfer in step.transfers if transfer.name != EXCHANGE)
+    assert step.built_s == pytest.approx(step.compute_s + step.memory_s + bare + step.waits_s)
 
 
 def test_the_host_holds_a_step_up_where_it_launches_longer_than_the_device_works():
@@ -157,10 +158,10 @@ def test_the_host_holds_a_step_up_where_it_launches_longer_than_the_device_works
     found = micro_batch(workload(resolve(config, 8)), 8, 4)
     assert 9_000 < found.launches < 14_000
     quick, slow = (timing(resolve(config, 8), replace(GPUS["h100"], launch_s=seconds)) for seconds in (0.0, 1e-3))
-    travels = sum(transfer.seconds for transfer in slow.transfers)
-    assert quick.serial_s == pytest.approx(quick.compute_s + quick.memory_s + travels)
+    bare = sum(transfer.seconds for transfer in slow.transfers if transfer.name != EXCHANGE)
+    assert quick.built_s == pytest.approx(quick.compute_s + quick.memory_s + bare + quick.waits_s)
     assert slow.launch_s > slow.compute_s + slow.memory_s
-    assert slow.serial_s == pytest.approx(slow.launch_s + travels)
+    assert slow.built_s == pytest.approx(slow.launch_s + bare + slow.waits_s)
     assert slow.bound_s >= slow.launch_s
 
 
@@ -178,7 +179,7 @@ def test_compiled_regions_read_and_write_once():
     assert [found.launches for found in forward] == pytest.approx([60, 159], rel=0.15)
     assert [found.launches for found in backward] == pytest.approx([141, 375], rel=0.15)
     for found in (forward, backward):
-        assert 0.4 <= found[0].token / found[1].token <= 0.55
+        assert 0.3 <= found[0].token / found[1].token <= 0.5
 
 
 def test_a_compiled_region_and_its_backward_are_a_kernel_each():
@@ -231,7 +232,8 @@ def test_traffic_grows_with_loops_only_where_tokens_travel():
 
 
 def test_node_limited_routing_saves_only_where_a_token_is_sent_once_to_a_node():
-    config = load_config("1t", []).config
+    config = load_config("1t", ["parallel.dispatch=all_to_all", "parallel.overlap=false"]).config
+    config = with_changes(config, {"model.n_expert_groups": None, "model.n_limited_groups": None})
     found = node_limit(resolve(config, 1024), 8)
     nodes, used, experts = 32, config.model.n_experts_per_tok, config.model.n_experts
     generator = torch.Generator().manual_seed(0)
@@ -240,13 +242,16 @@ def test_node_limited_routing_saves_only_where_a_token_is_sent_once_to_a_node():
     distinct = sum(len(set(row) - {0}) for row in drawn.tolist()) / len(drawn)
     assert found is not None
     assert found.nodes == nodes
-    assert found.sent == pytest.approx(away, rel=0.02)
+    assert found.sent == found.one_per_expert == pytest.approx(away, rel=0.02)
     assert found.once_per_node == pytest.approx(distinct, rel=0.02)
     assert found.limited == pytest.approx(4 * 31 / 32)
     limited = {"model.n_expert_groups": 32, "model.n_limited_groups": 2}
     again = node_limit(resolve(with_changes(config, limited), 1024), 8)
     assert again is not None
     assert (again.limit, again.sent, again.limited) == (2, found.sent, pytest.approx(2 * 31 / 32))
+    once = node_limit(resolve(with_changes(config, {**limited, "parallel.dispatch": "per_node"}), 1024), 8)
+    assert once is not None
+    assert (once.sent, once.once_per_node) == (once.limited, found.once_per_node)
     assert node_limit(resolve(load_config("1b", []).config, 8), 8) is None
 
 
@@ -254,12 +259,12 @@ def test_costs_and_checkpoints_are_consistent():
     config = load_config("1t", []).config
     resolved, gpu = resolve(config, 1024), GPUS["h200"]
     step = timing(resolved, gpu)
-    assert step.serial_s > step.bound_s >= step.compute_s
-    built, bound, target = costs(step, 1024, gpu, 15e12)
-    assert (built.label, bound.label, target.label) == ("as built", "bound", "target 35%")
-    assert (built.mfu, bound.mfu) == (step.mfu_serial, step.mfu_bound)
+    assert step.built_s > step.bound_s >= step.compute_s
+    built, bound, *targets = costs(step, 1024, gpu, 15e12)
+    assert [cost.label for cost in (built, bound, *targets)] == ["as built", "bound", "target 45%", "target 35%"]
+    assert (built.mfu, bound.mfu) == (step.mfu_built, step.mfu_bound)
     assert built.dollars > bound.dollars
-    for cost in (built, bound, target):
+    for cost in (built, bound, *targets):
         assert cost.days == pytest.approx(15 * cost.days_per_trillion)
         assert cost.dollars == pytest.approx(cost.days * 24 * 1024 * gpu.price_per_hour)
     saved = checkpoint(resolved, 1024, gpu)
@@ -291,6 +296,7 @@ def test_the_command_writes_a_configuration_that_loads_and_a_picture(tmp_path, c
     chosen, picture = tmp_path / "chosen.json", tmp_path / "plan.png"
     command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--config", "1b.json", "--json", "--compare"]
     command += ["--write", str(chosen), "--picture", str(picture), "--objective", "time", "--layouts", "2"]
+    command += ["model.recurrent_layers=1", "model.prelude_layers=1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     numbers = json.loads(result.stdout)
@@ -352,7 +358,7 @@ def test_optimizer_state_in_host_memory_takes_time_and_no_room():
     h100 = GPUS["h100"]
     updated_here = 2 * states(with_it.resolved).total / (h100.memory_bandwidth * h100.memory_share)
     expected = moved / h100.host_bandwidth - updated_here
-    assert without.timing.serial_s - with_it.timing.serial_s == pytest.approx(expected)
+    assert without.timing.built_s - with_it.timing.built_s == pytest.approx(expected)
 
 
 def test_what_is_written_names_the_machines_that_were_asked_for(tmp_path, capsys):
@@ -378,7 +384,12 @@ def test_layouts_are_tried_with_less_where_none_fits(monkeypatch):
     rows, looked_at = config.training.micro_batch_size, list(candidates(config, 64, gpu))
     tried = {(c["training.micro_batch_size"], c["parallel.activation_checkpointing"]) for c in looked_at}
     assert tried == {(n, kept) for n in {max(1, rows // 2), rows, 2 * rows} for kept in ("layer", "loop", "none")}
-    one = {"training.micro_batch_size": rows, "parallel.activation_checkpointing": "loop"}
+    one = {
+        "training.micro_batch_size": rows,
+        "parallel.activation_checkpointing": "loop",
+        "parallel.dispatch": "all_to_all",
+        "parallel.overlap": False,
+    }
     monkeypatch.setattr(layouts, "candidates", lambda *_: [one])
     least = examine(config, 64, gpu, one)
     assert ranked([config], 64, gpu, "time", most=1)[0][0].changes == one

@@ -29,8 +29,9 @@ PRETRAIN_SAMPLES = 16 * 64 + 8 * 128 + 5 * 192 + 86 * 256
 
 
 def staged(folder: Path, long: dict[str, Any] | None = None) -> Path:
-    """1b at short length: pre-training with a ramp, longer sequences, annealing."""
+    """1b of few layers at short length: pre-training with a ramp, longer sequences, annealing."""
     content = json.loads((ROOT / "ds_configs" / "1b.json").read_text())
+    content["model"] |= {"prelude_layers": 1, "recurrent_layers": 1, "coda_layers": 0}
     content["training"] |= {"global_batch_size": 256, "global_batch_ramp": RAMP, "decay_fraction": 0.0}
     content["training"] |= {"warmup_steps": 10, "micro_batch_size": 2, "max_tokens": PRETRAIN_SAMPLES * 4096}
     content["stages"] = [
@@ -143,7 +144,7 @@ def test_what_is_written_keeps_the_stages_with_one_layout_that_fits_all(tmp_path
     assert found.fits
     assert found.numbers["memory_total_bytes"] == best["memory_total_bytes"]
     assert {key for key in best["changes"] if key.startswith("parallel.")} == {
-        "parallel.ep_size", "parallel.pp_size", "parallel.activation_checkpointing",
+        f"parallel.{name}" for name in ("ep_size", "pp_size", "activation_checkpointing", "dispatch", "overlap")
     }  # fmt: skip
     contexts = [part["comparison"][0]["serving_flops_per_token"] for part in numbers["stages"]]
     assert contexts[0] < contexts[1] == contexts[2]
