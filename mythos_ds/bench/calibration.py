@@ -32,17 +32,19 @@ _LARGE = (
 )
 """Keep DeepSpeed from holding a small model whole, as it cannot hold a large one."""
 _RING = ("deepspeed.zero_optimization.stage3_param_persistence_threshold=null",)
+_TWO_NODES = ("cluster.gpu=h100", "cluster.nodes=2", "cluster.gpus_per_node=2")
 _LIMIT_S = 300
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, its processes, and the loops of the counted step."""
+    """A layout, its processes, the loops of the counted step, and how many processes pretend to share a node."""
 
     name: str
     processes: int
     settings: tuple[str, ...]
     n_loops: int = 4
+    node: int | None = None
 
 
 CASES = (
@@ -57,6 +59,27 @@ CASES = (
     Case(
         "EP 2, by layer", 2,
         (*_LARGE, "parallel.ep_size=2", "training.global_batch_size=8", "parallel.activation_checkpointing=layer"),
+    ),
+    Case(
+        "EP 4, per rank", 4,
+        (*_LARGE, "parallel.ep_size=4", "training.global_batch_size=16", "parallel.dispatch=per_rank"),
+    ),
+    Case(
+        "EP 4 over two nodes, per node", 4,
+        (*_LARGE, *_TWO_NODES, "parallel.ep_size=4", "training.global_batch_size=16", "parallel.dispatch=per_node"),
+        node=2,
+    ),
+    Case(
+        "EP 2, two lanes", 2,
+        (*_LARGE, "parallel.ep_size=2", "training.global_batch_size=8", "parallel.overlap=true"),
+    ),
+    Case(
+        "EP 4 over two nodes, per node, two lanes, by layer", 4,
+        (
+            *_LARGE, *_TWO_NODES, "parallel.ep_size=4", "training.global_batch_size=16", "parallel.dispatch=per_node",
+            "parallel.overlap=true", "parallel.activation_checkpointing=layer",
+        ),
+        node=2,
     ),
     Case("EP 2, bf16", 2, (*_LARGE, "parallel.ep_size=2", "training.global_batch_size=8", "training.dtype=bfloat16")),
     Case("EP 2, 7 loops", 2, (*_LARGE, "parallel.ep_size=2", "training.global_batch_size=8"), 7),
@@ -165,7 +188,7 @@ def run_case(case: Case, *, paced: bool) -> tuple[ResolvedRun, list[dict[str, An
     """The case's run as resolved, and what each of its processes found."""
     overrides = [*_BASE, *case.settings]
     resolved = resolve(load_config("tiny", overrides).config, case.processes)
-    task = {"config": "tiny", "overrides": overrides, "n_loops": case.n_loops, "paced": paced}
+    task = {"config": "tiny", "overrides": overrides, "n_loops": case.n_loops, "paced": paced, "node": case.node}
     return resolved, _found(task, case.processes)
 
 
@@ -261,8 +284,8 @@ percentage is equal to the prediction; a percentage is prediction over count.
 * Weights, masters, optimizer state and gradients are the buffers that DeepSpeed's ZeRO-3 keeps, compared one by one.
 * Peak memory is the largest sum of live tensors within the step. The prediction runs the model's own code on the meta
   device with tokens spread evenly over the experts; real routing is uneven, and DeepSpeed's small buffers are left out.
-* Exchanged rows are the mean over the processes of a stage: routing decides how they share them, not how many they
-  are.
+* Exchanged rows are the mean over the processes of a stage. With `all_to_all` routing decides how processes share them,
+  not how many they are; with the others also how many places a token reaches, which is predicted for even routing.
 * `deepspeed.zero_optimization` is set so that DeepSpeed gathers the small model as it would a large one, and the reduce
   bucket is small: its default of 500 million numbers would be most of the memory here.
 

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """Two steps to get going, then one that is counted, or paced where case["paced"]; of case["n_loops"] loops."""
     traffic = CollectiveBytes()
     environment = ProcessEnvironment.detect(os.environ)
+    if case["node"] is not None:
+        place = {"local_rank": environment.rank % case["node"], "local_world_size": case["node"]}
+        environment = replace(environment, **place)
     resolved = resolve(load_config(case["config"], case["overrides"]).config, environment.world_size)
     groups = init_parallel(
         environment,

@@ -107,15 +107,15 @@ class SimulatedLink:
 class Loops:
     """The loops of one case, ready to run."""
 
-    def __init__(self, ratio: str, unit: ActivationCheckpointing, *, lanes: bool, dim: int = 256, seq: int = SEQ):
+    def __init__(self, ratio: str, unit: ActivationCheckpointing, *, lanes: bool, dim: int = 256):
         config = loops_model(ratio, dim)
         part = ModelChunk((), tuple(range(LAYERS)), (), embeds=False, loops=True, predicts=False)
         self._model = MythosModel(config, part=part, moe_factory=OneRankMoE, activation_checkpointing=unit)
         if lanes:
             overlap(self._model)
-        self._context = self._model.make_context(torch.zeros(ROWS, seq, dtype=torch.int64), None, None, LOOPS)
+        self._context = self._model.make_context(torch.zeros(ROWS, SEQ, dtype=torch.int64), None, None, LOOPS)
         assert len(self._context.lanes) == (LANES if lanes else 0)
-        self._e = torch.randn(ROWS, seq, config.dim, generator=torch.Generator().manual_seed(0))
+        self._e = torch.randn(ROWS, SEQ, config.dim, generator=torch.Generator().manual_seed(0))
 
     def run(self, link: SimulatedLink) -> float:
         """Runs forward and backward, and returns the seconds of computation; the link knows those of waits."""

@@ -9,6 +9,7 @@ from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.costs.reach import PlannedDispatch, places_reached, planned_dispatch
 from mythos_ds.hardware import Gpu
+from mythos_ds.parallel.overlap import CHUNKS, LANES
 
 _BYTES = {"bfloat16": 2, "float32": 4}
 _INTEGER_BYTES, _WEIGHT_BYTES = 8, 4
@@ -78,7 +79,10 @@ def exchanged(
         size = tokens * hop.copies * row * (out + back) + weights * out
         near, far = hop.split(size)
         total, node, network = total + size, node + near, network + far
-    integers = n_loops * _integers(dispatch, ep_size, model.n_experts, pairs)
+    calls = 1
+    if config.parallel.overlap:
+        calls = LANES * (CHUNKS if tokens // LANES % CHUNKS == 0 else 1)
+    integers = n_loops * (calls * _counts(dispatch, ep_size, model.n_experts) + _told(dispatch, pairs))
     return Exchanged(total, node, network, integers) * (layers * resolved.gradient_accumulation_steps)
 
 
@@ -110,10 +114,16 @@ def hop_links(resolved: ResolvedRun, index: int, ranks_per_node: int | None = No
     return [HopLinks(near, ep_size - near, copies)]
 
 
-def _integers(dispatch: PlannedDispatch, ep_size: int, n_experts: int, pairs: int) -> float:
+def _counts(dispatch: PlannedDispatch, ep_size: int, n_experts: int) -> int:
+    """Bytes of the counts that a call of a mixture exchanges."""
     if dispatch.name == "all_to_all":
         return n_experts * _INTEGER_BYTES
     if dispatch.name == "per_rank":
-        return (2 * ep_size + pairs) * _INTEGER_BYTES
+        return 2 * ep_size * _INTEGER_BYTES
     ranks = dispatch.ranks_per_node
-    return (ep_size // ranks * (1 + 2 * ranks) + 2 * ranks + 2 * pairs) * _INTEGER_BYTES
+    return (ep_size // ranks * (1 + 2 * ranks) + 2 * ranks) * _INTEGER_BYTES
+
+
+def _told(dispatch: PlannedDispatch, pairs: int) -> int:
+    """Bytes that say which copy and expert is meant, of each pair and on each hop."""
+    return {"all_to_all": 0, "per_rank": 1, "per_node": 2}[dispatch.name] * pairs * _INTEGER_BYTES

@@ -77,6 +77,7 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
     accumulation = RAMP_ACCUMULATION if case.get("ramp") else accumulation
     holders = world_size // pp_size if isinstance(pp_size, int) else pp_size[1]
     optimizer = {"optimizer": "sgd"} if case.get("optimizer") == "sgd" else {"optimizer": "adamw", "eps": 1e-6}
+    batch = {"micro_batch_size": GLOBAL_BATCH // (holders * accumulation), "global_batch_size": GLOBAL_BATCH}
     losses = {"grad_clip": 0.3, "balance_loss": 1e-2, "z_loss": 1e-3, "router_bias_rate": 1e-2}
     return RunConfig(
         model=toy_model(**case.get("model", {})),
@@ -92,14 +93,12 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
         ),
         training=TrainingConfig(
             seq_len=SEQ_LEN,
-            micro_batch_size=GLOBAL_BATCH // (holders * accumulation),
-            global_batch_size=GLOBAL_BATCH,
             max_steps=100,
             lr=1e-2,
             lr_reference_dim=16,
             dtype=case.get("dtype", "float32"),
             global_batch_ramp=BatchRamp(**RAMP) if case.get("ramp") else None,
-            **{**optimizer, **losses, **case.get("training", {})},
+            **{**batch, **optimizer, **losses, **case.get("training", {})},
         ),
         data=DataConfig(datasets=[DatasetConfig(prefix="unused")], tokenizer="unused"),
         deepspeed=case.get("deepspeed", {}),
