@@ -19,13 +19,18 @@ class StackedGradient:
         self._written: set[int] = set()
         self._backward = -1
 
-    def _begin(self) -> Tensor:
-        """The memory; a backward that broke off leaves nothing to the next one."""
+    def _forget(self) -> None:
+        """A backward that broke off leaves nothing to the next one."""
         current = torch._C._current_graph_task_id()
         if self._whole is None or current != self._backward:
+            self._whole, self._written, self._backward = None, set(), current
+
+    def _begin(self) -> Tensor:
+        """The memory."""
+        self._forget()
+        if self._whole is None:
             shape, dtype, device = self._like
-            self._whole, self._written = torch.empty(shape, dtype=dtype, device=device), set()
-            self._backward = current
+            self._whole = torch.empty(shape, dtype=dtype, device=device)
         return self._whole
 
     def add(self, index: int, delta: Tensor, rows: Tensor) -> None:
@@ -41,15 +46,15 @@ class StackedGradient:
 
     def add_all(self, delta: Tensor) -> None:
         """Adds to the gradients of all experts; delta is given away."""
-        whole = self._begin()
+        self._forget()
         if self._written:
             self._fill()
-            whole += delta
-        elif delta.dtype == whole.dtype:
+            self._begin().add_(delta)
+        elif delta.dtype == self._like[1]:
             self._whole = delta
         else:
-            whole.copy_(delta)
-        self._written.update(range(len(whole)))
+            self._begin().copy_(delta)
+        self._written.update(range(len(delta)))
 
     def take(self) -> Tensor:
         """Gives the gradient away: zeros for experts that added nothing, as every rank has a gradient."""

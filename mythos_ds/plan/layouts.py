@@ -182,7 +182,7 @@ def _savers(config: RunConfig) -> list[dict[str, Any]]:
 def ranked(configs: Sequence[RunConfig], gpus: int, gpu: Gpu, objective: str, *, most: int) -> list[tuple[Layout, ...]]:
     """The best layouts that fit every training stage, as one `Layout` of each: by time of the run as built, or by
     memory of its fullest stage. Times come first; memory is looked at in that order until `most` layouts fit. A layout
-    that has no room is not tried with more. By memory none has lanes or sums rows elsewhere, which take more."""
+    that has no room is not tried with more. By memory all keep the plainest dispatcher."""
     for number in range(len(_savers(configs[0]))):
         found: list[tuple[Layout, ...]] = []
         for layouts in _by_time(_tried(configs, gpus, gpu, number, plain=objective == "memory"), gpu):
@@ -201,12 +201,11 @@ Candidate = tuple[list[ResolvedRun], tuple[dict[str, Any], ...]]
 
 
 def _tried(configs: Sequence[RunConfig], gpus: int, gpu: Gpu, saver: int, *, plain: bool) -> list[Candidate]:
-    """The candidates that contradict nothing; plain: those that take least memory of each kind."""
+    """The candidates that contradict nothing; plain: those that recompute, and send rows one by one."""
     means, made = curriculum_starts(configs), []
     for candidate in candidates(configs[0], gpus, gpu):
-        exchange = candidate["parallel.dispatch"], candidate["parallel.overlap"]
         keeps_all = candidate["parallel.activation_checkpointing"] == "none"
-        if plain and (keeps_all or exchange != ("all_to_all", False)):
+        if plain and (keeps_all or candidate["parallel.dispatch"] != "all_to_all"):
             continue
         of_stages = _in_all_stages(configs, candidate, saver)
         try:

@@ -5,12 +5,13 @@ the rows; each hop's rows go one exchange after the other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.costs.params import attention_head_widths
+from mythos_ds.costs.reach import planned_dispatch
 from mythos_ds.hardware import Gpu
 from mythos_ds.plan.activation_trace import Workload, sample
 from mythos_ds.plan.exchange import HopLinks, hop_links
@@ -92,7 +93,9 @@ def row_waits(resolved: ResolvedRun, loops: float, graded: float, gpu: Gpu, inde
     layers = len(stage.part.recurrent)
     if resolved.layout(stage.first_rank).ep_size == 1 or not layers:
         return RowWaits(0.0, 0.0)
-    full = workload(resolved, index)
+    dispatch = planned_dispatch(resolved, gpu.gpus_per_node)
+    ranks = dispatch.ranks_per_node if dispatch.name == "per_node" else 1
+    full = replace(workload(resolved, index), dispatch=dispatch.name, ranks_per_node=ranks)
     load, pace = sample(full, SAMPLE_TOKENS), Pace.of(gpu, full)
     links = hop_links(resolved, index, gpu.gpus_per_node)
     micro_batches = resolved.gradient_accumulation_steps

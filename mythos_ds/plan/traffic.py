@@ -74,7 +74,8 @@ def node_limit(resolved: ResolvedRun, gpus_per_node: int) -> NodeLimit | None:
     limited = model.n_limited_groups if model.n_expert_groups == nodes else None
     limit = min(LIMITED_NODES if limited is None else limited, nodes, used)
     reached = places_reached(free, nodes)
-    sent = sum(hop.copies * hop.far / (hop.near + hop.far) for hop in hop_links(resolved, 0, gpus_per_node))
+    stage = next(index for index, each in enumerate(resolved.stages) if each.part.recurrent)
+    sent = sum(hop.copies * hop.far / (hop.near + hop.far) for hop in hop_links(resolved, stage, gpus_per_node))
     return NodeLimit(
         nodes,
         planned_dispatch(resolved, gpus_per_node).name,

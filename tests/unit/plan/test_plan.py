@@ -255,6 +255,16 @@ def test_node_limited_routing_saves_only_where_a_token_is_sent_once_to_a_node():
     assert node_limit(resolve(load_config("1b", []).config, 8), 8) is None
 
 
+def test_the_reach_of_a_pipeline_whose_ends_have_no_experts():
+    stages = ["parallel.pp_size=[8,16,8]", "parallel.ep_size=16", "model.n_experts=32", "training.micro_batch_size=2"]
+    for dispatch in ("all_to_all", "per_node"):
+        settings = [*stages, "training.global_batch_size=96", f"parallel.dispatch={dispatch}"]
+        zero = "deepspeed.zero_optimization.stage3_param_persistence_threshold=null"
+        reach = node_limit(resolve(load_config("tiny", [*settings, zero]).config, 32), 8)
+        assert reach is not None
+        assert reach.sent == (reach.one_per_expert if dispatch == "all_to_all" else reach.once_per_node)
+
+
 def test_costs_and_checkpoints_are_consistent():
     config = load_config("1t", []).config
     resolved, gpu = resolve(config, 1024), GPUS["h200"]
