@@ -16,7 +16,7 @@ from tests.helpers.paths import ROOT
 
 CHECKED = {"mythos_hf.modeling_mythos.MythosModel", "mythos_hf.modeling_mythos.MythosForCausalLM"}
 """The classes whose forward takes more than it names; each compares it with a list."""
-HANDED_ON = {"mythos_ds.plan.device_traffic._OneKernel"}
+HANDED_ON = {"mythos_ds.plan.moved_bytes._OneKernel"}
 """Those that take tensors only, by place, for a function that names each."""
 TOKENS = torch.tensor([[5, 77, 312, 2044]])
 

@@ -44,7 +44,7 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 LINES = {
     "root": 2_310,
-    "kernels": 1_430,
+    "kernels": 1_435,
     "config": 4_030,
     "costs": 1_330,
     "model": 2_270,
