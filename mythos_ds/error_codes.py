@@ -257,6 +257,7 @@ CODES = {
     "MDS280": Code("grad_dtype bfloat16 with fp32 weights, or in a pipeline"),
     "MDS281": Code("A dispatcher that has no effect in this layout"),
     "MDS282": Code("overlap where no row travels, or with micro-batches that have no two halves"),
+    "MDS283": Code("dispatch_dtype fp8 where no row travels"),
     "MDS400": Code("Another error of data or of a tokenizer"),
     "MDS401": Code("A sample that is read is not what was prepared"),
     "MDS402": Code("A chat template is at fault for every conversation"),

@@ -65,6 +65,13 @@ CASES = (
         (*_LARGE, "parallel.ep_size=4", "training.global_batch_size=16", "parallel.dispatch=per_rank"),
     ),
     Case(
+        "EP 4, per rank, rows in fp8", 4,
+        (
+            *_LARGE, "parallel.ep_size=4", "training.global_batch_size=16", "parallel.dispatch=per_rank",
+            "parallel.dispatch_dtype=fp8",
+        ),
+    ),
+    Case(
         "EP 4 over two nodes, per node", 4,
         (*_LARGE, *_TWO_NODES, "parallel.ep_size=4", "training.global_batch_size=16", "parallel.dispatch=per_node"),
         node=2,

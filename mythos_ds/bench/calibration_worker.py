@@ -36,6 +36,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         resolved.stages,
         tied=resolved.config.model.tie_embeddings,
         dispatch=resolved.config.parallel.dispatch,
+        rows_in_fp8=resolved.config.parallel.dispatch_dtype == "fp8",
         timeout_s=120.0,
     )
     engine = build_engine(resolved, groups)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as torch_distributed
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class CollectiveBytes:
     """Bytes per collective on this rank. Must exist before DeepSpeed starts: its backend keeps the functions it finds.
 
     all_gather*: output bytes; all_to_all_single, reduce_scatter_tensor, all_reduce, isend: input bytes; integers
-    (counts) apart from rows.
+    (counts) apart from rows, whose eight bits are uint8.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class CollectiveBytes:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             tensors = args[position] if len(args) > position else kwargs[keyword]
-            integers = isinstance(tensors, Tensor) and not tensors.is_floating_point()
+            integers = isinstance(tensors, Tensor) and tensors.dtype in (torch.int32, torch.int64)
             self.bytes[f"{name}:integers" if integers else name] += _bytes(tensors)
             return original(*args, **kwargs)
 

@@ -56,6 +56,7 @@ def _time_deepspeed(case: dict[str, Any]) -> dict[str, Any]:
         resolved.stages,
         tied=config.model.tie_embeddings,
         dispatch=config.parallel.dispatch,
+        rows_in_fp8=config.parallel.dispatch_dtype == "fp8",
     )
     engine = build_engine(resolved, groups)
     micro, seconds, idle = resolved.stages[groups.layout.stage].rows, [], []

@@ -61,6 +61,14 @@ def dispatch_problem(config: RunConfig, ep_size: int, ranks_per_node: int | None
     return None
 
 
+@coded("MDS283")
+def dispatch_dtype_problem(config: RunConfig, ep_size: int) -> str | None:
+    """Says why rows in eight bits would have no effect."""
+    if config.parallel.dispatch_dtype == "training" or ep_size > 1:
+        return None
+    return '"fp8" given with ep_size 1, where every process holds all experts; nearest: "training"'
+
+
 @coded("MDS282")
 def overlap_problem(config: RunConfig, ep_size: int, rows: Sequence[int]) -> str | None:
     """Says why a configuration cannot run in two lanes, or would gain nothing. rows: sequences of a micro-batch that a
@@ -84,3 +92,9 @@ def known_dispatch_problem(config: RunConfig) -> Coded | None:
     if ep_size == "auto":
         return None
     return dispatch_problem(config, ep_size, cluster.gpus_per_node if cluster is not None else None)
+
+
+def known_dispatch_dtype_problem(config: RunConfig) -> Coded | None:
+    """`dispatch_dtype_problem` of what the file itself says."""
+    ep_size = config.parallel.ep_size
+    return None if ep_size == "auto" else dispatch_dtype_problem(config, ep_size)

@@ -145,6 +145,8 @@ def _parallel_changes(config: RunConfig, world_size: int, pp_size: PipelineSize)
     changes: dict[str, Any] = {"pp_size": pp_size, "ep_size": ep_size if ep_size == "auto" else own}
     if config.parallel.dispatch in ("per_rank", "per_node"):  # the processes of a proxy share one node
         changes["dispatch"] = "per_rank" if own > 1 else "all_to_all"
+    if config.parallel.dispatch_dtype == "fp8" and own == 1:
+        changes["dispatch_dtype"] = "training"
     if config.parallel.overlap:
         changes["overlap"] = own > 1
     return changes

@@ -8,7 +8,7 @@ from typing import Any
 from mythos_ds.config import deepspeed_section
 from mythos_ds.config.batch_ramp import BatchSchedule
 from mythos_ds.config.depth_distribution import FRESH, StageStart
-from mythos_ds.config.dispatch import dispatch_problem, overlap_problem
+from mythos_ds.config.dispatch import dispatch_dtype_problem, dispatch_problem, overlap_problem
 from mythos_ds.config.divisors import divisors
 from mythos_ds.config.layout import RankLayout, Stage, expert_stage_size, rows_per_micro_batch, stages_of
 from mythos_ds.config.rules import check
@@ -175,6 +175,7 @@ def _exchange_problems(config: RunConfig, world_size: int) -> list[tuple[str, Co
     ep_size, rows = expert_parallel_size(config, world_size), [stage.rows for stage in stages_of(config, world_size)]
     found = {
         "parallel.dispatch": dispatch_problem(config, ep_size, per_node),
+        "parallel.dispatch_dtype": dispatch_dtype_problem(config, ep_size),
         "parallel.overlap": overlap_problem(config, ep_size, rows),
     }
     return [(key, message) for key, message in found.items() if message is not None]

@@ -184,6 +184,11 @@ class ParallelConfig(Section):
         "any of them, or for each node and then each process; 'auto' = by the layout, of those that have run on this "
         "kind of device (docs/parallelism.md).",
     )
+    dispatch_dtype: Literal["training", "fp8"] = Field(
+        "training",
+        description="How tokens travel to experts on other processes: in training.dtype, or in eight bits with a scale "
+        "per token; results and gradients always in training.dtype (docs/parallelism.md).",
+    )
     overlap: bool = Field(
         False,
         description="Two halves of each micro-batch take turns in the looped layers: one computes while the rows of "

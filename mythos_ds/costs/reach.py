@@ -13,10 +13,11 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class PlannedDispatch:
-    """The dispatcher of a run, and of how many ranks each node of an expert group has."""
+    """The dispatcher of a run, of how many ranks each node of an expert group has, and whether rows travel in fp8."""
 
     name: str
     ranks_per_node: int
+    in_fp8: bool
 
 
 def planned_dispatch(resolved: ResolvedRun, ranks_per_node: int | None = None) -> PlannedDispatch:
@@ -24,7 +25,8 @@ def planned_dispatch(resolved: ResolvedRun, ranks_per_node: int | None = None) -
     cluster = resolved.config.cluster
     per_node = ranks_per_node or (GPUS_PER_NODE if cluster is None else cluster.gpus_per_node)
     choice = choose_dispatch(resolved.config.parallel.dispatch, resolved.ep_size, per_node, "cuda")
-    return PlannedDispatch(choice.name, min(per_node, resolved.ep_size))
+    in_fp8 = resolved.config.parallel.dispatch_dtype == "fp8"
+    return PlannedDispatch(choice.name, min(per_node, resolved.ep_size), in_fp8)
 
 
 def places_reached(model: ModelConfig, places: int) -> float:

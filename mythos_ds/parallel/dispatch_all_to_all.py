@@ -48,8 +48,8 @@ class AllToAllDispatcher:
 
     returns_sums: ClassVar[bool] = False
 
-    def __init__(self, group: torch_distributed.ProcessGroup):
-        self.group = group
+    def __init__(self, group: torch_distributed.ProcessGroup, *, in_fp8: bool = False):
+        self.group, self._in_fp8 = group, in_fp8
         self._size = torch_distributed.get_world_size(group)
 
     def decide(self, indices: Tensor, n_experts: int) -> RoutingDecision:
@@ -63,7 +63,7 @@ class AllToAllDispatcher:
         rows = decision.route.rows.sort(rows, weights.shape[1])
         if isinstance(decision.route, _Asked):
             decision = replace(decision, route=_agree(decision.route))
-        return RowsToExperts(rows, weights, decision, self.group)
+        return RowsToExperts(rows, weights, decision, self.group, in_fp8=self._in_fp8)
 
 
 class RowsToExperts:
@@ -75,11 +75,13 @@ class RowsToExperts:
         weights: Tensor,
         decision: RoutingDecision,
         group: Group,
+        *,
+        in_fp8: bool = False,
     ):
         """Lets sorted rows [n * k, dim] leave."""
         self.decision, self._weights = decision, weights
         self._route: SortedRoute = decision.route
-        self._there = Passage(self._route.send, self._route.receive, group)
+        self._there = Passage(self._route.send, self._route.receive, group, in_fp8)
         self._back = Passage(self._route.receive, self._route.send, group)
         self._rows = self._there.leave(rows)
 

@@ -27,8 +27,8 @@ class PerNodeDispatcher:
 
     returns_sums: ClassVar[bool] = True
 
-    def __init__(self, groups: NodeGroups):
-        self.groups = groups
+    def __init__(self, groups: NodeGroups, *, in_fp8: bool = False):
+        self.groups, self._in_fp8 = groups, in_fp8
         self._nodes = torch_distributed.get_world_size(groups.across)
         self._ranks = torch_distributed.get_world_size(groups.inside)
 
@@ -46,7 +46,8 @@ class PerNodeDispatcher:
         """Lets a row leave for each token and node."""
         if isinstance(decision.route, Counts):
             decision = replace(decision, route=self._agree(decision.route, decision))
-        return RowsOverHops(rows, weights, decision, [self.groups.across, self.groups.inside])
+        hops = [self.groups.across, self.groups.inside]
+        return RowsOverHops(rows, weights, decision, hops, in_fp8=self._in_fp8)
 
     def _agree(self, counts: Counts, decision: RoutingDecision) -> RouteOverHops:
         # What comes from all nodes for a rank of this one is what this rank will hand on to it.

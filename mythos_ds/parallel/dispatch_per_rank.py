@@ -29,16 +29,18 @@ class RouteOverHops:
 class RowsOverHops:
     """Rows that go over one hop after the other to their experts, and are added up on the way back after each."""
 
-    def __init__(self, rows: Tensor, weights: Tensor, decision: RoutingDecision, groups: Sequence[Group]):
+    def __init__(
+        self, rows: Tensor, weights: Tensor, decision: RoutingDecision, groups: Sequence[Group], *, in_fp8: bool = False
+    ):
         self.decision = decision
         self._route: RouteOverHops = decision.route
-        self._groups = groups
-        self._under_way = [RowsOnHop(self._route.hops[0], rows, weights.flatten(), groups[0])]
+        self._groups, self._in_fp8 = groups, in_fp8
+        self._under_way = [RowsOnHop(self._route.hops[0], rows, weights.flatten(), groups[0], in_fp8=in_fp8)]
 
     def hand_on(self) -> None:
         """Lets rows leave on the second hop, if there is one."""
         for hop, group in zip(self._route.hops[1:], self._groups[1:], strict=True):
-            self._under_way.append(RowsOnHop(hop, *self._under_way[-1].arrive(), group))
+            self._under_way.append(RowsOnHop(hop, *self._under_way[-1].arrive(), group, in_fp8=self._in_fp8))
 
     def compute(self, experts: Experts) -> None:
         """Computes this rank's experts on each row that came, and adds up one row for it."""
@@ -72,8 +74,8 @@ class PerRankDispatcher:
 
     returns_sums: ClassVar[bool] = True
 
-    def __init__(self, group: torch_distributed.ProcessGroup):
-        self.group = group
+    def __init__(self, group: torch_distributed.ProcessGroup, *, in_fp8: bool = False):
+        self.group, self._in_fp8 = group, in_fp8
         self._size = torch_distributed.get_world_size(group)
 
     def decide(self, indices: Tensor, n_experts: int) -> RoutingDecision:
@@ -87,7 +89,7 @@ class PerRankDispatcher:
         """Lets a row leave for each token and rank."""
         if isinstance(decision.route, Counts):
             decision = replace(decision, route=self._agree(decision.route, decision))
-        return RowsOverHops(rows, weights, decision, [self.group])
+        return RowsOverHops(rows, weights, decision, [self.group], in_fp8=self._in_fp8)
 
     def _agree(self, counts: Counts, decision: RoutingDecision) -> RouteOverHops:
         outgoing, incoming = counts.outgoing, counts.answer()

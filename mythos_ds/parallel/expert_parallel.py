@@ -112,6 +112,8 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
 
     def make_dispatcher(self) -> Dispatcher:
         """The one that the run has chosen, over the expert-parallel group."""
+        in_fp8 = self._groups.rows_in_fp8
         if self._groups.node_groups is not None:
-            return PerNodeDispatcher(self._groups.node_groups)
-        return (PerRankDispatcher if self._groups.dispatch.name == "per_rank" else AllToAllDispatcher)(self.ep_group)
+            return PerNodeDispatcher(self._groups.node_groups, in_fp8=in_fp8)
+        kind = PerRankDispatcher if self._groups.dispatch.name == "per_rank" else AllToAllDispatcher
+        return kind(self.ep_group, in_fp8=in_fp8)

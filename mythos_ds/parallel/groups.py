@@ -70,6 +70,8 @@ class ParallelGroups:
     """What confines DeepSpeed to the stage; None without pipeline."""
     dispatch: DispatchChoice = DispatchChoice(LOCAL)
     """What carries rows to experts."""
+    rows_in_fp8: bool = False
+    """Whether they travel there in eight bits."""
     node_groups: NodeGroups | None = None
     """Where that goes by node; None elsewhere."""
 
@@ -176,15 +178,16 @@ def init_parallel(
     *,
     tied: bool = False,
     dispatch: str = "all_to_all",
+    rows_in_fp8: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> ParallelGroups:
     """Starts torch.distributed through DeepSpeed (nccl on cuda, else gloo) and creates all groups, once.
 
     stages: the pipeline's (None: no pipeline). tied: whether its first and its last stage share an embedding. dispatch:
-    `parallel.dispatch`, by node where nodes have env.local_world_size consecutive ranks. A collective that waits longer
-    than `timeout_s` seconds fails. May be called again for another layout. Errors: ParallelError where ep_size does not
-    divide the processes of a stage with experts, the stages are not those of all processes, or experts are to be
-    reached by node and their groups do not hold several whole nodes.
+    `parallel.dispatch`, by node where nodes have env.local_world_size consecutive ranks. rows_in_fp8: on their way to
+    experts. A collective that waits longer than `timeout_s` seconds fails. May be called again for another layout.
+    Errors: ParallelError where ep_size does not divide the processes of a stage with experts, the stages are not those
+    of all processes, or experts are to be reached by node and their groups do not hold several whole nodes.
     """
     layout = RankLayout(env.rank, (env.world_size,), run_ep_size=ep_size)
     if stages:
@@ -202,7 +205,7 @@ def init_parallel(
     host = in_time(host_group, timeout_s)  # gloo's own limit on connecting is that on waiting for one that works alone
     if isinstance(host, Exception):
         raise host_network_problem(env, host) from None
-    groups = ParallelGroups(device, layout, None, host, timeout_s, dispatch=choice)
+    groups = ParallelGroups(device, layout, None, host, timeout_s, dispatch=choice, rows_in_fp8=rows_in_fp8)
     if groups.pipelined:
         groups = _with_stages(groups, timeout, tied=tied)
     if ep_size > 1:

@@ -26,6 +26,7 @@ def pretend(resolved: ResolvedRun, rank: int, gpus_per_node: int) -> ParallelGro
         resolved.stages,
         tied=config.model.tie_embeddings,
         dispatch=config.parallel.dispatch,
+        rows_in_fp8=config.parallel.dispatch_dtype == "fp8",
     )
 
 

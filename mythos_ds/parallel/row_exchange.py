@@ -10,6 +10,8 @@ import torch.distributed as torch_distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mythos_ds.kernels.row_quantisation import dequantise_rows, quantise_rows
+
 
 @dataclass(frozen=True)
 class Nobody:
@@ -27,11 +29,13 @@ Group = torch_distributed.ProcessGroup | Nobody
 
 @dataclass
 class Passage:
-    """One exchange: the next send[r] rows go to rank r of the group, which sends receive[r]."""
+    """One exchange: the next send[r] rows go to rank r of the group, which sends receive[r]. in_fp8: rows [n, dim]
+    leave in eight bits; their gradients do not."""
 
     send: list[int]
     receive: list[int]
     group: Group
+    in_fp8: bool = False
     _under_way: tuple[Any, Tensor, Tensor] | None = field(default=None, init=False)
 
     def leave(self, rows: Tensor) -> Tensor:
@@ -70,6 +74,9 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, passage: Passage) -> Tensor:
         ctx.passage = passage
+        if passage.in_fp8:
+            passage._start(quantise_rows(rows), passage.send, passage.receive)
+            return rows.new_empty(1, 1).expand(sum(passage.receive), rows.shape[1])  # only a shape until they arrive
         return passage._start(rows, passage.send, passage.receive)
 
     @staticmethod
@@ -81,9 +88,9 @@ class _Leave(torch.autograd.Function):
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, passage: Passage) -> Tensor:
-        passage._finish()
+        received = passage._finish()
         ctx.passage = passage
-        return rows.view_as(rows)
+        return dequantise_rows(received, dtype=rows.dtype) if passage.in_fp8 else rows.view_as(rows)
 
     @staticmethod
     @once_differentiable

@@ -102,11 +102,11 @@ def _before(counts: Tensor) -> Tensor:
 class RowsOnHop:
     """The rows and weights of one call on one hop."""
 
-    def __init__(self, hop: Hop, rows: Tensor, weights: Tensor, group: Group):
+    def __init__(self, hop: Hop, rows: Tensor, weights: Tensor, group: Group, *, in_fp8: bool):
         """Lets rows [n, dim] leave, and the pairs' weights fp32 [pairs]."""
         (rows_there, rows_here), pairs = hop.rows, hop.pairs
         self._hop = hop
-        self._there, self._weights = Passage(rows_there, rows_here, group), Passage(*pairs, group)
+        self._there, self._weights = Passage(rows_there, rows_here, group, in_fp8), Passage(*pairs, group)
         self._back = Passage(rows_here, rows_there, group)
         self._leaving = self._there.leave(repeat_rows(rows, hop.copies))
         self._leaving_weights = self._weights.leave(permute_rows(weights, hop.order, hop.back))

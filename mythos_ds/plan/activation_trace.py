@@ -57,6 +57,8 @@ class Workload:
     """What the gradients of a weight add up in."""
     dispatch: str = "all_to_all"
     """What carries rows to experts; with ep_size 1 nothing does."""
+    rows_in_fp8: bool = False
+    """Whether they go there in eight bits."""
     ranks_per_node: int = 1
     """Of an expert group that spans nodes, with dispatch "per_node"."""
     on_gpu: bool = True
@@ -262,7 +264,9 @@ def _even(load: Workload) -> type[MoE]:
             return _EvenExperts(config.n_experts // load.ep_size, config, init, load)
 
         def make_dispatcher(self) -> Dispatcher:
-            return even_dispatcher(load.dispatch, load.model, load.ep_size, load.ranks_per_node)
+            return even_dispatcher(
+                load.dispatch, load.model, load.ep_size, load.ranks_per_node, in_fp8=load.rows_in_fp8
+            )
 
     return Local
 

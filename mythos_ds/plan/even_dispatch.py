@@ -21,18 +21,22 @@ from mythos_ds.parallel.row_exchange import Nobody
 from mythos_ds.parallel.row_hop import Hop, OwnExperts, Wanted
 
 
-def even_dispatcher(name: str, model: ModelConfig, ep_size: int, ranks_per_node: int) -> Dispatcher:
+def even_dispatcher(
+    name: str, model: ModelConfig, ep_size: int, ranks_per_node: int, *, in_fp8: bool = False
+) -> Dispatcher:
     """Makes the stand-in of a dispatcher for expert groups of `ep_size`."""
     if ep_size == 1:
         return LocalDispatcher()
     if name == "all_to_all":
-        return _ToExperts()
+        return _ToExperts(in_fp8)
     nodes = ep_size // ranks_per_node
     places = (nodes, ep_size) if name == "per_node" else (ep_size,)
-    return _OverHops(tuple(places_reached(model, number) for number in places), model.n_experts // ep_size)
+    return _OverHops(tuple(places_reached(model, number) for number in places), model.n_experts // ep_size, in_fp8)
 
 
+@dataclass(frozen=True)
 class _ToExperts:
+    in_fp8: bool
     returns_sums: ClassVar[bool] = False
 
     def decide(self, indices: Tensor, n_experts: int) -> RoutingDecision:
@@ -44,7 +48,8 @@ class _ToExperts:
             order, number = _integers(weights.numel()), [weights.numel()]
             route = SortedRoute(route, number, number, order, inverse_permutation(order), decision.counts)
         decision = replace(decision, route=route)
-        return RowsToExperts(route.rows.sort(rows, weights.shape[1]), weights, decision, Nobody())
+        rows = route.rows.sort(rows, weights.shape[1])
+        return RowsToExperts(rows, weights, decision, Nobody(), in_fp8=self.in_fp8)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class _OverHops:
     """Of a token after each hop."""
     local: int
     """Experts of this process."""
+    in_fp8: bool
     returns_sums: ClassVar[bool] = True
 
     def decide(self, indices: Tensor, n_experts: int) -> RoutingDecision:
@@ -61,7 +67,8 @@ class _OverHops:
     def send(self, rows: Tensor, weights: Tensor, decision: RoutingDecision) -> Journey:
         if decision.route is None:
             decision = replace(decision, route=self._route(len(rows), weights.numel()))
-        return RowsOverHops(rows, weights, decision, [Nobody(hop) for hop in range(len(self.copies))])
+        hops = [Nobody(hop) for hop in range(len(self.copies))]
+        return RowsOverHops(rows, weights, decision, hops, in_fp8=self.in_fp8)
 
     def _route(self, tokens: int, pairs: int) -> RouteOverHops:
         hops, here = [], tokens

@@ -9,6 +9,7 @@ from mythos_ds.config.resolve import ResolvedRun
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.costs.reach import PlannedDispatch, places_reached, planned_dispatch
 from mythos_ds.hardware import Gpu
+from mythos_ds.kernels.row_quantisation import SCALE_BYTES
 from mythos_ds.parallel.overlap import CHUNKS, LANES
 
 _BYTES = {"bfloat16": 2, "float32": 4}
@@ -61,7 +62,8 @@ def exchanged(
     """Computes the exchange of a process of stage `index` in a step of n_loops loops, `graded` of them with gradient.
 
     Rows go to their experts and back in every forward, and their gradients in every backward; what is recomputed
-    repeats the way out, and the way back where something behind it is needed, but no integers.
+    repeats the way out, and the way back where something behind it is needed, but no integers. Gradients never go in
+    eight bits.
     """
     config, stage = resolved.config, resolved.stages[index]
     ep_size = resolved.layout(stage.first_rank).ep_size
@@ -71,12 +73,14 @@ def exchanged(
     tokens, layers = stage.rows * config.training.seq_len, len(stage.part.recurrent)
     pairs, row = tokens * model.n_experts_per_tok, model.dim * _BYTES[config.training.dtype]
     recomputed = graded if config.parallel.activation_checkpointing != "none" else 0.0
+    sent = model.dim + SCALE_BYTES if dispatch.in_fp8 else row
+    rows_out = (n_loops + recomputed) * sent + graded * row
     out = n_loops + graded + recomputed
     back = n_loops + graded + recomputed * repeated_way_back(config, dispatch, layers)
     weights = 0.0 if dispatch.name == "all_to_all" else pairs * _WEIGHT_BYTES
     total = node = network = 0.0
     for hop in hop_links(resolved, index, ranks_per_node):
-        size = tokens * hop.copies * row * (out + back) + weights * out
+        size = tokens * hop.copies * (rows_out + row * back) + weights * out
         near, far = hop.split(size)
         total, node, network = total + size, node + near, network + far
     calls = 1

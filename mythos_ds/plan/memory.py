@@ -124,6 +124,7 @@ def workload(resolved: ResolvedRun, index: int = 0, *, on_gpu: bool = True) -> W
         config.parallel.activation_checkpointing,
         torch.bfloat16 if _adds_up_in_bfloat16(config.training) else torch.float32,
         dispatch=dispatch.name,
+        rows_in_fp8=dispatch.in_fp8,
         ranks_per_node=dispatch.ranks_per_node if dispatch.name == "per_node" else 1,
         on_gpu=on_gpu,
         compiled=(config.training.compile or ("regions" if on_gpu else "none")) == "regions",

@@ -101,6 +101,7 @@ def train(
         resolved.stages,
         tied=resolved.config.model.tie_embeddings,
         dispatch=resolved.config.parallel.dispatch,
+        rows_in_fp8=resolved.config.parallel.dispatch_dtype == "fp8",
         timeout_s=resolved.config.parallel.timeout_s,
     )
     run = RunDirectory(request.run_dir)

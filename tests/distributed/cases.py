@@ -71,8 +71,8 @@ def own_experts(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
-    """The run of a case: ep, stage, and optionally pp, checkpointing, dispatch, overlap, optimizer, dtype,
-    accumulation, offload, training, deepspeed, model."""
+    """The run of a case: ep, stage, and optionally pp, checkpointing, dispatch, dispatch_dtype, overlap, optimizer,
+    dtype, accumulation, offload, training, deepspeed, model."""
     pp_size, accumulation = case.get("pp", 1), case.get("accumulation", ACCUMULATION)
     accumulation = RAMP_ACCUMULATION if case.get("ramp") else accumulation
     holders = world_size // pp_size if isinstance(pp_size, int) else pp_size[1]
@@ -87,6 +87,7 @@ def toy_run(case: dict[str, Any], world_size: int) -> RunConfig:
             zero_stage=case["stage"],
             activation_checkpointing=case.get("checkpointing", "loop"),
             dispatch=case.get("dispatch", "all_to_all"),
+            dispatch_dtype=case.get("dispatch_dtype", "training"),
             overlap=case.get("overlap", False),
             offload_optimizer="cpu" if "offload" in case else "none",
             offload_params="cpu" if case.get("offload") == "all" else "none",
@@ -118,6 +119,7 @@ def opened(case: dict[str, Any]) -> Iterator[tuple[TrainingEngine, ParallelGroup
         resolved.stages,
         tied=resolved.config.model.tie_embeddings,
         dispatch=resolved.config.parallel.dispatch,
+        rows_in_fp8=resolved.config.parallel.dispatch_dtype == "fp8",
         timeout_s=120.0,
     )
     engine = build_engine(resolved, groups)

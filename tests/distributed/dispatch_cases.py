@@ -16,6 +16,7 @@ from mythos_ds.bench.collective_bytes import CollectiveBytes
 from mythos_ds.config.dispatch import DispatchChoice
 from mythos_ds.environment import ProcessEnvironment
 from mythos_ds.errors import ParallelError
+from mythos_ds.kernels.row_quantisation import dequantise_rows, quantise_rows
 from mythos_ds.model.dispatch import Dispatcher, LocalDispatcher
 from mythos_ds.model.feed_forward import Experts
 from mythos_ds.model.initializer import Initializer
@@ -28,23 +29,33 @@ from tests.distributed.communication_cases import expert_counts
 
 DIM, HIDDEN, EXPERTS, NODE = 16, 12, 8, 2
 NAMES = ("all_to_all", "per_rank", "per_node")
+FP8 = " in fp8"
+"""Follows the name of a dispatcher whose rows leave in eight bits."""
 
 
 def everything(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """What the tests of four ranks read, in one launch: two pretended nodes of two."""
     traffic = CollectiveBytes()
     groups = grouped(4, "per_node")
-    dispatchers = made(groups)
+    dispatchers, in_fp8 = made(groups), {name + FP8: each for name, each in made(groups, in_fp8=True).items()}
+    both = {**dispatchers, **in_fp8}
     return {
-        "rows": [{name: rows(each, draw) for name, each in dispatchers.items()} for draw in range(len(DRAWS))],
-        "bytes": {name: bytes_by_rank(each) for name, each in dispatchers.items()},
-        "halves": {name: errors_in_bfloat16(each) for name, each in dispatchers.items()},
+        "rows": [
+            {name: rows(each, draw, read_back=name in in_fp8) for name, each in both.items()}
+            for draw in range(len(DRAWS))
+        ],
+        "bytes": {name: bytes_by_rank(each) for name, each in both.items()},
+        "halves": {name: errors_in_bfloat16(each) for name, each in both.items()},
         "groups": [torch_distributed.get_process_group_ranks(each) for each in vars(groups.node_groups).values()],
         "refused": refused(),
         "chosen": [vars(grouped(ep, "auto", node).dispatch) for ep, node in ((2, 2), (4, 2), (4, 4), (1, 4))],
         "layouts": layouts(cases),
         "counts": {name: expert_counts(["layer"], **setting(name)) for name in NAMES},
-        "steps": [recomputed(traffic, name, mode) for name in NAMES for mode in ("none", "layer", "loop")],
+        "steps": [
+            recomputed(traffic, name, mode, dtype)
+            for name in NAMES
+            for mode, dtype in (("none", "training"), ("layer", "training"), ("loop", "training"), ("loop", "fp8"))
+        ],
     }
 
 
@@ -60,15 +71,15 @@ def grouped(ep_size: int, dispatch: str, node: int = NODE) -> ParallelGroups:
     return init_parallel(environment, ep_size, dispatch=dispatch, timeout_s=120.0)
 
 
-def made(groups: ParallelGroups) -> dict[str, Dispatcher]:
+def made(groups: ParallelGroups, *, in_fp8: bool = False) -> dict[str, Dispatcher]:
     """All dispatchers over the same ranks."""
     everyone = require_expert_group(4)
     assert groups.dispatch == DispatchChoice("per_node")
     assert groups.node_groups is not None
     return {
-        "all_to_all": AllToAllDispatcher(everyone),
-        "per_rank": PerRankDispatcher(everyone),
-        "per_node": PerNodeDispatcher(groups.node_groups),
+        "all_to_all": AllToAllDispatcher(everyone, in_fp8=in_fp8),
+        "per_rank": PerRankDispatcher(everyone, in_fp8=in_fp8),
+        "per_node": PerNodeDispatcher(groups.node_groups, in_fp8=in_fp8),
     }
 
 
@@ -137,13 +148,15 @@ def own_experts(dtype: torch.dtype = torch.float64) -> Experts:
     return experts(2 * rank, 2 * rank + 2, dtype)
 
 
-def rows(dispatcher: Dispatcher, draw: int) -> dict[str, Any]:
+def rows(dispatcher: Dispatcher, draw: int, *, read_back: bool) -> dict[str, Any]:
     """Largest differences from a process with all experts, whether a replay gives the same bits and asks nobody, and
-    one routing weight's gradient beside a finite difference."""
+    one routing weight's gradient beside a finite difference. read_back: the process has the rows as they are after
+    quantisation, whose gradient is that of the rows before."""
     given, held = drawn(draw), own_experts()
     found = gradients(dispatcher, held, given)
     whole = experts(0, EXPERTS)
-    expected = gradients(LocalDispatcher(), whole, given)
+    arriving = dequantise_rows(quantise_rows(given["rows"]), dtype=torch.float64) if read_back else given["rows"]
+    expected = gradients(LocalDispatcher(), whole, {**given, "rows": arriving})
     rank = torch_distributed.get_rank()
     for name in ("w1", "w2", "w3"):
         torch_distributed.all_reduce(expected[name])
@@ -184,7 +197,7 @@ def calls() -> Iterator[list[dict[str, Any]]]:
         sent = splits[1] if splits else [len(given) // len(ranks)] * len(ranks)
         size = given.element_size() * (given.numel() // len(given) if len(given) else 0)
         to = {rank: number * size for rank, number in zip(ranks, sent, strict=True)}
-        noted.append({"integers": not given.is_floating_point(), "to": to})
+        noted.append({"integers": given.dtype == torch.int64, "to": to})
         return original(output, given, *splits, **options)
 
     with patch.object(torch_distributed, "all_to_all_single", noting):
@@ -204,7 +217,7 @@ def bytes_by_rank(dispatcher: Dispatcher) -> dict[str, Any]:
 
 
 def errors_in_bfloat16(dispatcher: Dispatcher) -> dict[str, float]:
-    """Of the result and the gradients of rows and weights in bf16, against float64; sums of squares."""
+    """Of the result and the gradients of rows and weights in bf16, against float64; norm over norm."""
     given = drawn(2)
     whole = experts(0, EXPERTS).to(torch.bfloat16).double()
     exact = {name: value.to(torch.bfloat16).double() for name, value in given.items() if name != "choices"}
@@ -215,9 +228,10 @@ def errors_in_bfloat16(dispatcher: Dispatcher) -> dict[str, float]:
     expected = gradients(LocalDispatcher(), whole, {**exact, "choices": given["choices"]})
     found = gradients(dispatcher, held, {**half, "choices": given["choices"]})
     names = ("out", "rows", "weights")
-    squares = torch.stack([(found[name].double() - expected[name]).square().sum() for name in names])
+    values = [(found[name].double() - expected[name], expected[name]) for name in names]
+    squares = torch.stack([torch.stack([value.square().sum() for value in pair]) for pair in values])
     torch_distributed.all_reduce(squares)
-    return dict(zip(names, squares.tolist(), strict=True))
+    return dict(zip(names, (squares[:, 0] / squares[:, 1]).sqrt().tolist(), strict=True))
 
 
 def refused() -> list[str]:
@@ -231,10 +245,10 @@ def refused() -> list[str]:
     return said
 
 
-def recomputed(traffic: CollectiveBytes, name: str, checkpointing: str) -> dict[str, Any]:
+def recomputed(traffic: CollectiveBytes, name: str, checkpointing: str, dtype: str) -> dict[str, Any]:
     """Bytes that all ranks exchange in a step of 3 loops, 2 of them with gradient, in which every token chooses experts
     0 and 1, which are the first rank's."""
-    case = {"stage": 1, "accumulation": 1, "checkpointing": checkpointing, **setting(name)}
+    case = {"stage": 1, "accumulation": 1, "checkpointing": checkpointing, "dispatch_dtype": dtype, **setting(name)}
     with opened(case) as (engine, groups):
         for layer in engine.module.moe_layers():
             layer.router.bias[:2] = 10.0
@@ -242,4 +256,5 @@ def recomputed(traffic: CollectiveBytes, name: str, checkpointing: str) -> dict[
         engine.train_step(own_batches(0, 1, groups), n_loops=3, n_grad_loops=2, lr=1e-3)
         counted = traffic.take()
     sizes = [counted.get("all_to_all_single", 0), counted.get("all_to_all_single:integers", 0)]
-    return {"dispatch": name, "checkpointing": checkpointing, "bytes": groups.sum([float(size) for size in sizes])}
+    sums = groups.sum([float(size) for size in sizes])
+    return {"dispatch": name, "checkpointing": checkpointing, "dtype": dtype, "bytes": sums}

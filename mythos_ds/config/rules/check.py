@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mythos_ds.config import deepspeed_section, deepspeed_values
 from mythos_ds.config.batch_ramp import MAX_SIZES, BatchSchedule
 from mythos_ds.config.depth_distribution import deep_shares, depth_pmf
-from mythos_ds.config.dispatch import known_dispatch_problem
+from mythos_ds.config.dispatch import known_dispatch_dtype_problem, known_dispatch_problem
 from mythos_ds.config.divisors import divisors, nearest_divisors
 from mythos_ds.config.layout import is_pipelined
 from mythos_ds.config.rules import model as model_rules
@@ -530,6 +530,7 @@ RULES: tuple[Rule, ...] = (
     Rule("parallel.ep_size", _ep_divides_experts),
     Rule("parallel.ep_size", _ep_fits_nodes),
     Rule("parallel.dispatch", known_dispatch_problem),
+    Rule("parallel.dispatch_dtype", known_dispatch_dtype_problem),
     Rule("parallel.zero_stage", _zero_stage),
     _parallel("offload_params", _offload_params),
     _parallel("offload_optimizer", _offload_optimizer),

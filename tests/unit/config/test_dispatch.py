@@ -74,6 +74,23 @@ def test_one_with_effect_is_taken(overrides: list[str], processes: int) -> None:
     resolve(load_config("tiny", overrides).config, processes)
 
 
+@pytest.mark.parametrize(("overrides", "processes"), [([], 1), (["parallel.ep_size=1"], 2)])
+def test_rows_in_eight_bits_that_do_not_travel_are_refused(overrides: list[str], processes: int) -> None:
+    with pytest.raises(ConfigError, match="every process holds all experts") as error:
+        resolve(load_config("tiny", [*overrides, "parallel.dispatch_dtype=fp8"]).config, processes)
+    (problem,) = error.value.problems
+    assert "parallel.dispatch_dtype: " in problem
+    assert problem.code == "MDS283"
+    resolve(load_config("tiny", ["parallel.dispatch_dtype=fp8"]).config, 2)
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, "training"), (2, "fp8")])
+def test_rows_of_a_proxy(processes: int, expected: str) -> None:
+    proxy, _ = make_proxy(load_config("1t", ["parallel.dispatch_dtype=fp8"]).config, processes)
+    assert proxy.parallel.dispatch_dtype == expected
+    resolve(proxy, processes)
+
+
 @pytest.mark.parametrize(("processes", "expected"), [(1, "all_to_all"), (2, "per_rank")])
 def test_a_proxy_stays_on_its_node(processes: int, expected: str) -> None:
     config = load_config("1t", ["parallel.dispatch=per_node"]).config

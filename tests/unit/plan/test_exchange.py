@@ -69,6 +69,22 @@ def test_a_recompute_repeats_the_way_out_only(checkpointing: str, back: float) -
     assert exchanged(resolved, 1, 1).total == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("checkpointing", "trips"), [("none", 1), ("layer", 2), ("loop", 2)])
+@pytest.mark.parametrize(
+    ("name", "copies"), [("all_to_all", 8), ("per_rank", places_reached(run("auto").config.model, 256))]
+)
+def test_rows_in_eight_bits(checkpointing: str, trips: int, name: str, copies: float) -> None:
+    """The way out in forward and recompute takes dim bytes and a scale of four for each copy; all else stays bf16."""
+    mode = f"parallel.activation_checkpointing={checkpointing}"
+    plain, in_fp8 = (exchanged(run(name, mode, *more), 1, 1) for more in ((), ("parallel.dispatch_dtype=fp8",)))
+    resolved = run(name)
+    model, stage = resolved.config.model, resolved.stages[0]
+    calls = len(stage.part.recurrent) * resolved.gradient_accumulation_steps
+    saved = stage.rows * resolved.config.training.seq_len * copies * calls * trips * (2 * model.dim - model.dim - 4)
+    assert plain.total - in_fp8.total == pytest.approx(saved)
+    assert plain.integers == in_fp8.integers
+
+
 def test_links_work_one_after_the_other_by_node() -> None:
     gpu = read_gpu("h200")
     times = {}
@@ -89,3 +105,6 @@ def test_memory_of_a_step(checkpointing: str) -> None:
     peaks = {name: trace(replace(load, dispatch=name)).peak for name in ("all_to_all", "per_rank", "per_node")}
     assert peaks["per_rank"] < peaks["per_node"] < 1.5 * peaks["all_to_all"]
     assert peaks["per_rank"] > 0.4 * peaks["all_to_all"]
+    in_fp8 = {name: trace(replace(load, dispatch=name, rows_in_fp8=True)).peak for name in peaks}
+    assert all(0.9 * peak < in_fp8[name] < 1.1 * peak for name, peak in peaks.items())
+    assert in_fp8["all_to_all"] != peaks["all_to_all"]
