@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mythos_ds.bench.paced_pipeline import idle_share
 from mythos_ds.cluster.local_processes import run_processes
@@ -32,6 +32,7 @@ _LARGE = (
 )
 """Keep DeepSpeed from holding a small model whole, as it cannot hold a large one."""
 _RING = ("deepspeed.zero_optimization.stage3_param_persistence_threshold=null",)
+_ROWS = ("training.global_batch_size=16", "model.recurrent_layers=2", "training.dtype=bfloat16")
 _TWO_NODES = ("cluster.gpu=h100", "cluster.nodes=2", "cluster.gpus_per_node=2")
 _LIMIT_S = 300
 
@@ -115,6 +116,26 @@ CASES = (
     ),
 )  # fmt: skip
 
+EXCHANGES = (
+    Case("EP 2, all to all", 2, (*_ROWS, "parallel.ep_size=2")),
+    Case("EP 2, all to all, two lanes", 2, (*_ROWS, "parallel.ep_size=2", "parallel.overlap=true")),
+    Case(
+        "EP 4, per rank, two lanes, by layer", 4,
+        (
+            *_ROWS, "parallel.ep_size=4", "parallel.dispatch=per_rank", "parallel.overlap=true",
+            "parallel.activation_checkpointing=layer",
+        ),
+    ),
+    Case(
+        "EP 4 over two nodes, per node", 4,
+        (*_ROWS, *_TWO_NODES, "parallel.ep_size=4", "parallel.dispatch=per_node"), node=2,
+    ),
+    Case(
+        "EP 4 over two nodes, per node, two lanes", 4,
+        (*_ROWS, *_TWO_NODES, "parallel.ep_size=4", "parallel.dispatch=per_node", "parallel.overlap=true"), node=2,
+    ),
+)  # fmt: skip
+
 PIPELINES = (
     Case("ring of 2, 2 micro-batches", 2, (*_RING, "parallel.pp_size=2", "training.global_batch_size=8")),
     Case("ring of 2, 4 micro-batches, 7 loops", 2, (*_RING, "parallel.pp_size=2", "training.global_batch_size=16"), 7),
@@ -172,9 +193,20 @@ class Idle:
     overrun: float
 
 
+@dataclass(frozen=True)
+class MeasuredWaits:
+    """A loop's time over that of its work alone, where work and rows take their predicted times. `overrun`: seconds by
+    which the slowest took longer."""
+
+    layout: str
+    predicted: float
+    measured: float
+    overrun: float
+
+
 def measure(case: Case) -> Comparison:
     """Run a case and compare, on the process whose memory is predicted worst."""
-    resolved, counted = run_case(case, paced=False)
+    resolved, counted = run_case(case, paced="no")
     # Routing decides how much a process sends; together they send what the formula says.
     exchanged: dict[int, list[float]] = {}
     for found in counted:
@@ -186,12 +218,20 @@ def measure(case: Case) -> Comparison:
 
 def measure_idle(case: Case) -> Idle:
     """Run a pipeline at the pace of its prediction."""
-    resolved, found = run_case(case, paced=True)
+    resolved, found = run_case(case, paced="stages")
     overrun = max(own["overrun"] for own in found)
     return Idle(case.name, predict(resolved, case.n_loops).bubble, idle_share(found), overrun)
 
 
-def run_case(case: Case, *, paced: bool) -> tuple[ResolvedRun, list[dict[str, Any]]]:
+def measure_waits(case: Case) -> MeasuredWaits:
+    """Run a loop at the pace of its prediction."""
+    _, found = run_case(case, paced="rows")
+    slowest = max(found, key=lambda own: own["seconds"])
+    predicted, measured = (slowest[name] / slowest["work"] for name in ("predicted", "seconds"))
+    return MeasuredWaits(case.name, predicted, measured, max(own["overrun"] for own in found))
+
+
+def run_case(case: Case, *, paced: Literal["no", "stages", "rows"]) -> tuple[ResolvedRun, list[dict[str, Any]]]:
     """The case's run as resolved, and what each of its processes found."""
     overrides = [*_BASE, *case.settings]
     resolved = resolve(load_config("tiny", overrides).config, case.processes)
@@ -239,13 +279,16 @@ def _found(task: dict[str, Any], processes: int) -> list[dict[str, Any]]:
         return [json.loads((folder / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
 
 
-def write_calibration(output: Path, rows: list[Comparison], pipelines: list[Idle]) -> None:
+def write_calibration(
+    output: Path, rows: list[Comparison], pipelines: list[Idle], exchanges: list[MeasuredWaits]
+) -> None:
     """The page and its numbers."""
     facts = {"date": date.today().isoformat(), "hardware": describe(gpu_name()), "command": "mythos-ds calibrate"}
     content = {
         **facts,
         "rows": [{**asdict(row), "memory_error": row.memory_error} for row in rows],
         "pipelines": [asdict(idle) for idle in pipelines],
+        "exchanges": [asdict(waits) for waits in exchanges],
     }
     write_atomic(output / "calibration.json", json.dumps(content, indent=1) + "\n")
     lines = [
@@ -267,7 +310,16 @@ def write_calibration(output: Path, rows: list[Comparison], pipelines: list[Idle
         error = f"{idle.predicted / idle.measured - 1:+.1%}"
         idles.append(f"| {idle.layout} | {idle.measured:.2%} | {idle.predicted:.2%} | {error} |")
     overrun = max((idle.overrun for idle in pipelines), default=0.0)
-    page = _PAGE.format(**facts, table="\n".join(lines), pipelines="\n".join(idles), overrun=f"{overrun:.2f}")
+    heads = "| exchange | loop over its work, measured | predicted | prediction over measurement |"
+    loops = [heads, "|---|---:|---:|---:|"]
+    for waits in exchanges:
+        error = f"{waits.predicted / waits.measured - 1:+.1%}"
+        loops.append(f"| {waits.layout} | {waits.measured:.3f} | {waits.predicted:.3f} | {error} |")
+    late = max((waits.overrun for waits in exchanges), default=0.0)
+    page = _PAGE.format(
+        **facts, table="\n".join(lines), pipelines="\n".join(idles), overrun=f"{overrun:.2f}",
+        exchanges="\n".join(loops), late=f"{late:.2f}",
+    )  # fmt: skip
     write_atomic(output / "calibration.md", page)
 
 
@@ -305,6 +357,16 @@ cluster's do not; so each forward and backward is computed and then slept out to
 (0.15 s for the shortest; the slowest took {overrun} s longer). What is measured is the schedule: who waits for
 whom. Idle is what is left between the first start and the last end, over all processes. Whether computations take times
 in proportion to their FLOPs, this does not show.
+
+## Waiting for rows
+
+{exchanges}
+
+A loop of two layers, forward and backward, of real processes with their real dispatchers, on links so fast that all
+exchanges last as long as the work: 2.0 is a loop that hides nothing, 1.0 one that hides all. The work between two
+events of an exchange is slept out to the time that the plan gives it (4 s in all; the slowest took {late} s longer),
+and rows arrive when the plan says, or later where another process is late. Events in another order than the plan's are
+refused.
 
 Not calibrated: allocator fragmentation (5 % allowed), device context and communicators (by formula), kernels that
 differ on a GPU, and every time: those are bounds from data sheets.

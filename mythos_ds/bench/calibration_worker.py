@@ -13,6 +13,7 @@ import torch
 
 from mythos_ds.bench.collective_bytes import CollectiveBytes
 from mythos_ds.bench.paced_pipeline import paced_step
+from mythos_ds.bench.paced_rows import paced_loop
 from mythos_ds.config.loader import load_config
 from mythos_ds.config.resolve import ResolvedRun, resolve
 from mythos_ds.engine.build import build_engine
@@ -23,7 +24,8 @@ from mythos_ds.plan.live_bytes import LiveBytes
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Two steps to get going, then one that is counted, or paced where case["paced"]; of case["n_loops"] loops."""
+    """Two steps to get going, then one that is counted, or a pipeline's that is paced; of case["n_loops"] loops. Or one
+    paced loop, where case["paced"] is "rows"."""
     traffic = CollectiveBytes()
     environment = ProcessEnvironment.detect(os.environ)
     if case["node"] is not None:
@@ -39,11 +41,13 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         rows_in_fp8=resolved.config.parallel.dispatch_dtype == "fp8",
         timeout_s=120.0,
     )
+    if case["paced"] == "rows":
+        return paced_loop(resolved, groups, environment.local_world_size)
     engine = build_engine(resolved, groups)
     n_loops, grad_loops = case["n_loops"], min(resolved.mean_backprop_depth, case["n_loops"])
     for step in range(2):
         _step(engine, resolved, groups, step, 2, min(2, grad_loops))
-    if case["paced"]:
+    if case["paced"] == "stages":
         batches = _batches(resolved, groups, 2)
         waited = paced_step(engine, resolved, groups.layout.stage, batches, n_loops)
         groups.barrier()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mythos_ds.bench.calibration import EXCHANGES, measure_waits
 from tests.helpers.distributed import run_distributed
 from tests.helpers.paths import ROOT
 
@@ -36,6 +37,14 @@ def test_states_are_counted_to_the_byte(world_size):
             # SGD keeps nothing, and Adam's state appears with the first step.
             kept = {**own["kept"], "optimizer": own["planned"]["optimizer"]}
             assert kept == own["planned"], case
+
+
+def test_rows_leave_and_are_waited_for_in_the_planned_order() -> None:
+    """On four processes, two pretended nodes, in two lanes: an event out of order ends the run."""
+    (case,) = (case for case in EXCHANGES if case.name == "EP 4 over two nodes, per node, two lanes")
+    waits = measure_waits(case)
+    assert 1 < waits.predicted < 1.5, "lanes hide more than half"
+    assert waits.measured > 1
 
 
 def rehearse(rank: int, *settings: str) -> dict[str, Any]:
