@@ -255,7 +255,7 @@ CODES = {
     "MDS270": Code("A size of the batch ramp does not fit the pipeline"),
     "MDS271": Code("Pipeline stages would hold parts of nodes"),
     "MDS280": Code("grad_dtype bfloat16 with fp32 weights, or in a pipeline"),
-    "MDS281": Code("A dispatcher that has no effect in this layout"),
+    "MDS281": Code("A dispatcher that has no effect in this layout, or cannot run here"),
     "MDS282": Code("overlap where no row travels, or with micro-batches that have no two halves"),
     "MDS283": Code("dispatch_dtype fp8 where no row travels"),
     "MDS400": Code("Another error of data or of a tokenizer"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mythos_ds.config.schema import RunConfig
 from mythos_ds.errors import Coded, coded
 
-HAS_RUN_ON = {"all_to_all": ("cpu", "cuda"), "per_rank": ("cpu",), "per_node": ("cpu",)}
+HAS_RUN_ON = {"all_to_all": ("cpu", "cuda"), "per_rank": ("cpu",), "per_node": ("cpu",), "deepep": ()}
 """Kinds of devices on which training with a dispatcher was compared with one process."""
 LOCAL = "local"
 """Where each process holds all experts, and no row travels."""
@@ -38,13 +38,16 @@ def choose_dispatch(setting: str, ep_size: int, ranks_per_node: int, device: str
 
 @coded("MDS281")
 def dispatch_problem(config: RunConfig, ep_size: int, ranks_per_node: int | None) -> str | None:
-    """Says why the dispatcher that a configuration names would have no effect. ranks_per_node: None if not known."""
+    """Says why the dispatcher that a configuration names has no effect, or cannot run. ranks_per_node: None if not
+    known."""
     setting = config.parallel.dispatch
     if setting in ("all_to_all", "auto"):
         return None
     if ep_size == 1:
         return f'"{setting}" given with ep_size 1, where every process holds all experts; nearest: "auto"'
-    if setting == "per_rank" or ranks_per_node is None:
+    if setting == "deepep" and config.training.dtype != "bfloat16":
+        return f'"deepep" given with training.dtype {config.training.dtype}; allowed: bfloat16; nearest: "per_rank"'
+    if setting in ("per_rank", "deepep") or ranks_per_node is None:
         return None
     if ranks_per_node == 1:
         return '"per_node" given with one process on each node, where it is the same as "per_rank"; nearest: "per_rank"'
@@ -64,7 +67,11 @@ def dispatch_problem(config: RunConfig, ep_size: int, ranks_per_node: int | None
 @coded("MDS283")
 def dispatch_dtype_problem(config: RunConfig, ep_size: int) -> str | None:
     """Says why rows in eight bits would have no effect."""
-    if config.parallel.dispatch_dtype == "training" or ep_size > 1:
+    if config.parallel.dispatch_dtype == "training":
+        return None
+    if config.parallel.dispatch == "deepep":
+        return '"fp8" given with dispatch "deepep", whose transport takes bfloat16; nearest: "training"'
+    if ep_size > 1:
         return None
     return '"fp8" given with ep_size 1, where every process holds all experts; nearest: "training"'
 
@@ -79,6 +86,8 @@ def overlap_problem(config: RunConfig, ep_size: int, rows: Sequence[int]) -> str
         return "true given with ep_size 1, where every process holds all experts; nearest: false"
     if config.model.halting in ("act", "act_openmythos"):
         return f'true given with halting "{config.model.halting}"; allowed: "none" or "gate"; nearest: false'
+    if config.parallel.dispatch == "deepep":
+        return 'true given with dispatch "deepep", whose transport waits where it sends; nearest: false'
     if odd := [number for number in rows if number % 2]:
         return (
             f"true given with micro-batches of {odd[0]} sequences on a process; allowed: an even number; nearest: false"

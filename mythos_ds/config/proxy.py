@@ -143,7 +143,7 @@ def _scaled(width: int, dim: int) -> int:
 def _parallel_changes(config: RunConfig, world_size: int, pp_size: PipelineSize) -> dict[str, Any]:
     ep_size, own = config.parallel.ep_size, _expert_ranks(config, world_size, pp_size)
     changes: dict[str, Any] = {"pp_size": pp_size, "ep_size": ep_size if ep_size == "auto" else own}
-    if config.parallel.dispatch in ("per_rank", "per_node"):  # the processes of a proxy share one node
+    if config.parallel.dispatch in ("per_rank", "per_node", "deepep"):  # the processes of a proxy share one node
         changes["dispatch"] = "per_rank" if own > 1 else "all_to_all"
     if config.parallel.dispatch_dtype == "fp8" and own == 1:
         changes["dispatch_dtype"] = "training"

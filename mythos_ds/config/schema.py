@@ -178,11 +178,11 @@ class ParallelConfig(Section):
     activation_checkpointing: ActivationCheckpointing = Field(
         "loop", description="Computed again in backward: nothing, each layer in each loop, or each loop; same results."
     )
-    dispatch: Literal["all_to_all", "per_rank", "per_node", "auto"] = Field(
+    dispatch: Literal["all_to_all", "per_rank", "per_node", "deepep", "auto"] = Field(
         "all_to_all",
         description="How tokens reach experts on other processes: a copy for each expert, for each process that holds "
-        "any of them, or for each node and then each process; 'auto' = by the layout, of those that have run on this "
-        "kind of device (docs/parallelism.md).",
+        "any of them, or for each node and then each process; or by DeepEP (never run); 'auto' = by the layout, of "
+        "those that have run on this kind of device (docs/parallelism.md).",
     )
     dispatch_dtype: Literal["training", "fp8"] = Field(
         "training",

@@ -21,12 +21,15 @@ class PlannedDispatch:
 
 
 def planned_dispatch(resolved: ResolvedRun, ranks_per_node: int | None = None) -> PlannedDispatch:
-    """Chooses as the run will on GPUs. ranks_per_node: None for what the configuration's cluster says."""
+    """Chooses as the run will on GPUs; for "deepep" the one that sends the same rows. ranks_per_node: None for what the
+    configuration's cluster says."""
     cluster = resolved.config.cluster
     per_node = ranks_per_node or (GPUS_PER_NODE if cluster is None else cluster.gpus_per_node)
-    choice = choose_dispatch(resolved.config.parallel.dispatch, resolved.ep_size, per_node, "cuda")
-    in_fp8 = resolved.config.parallel.dispatch_dtype == "fp8"
-    return PlannedDispatch(choice.name, min(per_node, resolved.ep_size), in_fp8)
+    parallel, ep_size = resolved.config.parallel, resolved.ep_size
+    name = choose_dispatch(parallel.dispatch, ep_size, per_node, "cuda").name
+    if name == "deepep":
+        name = "per_node" if 1 < per_node < ep_size and ep_size % per_node == 0 else "per_rank"
+    return PlannedDispatch(name, min(per_node, ep_size), parallel.dispatch_dtype == "fp8")
 
 
 def places_reached(model: ModelConfig, places: int) -> float:

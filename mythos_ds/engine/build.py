@@ -30,6 +30,7 @@ from mythos_ds.model.mythos import MythosModel
 from mythos_ds.model.parameter_roles import is_expert, is_frozen
 from mythos_ds.model.pipeline_stage import StageModel
 from mythos_ds.model.recurrent import RecurrentBlock
+from mythos_ds.parallel.dispatch_deepep import require_deepep
 from mythos_ds.parallel.expert_parallel import ExpertParallelMoE
 from mythos_ds.parallel.groups import ParallelGroups
 from mythos_ds.parallel.overlap import overlap
@@ -48,15 +49,17 @@ def build_engine(
 ) -> TrainingEngine:
     """The engine of a resolved run; collective over all ranks. `attention_core` as in MythosModel.
 
-    Errors: ParallelError where the groups do not belong to this run, for ZeRO 0 with expert parallelism, and where an
-    optimizer that is offloaded from a GPU cannot be compiled; ConfigError
-    for values of the `deepspeed` section that DeepSpeed refuses, and for fp32 gradients where torch has none.
+    Errors: ParallelError where the groups do not belong to this run, for ZeRO 0 with expert parallelism, where DeepEP
+    cannot run, and where an optimizer that is offloaded from a GPU cannot be compiled; ConfigError for values of the
+    `deepspeed` section that DeepSpeed refuses, and for fp32 gradients where torch has none.
     """
     config = resolved.config
     stage = config.parallel.zero_stage
     require_float32_sums(config.training)
     require_cpu_adam(config, groups.device)
     _check_layout(resolved, groups)
+    if groups.dispatch.name == "deepep":
+        require_deepep(groups.device)
     set_up_compilation(config.training, groups)
     section = deepspeed_section(resolved, groups)
     model = build_model(resolved, groups, section, adapt, attention_core=attention_core)

@@ -18,6 +18,7 @@ from deepspeed.checkpoint.constants import (
     AUTOEP_PARAM_LOGICAL_SHAPE,
     DS_AUTOEP_UC_META,
 )
+from deepspeed.module_inject.auto_ep_comm import DeepEPExchange
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import nn
 
@@ -29,6 +30,7 @@ from mythos_ds.model.feed_forward import Experts
 from mythos_ds.model.initializer import Initializer
 from mythos_ds.model.moe import MoE
 from mythos_ds.parallel.dispatch_all_to_all import AllToAllDispatcher
+from mythos_ds.parallel.dispatch_deepep import DeepEPDispatcher
 from mythos_ds.parallel.dispatch_per_node import PerNodeDispatcher
 from mythos_ds.parallel.dispatch_per_rank import PerRankDispatcher
 from mythos_ds.parallel.groups import (
@@ -106,12 +108,24 @@ class ExpertParallelMoE(MoE, AutoEPMoELayer):
             self.num_experts, self.num_local_experts, layout.ep_size
         )
 
+    @property
+    def _deepep_exchange(self) -> DeepEPExchange | None:
+        """The transport's buffer, which DeepSpeed's engine asks each layer for when it ends, to free it."""
+        return self.dispatcher.exchange if isinstance(self.dispatcher, DeepEPDispatcher) else None
+
+    @_deepep_exchange.setter
+    def _deepep_exchange(self, exchange: DeepEPExchange | None) -> None:
+        if isinstance(self.dispatcher, DeepEPDispatcher):
+            self.dispatcher.exchange = exchange
+
     def make_experts(self, config: ModelConfig, init: Initializer) -> Experts:
         """Only this rank's experts."""
         return ShardedExperts(config, init, self._layout)
 
     def make_dispatcher(self) -> Dispatcher:
         """The one that the run has chosen, over the expert-parallel group."""
+        if self._groups.dispatch.name == "deepep":
+            return DeepEPDispatcher(self.ep_group, self._groups.exchange_scope)
         in_fp8 = self._groups.rows_in_fp8
         if self._groups.node_groups is not None:
             return PerNodeDispatcher(self._groups.node_groups, in_fp8=in_fp8)

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 import torch.distributed as torch_distributed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.module_inject.auto_ep_comm import new_exchange_scope
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor
 
@@ -74,6 +75,8 @@ class ParallelGroups:
     """Whether they travel there in eight bits."""
     node_groups: NodeGroups | None = None
     """Where that goes by node; None elsewhere."""
+    exchange_scope: int = field(default_factory=new_exchange_scope)
+    """Whose layers share a buffer of DeepEP: DeepSpeed's number."""
 
     @property
     def rank(self) -> int:

@@ -42,6 +42,7 @@ def as_numbers(layout: Layout, gpu: Gpu, tokens: float, remedy: Layout | None, o
         "memory_bound_s": step.memory_s,
         "launch_s": step.launch_s,
         "assumptions": {name: value for name, value in vars(gpu).items() if name != "name"},
+        "dispatch": resolved.config.parallel.dispatch,
         "row_waits_s": step.waits_s,
         "pipeline_idle_share": step.idle_share,
         "step_bound_s": step.bound_s,
@@ -277,8 +278,14 @@ def _assumptions_text(numbers: dict[str, Any]) -> str:
         "(training.compile) reading its inputs and writing its results once; a launch "
         f"takes the host {gpu['launch_s'] * 1e6:.3g} us, one for each operation or region; links reach "
         f"{gpu['node_bandwidth'] / 1e9:,.0f} GB/s in the node, {gpu['network_bandwidth'] / 1e9:,.0f} to others, "
-        f"{gpu['host_bandwidth'] / 1e9:,.0f} to host memory; experts are loaded evenly"
+        f"{gpu['host_bandwidth'] / 1e9:,.0f} to host memory; experts are loaded evenly" + _deepep_text(numbers)
     )
+
+
+def _deepep_text(numbers: dict[str, Any]) -> str:
+    if numbers["dispatch"] != "deepep":
+        return ""
+    return '; "deepep", which has never run, sends and computes what "per_rank" or "per_node" does, without its buffer'
 
 
 def _evaluation_text(numbers: dict[str, Any]) -> str:

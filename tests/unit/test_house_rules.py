@@ -45,24 +45,24 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 LINES = {
     "root": 2_310,
     "kernels": 1_475,
-    "config": 4_035,
+    "config": 4_045,
     "costs": 1_330,
     "model": 2_270,
     "weights": 1_200,
     "data": 6_170,
     "monitor": 660,
     "resilience": 120,
-    "parallel": 2_115,
-    "engine": 1_060,
+    "parallel": 2_245,
+    "engine": 1_065,
     "checkpoint": 1_830,
     "inference": 190,
     "train": 2_260,
     "conversion": 3_450,
-    "plan": 2_940,
+    "plan": 2_945,
     "analysis": 1_240,
     "cluster": 1_620,
     "lab": 3_870,
-    "bench": 2_010,
+    "bench": 2_015,
     "api": 460,
     "__init__": 60,
     "__main__": 140,
@@ -71,7 +71,7 @@ LINES = {
 """Lines that a package may have; a larger number is a line of the CHANGELOG with its reason."""
 READING_PATH = ("kernels", "config", "model", "parallel", "engine", "train")
 """What one must read to trust a training run."""
-MAX_READING_PATH = 13_200
+MAX_READING_PATH = 13_360
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 

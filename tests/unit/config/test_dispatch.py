@@ -51,6 +51,8 @@ CLUSTER = ["cluster.gpu=h100", "cluster.nodes=2", "training.global_batch_size=32
          "lie within one node of 4"),
         ([*CLUSTER, "cluster.gpus_per_node=1", "parallel.ep_size=2", "parallel.dispatch=per_node"], 2,
          "one process on each node"),
+        (["parallel.dispatch=deepep", "training.dtype=float32"], 2, "allowed: bfloat16"),
+        (["parallel.ep_size=1", "parallel.dispatch=deepep"], 2, "every process holds all experts"),
     ],
 )  # fmt: skip
 def test_a_dispatcher_without_effect_is_refused(overrides: list[str], processes: int, message: str) -> None:
@@ -84,6 +86,12 @@ def test_rows_in_eight_bits_that_do_not_travel_are_refused(overrides: list[str],
     resolve(load_config("tiny", ["parallel.dispatch_dtype=fp8"]).config, 2)
 
 
+def test_rows_in_eight_bits_that_a_transport_does_not_take_are_refused() -> None:
+    settings = ["parallel.dispatch=deepep", "training.dtype=bfloat16", "parallel.dispatch_dtype=fp8"]
+    with pytest.raises(ConfigError, match="whose transport takes bfloat16"):
+        resolve(load_config("tiny", settings).config, 2)
+
+
 @pytest.mark.parametrize(("processes", "expected"), [(1, "training"), (2, "fp8")])
 def test_rows_of_a_proxy(processes: int, expected: str) -> None:
     proxy, _ = make_proxy(load_config("1t", ["parallel.dispatch_dtype=fp8"]).config, processes)
@@ -105,6 +113,7 @@ def test_a_proxy_stays_on_its_node(processes: int, expected: str) -> None:
     [
         ([], 1, "every process holds all experts"),
         (["parallel.ep_size=1"], 2, "every process holds all experts"),
+        (["parallel.dispatch=deepep", "training.dtype=bfloat16"], 2, "waits where it sends"),
         (["model.halting=act", "training.ponder_cost=0.001"], 2, 'halting "act"'),
         (["training.micro_batch_size=1"], 2, "micro-batches of 1 sequences"),
         (["training.micro_batch_size=3", "training.global_batch_size=6"], 2, "micro-batches of 3 sequences"),

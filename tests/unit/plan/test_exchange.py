@@ -69,6 +69,12 @@ def test_a_recompute_repeats_the_way_out_only(checkpointing: str, back: float) -
     assert exchanged(resolved, 1, 1).total == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("ep_size", "same"), [(256, "per_node"), (8, "per_rank")])
+def test_deepep_is_counted_as_what_sends_the_same(ep_size: int, same: str) -> None:
+    found, expected = (exchanged(run(name, f"parallel.ep_size={ep_size}"), 8, 4) for name in ("deepep", same))
+    assert found == expected
+
+
 @pytest.mark.parametrize(("checkpointing", "trips"), [("none", 1), ("layer", 2), ("loop", 2)])
 @pytest.mark.parametrize(
     ("name", "copies"), [("all_to_all", 8), ("per_rank", places_reached(run("auto").config.model, 256))]
