@@ -30,7 +30,9 @@ GROUPS = {
         "generate", "evaluate", "loop-report", "inspect", "verify", "merge", "convert", "average", "reshard",
         "loop-from-dense",
     ),
-    "cluster": ("plan", "rehearse", "plot-pipeline", "render-launch", "preflight", "gpu-acceptance", "calibrate"),
+    "cluster": (
+        "plan", "rehearse", "capacity", "plot-pipeline", "render-launch", "preflight", "gpu-acceptance", "calibrate",
+    ),
     "studies": ("lab", "loop-smollm", "bench-step", "bench-side-by-side", "bench-lanes", "bench-data"),
     "upkeep": ("env", "config-schema", "preset-table", "train-tiny", "test-environments"),
 }  # fmt: skip

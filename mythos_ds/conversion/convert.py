@@ -25,6 +25,7 @@ from mythos_ds.conversion.huggingface import (
 from mythos_ds.conversion.model_target import ROUTER_BUFFERS, WholeModel, check_tokenizer, write_config
 from mythos_ds.conversion.openmythos import SEQ_LEN, OpenMythosTensors, openmythos_fields, read_openmythos
 from mythos_ds.conversion.retrofit import Cut, Retrofitted, context_of, describe, retrofit_config
+from mythos_ds.costs.serving import Kept, serving_notes
 from mythos_ds.data.tokenizer_files import copy_tokenizer, has_tokenizer
 from mythos_ds.errors import ConfigError, MythosError, OptionError, naming
 from mythos_ds.io import read_json
@@ -34,7 +35,7 @@ from mythos_ds.weights.pickled import has_safetensors
 from mythos_ds.weights.reader import TensorFolder, TensorSource
 
 FORMATS = ("mythos", "hf", "openmythos")
-DTYPES = ("bfloat16", "float32", "fp8")
+DTYPES: tuple[Kept, ...] = ("bfloat16", "float32", "fp8")
 CUT_FLAGS = {
     "prelude": "first source layers, run once",
     "recurrent": "source layers of the looped block",
@@ -60,7 +61,7 @@ class Request:
     source: str
     target: str
     folder: Path
-    dtype: str | None
+    dtype: Kept | None
     with_remote_code: bool = False
     allow_pickle: bool = False
     cut: Mapping[str, int | float] = field(default_factory=dict)
@@ -148,7 +149,7 @@ def _from_hf(request: Request) -> Route:
 def _to_hf(request: Request) -> Route:
     config, _ = _read_model(request.folder)
     check_tokenizer(request.folder, config)
-    dtype = request.dtype or "bfloat16"
+    dtype: Kept = request.dtype or "bfloat16"
     kept = "bfloat16" if dtype == "fp8" else dtype
     source, hf, notes = hf_source(request.folder, kept), hf_config(request.folder, kept), hf_notes(request.folder)
     if dtype == "fp8":
@@ -160,6 +161,7 @@ def _to_hf(request: Request) -> Route:
                 f"{odd[0]} and {len(odd) - 1} others: their heights are not multiples of {BLOCK}; servers that join "
                 "query, key and value, or gate and up, cannot use these scales"
             )
+    notes += serving_notes(config, hf["n_loops"], dtype)
 
     def finish(output: Path) -> None:
         write_side_files(request.folder, output, hf, with_remote_code=request.with_remote_code)

@@ -46,7 +46,7 @@ LINES = {
     "root": 2_310,
     "kernels": 1_475,
     "config": 4_045,
-    "costs": 1_330,
+    "costs": 1_890,
     "model": 2_270,
     "weights": 1_200,
     "data": 6_170,
