@@ -30,7 +30,7 @@ def load(model: nn.Module, config: MythosConfig, weights: Iterable[tuple[str, Te
     """
     places = dict((*model.named_parameters(), *model.named_buffers()))
     shapes = expected(config)
-    for name in [name for name in shapes if name.endswith("_proj.weight")]:
+    for name in list(shapes):
         if _place(places, name)[0].dtype == _FP8:
             shapes[name + _SCALE] = _blocks(shapes[name])
     seen: set[str] = set()

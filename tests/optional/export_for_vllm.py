@@ -46,6 +46,7 @@ def main(output: Path) -> None:
         ("wide", WIDE, "float32"),
         ("fp8", BLOCKS, "fp8"),
         ("blocks", WHOLE_BLOCKS, "fp8"),
+        ("latent_blocks", {**WIDE, "q_lora_rank": 64, "expert_dim": 256, "ffn_dim": 512, "n_experts": 8}, "fp8"),
     )
     for name, changes, dtype in small:
         if not (output / name).exists():

@@ -83,10 +83,14 @@ def refuse_on_every_rank(say: Callable[[str], None], root: Path) -> bool:
 
 def slices_of_fp8_blocks(say: Callable[[str], None], root: Path) -> bool:
     """Whether each rank's fp8 matrices and scales, as vLLM holds them, are its part of the folder's: where ranks divide
-    matrices, where parts are joined, and of experts. No kernel computes with them here."""
-    wrong = on_ranks(_slices, root / "blocks", {"dtype": "bfloat16"}, [])
-    say("; ".join(f"rank {rank}: {line}" for rank, row in enumerate(wrong) for line in row) or "all parts in place")
-    return not any(wrong)
+    matrices, where parts are joined, of experts, and what latent attention makes of them for all loops. No kernel
+    computes with them here."""
+    options = {"dtype": "bfloat16", "attention_backend": "CPU_MLA"}
+    rows = on_ranks(_slices, root / "blocks", {"dtype": "bfloat16"}, [])
+    rows += on_ranks(_slices, root / "latent_blocks", options, [])
+    wrong = [f"rank {place % RANKS}: {line}" for place, row in enumerate(rows) for line in row]
+    say("; ".join(wrong) or "all parts in place")
+    return not wrong
 
 
 def on_ranks(
@@ -152,8 +156,16 @@ def _built(rank: int, folder: str, options: dict[str, Any], store: str) -> tuple
 
 def _refusals(rank: int, folder: str, options: dict[str, Any], names: list[str], store: str) -> list[str]:
     """The wrong folders that this rank takes, or refuses in other words, and the right one if it refuses that."""
-    model, tensors = _built(rank, folder, options, store)
+    import torch
+
     wrong = []
+    if "hf_overrides" in options and not torch.cpu._is_amx_tile_supported():
+        try:
+            _built(rank, folder, {"dtype": "bfloat16"}, store)
+            wrong.append("fp8 without AMX: started")
+        except ValueError as error:
+            wrong += [] if "given fp8 on a CPU without AMX" in str(error) else [f"fp8 without AMX: {error}"]
+    model, tensors = _built(rank, folder, options, store)
     if options.get("enable_expert_parallel"):
         own = model.model.recurrent.layers[0].mlp.experts.routed_experts.w13_weight
         if len(own) * RANKS != model.config.n_routed_experts:
@@ -181,14 +193,32 @@ def _slices(rank: int, folder: str, options: dict[str, Any], names: list[str], s
     model, tensors = _built(rank, folder, options, store)
     model.load_weights(tensors.items())
     held = dict(model.named_parameters())
+    latent = model.config.attention_type == "mla"
     wrong = []
-    for name, part in _parts(rank, model.config.n_routed_experts, tensors).items():
+    for name, part in _parts(rank, model.config.n_routed_experts, latent, tensors).items():
         if held[name].shape != part.shape or not torch.equal(held[name].float(), part):
             wrong.append(name)
+    attention = model.model.recurrent.layers[0].self_attn
+    if latent and not _shares_one_matrix(attention, rank, tensors):
+        wrong.append("absorbed matrices of fp8")
     return wrong
 
 
-def _parts(rank: int, experts: int, tensors: Tensors) -> Tensors:
+def _shares_one_matrix(attention: Any, rank: int, tensors: Tensors) -> bool:
+    """Whether a layer's loops have one pair of absorbed matrices, and these are what kv_b_proj is."""
+    import torch
+
+    for loop in attention.attn:
+        loop.process_weights_after_loading(torch.float32)
+    first, name = attention.attn[0], "model.recurrent.layers.0.self_attn.kv_b_proj.weight"
+    scale = torch.kron(tensors[f"{name}_scale_inv"], torch.ones(128, 128))
+    whole = (tensors[name].float() * scale).chunk(RANKS)[rank].unflatten(0, (attention.heads, -1))
+    keys, values = whole.split([attention.nope, attention.value], dim=1)  # [heads, width, rank]
+    made = torch.allclose(first.W_UK_T, keys) and torch.allclose(first.W_UV, values.mT)
+    return made and all(loop.W_UV is first.W_UV and loop.W_UK_T is first.W_UK_T for loop in attention.attn)
+
+
+def _parts(rank: int, experts: int, latent: bool, tensors: Tensors) -> Tensors:
     """vLLM's fp8 matrices and scales of some layers of this rank, in fp32, made up from the folder's."""
     import torch
 
@@ -202,7 +232,12 @@ def _parts(rank: int, experts: int, tensors: Tensors) -> Tensors:
     layer = "model.recurrent.layers.0"
     for kind in ("weight", "weight_scale_inv"):
         for module in ("model.prelude.0.self_attn", f"{layer}.self_attn"):
-            parts[f"{module}.qkv_proj.{kind}"] = rows(module, ("q", "k", "v"), kind)
+            if latent:
+                whole = ("q_a_proj", "kv_a_proj_with_mqa")
+                parts |= {f"{module}.{name}.{kind}": tensors[f"{module}.{name}.{kind}"].float() for name in whole}
+                parts |= {f"{module}.{name}_proj.{kind}": rows(module, (name,), kind) for name in ("q_b", "kv_b")}
+            else:
+                parts[f"{module}.qkv_proj.{kind}"] = rows(module, ("q", "k", "v"), kind)
             parts[f"{module}.o_proj.{kind}"] = cut(f"{module}.o_proj.{kind}", 1)
         for module in ("model.coda.0.mlp", f"{layer}.mlp.shared_experts"):
             parts[f"{module}.gate_up_proj.{kind}"] = rows(module, ("gate", "up"), kind)
