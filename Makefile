@@ -165,8 +165,7 @@ VLLM_PY := .cache/vllm/bin/python
 
 vllm-parity: setup .cache/vllm/.installed  ## compare exported models with vLLM, in an environment of its own
 	$(PY) -m tests.optional.export_for_vllm .cache/vllm-models
-	$(VLLM_PY) tests/optional/vllm_parity.py .cache/vllm-models/tiny .cache/vllm-models/latent \
-		.cache/vllm-models/dense .cache/vllm-models/chat
+	$(VLLM_PY) -m tests.optional.vllm_parity .cache/vllm-models
 
 clean:  ## remove caches and builds
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -7,8 +7,11 @@ CHECKED = "0.32"
 def register() -> None:
     """Make vLLM know the model. vLLM calls this in each of its processes."""
     from vllm import ModelRegistry
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     import mythos_hf  # noqa: F401  transformers then knows the configuration
+    from mythos_vllm.architecture import MythosArchitecture
 
+    MODEL_ARCH_CONFIG_CONVERTORS["mythos"] = MythosArchitecture
     if "MythosForCausalLM" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model("MythosForCausalLM", "mythos_vllm.model:MythosForCausalLM")

@@ -1,8 +1,8 @@
-"""The looped model on vLLM: the modules of the Hugging Face export around vLLM's attention, cache and experts.
+"""The looped model on vLLM: the export's recurrence around vLLM's matrices, attention, caches and experts.
 
-Each (loop, layer) has an Attention of its own, because vLLM keeps one cache per Attention: loops that shared one would
-overwrite each other's keys. The loop count is the configuration's and holds for a server;
-`--hf-overrides '{"n_loops": 8}'` changes it.
+The loop count is the configuration's and holds for a server; `--hf-overrides '{"n_loops": 8}'` changes it. Attention
+heads, feed-forwards and experts are divided among tensor-parallel ranks; norms, router, injection, LoRA and loop tables
+are on each of them.
 """
 
 from collections.abc import Iterable
@@ -11,89 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.platforms import current_platform
 
-from mythos_hf.attention_mythos import MythosAttention, MythosRMSNorm
+from mythos_hf.attention_mythos import MythosRMSNorm
 from mythos_hf.configuration_mythos import MythosConfig, filled
-from mythos_hf.experts_mythos import MythosMLP, MythosRouter
+from mythos_hf.experts_mythos import MythosRouter
 from mythos_hf.recurrent_mythos import MythosInjection, MythosLoopEmbedding, MythosRecurrentBlock, add_norms, residual
 from mythos_hf.rotary_mythos import rotary_tables
+from mythos_vllm.attention import GroupedAttention, LatentAttention
+from mythos_vllm.checks import (
+    Layout,
+    check_latent_backend,
+    check_layout,
+    check_quantisation,
+    dequantises,
+    expansion,
+)
+from mythos_vllm.experts import FeedForward, LoopedExperts
+from mythos_vllm.loading import PACKED, load
 
-_EXPERT_PARTS = ("gate", "up", "down")
-
-
-def routed(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """What the router decided, unpacked from where vLLM expects logits (see LoopedExperts)."""
-    return gating_output[:, :topk].contiguous(), gating_output[:, topk : 2 * topk].to(torch.int32)
-
-
-class LoopedAttention(MythosAttention):
-    """Attention of one layer, with a cache for each loop it runs in."""
-
-    def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str, slots: list[int], index: int):
-        super().__init__(config, index)
-        above = prefix.rsplit("model.", 1)[0]
-        self.attn = nn.ModuleList(
-            Attention(
-                config.num_attention_heads,
-                self.head_dim,
-                self.scaling,
-                num_kv_heads=config.num_key_value_heads,
-                cache_config=vllm_config.cache_config,
-                quant_config=None,
-                prefix=f"{above}model.layers.{slot}.self_attn.attn",
-            )
-            for slot in slots
-        )
-
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], loop: int = 0) -> Tensor:  # type: ignore[override]
-        """x [tokens, dim] -> the same."""
-        q, k, v = self._latent(x[None], tables) if self.latent else self._grouped(x[None], tables)
-        out = self.attn[loop](q[0].flatten(1), k[0].flatten(1), v[0].flatten(1))
-        if self.latent:
-            out = out.unflatten(-1, (-1, self.head_dim))[..., : self.value].flatten(1)
-        return self.o_proj(out)
-
-
-class LoopedExperts(nn.Module):
-    """Router, routed and shared experts.
-
-    The router's biases differ by loop, which vLLM's own cannot express: it decides here, and its weights and choices
-    travel to the fused experts in the columns where logits would be.
-    """
-
-    def __init__(self, config: MythosConfig, prefix: str):
-        super().__init__()
-        self.columns, self.k = config.n_routed_experts, config.num_experts_per_tok
-        if 2 * self.k > self.columns:
-            raise ValueError(f"num_experts_per_tok: given {self.k}; allowed: at most half of {self.columns} experts")
-        self.router = MythosRouter(config)
-        self.experts = FusedMoEFactory(
-            num_experts=config.n_routed_experts,
-            top_k=self.k,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.moe_intermediate_size,
-            renormalize=False,
-            custom_routing_function=routed,
-            router_logits_dtype=torch.float32,
-            prefix=f"{prefix}.experts",
-        )
-        self.shared_experts = None
-        if config.n_shared_experts:
-            width = config.n_shared_experts * filled(config.shared_expert_intermediate_size)
-            self.shared_experts = MythosMLP(config.hidden_size, width)
-
-    def forward(self, x: Tensor, loop: int) -> Tensor:
-        """x [tokens, dim] -> the same."""
-        indices, weights = self.router(x, loop)
-        packed = weights.new_zeros(len(x), self.columns)
-        packed[:, : self.k], packed[:, self.k : 2 * self.k] = weights, indices.to(weights.dtype)
-        out = self.experts(x, packed)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+logger = init_logger(f"vllm.{__name__}")
 
 
 class Layer(nn.Module):
@@ -104,10 +44,11 @@ class Layer(nn.Module):
     ):
         super().__init__()
         add_norms(self, config)
-        self.self_attn = LoopedAttention(config, vllm_config, prefix, slots, index)
+        attention = LatentAttention if config.attention_type == "mla" else GroupedAttention
+        self.self_attn = attention(config, vllm_config, f"{prefix}.self_attn", slots, index)
         self.looped = looped
-        dim, hidden = config.hidden_size, config.intermediate_size
-        self.mlp = LoopedExperts(config, f"{prefix}.mlp") if looped else MythosMLP(dim, hidden)
+        name, dim, hidden = f"{prefix}.mlp", config.hidden_size, config.intermediate_size
+        self.mlp = LoopedExperts(config, vllm_config, name) if looped else FeedForward(vllm_config, dim, hidden, name)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], loop: int = 0) -> Tensor:
         own = (loop,) if self.looped else ()
@@ -175,17 +116,14 @@ class Model(nn.Module):
 
 
 class MythosForCausalLM(nn.Module):
-    """What vLLM runs. Raises ValueError at start for what it cannot: tensor, pipeline or expert parallelism."""
+    """What vLLM runs. Raises ValueError, before a weight is read, for what checks.py refuses."""
+
+    packed_modules_mapping = PACKED
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config: MythosConfig = vllm_config.model_config.hf_config
-        parallel = vllm_config.parallel_config
-        sizes = {name: getattr(parallel, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
-        if wrong := {name: size for name, size in sizes.items() if size > 1}:
-            raise ValueError(f"{wrong}: the looped model runs on one device here; allowed: 1 (data parallelism works)")
-        if vllm_config.quant_config is not None:
-            raise ValueError("quantization: the looped model runs in float32 and bfloat16 here; export without fp8")
+        check(config, vllm_config)
         self.config = config
         self.model = Model(config, vllm_config)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix="lm_head")
@@ -217,34 +155,28 @@ class MythosForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The tensors of an exported folder. Raises ValueError unless each is known and none is missing."""
-        # Attention keeps scales of its own, and experts load themselves.
-        places = {
-            name: tensor
-            for name, tensor in (*self.named_parameters(), *self.named_buffers())
-            if ".self_attn.attn." not in name and ".mlp.experts." not in name
-        }
-        experts: dict[str, list[tuple[str, Tensor]]] = {}
-        loaded: set[str] = set()
-        for name, value in weights:
-            stack, mark, rest = name.partition(".mlp.experts.")
-            if mark:
-                experts.setdefault(f"{stack}.mlp.experts", []).append((rest, value))
-                continue
-            if name not in places:
-                raise ValueError(f"{name}: not a tensor of this model")
-            place = places[name]
-            getattr(place, "weight_loader", default_weight_loader)(place, value)
-            loaded.add(name)
-        parts = [f"{e}.{part}_proj.weight" for e in range(self.config.n_routed_experts) for part in _EXPERT_PARTS]
-        for layer in range(self.config.num_recurrent_layers):
-            stack = f"model.recurrent.layers.{layer}.mlp.experts"
-            if odd := set(parts).symmetric_difference(rest for rest, _ in experts.get(stack, [])):
-                raise ValueError(f"{stack}.{min(odd)}: not in the folder, or not in the model ({len(odd)} such)")
-        for name, own in experts.items():
-            stack_of_experts: Any = self.get_submodule(name)
-            found = set(stack_of_experts.load_weights(own))
-            loaded |= {f"{name}.{part}" for part in found}
-        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
-        if missing := sorted(set(places) - loaded - tied):
-            raise ValueError(f"{missing[0]}: not in the folder ({len(missing)} tensors are missing)")
-        return loaded | {name for name, _ in self.named_parameters() if ".mlp.experts." in name}
+        return load(self, self.config, weights, dequantises(self.config))
+
+
+def check(config: MythosConfig, vllm_config: VllmConfig) -> None:
+    """Raise ValueError for what the model cannot do here, and say what it does otherwise than one may expect."""
+    quantisation, on_cpu = vllm_config.quant_config, current_platform.is_cpu()
+    amx = on_cpu and torch.cpu._is_amx_tile_supported()
+    if quantisation is not None:
+        block = getattr(quantisation, "weight_block_size", None)
+        check_quantisation(quantisation.get_name(), block, native=amx or not on_cpu)
+    parallel = vllm_config.parallel_config
+    layout = Layout(*(getattr(parallel, name) for name in Layout._fields))
+    check_layout(config, layout, fp8=quantisation is not None)
+    if config.attention_type != "mla":
+        return
+    if not vllm_config.model_config.use_mla:
+        logger.warning(
+            "No cache of latents here (%d + %d wide): keys and values of each head take %.1f times its memory",
+            config.kv_lora_rank,
+            config.qk_rope_head_dim,
+            expansion(config, layout.tensor_parallel_size),
+        )
+    elif on_cpu:
+        backend = vllm_config.attention_config.backend
+        check_latent_backend(None if backend is None else backend.name, amx)

@@ -1,8 +1,9 @@
-"""The folders that vllm_parity.py reads: models/tiny, and small random models with latent attention, with all that
-families of dense models add, and with a chat template."""
+"""The folders that vllm_parity.py reads: models/tiny, and small random models with latent attention of two widths, in
+fp8, with all that families of dense models add, and with a chat template."""
 
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,12 @@ LATENT = {
     "dim": 64, "vocab_size": 512, "n_heads": 4, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32,
     "q_lora_rank": 32, "kv_lora_rank": 32, "n_experts": 16,
 }  # fmt: skip
+WIDE = {**LATENT, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64, "kv_lora_rank": 512}
+"""Latent attention of the widths that vLLM's cache of latents has on a CPU."""
+BLOCKS = {**GQA, "dim": 192, "vocab_size": 512, "head_dim": 64, "n_experts": 8, "expert_dim": 192, "ffn_dim": 320}
+"""Matrices of several fp8 blocks, of which the last ones are not whole."""
+WHOLE_BLOCKS = {**BLOCKS, "head_dim": 128, "expert_dim": 256, "ffn_dim": 512}
+"""Matrices that two ranks cut between fp8 blocks."""
 DENSE = {
     **GQA, "dim": 64, "vocab_size": 512, "head_dim": 32, "n_experts": 16, "attention_biases": "all", "qk_norm": True,
     "qk_norm_span": "all", "norm_placement": "after", "rope_theta": 500.0, "no_rope_layers": [1],
@@ -33,10 +40,18 @@ def main(output: Path) -> None:
     """Write all, unless they are there."""
     if not (output / "tiny").exists():
         mythos_ds.convert(TINY, output / "tiny", dtype="float32")
-    for name, changes in (("latent", LATENT), ("dense", DENSE)):
+    small: tuple[tuple[str, dict[str, Any], Literal["float32", "fp8"]], ...] = (
+        ("latent", LATENT, "float32"),
+        ("dense", DENSE, "float32"),
+        ("wide", WIDE, "float32"),
+        ("fp8", BLOCKS, "fp8"),
+        ("blocks", WHOLE_BLOCKS, "fp8"),
+        ("latent_blocks", {**WIDE, "q_lora_rank": 64, "expert_dim": 256, "ffn_dim": 512, "n_experts": 8}, "fp8"),
+    )
+    for name, changes, dtype in small:
         if not (output / name).exists():
             make_folder(output / f"{name}_weights", changes)
-            mythos_ds.convert(output / f"{name}_weights", output / name, dtype="float32")
+            mythos_ds.convert(output / f"{name}_weights", output / name, dtype=dtype)
     if not (output / "chat").exists():
         make_chat(output / "chat_weights")
         mythos_ds.convert(output / "chat_weights", output / "chat", dtype="float32")
