@@ -10,5 +10,8 @@ def register() -> None:
 
     import mythos_hf  # noqa: F401  transformers then knows the configuration
 
+    from .loop_admission import admit
+
     if "MythosForCausalLM" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model("MythosForCausalLM", "mythos_vllm.model:MythosForCausalLM")
+    admit()

@@ -1,8 +1,8 @@
 """The looped model on vLLM: the modules of the Hugging Face export around vLLM's attention, cache and experts.
 
 Each (loop, layer) has an Attention of its own, because vLLM keeps one cache per Attention: loops that shared one would
-overwrite each other's keys. The loop count is the configuration's and holds for a server;
-`--hf-overrides '{"n_loops": 8}'` changes it.
+overwrite each other's keys. The loop count is the configuration's, which `--hf-overrides '{"n_loops": 8}'` changes for
+a server; requests may ask for fewer (request_loops.py).
 """
 
 from collections.abc import Iterable
@@ -20,8 +20,10 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from mythos_hf.attention_mythos import MythosAttention, MythosRMSNorm
 from mythos_hf.configuration_mythos import MythosConfig, filled
 from mythos_hf.experts_mythos import MythosMLP, MythosRouter
-from mythos_hf.recurrent_mythos import MythosInjection, MythosLoopEmbedding, MythosRecurrentBlock, add_norms, residual
+from mythos_hf.recurrent_mythos import MythosInjection, MythosLoopEmbedding, add_norms, residual
 from mythos_hf.rotary_mythos import rotary_tables
+
+from .row_loops import RowLoops, at_rows, running_rows
 
 _EXPERT_PARTS = ("gate", "up", "down")
 
@@ -109,12 +111,13 @@ class Layer(nn.Module):
         dim, hidden = config.hidden_size, config.intermediate_size
         self.mlp = LoopedExperts(config, f"{prefix}.mlp") if looped else MythosMLP(dim, hidden)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], loop: int = 0) -> Tensor:
-        own = (loop,) if self.looped else ()
-        return residual(self, x, lambda x: self.self_attn(x, tables, loop), lambda x: self.mlp(x, *own))
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], loop: int = 0, rows: Tensor | None = None) -> Tensor:
+        """x [tokens, dim] -> the same; router and experts see the rows that run in this loop, None for all."""
+        mix = (lambda x: at_rows(self.mlp, x, rows, loop)) if self.looped else self.mlp
+        return residual(self, x, lambda x: self.self_attn(x, tables, loop), mix)
 
 
-class RecurrentBlock(MythosRecurrentBlock):
+class RecurrentBlock(RowLoops):
     """The looped layers on vLLM's attention and experts; tokens of all sequences lie in one row."""
 
     def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str):
@@ -132,10 +135,11 @@ class RecurrentBlock(MythosRecurrentBlock):
         ]
         super().__init__(config, layers)
 
-    def run_layers(self, x: Tensor, loop: int, context: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The layers once, [tokens, dim]; nothing else is kept. context: the rotary tables."""
+    def run_layers(self, x: Tensor, loop: int, context: Any) -> tuple[Tensor, list[Tensor]]:
+        """The layers once, [tokens, dim]; nothing else is kept. context: the rotary tables, and each loop's rows."""
+        tables, rows = context
         for layer in self.layers:
-            x = layer(x, context, loop)
+            x = layer(x, tables, loop, rows[loop])
         return x, []
 
 
@@ -160,15 +164,22 @@ class Model(nn.Module):
             for i in range(count)
         )
 
-    def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:
-        """Tokens and positions [tokens] -> [tokens, dim]."""
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        inputs_embeds: Tensor | None,
+        loop_counts: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens, positions and, where they differ, loops [tokens] -> [tokens, dim]."""
         config = self.config
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         tables = rotary_tables(positions[None], config)
         for layer in self.prelude:
             x = layer(x, tables)
         e = x if self.prelude_norm is None else self.prelude_norm(x)
-        x = self.recurrent(e, filled(config.n_loops), tables).to(e.dtype)
+        rows = running_rows(loop_counts, filled(config.n_loops), len(e), e.device)
+        x = self.recurrent(e, len(rows), (tables, rows)).to(e.dtype)
         for layer in self.coda:
             x = layer(x, tables)
         return self.norm(x)
@@ -186,7 +197,7 @@ class MythosForCausalLM(nn.Module):
             raise ValueError(f"{wrong}: the looped model runs on one device here; allowed: 1 (data parallelism works)")
         if vllm_config.quant_config is not None:
             raise ValueError("quantization: the looped model runs in float32 and bfloat16 here; export without fp8")
-        self.config = config
+        self.config, self.vllm_config = config, vllm_config
         self.model = Model(config, vllm_config)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix="lm_head")
         if config.tie_word_embeddings:
@@ -207,9 +218,17 @@ class MythosForCausalLM(nn.Module):
         positions: Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
+        loop_counts: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of the tokens, [tokens, dim]."""
-        return self.model(input_ids, positions, inputs_embeds)
+        """Hidden states of the tokens, [tokens, dim]. loop_counts [tokens], on the CPU: each token's loops, where they
+        are not the server's."""
+        return self.model(input_ids, positions, inputs_embeds, loop_counts)
+
+    def get_model_state_cls(self) -> type:
+        """What vLLM's second model runner keeps of the requests."""
+        from .loop_state import state_class
+
+        return state_class(self.vllm_config)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [tokens, vocab]."""
