@@ -1,5 +1,6 @@
-"""The folders that vllm_parity.py reads: models/tiny, and small random models with latent attention, with all that
-families of dense models add, and with a chat template."""
+"""The folders that vllm_parity.py and vllm_request_loops.py read: models/tiny, with and without its code, and small
+random models with latent attention, with all that families of dense models add, with another injection and adapters,
+and with a chat template."""
 
 import sys
 from pathlib import Path
@@ -27,13 +28,19 @@ DENSE = {
     "qk_norm_span": "all", "norm_placement": "after", "rope_theta": 500.0, "no_rope_layers": [1],
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
 }  # fmt: skip
+FORMS = {
+    **GQA, "dim": 64, "vocab_size": 512, "head_dim": 32, "n_experts": 16, "injection": "post", "discretisation": "zoh",
+    "initial_state": "embedding", "loop_embedding": "raw", "lora_rank": 4, "lora_target": "output",
+}  # fmt: skip
 
 
 def main(output: Path) -> None:
     """Write all, unless they are there."""
     if not (output / "tiny").exists():
         mythos_ds.convert(TINY, output / "tiny", dtype="float32")
-    for name, changes in (("latent", LATENT), ("dense", DENSE)):
+    if not (output / "tiny_remote").exists():
+        mythos_ds.convert(TINY, output / "tiny_remote", dtype="float32", with_remote_code=True)
+    for name, changes in (("latent", LATENT), ("dense", DENSE), ("forms", FORMS)):
         if not (output / name).exists():
             make_folder(output / f"{name}_weights", changes)
             mythos_ds.convert(output / f"{name}_weights", output / name, dtype="float32")
