@@ -11,7 +11,9 @@ def register() -> None:
 
     import mythos_hf  # noqa: F401  transformers then knows the configuration
     from mythos_vllm.architecture import MythosArchitecture
+    from mythos_vllm.loop_admission import admit
 
     MODEL_ARCH_CONFIG_CONVERTORS["mythos"] = MythosArchitecture
     if "MythosForCausalLM" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model("MythosForCausalLM", "mythos_vllm.model:MythosForCausalLM")
+    admit()

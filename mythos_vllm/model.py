@@ -1,8 +1,8 @@
 """The looped model on vLLM: the export's recurrence around vLLM's matrices, attention, caches and experts.
 
-The loop count is the configuration's and holds for a server; `--hf-overrides '{"n_loops": 8}'` changes it. Attention
-heads, feed-forwards and experts are divided among tensor-parallel ranks; norms, router, injection, LoRA and loop tables
-are on each of them.
+The loop count is the configuration's, which `--hf-overrides '{"n_loops": 8}'` changes for a server; requests may ask
+for fewer (request_loops.py). Attention heads, feed-forwards and experts are divided among tensor-parallel ranks; norms,
+router, injection, LoRA and loop tables are on each of them.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from mythos_hf.attention_mythos import MythosRMSNorm
 from mythos_hf.configuration_mythos import MythosConfig, filled
 from mythos_hf.experts_mythos import MythosRouter
-from mythos_hf.recurrent_mythos import MythosInjection, MythosLoopEmbedding, MythosRecurrentBlock, add_norms, residual
+from mythos_hf.recurrent_mythos import MythosInjection, MythosLoopEmbedding, add_norms, residual
 from mythos_hf.rotary_mythos import rotary_tables
 from mythos_vllm.attention import GroupedAttention, LatentAttention
 from mythos_vllm.checks import (
@@ -32,6 +32,7 @@ from mythos_vllm.checks import (
 )
 from mythos_vllm.experts import FeedForward, LoopedExperts
 from mythos_vllm.loading import PACKED, load
+from mythos_vllm.row_loops import RowLoops, at_rows, running_rows
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -50,12 +51,13 @@ class Layer(nn.Module):
         name, dim, hidden = f"{prefix}.mlp", config.hidden_size, config.intermediate_size
         self.mlp = LoopedExperts(config, vllm_config, name) if looped else FeedForward(vllm_config, dim, hidden, name)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], loop: int = 0) -> Tensor:
-        own = (loop,) if self.looped else ()
-        return residual(self, x, lambda x: self.self_attn(x, tables, loop), lambda x: self.mlp(x, *own))
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], loop: int = 0, rows: Tensor | None = None) -> Tensor:
+        """x [tokens, dim] -> the same; router and experts see the rows that run in this loop, None for all."""
+        mix = (lambda x: at_rows(self.mlp, x, rows, loop)) if self.looped else self.mlp
+        return residual(self, x, lambda x: self.self_attn(x, tables, loop), mix)
 
 
-class RecurrentBlock(MythosRecurrentBlock):
+class RecurrentBlock(RowLoops):
     """The looped layers on vLLM's attention and experts; tokens of all sequences lie in one row."""
 
     def __init__(self, config: MythosConfig, vllm_config: VllmConfig, prefix: str):
@@ -73,10 +75,11 @@ class RecurrentBlock(MythosRecurrentBlock):
         ]
         super().__init__(config, layers)
 
-    def run_layers(self, x: Tensor, loop: int, context: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The layers once, [tokens, dim]; nothing else is kept. context: the rotary tables."""
+    def run_layers(self, x: Tensor, loop: int, context: Any) -> tuple[Tensor, list[Tensor]]:
+        """The layers once, [tokens, dim]; nothing else is kept. context: the rotary tables, and each loop's rows."""
+        tables, rows = context
         for layer in self.layers:
-            x = layer(x, context, loop)
+            x = layer(x, tables, loop, rows[loop])
         return x, []
 
 
@@ -101,15 +104,22 @@ class Model(nn.Module):
             for i in range(count)
         )
 
-    def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:
-        """Tokens and positions [tokens] -> [tokens, dim]."""
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        inputs_embeds: Tensor | None,
+        loop_counts: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens, positions and, where they differ, loops [tokens] -> [tokens, dim]."""
         config = self.config
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         tables = rotary_tables(positions[None], config)
         for layer in self.prelude:
             x = layer(x, tables)
         e = x if self.prelude_norm is None else self.prelude_norm(x)
-        x = self.recurrent(e, filled(config.n_loops), tables).to(e.dtype)
+        rows = running_rows(loop_counts, filled(config.n_loops), len(e), e.device)
+        x = self.recurrent(e, len(rows), (tables, rows)).to(e.dtype)
         for layer in self.coda:
             x = layer(x, tables)
         return self.norm(x)
@@ -124,7 +134,7 @@ class MythosForCausalLM(nn.Module):
         super().__init__()
         config: MythosConfig = vllm_config.model_config.hf_config
         check(config, vllm_config)
-        self.config = config
+        self.config, self.vllm_config = config, vllm_config
         self.model = Model(config, vllm_config)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix="lm_head")
         if config.tie_word_embeddings:
@@ -145,9 +155,17 @@ class MythosForCausalLM(nn.Module):
         positions: Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
+        loop_counts: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of the tokens, [tokens, dim]."""
-        return self.model(input_ids, positions, inputs_embeds)
+        """Hidden states of the tokens, [tokens, dim]. loop_counts [tokens], on the CPU: each token's loops, where they
+        are not the server's."""
+        return self.model(input_ids, positions, inputs_embeds, loop_counts)
+
+    def get_model_state_cls(self) -> type:
+        """What vLLM's second model runner keeps of the requests."""
+        from .loop_state import state_class
+
+        return state_class(self.vllm_config)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [tokens, vocab]."""

@@ -1,5 +1,6 @@
-"""The folders that vllm_parity.py reads: models/tiny, and small random models with latent attention of two widths, in
-fp8, with all that families of dense models add, and with a chat template."""
+"""The folders that vllm_parity.py and vllm_request_loops.py read: models/tiny, with and without its code, and small
+random models with latent attention of two widths, in fp8, with all that families of dense models add, with another
+injection and adapters, and with a chat template."""
 
 import sys
 from pathlib import Path
@@ -34,15 +35,22 @@ DENSE = {
     "qk_norm_span": "all", "norm_placement": "after", "rope_theta": 500.0, "no_rope_layers": [1],
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
 }  # fmt: skip
+FORMS = {
+    **GQA, "dim": 64, "vocab_size": 512, "head_dim": 32, "n_experts": 16, "injection": "post", "discretisation": "zoh",
+    "initial_state": "embedding", "loop_embedding": "raw", "lora_rank": 4, "lora_target": "output",
+}  # fmt: skip
 
 
 def main(output: Path) -> None:
     """Write all, unless they are there."""
     if not (output / "tiny").exists():
         mythos_ds.convert(TINY, output / "tiny", dtype="float32")
+    if not (output / "tiny_remote").exists():
+        mythos_ds.convert(TINY, output / "tiny_remote", dtype="float32", with_remote_code=True)
     small: tuple[tuple[str, dict[str, Any], Literal["float32", "fp8"]], ...] = (
         ("latent", LATENT, "float32"),
         ("dense", DENSE, "float32"),
+        ("forms", FORMS, "float32"),
         ("wide", WIDE, "float32"),
         ("fp8", BLOCKS, "fp8"),
         ("blocks", WHOLE_BLOCKS, "fp8"),
