@@ -167,6 +167,7 @@ vllm-parity: setup .cache/vllm/.installed  ## compare exported models with vLLM,
 	$(PY) -m tests.optional.export_for_vllm .cache/vllm-models
 	$(VLLM_PY) tests/optional/vllm_parity.py .cache/vllm-models/tiny .cache/vllm-models/latent \
 		.cache/vllm-models/dense .cache/vllm-models/chat
+	$(VLLM_PY) tests/optional/vllm_launch.py .cache/vllm-models/tiny
 
 clean:  ## remove caches and builds
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
