@@ -166,6 +166,7 @@ VLLM_PY := .cache/vllm/bin/python
 vllm-parity: setup .cache/vllm/.installed  ## compare exported models with vLLM, in an environment of its own
 	$(PY) -m tests.optional.export_for_vllm .cache/vllm-models
 	$(VLLM_PY) -m tests.optional.vllm_parity .cache/vllm-models
+	$(VLLM_PY) -m tests.optional.vllm_launch .cache/vllm-models/tiny
 
 clean:  ## remove caches and builds
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

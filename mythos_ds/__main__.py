@@ -31,7 +31,8 @@ GROUPS = {
         "loop-from-dense",
     ),
     "cluster": (
-        "plan", "rehearse", "capacity", "plot-pipeline", "render-launch", "preflight", "gpu-acceptance", "calibrate",
+        "plan", "rehearse", "plot-pipeline", "render-launch", "preflight", "gpu-acceptance", "calibrate", "capacity",
+        "serve-vllm",
     ),
     "studies": ("lab", "loop-smollm", "bench-step", "bench-side-by-side", "bench-lanes", "bench-data"),
     "upkeep": ("env", "config-schema", "preset-table", "train-tiny", "test-environments"),

@@ -60,7 +60,7 @@ LINES = {
     "conversion": 3_450,
     "plan": 2_945,
     "analysis": 1_240,
-    "cluster": 1_620,
+    "cluster": 1_780,
     "lab": 3_870,
     "bench": 2_015,
     "api": 460,
