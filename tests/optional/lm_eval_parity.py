@@ -53,7 +53,7 @@ def compare(python: str, folder: str, url: str) -> tuple[bool, str]:
     folder, python = str(Path(folder).absolute()), str(Path(python).absolute())  # lm-eval runs where the tasks are
     local = {"pretrained": folder, "trust_remote_code": True, "dtype": "float32"}
     remote = {
-        "model": "mythos", "base_url": f"{url}/completions", "tokenizer": folder, "tokenized_requests": False,
+        "model": "mythos", "base_url": f"{url}/completions", "tokenizer": folder, "tokenized_requests": True,
         "trust_remote_code": True, "num_concurrent": 1,
     }  # fmt: skip
     own, theirs = samples(python, "hf", local), samples(python, "local-completions", remote)

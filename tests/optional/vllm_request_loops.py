@@ -282,8 +282,9 @@ def over_http(folder: str, python: str) -> bool:
 def main() -> int:
     """Each engine in a process of its own, since vLLM starts once per process: `tiny FORMS REMOTE PYTHON`, where FORMS
     differs from tiny in injection and adapters, REMOTE is tiny with its code and PYTHON has lm-eval."""
-    quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    os.environ.update(quiet, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    os.environ.update({"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
+    if sys.argv[1] in ("--all", "--batch"):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model is looked into
     if sys.argv[1] == "--all":
         folder = sys.argv[2]
         compared = Compared(folder, 256)

@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 
 from tests.helpers.paths import ROOT
 
-LOCKS = ("requirements.lock", "requirements-docs.lock", "requirements-vllm.lock")
+LOCKS = ("requirements.lock", "requirements-docs.lock", "requirements-vllm.lock", "requirements-lm-eval.lock")
 PYTHONS = ("3.11", "3.12", "3.13")
 OF_A_MACHINE = re.compile(r"^(torch|torchvision|torchaudio|torchcodec|triton|nvidia-.*|cuda-.*|pytorch-.*)$")
 PINNED = re.compile(r"[a-z0-9-]+==[A-Za-z0-9.!+]+( ; [^/@\\]+)?")
