@@ -81,8 +81,9 @@ def read_folder(folder: Path) -> tuple[ModelConfig, bool]:
     if not (folder / "config.json").is_file():
         raise OptionError(f"{folder}: no config.json; allowed: a folder that `mythos-ds convert --to hf` wrote")
     hf = read_json(folder / "config.json", dict)
+    quantised = hf.get("quantization_config")
     with naming(folder):
-        return mythos_config(hf), "quantization_config" in hf
+        return mythos_config(hf), isinstance(quantised, dict) and quantised.get("quant_method") == "fp8"
 
 
 def node_of(arguments: Namespace) -> int:

@@ -133,6 +133,8 @@ def tensor_parallel(model: ModelConfig, *, fp8: bool, experts: Literal["whole", 
 
 def misfit(model: ModelConfig, division: Division, *, fp8: bool) -> str | None:
     """Why a server cannot divide a folder so, by the matrix that stops it; None where it can."""
+    if division.experts == "whole" and division.gpus > model.n_experts:
+        return f"{model.n_experts:,} experts are fewer than {division.gpus:,} GPUs"
     cuts = [(tensor, _ranks(tensor, division)) for tensor in served_tensors(model)]
     for tensor, ranks in cuts:
         copied = tensor.repeats and ranks % tensor.units == 0

@@ -172,6 +172,8 @@ def test_heads_words_and_units_must_divide() -> None:
     model = model_of("100b")
     assert misfit(model, Division(32), fp8=False) == "48 attention heads of self_attn.q_b_proj are not divisible by 32"
     assert misfit(model, Division(3), fp8=False) == "131,072 words of embed_tokens are not divisible by 3"
+    assert misfit(model, Division(2, 512), fp8=False) == "512 experts are fewer than 1,024 GPUs"
+    assert misfit(model, Division(2, 256), fp8=False) is None
     three = model.model_copy(update={"vocab_size": 3 * 64 * 2 - 7, "ffn_dim": 14_592})  # filled up to 384 words
     said = "2,048 hidden units of mlp.shared_experts.gate_proj are not divisible by 3"
     assert misfit(three, Division(3), fp8=False) == said
