@@ -1,9 +1,12 @@
 """What requests to a server may say of their loops; these rules need no vLLM."""
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mythos_vllm import loop_admission
 from mythos_vllm.request_loops import (
     EXPERIMENTAL,
     LoopServer,
@@ -98,6 +101,29 @@ def test_the_experimental_option_is_true_or_false_and_for_the_second_runner() ->
         experimental_option({EXPERIMENTAL: "yes"}, True)
     with pytest.raises(ValueError, match="this server has the first"):
         experimental_option({EXPERIMENTAL: True}, False)
+
+
+@pytest.mark.parametrize("last", [b"b}", b'"n_loops": 1}}', b"n_loops {"])
+def test_what_is_in_order_passes_the_guard_as_it_was_sent(last: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_admission, "loop_server", lambda config: FOUR)
+    sent = [
+        {"type": "http.request", "body": b'{"vllm_xargs": {', "more_body": True},
+        {"type": "http.request", "body": last, "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    left, seen = list(sent), []
+
+    async def receive() -> Any:
+        return left.pop(0)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend([await receive() for _ in sent])
+
+    client = SimpleNamespace(vllm_config=None)
+    state = SimpleNamespace(state=SimpleNamespace(engine_client=client))
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "app": state}
+    asyncio.run(loop_admission.LoopGuard(app)(scope, receive, None))
+    assert seen == sent
 
 
 def test_salts_of_other_depths_differ_whatever_users_bring() -> None:
