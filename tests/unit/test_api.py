@@ -216,7 +216,7 @@ def test_generation_says_what_is_wrong(arguments, message, in_empty):
 
 def test_a_conversion_there_and_back(in_empty):
     notes = mythos_ds.convert("tiny", "hf", dtype="float32")
-    assert notes == []
+    assert [note.partition(":")[0] for note in notes] == ["cache of a server", "tensor parallel"]
     mythos_ds.convert("hf", "back", from_format="hf", to_format="mythos")
     before, after = load_model(TINY).state_dict(), load_model("back").state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
