@@ -188,6 +188,8 @@ def serve(root: Path) -> bool:
     """`vllm serve` answers a completion as transformers does."""
     from transformers import AutoTokenizer
 
+    import mythos_hf  # noqa: F401  transformers then knows the tokenizer
+
     folder = root / "tiny"
     with served(folder, 64) as client:
         if client is None:
@@ -204,6 +206,8 @@ def chat(root: Path) -> bool:
     """`vllm serve` answers /v1/chat/completions in the template of the folder as transformers does, and stops at the
     end of the turn, which generation_config.json names beside the end of text."""
     from transformers import AutoTokenizer
+
+    import mythos_hf  # noqa: F401  transformers then knows the tokenizer
 
     folder = root / "chat"
     with served(folder, CHAT_LENGTH) as client:
